@@ -1,0 +1,109 @@
+"""``python -m benchmarks``: digits, precision and speed, as tables, pictures and JSON."""
+
+import argparse
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from benchmarks import digits, precision, report, speed
+from benchmarks.environment import describe, environment
+from benchmarks.measure import keep_pages
+
+RESULTS = Path("benchmarks/results")
+PARTS = ("digits", "precision", "speed")
+
+
+def _shape(text: str) -> tuple[int, int]:
+    try:
+        rows, classes = (int(n) for n in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"N,C is expected, as in 4096,32000; got {text}") from None
+    if rows < 1 or classes < 1:
+        raise argparse.ArgumentTypeError(f"N and C must be positive; got {text}")
+    return rows, classes
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks",
+        description="Trains a digits classifier with jaxloss and with optax, measures the errors of"
+        " both against exact values, and times both.",
+    )
+    parser.add_argument(
+        "--shape",
+        type=_shape,
+        action="append",
+        metavar="N,C",
+        help="time N rows of C classes instead of the usual shapes; may be repeated",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        action="append",
+        help="time this dtype instead of float32 and bfloat16; may be repeated",
+    )
+    parser.add_argument(
+        "--only",
+        choices=PARTS,
+        action="append",
+        help="run this part alone; may be repeated (--shape and --dtype mean --only speed)",
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=6.0, help="time for each shape and dtype (default: 6)"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help=f"folder of the results (default: {RESULTS}, or {RESULTS}/own with --shape, --dtype)",
+    )
+    args = parser.parse_args()
+    own = bool(args.shape or args.dtype)
+    only = args.only or (["speed"] if own else PARTS)
+    args.only = [part for part in PARTS if part in only]
+    args.out = args.out or (RESULTS / "own" if own else RESULTS)
+    args.shape = args.shape or speed.SHAPES
+    args.dtype = args.dtype or speed.DTYPES
+    return args
+
+
+def main() -> None:
+    args = _arguments()
+    keep_pages()
+    args.out.mkdir(parents=True, exist_ok=True)
+    console = Console()
+    env = environment()
+    console.print(describe(env), soft_wrap=True, highlight=False)
+
+    jobs = {
+        "digits": (digits, digits.run),
+        "precision": (precision, precision.run),
+        "speed": (speed, lambda tick: speed.run(args.shape, args.dtype, args.seconds, tick)),
+    }
+    columns = (TextColumn("{task.description:>10}"), BarColumn(), TimeElapsedColumn())
+    # No refresh thread: it would take turns with what is being timed.
+    with Progress(*columns, console=console, auto_refresh=False, transient=True) as progress:
+        bars = {name: progress.add_task(name, total=1, start=False) for name in args.only}
+        results = {}
+        for name in args.only:
+            module, run = jobs[name]
+            progress.start_task(bars[name])
+
+            def tick(share: float, bar=bars[name]) -> None:
+                progress.update(bar, completed=share, refresh=console.is_terminal)
+
+            tick(0)
+            results[name] = {"environment": env, **run(tick)}
+            report.save(args.out, name, results[name])
+            module.plot(results[name], args.out / f"{name}.png")
+
+    for name, data in results.items():
+        for table in jobs[name][0].tables(data):
+            console.print("", report.to_rich(table), sep="\n")
+    console.print(
+        "\nTables as JSON and pictures as PNG:", args.out, soft_wrap=True, highlight=False
+    )
+
+
+if __name__ == "__main__":
+    main()

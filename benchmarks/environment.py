@@ -1,0 +1,45 @@
+"""What the numbers were measured on."""
+
+import os
+import platform
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+
+PACKAGES = ("jaxloss", "jax", "jaxlib", "optax", "flax", "numpy")
+
+
+def _cpu_model() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def _cores() -> int:
+    # What this process may use, which in a container is fewer than the machine has.
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def environment() -> dict[str, Any]:
+    return {
+        "device": jax.devices()[0].device_kind,
+        "cpu": _cpu_model(),
+        "cores": _cores(),
+        "python": platform.python_version(),
+        **{name: version(name) for name in PACKAGES},
+    }
+
+
+def describe(env: dict[str, Any]) -> str:
+    where = f"{env['cpu']}, {env['cores']} cores"
+    if env["device"] != "cpu":
+        where = f"{env['device']} ({where})"
+    versions = ", ".join(f"{name} {env[name]}" for name in ("jax", "jaxlib", "optax", "flax"))
+    return f"{where}; Python {env['python']}, {versions}"

@@ -1,0 +1,122 @@
+"""How everything here is measured: compiled once, checked to agree, timed turn by turn."""
+
+import ctypes
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+MIB = 2**20
+MIN_ROUNDS, MAX_ROUNDS = 5, 500
+
+
+def keep_pages() -> None:
+    """Makes glibc keep freed memory, so that no method is timed with the system's page faults.
+
+    By default every large temporary is mapped and unmapped again in each call. On CPU that took
+    longer than the loss itself, and turned a slower method with small temporaries into one twice
+    as fast. To be called before JAX has started its threads, which then share the one arena that
+    can keep large blocks. Elsewhere than on glibc this does nothing: ``page_faults`` tells.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return
+    trim_threshold, top_pad, mmap_max, arena_max = -1, -2, -4, -8  # from malloc.h
+    mallopt = ctypes.CDLL(None).mallopt
+    for option, value in (
+        (arena_max, 1),
+        (mmap_max, 0),
+        (trim_threshold, 2**31 - 1),
+        (top_pad, 2**28),
+    ):
+        mallopt(option, value)
+
+
+def page_faults(function: Callable, args: Sequence[Any]) -> int | None:
+    """Fresh pages that one call asks the system for; None where that is not counted."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    jax.block_until_ready(function(*args))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+
+class Program:
+    """A compiled function that writes its results over those of its last call.
+
+    Results are then no fresh memory, on any backend: see ``keep_pages`` for the temporaries.
+    """
+
+    def __init__(self, function: Callable, *args: Any):
+        def over(old, *args):
+            return function(*args)
+
+        shapes = jax.eval_shape(function, *args)
+        self._results = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+        jitted = jax.jit(over, donate_argnums=0, keep_unused=True)
+        self._executable = jitted.lower(self._results, *args).compile()
+
+    def __call__(self, *args: Any) -> Any:
+        """The results are valid until the next call."""
+        self._results = self._executable(self._results, *args)
+        return self._results
+
+    @property
+    def temp_mib(self) -> float:
+        """What it allocates beside its inputs and its results."""
+        return self._executable.memory_analysis().temp_size_in_bytes / MIB
+
+
+def check_agree(results: dict[str, Any], eps: float, what: str) -> None:
+    """Every result is a pytree of arrays. A method that is wrong is not worth timing.
+
+    Each array may be off by 16 ``eps`` of the largest entry of the first method's.
+    """
+    (base, expected), *others = results.items()
+    for name, result in others:
+        for got, want in zip(jax.tree.leaves(result), jax.tree.leaves(expected), strict=True):
+            got, want = got.astype(jnp.float32), want.astype(jnp.float32)
+            off, largest = jnp.max(jnp.abs(got - want)), jnp.max(jnp.abs(want))
+            # Written so that a NaN on either side fails.
+            if not off <= 16 * eps * largest:
+                raise AssertionError(
+                    f"{what}: {name} and {base} must agree; they differ by {off:.3g} where the "
+                    f"largest entry is {largest:.3g}."
+                )
+
+
+def interleaved(
+    functions: dict[str, Callable],
+    args: Sequence[Any],
+    seconds: float,
+    tick: Callable[[float], None] = lambda share: None,
+) -> dict[str, list[float]]:
+    """Seconds of each call, round by round: A B C, A B C, ... until the time is used up.
+
+    Taking turns puts a machine's slow moments on every method alike. ``tick`` is told the share of
+    the budget that is used, between rounds and never while something is timed.
+    """
+    for function in functions.values():
+        jax.block_until_ready(function(*args))
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    start = time.perf_counter()
+    for rounds in range(1, MAX_ROUNDS + 1):
+        for name, function in functions.items():
+            begin = time.perf_counter()
+            jax.block_until_ready(function(*args))
+            times[name].append(time.perf_counter() - begin)
+        used = (time.perf_counter() - start) / seconds
+        tick(min(used, 1.0))
+        if used >= 1 and rounds >= MIN_ROUNDS:
+            break
+    return times
+
+
+def median_ratio(times: dict[str, list[float]], name: str, base: str) -> float:
+    """The median of the ratios of neighbours, which drift of the machine does not touch."""
+    return statistics.median(a / b for a, b in zip(times[name], times[base], strict=True))

@@ -1,0 +1,126 @@
+"""Relative error of the loss and of its gradient at the label, at rising confidence."""
+
+from collections.abc import Callable
+from decimal import Decimal, localcontext
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import jaxloss
+from benchmarks import report
+
+DTYPES = ("float32", "bfloat16")
+MARGINS = tuple(range(0, 61, 5))
+ROWS, CLASSES = 32, 100
+
+
+def _two_step(logits, labels):
+    return -jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], axis=-1)[:, 0]
+
+
+METHODS = {
+    "jaxloss": lambda x, y: jaxloss.cross_entropy(x, y, reduction="none"),
+    "optax": optax.softmax_cross_entropy_with_integer_labels,
+    "two-step": _two_step,
+}
+
+
+def _case(margin: float, dtype: str):
+    """The label leads the largest of the others by ``margin``, before rounding to ``dtype``."""
+    rng = np.random.default_rng(0)
+    logits = 2 * rng.standard_normal((ROWS, CLASSES))
+    labels = rng.integers(CLASSES, size=ROWS)
+    rows = np.arange(ROWS)
+    logits[rows, labels] = -np.inf
+    logits[rows, labels] = logits.max(axis=-1) + margin
+    return jnp.asarray(logits, dtype), jnp.asarray(labels, jnp.int32)
+
+
+def _truth(logits, labels) -> tuple[np.ndarray, np.ndarray]:
+    """The definitions as they stand, on the logits as rounded, to 60 decimal digits."""
+    losses, slopes = [], []
+    with localcontext() as context:
+        context.prec = 60
+        for row, label in zip(np.asarray(logits, np.float64), np.asarray(labels), strict=True):
+            x = [Decimal(float(v)) for v in row]
+            logsumexp = sum((v.exp() for v in x), Decimal(0)).ln()
+            losses.append(float(logsumexp - x[label]))
+            slopes.append(float((x[label] - logsumexp).exp() - 1))
+    return np.array(losses), np.array(slopes)
+
+
+def _worst(got, truth: np.ndarray) -> float:
+    return float(np.max(np.abs(np.asarray(got, np.float64) - truth) / np.abs(truth)))
+
+
+def run(tick: Callable[[float], None]) -> dict[str, Any]:
+    def both(method):
+        @jax.jit
+        def f(x, y):
+            losses, pullback = jax.vjp(lambda x: method(x, y), x)
+            (slopes,) = pullback(jnp.ones_like(losses))
+            return losses, jnp.take_along_axis(slopes, y[:, None], axis=-1)[:, 0]
+
+        return f
+
+    functions = {name: both(method) for name, method in METHODS.items()}
+    cases = [(dtype, margin) for dtype in DTYPES for margin in MARGINS]
+    rows = []
+    for i, (dtype, margin) in enumerate(cases):
+        logits, labels = _case(margin, dtype)
+        losses, slopes = _truth(logits, labels)
+        results = {name: f(logits, labels) for name, f in functions.items()}
+        rows.append(
+            {
+                "dtype": dtype,
+                "margin": margin,
+                "median_loss": float(np.median(losses)),
+                "loss_error": {name: _worst(r[0], losses) for name, r in results.items()},
+                "gradient_error": {name: _worst(r[1], slopes) for name, r in results.items()},
+            }
+        )
+        tick((i + 1) / len(cases))
+    return {"rows_a_case": ROWS, "classes": CLASSES, "rows": rows}
+
+
+def tables(data: dict[str, Any]) -> list[report.Table]:
+    header = ["margin", "loss\nabout"]
+    header += [f"loss\n{m}" for m in METHODS] + [f"gradient\n{m}" for m in METHODS]
+    out = []
+    for dtype in DTYPES:
+        title = f"{dtype}: largest relative error, {data['rows_a_case']} rows of "
+        title += f"{data['classes']} classes (1: returns 0)"
+        lines = []
+        for row in data["rows"]:
+            if row["dtype"] == dtype:
+                errors = [
+                    row[kind][m] for kind in ("loss_error", "gradient_error") for m in METHODS
+                ]
+                cells = [f"{e:.1e}" for e in errors]
+                lines.append([str(row["margin"]), f"{row['median_loss']:.0e}", *cells])
+        out.append(report.Table(title, header, lines))
+    return out
+
+
+def plot(data: dict[str, Any], path: Path) -> None:
+    columns = report.axes(2)
+    kinds = {"loss_error": "loss", "gradient_error": "gradient at the label"}
+    # optax and two-step lie on each other in places: a wide line below, narrow ones above.
+    widths = {"jaxloss": 1.6, "optax": 4, "two-step": 1.6}
+    for ax, (kind, title) in zip(columns, kinds.items(), strict=True):
+        for dtype, style in zip(DTYPES, ("o-", "s--"), strict=True):
+            rows = [row for row in data["rows"] if row["dtype"] == dtype]
+            margins = [row["margin"] for row in rows]
+            for m, lw in widths.items():
+                # On a log axis an error of exactly 0 would leave the picture.
+                errors = [max(row[kind][m], 1e-9) for row in rows]
+                look = {"color": report.COLORS[m], "lw": lw, "ms": 4, "zorder": 2 + 1 / lw}
+                ax.plot(margins, errors, style, label=f"{m}, {dtype}", **look)
+        ax.set(yscale="log", xlabel="margin of the label's logit over the others", title=title)
+        ax.set_ylabel("largest relative error")
+    columns[0].legend(frameon=False, fontsize=8, ncols=2)
+    report.save_figure(columns[0], path)

@@ -1,0 +1,67 @@
+"""Tables for a terminal and for a page, results as JSON, figures as PNG."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import rich.table
+from matplotlib import pyplot
+from matplotlib.axes import Axes
+from rich import box
+
+COLORS = {"jaxloss": "#0072b2", "optax": "#d55e00", "two-step": "#009e73", "floor": "#7f7f7f"}
+
+
+@dataclass(frozen=True)
+class Table:
+    title: str
+    header: list[str]  # a newline may be in a name: the columns stay narrow in a terminal
+    rows: list[list[str]]
+    totals: int = 0  # so many rows at the end stand apart
+
+
+def to_rich(table: Table) -> rich.table.Table:
+    # Narrow padding: the widest table fits into 80 columns.
+    padding, edges = (0, 1, 0, 0), {"box": box.SIMPLE_HEAD, "show_edge": False}
+    out = rich.table.Table(title=table.title, title_justify="left", padding=padding, **edges)
+    for name in table.header:
+        out.add_column(name, justify="right", no_wrap=True)
+    for i, row in enumerate(table.rows, 1):
+        out.add_row(*row, end_section=bool(table.totals) and i == len(table.rows) - table.totals)
+    return out
+
+
+def to_markdown(table: Table) -> str:
+    header = [name.replace("\n", " ") for name in table.header]
+    lines = [header, ["---:"] * len(header), *table.rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def save(folder: Path, name: str, data: dict[str, Any]) -> None:
+    (folder / f"{name}.json").write_text(json.dumps(data, indent=1) + "\n")
+
+
+def load(folder: Path, name: str) -> dict[str, Any]:
+    return json.loads((folder / f"{name}.json").read_text())
+
+
+def axes(columns: int = 1) -> list[Axes]:
+    _, grid = pyplot.subplots(1, columns, figsize=(6.4 * columns, 4.4), squeeze=False)
+    for ax in grid[0]:
+        ax.grid(alpha=0.3)
+        ax.set_axisbelow(True)
+        ax.spines[["top", "right"]].set_visible(False)
+    return list(grid[0])
+
+
+def save_figure(ax: Axes, path: Path) -> None:
+    figure = ax.get_figure()
+    assert figure is not None
+    # Without the version that matplotlib writes, the same numbers give the same file.
+    figure.savefig(path, dpi=120, bbox_inches="tight", metadata={"Software": None})  # pyright: ignore
+    pyplot.close(figure)  # pyright: ignore

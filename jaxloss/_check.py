@@ -1,0 +1,290 @@
+"""Trace-time checks of shapes, dtypes and options, and the one form of their messages.
+
+``function: rule; got facts. Way out.`` Values are never read: that is ``check_labels``.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple, NoReturn
+
+import chex
+import jax.numpy as jnp
+from jax import Array
+
+REDUCTIONS = ("none", "mean", "sum")
+
+
+def message(function: str, rule: str, got: str, way_out: str = "") -> str:
+    return f"{function}: {rule}; got {got}.{' ' + way_out if way_out else ''}"
+
+
+def fail(
+    function: str, rule: str, got: str, way_out: str = "", kind: type[Exception] = ValueError
+) -> NoReturn:
+    raise kind(message(function, rule, got, way_out))
+
+
+def describe(x: Any) -> str:
+    return f"{x.dtype}{tuple(x.shape)}"
+
+
+def array(function: str, name: str, x: Any) -> Array:
+    if x is None:
+        fail(function, f"{name} must be an array", "None", kind=TypeError)
+    try:
+        return jnp.asarray(x)
+    except (TypeError, ValueError) as error:
+        fail(function, f"{name} must be an array", f"{type(x).__name__} ({error})", kind=TypeError)
+
+
+def floating(function: str, name: str, x: Any, way_out: str = "") -> Array:
+    x = array(function, name, x)
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        if not way_out and jnp.issubdtype(x.dtype, jnp.integer):
+            way_out = f"Convert it: {name}.astype(jnp.float32)."
+        fail(function, f"{name} must have a real floating dtype", describe(x), way_out, TypeError)
+    return x
+
+
+def shape(
+    function: str, name: str, x: Array, expected: Sequence[int], rule: str, way_out: str = ""
+) -> None:
+    chex.assert_shape(
+        x,
+        tuple(expected),
+        custom_message=message(
+            function, f"{name} must have {rule}, {tuple(expected)}", describe(x), way_out
+        ),
+        exception_type=ValueError,
+    )
+
+
+def class_axes(
+    function: str, logits: Array, name: str, axis: int | Sequence[int], name_of: str = "axis"
+) -> tuple:
+    """``axis`` as a tuple of distinct axes counted from the front."""
+    axes = tuple(axis) if isinstance(axis, tuple | list) else (axis,)
+    for a in axes:
+        if isinstance(a, bool) or not hasattr(a, "__index__"):
+            fail(
+                function, f"{name_of} must be an int or a tuple of ints", repr(axis), kind=TypeError
+            )
+    rank = logits.ndim
+    if rank == 0:
+        fail(function, f"{name} must have a class axis", f"a scalar, {describe(logits)}")
+    if not axes:
+        fail(function, f"{name_of} must name at least one axis", "()")
+    for a in axes:
+        if not -rank <= a < rank:
+            fail(
+                function,
+                f"{name_of} must be in [{-rank}, {rank - 1}] for {name} of rank {rank}",
+                f"{name_of} {axis}, {name} {describe(logits)}",
+            )
+    axes = tuple(int(a) % rank for a in axes)
+    if len(set(axes)) != len(axes):
+        fail(function, f"{name_of} must name each axis once", f"{axis}")
+    return axes
+
+
+def number(
+    function: str, name: str, x: Any, low: float = -math.inf, high: float = math.inf
+) -> float:
+    """A Python number: these options are compiled into the program."""
+    if isinstance(x, bool) or not isinstance(x, int | float):
+        fail(
+            function,
+            f"{name} must be a Python number",
+            type(x).__name__,
+            "It is compiled into the program; under jit, close over it or mark it static.",
+            TypeError,
+        )
+    chex.assert_scalar_in(
+        float(x),
+        low,
+        high,
+        custom_message=message(function, f"{name} must be in [{low:g}, {high:g}]", repr(x)),
+        exception_type=ValueError,
+    )
+    return float(x)
+
+
+def _labels(function: str, name: str, logits: Array, axes: tuple[int, ...], y: Any) -> Array:
+    """Class indices (integers, logits without the class axes) or probabilities (like logits)."""
+    y = array(function, "labels", y)
+    batch = batch_shape(logits, axes)
+    axis = axes[0] if len(axes) == 1 else axes
+    if jnp.issubdtype(y.dtype, jnp.integer):
+        rule = f"the shape of {name} without axis {axis}"
+        way_out = ""
+        if y.shape == logits.shape:
+            way_out = "One-hot labels are probabilities: labels.astype(jnp.float32)."
+        elif len(axes) == 1 and y.shape == (*batch[: axes[0]], 1, *batch[axes[0] :]):
+            way_out = f"Drop the size-1 class axis: labels.squeeze({axis})."
+        shape(function, "labels", y, batch, rule, way_out or f"{name}: {describe(logits)}.")
+    elif jnp.issubdtype(y.dtype, jnp.floating):
+        rule = f"the shape of {name} when they are probabilities (floating)"
+        way_out = ""
+        if y.shape == batch:
+            way_out = "Class indices are integers: labels.astype(jnp.int32)."
+        shape(function, "labels", y, logits.shape, rule, way_out)
+    else:
+        fail(
+            function,
+            "labels must be class indices (an integer dtype) or class probabilities (floating)",
+            describe(y),
+            kind=TypeError,
+        )
+    return y
+
+
+def _class_weight(function: str, weight: Any, num_classes: int) -> Array | None:
+    if weight is None:
+        return None
+    weight = floating(function, "weight", weight)
+    shape(function, "weight", weight, (num_classes,), "one entry a class")
+    return weight
+
+
+def check_sample_weight(function: str, weight: Any, batch: tuple[int, ...]) -> Array | None:
+    if weight is None:
+        return None
+    weight = array(function, "sample_weight", weight)
+    if jnp.issubdtype(weight.dtype, jnp.complexfloating):
+        fail(function, "sample_weight must be real or boolean", describe(weight), kind=TypeError)
+    shape(function, "sample_weight", weight, batch, "the shape of the losses")
+    return weight
+
+
+def _boolean(function: str, mask: Any) -> Array:
+    mask = array(function, "where", mask)
+    if mask.dtype != jnp.bool_:
+        way_out = "For weights use sample_weight."
+        fail(function, "where must be boolean", describe(mask), way_out, TypeError)
+    return mask
+
+
+def _fits(mask: Array, logits: Array) -> bool:
+    pairs = zip(mask.shape[::-1], logits.shape[::-1], strict=False)
+    return mask.ndim <= logits.ndim and all(m in (1, n) for m, n in pairs)
+
+
+def _where(
+    function: str, name: str, mask: Any, logits: Array, axes: tuple[int, ...]
+) -> tuple[Array | None, Array | None]:
+    """Returns (classes that exist, of logits' rank; tokens that count, shaped like the losses)."""
+    if mask is None:
+        return None, None
+    mask = _boolean(function, mask)
+    fits = _fits(mask, logits)
+    tokens = mask.shape == batch_shape(logits, axes)
+    padded = mask.reshape((1,) * (logits.ndim - mask.ndim) + mask.shape) if fits else mask
+    if tokens and fits and num_classes(padded, axes) > 1:
+        fail(
+            function,
+            "where must be either classes that exist or tokens that count",
+            f"{describe(mask)}, which fits {name} {describe(logits)} both ways",
+            f"Give classes the rank of {name} (where[None, :]), tokens as sample_weight=where.",
+        )
+    if tokens:
+        return None, mask
+    if not fits:
+        fail(
+            function,
+            f"where must broadcast to {name} (classes that exist) or have the shape of the losses,"
+            f" {batch_shape(logits, axes)} (tokens that count)",
+            f"{describe(mask)}, {name} {describe(logits)}",
+        )
+    return padded, None
+
+
+def class_mask(function: str, name: str, mask: Any, logits: Array) -> Array | None:
+    """``where`` as classes that exist, of the logits' rank."""
+    if mask is None:
+        return None
+    mask = _boolean(function, mask)
+    if not _fits(mask, logits):
+        fail(
+            function,
+            f"where must broadcast to {name}",
+            f"{describe(mask)}, {name} {describe(logits)}",
+        )
+    return mask.reshape((1,) * (logits.ndim - mask.ndim) + mask.shape)
+
+
+def batch_shape(logits: Array, axes: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(n for i, n in enumerate(logits.shape) if i not in axes)
+
+
+def num_classes(logits: Array, axes: tuple[int, ...]) -> int:
+    return math.prod(logits.shape[a] for a in axes)
+
+
+def check_reduction(function: str, word: Any) -> None:
+    if word not in REDUCTIONS:
+        fail(function, f"reduction must be one of {', '.join(map(repr, REDUCTIONS))}", repr(word))
+
+
+def integer(function: str, name: str, x: Any, low: int, high: int | None, *, default: int) -> int:
+    if x is None:
+        return default
+    if isinstance(x, bool) or not hasattr(x, "__index__"):
+        fail(function, f"{name} must be an int or None", type(x).__name__, kind=TypeError)
+    if x < low or (high is not None and x > high):
+        bounds = f"at least {low}" if high is None else f"in [{low}, {high}]"
+        fail(function, f"{name} must be {bounds}", repr(x))
+    return int(x)
+
+
+def flag(function: str, name: str, x: Any) -> bool:
+    if not isinstance(x, bool):
+        fail(function, f"{name} must be True or False", repr(x), kind=TypeError)
+    return x
+
+
+def softcap(function: str, cap: Any) -> float | None:
+    if cap is None:
+        return None
+    cap = number(function, "logit_softcap", cap)
+    if not 0 < cap < math.inf:
+        fail(function, "logit_softcap must be positive and finite, or None", repr(cap))
+    return cap
+
+
+def _ignore_index(function: str, index: Any) -> int | None:
+    if index is None:
+        return None
+    if isinstance(index, bool) or not hasattr(index, "__index__"):
+        fail(function, "ignore_index must be an int or None", repr(index), kind=TypeError)
+    return int(index)
+
+
+class TokenArguments(NamedTuple):
+    arrays: tuple[Array | None, ...]  # labels, weight, sample_weight, class mask, token mask
+    static: dict[str, Any]
+
+
+def token_arguments(
+    function: str,
+    name: str,
+    logits: Array,
+    labels: Any,
+    axis: Any,
+    weight: Any,
+    ignore_index: Any,
+    sample_weight: Any,
+    where: Any,
+    reduction: Any,
+) -> TokenArguments:
+    """The arguments that the losses of logits share; ``name`` is what they call their logits."""
+    axes = class_axes(function, logits, name, axis)
+    check_reduction(function, reduction)
+    arrays = (
+        _labels(function, name, logits, axes, labels),
+        _class_weight(function, weight, num_classes(logits, axes)),
+        check_sample_weight(function, sample_weight, batch_shape(logits, axes)),
+        *_where(function, name, where, logits, axes),
+    )
+    ignore_index = _ignore_index(function, ignore_index)
+    static = {"axes": axes, "ignore_index": ignore_index, "reduction": reduction}
+    return TokenArguments(arrays, static)

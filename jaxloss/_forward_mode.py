@@ -1,0 +1,161 @@
+"""Forward mode for a ``jax.custom_vjp`` function, which by itself refuses ``jvp``.
+
+The shell is a ``jax.custom_jvp`` function. Its tangent map is linear in the tangents, and is bound
+as one primitive: evaluated (forward mode) it runs the tangent function; transposed (reverse mode)
+it runs the custom_vjp function's own backward pass; differentiated again, it is ordinary JAX code.
+"""
+
+from functools import partial
+from itertools import compress, zip_longest
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import tree
+from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
+
+try:
+    from jax.extend.core import Primitive, jaxpr_as_fun
+    from jax.interpreters import ad, batching, mlir
+except ImportError:  # a JAX that moved them: reverse mode alone, and custom_vjp's error for jvp
+    Primitive = jaxpr_as_fun = ad = batching = mlir = None  # pyright: ignore
+
+
+def with_forward_mode(rule, tangent):
+    """``rule``, a custom_vjp function of arrays (and None), that also has a forward mode.
+
+    ``tangent(residuals, tangents)`` takes what the rule's forward pass saved and one tangent an
+    argument (None: it is constant), and returns the outputs' tangents (the first few, where the
+    others do not move). It must
+    be linear in the tangents, and the rule's backward pass its transpose; that one gets None for
+    cotangents that are zero.
+    """
+    if Primitive is None:
+        return rule
+
+    shell = jax.custom_jvp(rule.fun)
+
+    def jvp(primals, tangents):
+        active = [not isinstance(t, SymbolicZero | None) for t in tangents]
+        if rule.symbolic_zeros:
+            marked = zip(primals, active, strict=True)
+            primals = [None if p is None else CustomVJPPrimal(p, a) for p, a in marked]
+        out, residuals = rule.fwd(*primals)
+        out_leaves, out_tree = tree.flatten(out)
+        residual_leaves, residual_tree = tree.flatten(residuals)
+        n = len(residual_leaves)
+        moving = list(compress(tangents, active))
+
+        def forward(*args):
+            some = iter(args[n:])
+            full = [next(some) if a else None for a in active]
+            result = tree.leaves(tangent(tree.unflatten(residual_tree, args[:n]), full))
+            return [
+                jnp.zeros_like(o) if r is None else r
+                for o, r in zip_longest(out_leaves, result)
+                if jnp.issubdtype(o.dtype, jnp.inexact)  # integers have no tangent
+            ]
+
+        def transposed(present, *args):
+            some, flags = iter(args[n:]), iter(present)
+            ct = [
+                next(some) if jnp.issubdtype(o.dtype, jnp.inexact) and next(flags) else None
+                for o in out_leaves
+            ]
+            residuals = tree.unflatten(residual_tree, args[:n])
+            return list(compress(rule.bwd(residuals, tree.unflatten(out_tree, ct)), active))
+
+        moved = iter(_bind(forward, transposed, n, residual_leaves, moving))
+        out_tangents = [
+            next(moved)
+            if jnp.issubdtype(o.dtype, jnp.inexact)
+            else np.zeros(o.shape, jax.dtypes.float0)
+            for o in out_leaves
+        ]
+        return out, tree.unflatten(out_tree, out_tangents)
+
+    shell.defjvp(jvp, symbolic_zeros=True)
+    return shell
+
+
+def _bind(forward, transposed, n, residuals, tangents):
+    # Traced here, the program carries the outputs' sharding and varying axes.
+    program = jax.make_jaxpr(forward)(*residuals, *tangents)
+    return tangent_map_p.bind(*residuals, *tangents, program=program, transposed=transposed, n=n)
+
+
+def _evaluate(*args, program, **_):
+    return jaxpr_as_fun(program)(*args)
+
+
+def _abstract(*_, program, **__):
+    return program.out_avals
+
+
+def _jvp(primals, tangents, *, program, transposed, n):
+    out = tangent_map_p.bind(*primals, program=program, transposed=transposed, n=n)
+    moving = [not isinstance(t, ad.Zero) for t in tangents]
+    if not any(moving[:n]):
+        d_linear = [ad.instantiate_zeros(t) for t in tangents[n:]]
+        return out, tangent_map_p.bind(
+            *primals[:n], *d_linear, program=program, transposed=transposed, n=n
+        )
+
+    def of_moving(*some):
+        some = iter(some)
+        return jaxpr_as_fun(program)(
+            *(next(some) if m else p for m, p in zip(moving, primals, strict=True))
+        )
+
+    return out, jax.jvp(
+        of_moving,
+        list(compress(primals, moving)),
+        list(compress(tangents, moving)),
+    )[1]
+
+
+def _transpose(cts, *args, program, transposed, n):
+    present = tuple(not isinstance(ct, ad.Zero) for ct in cts)
+    results = transposed(present, *args[:n], *compress(cts, present))
+    linear = [ad.is_undefined_primal(a) for a in args[n:]]
+    return [None] * n + [
+        ct if is_linear else None for ct, is_linear in zip(results, linear, strict=True)
+    ]
+
+
+def _batch(args, axes, *, program, transposed, n):
+    size = next(a.shape[i] for a, i in zip(args, axes, strict=True) if i is not None)
+    args, axes = list(args), list(axes)
+    for i in range(n, len(args)):
+        if axes[i] is None:  # its cotangent has one entry a batch member
+            args[i], axes[i] = jnp.broadcast_to(args[i], (size, *args[i].shape)), 0
+
+    def backward(present, *operands):
+        return jax.vmap(
+            partial(transposed, present),
+            in_axes=(*axes[:n], *(0 for p in present if p)),
+            out_axes=tuple(axes[n:]),
+        )(*operands)
+
+    forward = jax.vmap(jaxpr_as_fun(program), in_axes=axes)
+    out = _bind(forward, backward, n, args[:n], args[n:])
+    return out, [0] * len(out)
+
+
+def _make_primitive():
+    """bind(*residuals, *tangents) -> the outputs' tangents."""
+    if Primitive is None:
+        return None
+    primitive = Primitive("jaxloss_tangent_map")
+    primitive.multiple_results = True
+    primitive.def_impl(_evaluate)
+    primitive.def_abstract_eval(_abstract)
+    ad.primitive_jvps[primitive] = _jvp
+    ad.primitive_transposes[primitive] = _transpose
+    batching.primitive_batchers[primitive] = _batch
+    mlir.register_lowering(primitive, mlir.lower_fun(_evaluate, multiple_results=True))
+    return primitive
+
+
+tangent_map_p: Any = _make_primitive()

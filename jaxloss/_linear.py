@@ -1,0 +1,348 @@
+"""Losses of ``hidden @ kernel`` whose logits are never held: a sweep over chunks of tokens.
+
+Tokens that count are packed into the first chunks (an index, no copy of ``hidden``), and the loop
+runs over those chunks alone. A chunk's logits ``[n, V]`` live for one step of it.
+
+A weighted sum of the losses takes its gradients along in the forward pass: three products (logits,
+d_hidden, d_kernel), scaled later by the cotangent. Losses a token wait for their cotangents, and
+the backward pass computes the logits again: four.
+
+Letters: N tokens, n of them in a chunk, D features, V columns of the kernel, C classes.
+"""
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from jaxloss._forward_mode import with_forward_mode
+from jaxloss._rows import accumulator_dtype
+
+# loss_fn(logits[n, C], per_token, shared) -> (losses to differentiate, others), tuples of [n].
+# ``per_token`` are arrays [n, ...], ``shared`` arrays that no token owns.
+LossFn = Callable[[Array, tuple, tuple], tuple[tuple, tuple]]
+
+
+class Geometry(NamedTuple):
+    """What is static about ``hidden @ kernel``."""
+
+    vocab_axis: int  # of the kernel, 0 or 1
+    num_classes: int  # C <= V
+    chunk: int  # n
+    precision: Any
+
+
+class Packing(NamedTuple):
+    """Which token stands at which place of the sweep."""
+
+    order: Array  # [chunks * n] int32, those that count first; N: no token
+    size: Array  # how many count
+
+
+def default_chunk(num_tokens: int, num_columns: int) -> int:
+    """Tokens a chunk: the power of two whose float32 logits fit the backend's budget."""
+    on_cpu = jax.default_backend() == "cpu"
+    # Measured on a CPU: from 256 tokens on the products run at full speed, past 512 caches suffer.
+    budget = (128 if on_cpu else 256) * 2**20
+    chunk = 2 ** int(math.log2(max(1, budget // (4 * max(1, num_columns)))))
+    return max(1, min(chunk, num_tokens, 512 if on_cpu else chunk))
+
+
+def pack(counts: Array, chunk: int) -> Packing:
+    tokens = counts.shape[0]
+    size = jnp.sum(counts, dtype=jnp.int32)
+    order = jnp.argsort(~counts, stable=True).astype(jnp.int32)
+    # Where no token counts, none is named: its hidden may hold NaN, and NaN * 0 is NaN.
+    order = jnp.where(jnp.arange(tokens, dtype=jnp.int32) < size, order, tokens)
+    room = max(1, -(-tokens // chunk)) * chunk - tokens
+    return Packing(jnp.pad(order, (0, room), constant_values=tokens), size)
+
+
+def _logits(hidden: Array, kernel: Array, bias: Array | None, geometry: Geometry) -> Array:
+    contract = (((1,), (1 - geometry.vocab_axis,)), ((), ()))
+    wide = accumulator_dtype(hidden.dtype)
+    x = lax.dot_general(
+        hidden, kernel, contract, precision=geometry.precision, preferred_element_type=wide
+    )
+    if bias is not None:
+        x = x + bias.astype(wide)[None]
+    return x[:, : geometry.num_classes]
+
+
+def _take(x: Any, at: Array) -> Any:
+    if x is None:
+        return None
+    if x.shape[0] == 0:
+        return jnp.zeros((*at.shape, *x.shape[1:]), x.dtype)
+    return jnp.take(x, at, axis=0, mode="fill", fill_value=0)
+
+
+def _put(at: Array, x: Array, rows: Array) -> Array:
+    if x.shape[0] == 0:
+        return x
+    return x.at[at].set(rows.astype(x.dtype), mode="drop")
+
+
+def _sweep(packing: Packing, chunk: int, part, update, state, dynamic: bool):
+    """``update(state, at, part(at))`` for each chunk's tokens ``at[n]``.
+
+    ``dynamic``: a loop over the chunks that hold a token that counts. Otherwise over all of them,
+    which JAX can differentiate in reverse, each part computed again in its backward pass.
+    """
+
+    def step(state, i):
+        at = lax.dynamic_slice_in_dim(packing.order, i * chunk, chunk)
+        compute = part if dynamic else jax.checkpoint(part)
+        return update(state, at, compute(at))
+
+    if dynamic:
+        trips = (packing.size + chunk - 1) // chunk
+        return lax.fori_loop(0, trips, lambda i, state: step(state, i), state)
+    chunks = jnp.arange(packing.order.shape[0] // chunk)
+    return lax.scan(lambda state, i: (step(state, i), None), state, chunks)[0]
+
+
+def _differentiable(compute):
+    """``compute(dynamic, *args)`` with the dynamic loop's speed and the static one's derivative."""
+    function = jax.custom_jvp(partial(compute, True))
+    function.defjvp(lambda args, tangents: jax.jvp(partial(compute, False), args, tangents))
+    return function
+
+
+class Operands(NamedTuple):
+    """The operands, None where there is none; or something for each of them."""
+
+    hidden: Any  # [N, D]
+    kernel: Any  # [D, V], or [V, D] for vocab_axis 0
+    bias: Any  # [V]
+    per_token: tuple  # [N, ...] each
+    shared: tuple  # what no token owns
+
+
+def _map(function, first: Operands, *rest: Operands) -> Operands:
+    """``function`` of each operand that is there in ``first``, None for the others."""
+
+    def one(x, *others):
+        return None if x is None else function(x, *others)
+
+    def many(*fields):
+        return tuple(one(*xs) for xs in zip(*fields, strict=True))
+
+    return Operands(
+        *(one(*xs) for xs in zip(first[:3], *(r[:3] for r in rest), strict=True)),
+        many(first.per_token, *(r.per_token for r in rest)),
+        many(first.shared, *(r.shared for r in rest)),
+    )
+
+
+def _losses(loss_fn: LossFn, geometry: Geometry, dynamic: bool, operands: Operands, packing):
+    """(losses, others), each [N], 0 where a token does not count. One product."""
+    hidden, kernel, bias, per_token, shared = operands
+
+    def part(at):
+        x = _logits(_take(hidden, at), kernel, bias, geometry)
+        return loss_fn(x, tuple(_take(a, at) for a in per_token), shared)
+
+    def update(state, at, values):
+        return jax.tree.map(partial(_put, at), state, values)
+
+    start = _blank_rows(hidden.shape[0], jax.eval_shape(part, packing.order[: geometry.chunk]))
+    return _sweep(packing, geometry.chunk, part, update, start, dynamic)
+
+
+def _blank_rows(size: int, like):
+    return jax.tree.map(lambda x: jnp.zeros((size, *x.shape[1:]), x.dtype), like)
+
+
+def _gradients(
+    loss_fn: LossFn,
+    geometry: Geometry,
+    active: Operands,
+    dynamic: bool,
+    operands: Operands,
+    packing: Packing,
+    cts: tuple,
+):
+    """(losses, others, gradients of sum(ct * losses)), the gradients of ``active`` operands alone.
+
+    One product for the logits, one for d_hidden, one for d_kernel.
+    """
+    hidden, kernel, bias, per_token, shared = operands
+    size, wide = hidden.shape[0], accumulator_dtype(hidden.dtype)
+
+    def dot(x, y, axis_x, axis_y):
+        contract = (((axis_x,), (axis_y,)), ((), ()))
+        precision = geometry.precision
+        return lax.dot_general(x, y, contract, precision, preferred_element_type=wide)
+
+    def part(at):
+        h = _take(hidden, at)
+        x = _logits(h, kernel, bias, geometry)
+        tokens = tuple(_take(a, at) for a in per_token)
+
+        def merged(some, flags, every):
+            return tuple(s if a else e for s, a, e in zip(some, flags, every, strict=True))
+
+        def chosen(flags, every):
+            return tuple(e if a else None for a, e in zip(flags, every, strict=True))
+
+        def of_active(x, some_tokens, some_shared):
+            return loss_fn(
+                x,
+                merged(some_tokens, active.per_token, tokens),
+                merged(some_shared, active.shared, shared),
+            )
+
+        some = (chosen(active.per_token, tokens), chosen(active.shared, shared))
+        losses, pullback, others = jax.vjp(of_active, x, *some, has_aux=True)
+        ct = tuple(
+            jnp.zeros_like(loss) if c is None else _take(c, at).astype(loss.dtype)
+            for c, loss in zip(cts, losses, strict=True)
+        )
+        dx, d_tokens, d_shared = pullback(ct)
+        # No token, no gradient: a loss that is not finite at hidden = 0 must not leak.
+        dx = jnp.where((at < size)[:, None], dx, 0)
+        dx = jnp.pad(dx, ((0, 0), (0, kernel.shape[geometry.vocab_axis] - dx.shape[1])))
+        d_bias = jnp.sum(dx, axis=0) if active.bias else None
+        # Formed in float32, narrowed once: the products take the operands' dtype.
+        dx = dx.astype(hidden.dtype)
+        d_hidden = dot(dx, kernel, 1, geometry.vocab_axis) if active.hidden else None
+        d_kernel = None
+        if active.kernel:
+            d_kernel = dot(h, dx, 0, 0) if geometry.vocab_axis == 1 else dot(dx, h, 0, 0)
+        return losses, others, Operands(d_hidden, d_kernel, d_bias, d_tokens, d_shared)
+
+    def update(state, at, values):
+        def put(total, x):
+            return None if total is None else _put(at, total, x)
+
+        def add(total, x):
+            return None if total is None else total + x.astype(total.dtype)
+
+        (losses, others, total), (*rows, new) = state, values
+        losses, others = jax.tree.map(partial(_put, at), (losses, others), tuple(rows))
+        total = Operands(
+            put(total.hidden, new.hidden),
+            add(total.kernel, new.kernel),
+            add(total.bias, new.bias),
+            tuple(map(put, total.per_token, new.per_token)),
+            tuple(map(add, total.shared, new.shared)),
+        )
+        return losses, others, total
+
+    def zeros(x, is_active):
+        return jnp.zeros_like(x) if is_active else None
+
+    def wide_zeros(x, is_active):  # sums over chunks are never narrower than float32
+        return jnp.zeros_like(x, dtype=accumulator_dtype(x.dtype)) if is_active else None
+
+    losses, others, _ = jax.eval_shape(part, packing.order[: geometry.chunk])
+    rows, sums = _map(zeros, operands, active), _map(wide_zeros, operands, active)
+    start = Operands(rows.hidden, sums.kernel, sums.bias, rows.per_token, sums.shared)
+    losses, others = _blank_rows(size, (losses, others))
+    losses, others, total = _sweep(
+        packing, geometry.chunk, part, update, (losses, others, start), dynamic
+    )
+    return losses, others, _map(lambda g, x: g.astype(x.dtype), total, operands)
+
+
+def _flat(operands: Operands) -> tuple:
+    return (*operands[:3], *operands.per_token, *operands.shared)
+
+
+def _nested(flat, like: Operands) -> Operands:
+    tokens = 3 + len(like.per_token)
+    return Operands(*flat[:3], tuple(flat[3:tokens]), tuple(flat[tokens:]))
+
+
+def losses_by_token(
+    loss_fn: LossFn, geometry: Geometry, operands: Operands, packing: Packing
+) -> tuple[tuple, tuple]:
+    """``(losses, others)``, tuples of [N]. The backward pass computes the logits again."""
+    count = len(_flat(operands))
+    compute = _differentiable(partial(_losses, loss_fn, geometry))
+
+    def function(*args):
+        return compute(_nested(args[:count], operands), Packing(*args[count:]))
+
+    def forward(*args):
+        values = [None if a is None else a.value for a in args]
+        # A flag must be static to choose the products: () and None have no leaves.
+        flags = tuple(None if a is None or not a.perturbed else () for a in args)
+        return function(*values), (values, flags)
+
+    def backward(residuals, ct):
+        values, flags = residuals
+        active = _nested([f is not None for f in flags[:count]], operands)
+        gradients = _differentiable(partial(_gradients, loss_fn, geometry, active))
+        *_, grads = gradients(_nested(values[:count], operands), Packing(*values[count:]), ct[0])
+        return (*_flat(grads), None, None)
+
+    def tangent(residuals, tangents):
+        values, _ = residuals
+        moving = [i for i, t in enumerate(tangents) if t is not None]
+
+        def of_moving(*some):
+            full = list(values)
+            for i, x in zip(moving, some, strict=True):
+                full[i] = x
+            nested = _nested(full[:count], operands)
+            return _losses(loss_fn, geometry, False, nested, Packing(*full[count:]))
+
+        primals = [values[i] for i in moving]
+        return jax.jvp(of_moving, primals, [tangents[i] for i in moving])[1]
+
+    rule = jax.custom_vjp(function)
+    rule.defvjp(forward, backward, symbolic_zeros=True)
+    return with_forward_mode(rule, tangent)(*_flat(operands), *packing)
+
+
+def weighted_sum(
+    loss_fn: LossFn, geometry: Geometry, weight: Array, operands: Operands, packing: Packing
+) -> tuple[Array, tuple]:
+    """``(sum(weight * loss), others)``: its gradients are taken along in the forward pass.
+
+    ``loss_fn`` has one loss; ``weight[N]`` is 0 where a token does not count.
+    """
+    count = len(_flat(operands))
+    compute = _differentiable(partial(_losses, loss_fn, geometry))
+
+    def total(weight, losses):
+        return jnp.sum(jnp.where(weight == 0, 0, weight * losses))
+
+    def function(weight, *args):
+        (losses,), others = compute(_nested(args[:count], operands), Packing(*args[count:]))
+        return total(weight, losses), others
+
+    def forward(weight, *args):
+        values = [None if a is None else a.value for a in args]
+        flags = [a is not None and a.perturbed for a in args[:count]]
+        gradients = _differentiable(
+            partial(_gradients, loss_fn, geometry, _nested(flags, operands))
+        )
+        (losses,), others, grads = gradients(
+            _nested(values[:count], operands), Packing(*values[count:]), (weight.value,)
+        )
+        d_weight = losses if weight.perturbed else None
+        return (total(weight.value, losses), others), (d_weight, *_flat(grads))
+
+    def backward(residuals, ct):
+        def scale(g):
+            return None if g is None else (ct[0] * g.astype(ct[0].dtype)).astype(g.dtype)
+
+        return (*map(scale, residuals), None, None)
+
+    def tangent(residuals, tangents):
+        out = jnp.zeros((), weight.dtype)
+        for g, t in zip(residuals, tangents, strict=False):
+            if g is not None and t is not None:
+                out += jnp.sum(g.astype(weight.dtype) * t.astype(weight.dtype))
+        return out
+
+    rule = jax.custom_vjp(function)
+    rule.defvjp(forward, backward, symbolic_zeros=True)
+    return with_forward_mode(rule, tangent)(weight, *_flat(operands), *packing)

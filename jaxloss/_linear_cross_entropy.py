@@ -1,0 +1,323 @@
+"""linear_cross_entropy and linear_loss: losses of ``hidden @ kernel`` without the logits."""
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+
+from jaxloss import _check, _linear, _rows, _targets
+from jaxloss._cross_entropy import Reduction, TokenStats, token_terms
+
+Implementation = Literal["token_chunks"]
+
+
+def _operands(call, hidden, kernel, bias, vocab_axis, num_classes, chunk_size):
+    """Checked: hidden[N, D], kernel, bias, the leading shape, vocab axis, C and the chunk."""
+    hidden = _check.floating(call, "hidden", hidden)
+    kernel = _check.floating(call, "kernel", kernel)
+    if hidden.ndim == 0:
+        _check.fail(call, "hidden must be [..., D]", _check.describe(hidden))
+    if kernel.ndim != 2:
+        _check.fail(
+            call, "kernel must be [D, V], or [V, D] with vocab_axis=0", _check.describe(kernel)
+        )
+    vocab_axis = _check.class_axes(call, kernel, "kernel", vocab_axis, name_of="vocab_axis")
+    if len(vocab_axis) != 1:
+        _check.fail(call, "vocab_axis must be one axis", f"{vocab_axis}")
+    vocab_axis = vocab_axis[0]
+    size, columns = kernel.shape[1 - vocab_axis], kernel.shape[vocab_axis]
+    if hidden.shape[-1] != size:
+        transposed = hidden.shape[-1] == columns
+        _check.fail(
+            call,
+            f"kernel must have hidden's last dimension, D = {hidden.shape[-1]}, at axis "
+            f"{1 - vocab_axis}",
+            f"hidden {_check.describe(hidden)}, kernel {_check.describe(kernel)}",
+            f"For a kernel of this shape set vocab_axis={1 - vocab_axis}." if transposed else "",
+        )
+    if hidden.dtype != kernel.dtype:
+        _check.fail(
+            call,
+            "hidden and kernel must have one dtype",
+            f"{hidden.dtype} and {kernel.dtype}",
+            "Cast one of them: a silent cast could copy the whole kernel.",
+            TypeError,
+        )
+    if bias is not None:
+        bias = _check.floating(call, "bias", bias)
+        _check.shape(call, "bias", bias, (columns,), "one entry a column of kernel")
+    classes = _check.integer(call, "num_classes", num_classes, 0, columns, default=columns)
+    tokens = math.prod(hidden.shape[:-1])
+    chunk = _linear.default_chunk(tokens, columns)
+    chunk = _check.integer(call, "chunk_size", chunk_size, 1, None, default=chunk)
+    return hidden, kernel, bias, vocab_axis, classes, min(chunk, max(1, tokens))
+
+
+def _rows_of(mask: Array | None, lead: tuple[int, ...]) -> tuple[Array | None, Array | None]:
+    """A mask broadcastable to [*lead, C] as its own rows [R, C], and each token's row [N]."""
+    if mask is None:
+        return None, None
+    rows = mask.reshape(-1, mask.shape[-1])
+    if rows.shape[0] == 1:
+        return rows, None
+    index = jnp.arange(rows.shape[0], dtype=jnp.int32).reshape(mask.shape[:-1])
+    return rows, jnp.broadcast_to(index, lead).reshape(-1)
+
+
+def linear_cross_entropy(
+    hidden: ArrayLike,
+    kernel: ArrayLike,
+    labels: ArrayLike,
+    *,
+    bias: ArrayLike | None = None,
+    vocab_axis: int = -1,
+    num_classes: int | None = None,
+    weight: ArrayLike | None = None,
+    ignore_index: int | None = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    logit_softcap: float | None = None,
+    sample_weight: ArrayLike | None = None,
+    where: ArrayLike | None = None,
+    reduction: Reduction = "mean",
+    return_stats: bool = False,
+    chunk_size: int | None = None,
+    precision: Any = None,
+) -> Any:
+    r"""``cross_entropy(hidden @ kernel + bias, labels, ...)``, never holding the logits.
+
+    .. math:: l_n = \log \sum_c e^{h_n \cdot k_c + b_c} - (h_n \cdot k_{y_n} + b_{y_n})
+
+    with the options of :func:`cross_entropy`, and its numerics.
+
+    Args:
+      hidden: ``[..., D]``, a floating dtype; N tokens in all.
+      kernel: ``[D, V]``, or with ``vocab_axis=0`` ``[V, D]``: a tied embedding table as it is. The
+        dtype of ``hidden``: the products take it, and accumulate in float32.
+      labels: class indices ``[...]``, or class probabilities ``[..., C]``.
+      bias: ``[V]``.
+      vocab_axis: the axis of ``kernel`` that holds the V columns.
+      num_classes: C, by default V. Columns at and past it are padding and never enter the sum;
+        ``weight``, ``where`` and probabilities have C classes.
+      weight, ignore_index, label_smoothing, z_loss, logit_softcap, sample_weight, where, reduction,
+        return_stats: as in :func:`cross_entropy`.
+      chunk_size: tokens whose logits are held at a time; None takes 128 MiB of float32 logits and
+        at most 512 tokens on a CPU, 256 MiB elsewhere.
+      precision: of the products, as in :func:`jax.lax.dot_general`.
+
+    Returns:
+      The loss, or ``(loss, TokenStats)``, as :func:`cross_entropy`. Gradients have their inputs'
+      dtypes.
+
+    Raises:
+      TypeError: as :func:`cross_entropy`; or ``hidden`` and ``kernel`` differ in dtype.
+      ValueError: as :func:`cross_entropy`; or ``hidden``, ``kernel``, ``bias``, ``num_classes`` do
+        not fit together, or ``chunk_size`` is less than 1.
+
+    A scalar loss takes its gradients along in the forward pass: three matrix products in all (one
+    where nothing is differentiated, two where only ``hidden`` or only ``kernel`` is), and holds one
+    chunk of logits beside a float32 accumulator of the kernel's gradient. ``reduction="none"``
+    computes each chunk's logits again in the backward pass. Tokens that do not count are not
+    computed: with 75 % of the labels ignored, a quarter of the chunks run. Differentiable in
+    ``hidden``, ``kernel``, ``bias``, probabilities and weights, in every mode.
+
+    Example:
+
+      >>> import jax, jax.numpy as jnp
+      >>> import jaxloss
+      >>> hidden = jax.random.normal(jax.random.key(0), (6, 4))
+      >>> kernel = jax.random.normal(jax.random.key(1), (4, 10))
+      >>> labels = jnp.array([1, 2, -100, 4, 5, -100])
+      >>> fused = jaxloss.linear_cross_entropy(hidden, kernel, labels, chunk_size=2)
+      >>> bool(jnp.allclose(fused, jaxloss.cross_entropy(hidden @ kernel, labels)))
+      True
+
+    Source: the gradient in the forward pass as in Liger Kernel (P.-L. Hsu et al., 2024); packing
+    the tokens that count as in E. Wijmans et al., "Cut Your Losses in Large-Vocabulary Language
+    Models" (ICLR 2025).
+    """
+    call = "linear_cross_entropy"
+    hidden, kernel, bias, vocab_axis, classes, chunk = _operands(
+        call, hidden, kernel, bias, vocab_axis, num_classes, chunk_size
+    )
+    logits = jax.ShapeDtypeStruct((*hidden.shape[:-1], classes), hidden.dtype)
+    checked = _check.token_arguments(
+        call, "hidden @ kernel", logits, labels, -1, weight, ignore_index, sample_weight, where,
+        reduction,
+    )  # fmt: skip
+    return _linear_cross_entropy(
+        hidden,
+        kernel,
+        bias,
+        *checked.arrays,
+        geometry=_linear.Geometry(vocab_axis, classes, chunk, precision),
+        reduction=reduction,
+        options=(
+            ("ignore_index", checked.static["ignore_index"]),
+            ("label_smoothing", _check.number(call, "label_smoothing", label_smoothing, 0, 1)),
+            ("z_loss", _check.number(call, "z_loss", z_loss, 0)),
+            ("softcap", _check.softcap(call, logit_softcap)),
+            ("with_stats", _check.flag(call, "return_stats", return_stats)),
+        ),
+    )
+
+
+@partial(jax.jit, static_argnames=("geometry", "reduction", "options"))
+def _linear_cross_entropy(
+    hidden, kernel, bias, labels, weight, sample_weight, class_mask, token_mask,
+    *, geometry, reduction, options,
+):  # fmt: skip
+    options = dict(options)
+    lead, wide = hidden.shape[:-1], _rows.accumulator_dtype(hidden.dtype)
+    targets = _targets.make_targets(
+        labels,
+        geometry.num_classes,
+        wide,
+        weight=weight,
+        sample_weight=sample_weight,
+        token_mask=token_mask,
+        ignore_index=options["ignore_index"],
+    )
+    mask_rows, mask_index = _rows_of(class_mask, lead)
+    scalar, with_stats = reduction != "none", options["with_stats"]
+
+    def loss_fn(x, per_token, shared):
+        labels, index = per_token
+        weight, mask = shared
+        mask = mask if index is None else mask[index]
+        losses, stats, _ = token_terms(x, labels, weight, mask, **options)
+        if stats is None:
+            return (losses,), ()
+        return ((losses,), tuple(stats)) if scalar else ((losses, *stats[:3]), stats[3:])
+
+    tokens = math.prod(lead)
+    operands = _linear.Operands(
+        hidden.reshape(tokens, hidden.shape[-1]),
+        kernel,
+        bias,
+        (labels.reshape(tokens, *labels.shape[len(lead) :]), mask_index),
+        (weight, mask_rows),
+    )
+    packing = _linear.pack(targets.counts.reshape(tokens), geometry.chunk)
+    each, nothing = _targets.token_weights(targets, sample_weight, reduction, wide)
+    if scalar:
+        total, others = _linear.weighted_sum(
+            loss_fn, geometry, each.reshape(tokens), operands, packing
+        )
+        loss, stats = jnp.where(nothing, jnp.nan, total), others
+    else:
+        losses, others = _linear.losses_by_token(loss_fn, geometry, operands, packing)
+        loss, stats = each * losses[0].reshape(lead), (*losses[1:], *others)
+        loss = jnp.where(targets.counts, loss, 0)
+    if not with_stats:
+        return loss
+    stats = TokenStats(*(v.reshape(lead) for v in stats))
+    return loss, stats._replace(prediction=jnp.where(targets.counts, stats.prediction, -1))
+
+
+def linear_loss(
+    loss_fn: Callable[..., Array],
+    hidden: ArrayLike,
+    kernel: ArrayLike,
+    *per_token: ArrayLike,
+    bias: ArrayLike | None = None,
+    vocab_axis: int = -1,
+    sample_weight: ArrayLike | None = None,
+    reduction: Reduction = "mean",
+    chunk_size: int | None = None,
+    precision: Any = None,
+) -> Array:
+    r"""Any per-token loss of the logits ``hidden @ kernel + bias``, never holding them whole.
+
+    .. math:: l_n = \mathrm{loss\_fn}(h_n K + b,\ t_n), \qquad
+              \mathrm{mean} = \sum_n s_n l_n \Big/ \sum_n s_n
+
+    Args:
+      loss_fn: ``loss_fn(logits[n, V], *per_token[n, ...]) -> [n]``, of any n tokens at a time, each
+        alone: float32 logits (float64 for float64 operands). It may close over arrays.
+      hidden: ``[..., D]``, a floating dtype; N tokens in all.
+      kernel: ``[D, V]``, or ``[V, D]`` with ``vocab_axis=0``; the dtype of ``hidden``.
+      per_token: arrays ``[..., *rest]`` with hidden's leading shape: labels, a teacher's hidden.
+      bias: ``[V]``.
+      vocab_axis, precision, chunk_size: as in :func:`linear_cross_entropy`.
+      sample_weight: ``[...]``, a weight a token, or a boolean mask. Tokens of weight 0 are not
+        computed; their loss and gradient are exactly 0.
+      reduction: ``"none"``, ``"sum"`` or ``"mean"``. A mean over nothing is NaN, with gradient 0.
+
+    Returns:
+      A scalar, or ``[...]`` for ``"none"``, in the dtype of the logits.
+
+    Raises:
+      TypeError, ValueError: as :func:`linear_cross_entropy`; or an array of ``per_token`` has
+        another leading shape, or ``loss_fn`` does not return ``[n]``, floating.
+
+    Differentiable in ``hidden``, ``kernel``, ``bias``, floating ``per_token``, ``sample_weight``
+    and what ``loss_fn`` closes over, in every mode that ``loss_fn`` is; memory and products as
+    :func:`linear_cross_entropy`.
+
+    Example: the focal loss.
+
+      >>> import jax, jax.numpy as jnp
+      >>> import jaxloss
+      >>> def focal(logits, labels):
+      ...     loss = jaxloss.cross_entropy(logits, labels, reduction="none")
+      ...     return (1 - jnp.exp(-loss)) ** 2 * loss
+      >>> hidden = jax.random.normal(jax.random.key(0), (6, 4))
+      >>> kernel = jax.random.normal(jax.random.key(1), (4, 10))
+      >>> labels = jnp.arange(6)
+      >>> loss = jaxloss.linear_loss(focal, hidden, kernel, labels, chunk_size=2)
+      >>> bool(jnp.allclose(loss, focal(hidden @ kernel, labels).mean()))
+      True
+
+    Source: the engine of :func:`linear_cross_entropy`.
+    """
+    call = "linear_loss"
+    if not callable(loss_fn):
+        _check.fail(call, "loss_fn must be a function", type(loss_fn).__name__, kind=TypeError)
+    hidden, kernel, bias, vocab_axis, columns, chunk = _operands(
+        call, hidden, kernel, bias, vocab_axis, None, chunk_size
+    )
+    lead, tokens = hidden.shape[:-1], math.prod(hidden.shape[:-1])
+    arrays = []
+    for i, x in enumerate(per_token):
+        x = _check.array(call, f"per_token[{i}]", x)
+        if x.shape[: len(lead)] != lead:
+            rule = f"per_token[{i}] must have hidden's leading shape, {lead}"
+            _check.fail(call, rule, f"{_check.describe(x)}, hidden {_check.describe(hidden)}")
+        arrays.append(x.reshape(tokens, *x.shape[len(lead) :]))
+    sample_weight = _check.check_sample_weight(call, sample_weight, lead)
+    _check.check_reduction(call, reduction)
+
+    wide = _rows.accumulator_dtype(hidden.dtype)
+    logits = jax.ShapeDtypeStruct((chunk, columns), wide)
+    examples = [jax.ShapeDtypeStruct((chunk, *x.shape[1:]), x.dtype) for x in arrays]
+    out = jax.eval_shape(loss_fn, logits, *examples)
+    one = isinstance(out, jax.ShapeDtypeStruct)
+    if not one or out.shape != (chunk,) or not jnp.issubdtype(out.dtype, jnp.floating):
+        rule = f"loss_fn must return one floating number a token, shape ({chunk},)"
+        got = _check.describe(out) if one else type(out).__name__
+        _check.fail(call, rule, f"{got} for logits {_check.describe(logits)}")
+    # What the function closes over and JAX differentiates becomes an argument.
+    pure, closed_over = jax.closure_convert(loss_fn, logits, *examples)
+
+    def chunk_losses(x, per_token, shared):
+        return (pure(x, *per_token, *shared).astype(wide),), ()
+
+    counts = jnp.ones(lead, bool) if sample_weight is None else sample_weight.astype(bool)
+    targets = _targets.Targets(None, None, None, counts)
+    each, nothing = _targets.token_weights(targets, sample_weight, reduction, wide)
+    geometry = _linear.Geometry(vocab_axis, columns, chunk, precision)
+    operands = _linear.Operands(
+        hidden.reshape(tokens, hidden.shape[-1]), kernel, bias, tuple(arrays), tuple(closed_over)
+    )
+    packing = _linear.pack(counts.reshape(tokens), chunk)
+    if reduction == "none":
+        (losses,), _ = _linear.losses_by_token(chunk_losses, geometry, operands, packing)
+        return jnp.where(counts, each * losses.reshape(lead), 0)
+    total, _ = _linear.weighted_sum(chunk_losses, geometry, each.reshape(tokens), operands, packing)
+    return jnp.where(nothing, jnp.nan, total)

@@ -1,0 +1,201 @@
+"""The label contract: which tokens count, what each asks for, and how losses become one number.
+
+====================================================  ===========  ==========================
+label                                                 loss         gradient
+====================================================  ===========  ==========================
+``0 <= y < C``                                        the loss     the gradient
+``y == ignore_index``, or masked, or weighed by 0     exactly 0    exactly 0
+anything else                                         NaN          NaN in that row, no other
+====================================================  ===========  ==========================
+
+A multiplication by 0 does not mask (0 * inf is NaN), so every mask here is a select.
+"""
+
+import operator
+from typing import NamedTuple, cast
+
+import jax.numpy as jnp
+from jax import Array
+from jax.core import Tracer
+from jax.experimental import checkify
+
+from jaxloss import _check
+from jaxloss._rows import RowLosses, of_rank
+
+
+class Targets(NamedTuple):
+    """What the tokens ask for: ``label_weight * (1 - smoothing)`` at ``kept``, and ``soft``."""
+
+    kept: Array | None  # int32 class, num_classes if out of range; None for probabilities
+    soft: Array | None  # broadcastable to the logits: smoothing and weights are in it
+    label_weight: Array | None  # w_y
+    counts: Array  # bool
+
+
+def class_indices(labels: Array, num_classes: int, ignore_index: int | None):
+    """Returns (index: int32; not ignored: bool). A label out of range has index ``num_classes``.
+
+    An ignored token has class 0: finite numbers that are then selected away. NaN would return from
+    behind the select in second derivatives.
+    """
+    if labels.dtype.itemsize < 4:  # int8 cannot hold num_classes
+        labels = labels.astype(jnp.int32)
+    info = jnp.iinfo(labels.dtype)
+    if ignore_index is None or not info.min <= ignore_index <= info.max:
+        ignored = jnp.zeros_like(labels, bool)
+    else:
+        ignored = labels == ignore_index
+    # Compared before it is narrowed: 2^32 + 3 is not class 3.
+    inside = (labels >= 0) & (labels < num_classes)
+    index = jnp.where(inside, labels, num_classes).astype(jnp.int32)
+    return jnp.where(ignored, 0, index), ~ignored
+
+
+def _uniform(label_smoothing, num_classes, class_mask, dtype) -> Array:
+    """``label_smoothing / C`` for each of the C classes that exist."""
+    if class_mask is None:
+        return jnp.full((num_classes,), label_smoothing / num_classes, dtype)
+    exist = jnp.sum(class_mask, axis=-1, keepdims=True, dtype=dtype)
+    if class_mask.shape[-1] == 1:
+        exist *= num_classes
+    return jnp.where(class_mask, label_smoothing / jnp.maximum(exist, 1), 0)
+
+
+def make_targets(
+    labels: Array,
+    num_classes: int,
+    dtype: jnp.dtype,
+    *,
+    weight: Array | None,
+    sample_weight: Array | None = None,
+    class_mask: Array | None = None,
+    token_mask: Array | None = None,
+    ignore_index: int | None,
+    label_smoothing: float = 0.0,
+) -> Targets:
+    """Classes last: ``labels[...]`` are indices or ``labels[..., C]`` probabilities."""
+    kept = soft = label_weight = None
+    if weight is not None:
+        weight = weight.astype(dtype)
+    if label_smoothing and num_classes:
+        soft = _uniform(label_smoothing, num_classes, class_mask, dtype)
+    if jnp.issubdtype(labels.dtype, jnp.integer):
+        kept, counts = class_indices(labels, num_classes, ignore_index)
+        if weight is not None and num_classes:
+            # 1 where there is no such class: its NaN must reach the loss.
+            inside = kept < num_classes
+            label_weight = jnp.where(inside, weight[jnp.where(inside, kept, 0)], 1)
+    else:
+        counts = jnp.ones(labels.shape[:-1], bool)
+        scaled = labels.astype(dtype) * (1 - label_smoothing) if label_smoothing else labels
+        soft = scaled if soft is None else scaled + of_rank(soft, labels.ndim)
+    if soft is not None and weight is not None:
+        soft = soft.astype(dtype) * of_rank(weight, soft.ndim)
+    if token_mask is not None:
+        counts &= token_mask
+    if sample_weight is not None:
+        counts &= sample_weight.astype(bool)
+    return Targets(kept, soft, label_weight, counts)
+
+
+def wanted(targets: Targets, label_smoothing: float, z_loss: float, stats: bool):
+    """Which of ``RowLosses`` (beside ``soft``) the loss and the statistics are made of."""
+    want = ("nll",) if targets.kept is not None and (label_smoothing < 1 or stats) else ()
+    want += ("logsumexp",) if z_loss or stats else ()
+    return want + (("entropy",) if stats else ())
+
+
+def token_losses(rows: RowLosses, targets: Targets, label_smoothing: float, z_loss: float) -> Array:
+    """Each token's loss, class weights included."""
+    losses = None
+    if targets.kept is not None and label_smoothing < 1:
+        losses = rows.nll * (1 - label_smoothing) if label_smoothing else rows.nll
+    if z_loss:
+        penalty = z_loss * rows.logsumexp**2
+        losses = penalty if losses is None else losses + penalty
+    if targets.label_weight is not None and losses is not None:
+        losses = jnp.where(targets.label_weight == 0, 0, targets.label_weight * losses)
+    if targets.soft is not None:
+        losses = rows.soft if losses is None else losses + rows.soft
+    return cast(Array, losses)
+
+
+def token_weights(
+    targets: Targets, sample_weight: Array | None, reduction: str, dtype: jnp.dtype
+) -> tuple[Array, Array]:
+    """``(weight, nothing)``: the result is ``sum(weight * losses)``, or NaN where ``nothing``.
+
+    With ``"none"`` there is no sum. ``weight`` is 0 where a token does not count.
+    """
+    weight = jnp.ones_like(targets.counts, dtype=dtype)
+    if sample_weight is not None and sample_weight.dtype != jnp.bool_:
+        weight = sample_weight.astype(dtype)
+    weight = jnp.where(targets.counts, weight, 0)
+    if reduction != "mean":
+        return weight, jnp.zeros((), bool)
+    share = weight
+    if targets.label_weight is not None:
+        share = jnp.where(targets.counts, weight * targets.label_weight, 0)
+    share = jnp.sum(share)
+    # The constant in place of a 0 keeps 0 / 0 out of the weights' gradients.
+    weight = jnp.where(targets.counts, weight / jnp.where(share == 0, jnp.nan, share), 0)
+    return weight, share == 0
+
+
+def reduce_losses(
+    losses: Array, targets: Targets, sample_weight: Array | None, reduction: str
+) -> Array:
+    weight, nothing = token_weights(targets, sample_weight, reduction, losses.dtype)
+    losses = jnp.where(targets.counts, weight * losses, 0)
+    if reduction == "none":
+        return losses
+    return jnp.where(nothing, jnp.nan, jnp.sum(losses))
+
+
+def check_labels(labels, num_classes: int, ignore_index: int | None = -100) -> None:
+    """Raises if a class index is neither in ``[0, num_classes)`` nor ``ignore_index``.
+
+    The losses answer such a label with NaN in its own row. This is the assertion for those who
+    want an error instead, the same labels being wrong.
+
+    Args:
+      labels: class indices, any shape, an integer dtype.
+      num_classes: C.
+      ignore_index: the one label outside of ``[0, C)`` that is allowed; None allows none.
+
+    Raises:
+      ValueError: eagerly, naming the first such label. Under ``jit`` the check is a
+        ``checkify.check``: transform the function with ``jax.experimental.checkify.checkify`` or
+        ``chex.chexify``, which report it.
+      TypeError: ``labels`` are no integers.
+
+    Example:
+
+      >>> import jax.numpy as jnp
+      >>> import jaxloss
+      >>> jaxloss.check_labels(jnp.array([0, 2, -100]), 3)
+      >>> jaxloss.check_labels(jnp.array([0, 3, -100]), 3)
+      Traceback (most recent call last):
+        ...
+      ValueError: check_labels: labels must be in [0, 3) or equal ignore_index, -100; got 3 at (1,).
+    """
+    labels = _check.array("check_labels", "labels", labels)
+    if not jnp.issubdtype(labels.dtype, jnp.integer):
+        rule = "labels must be class indices (an integer dtype)"
+        _check.fail("check_labels", rule, _check.describe(labels), kind=TypeError)
+    num_classes = operator.index(num_classes)
+    kept, not_ignored = class_indices(labels, num_classes, ignore_index)
+    wrong = (kept == num_classes) & not_ignored
+    rule = f"labels must be in [0, {num_classes}) or equal ignore_index, {ignore_index}"
+    first = jnp.argmax(wrong.ravel()) if labels.size else 0
+    if isinstance(wrong, Tracer):
+        if labels.size:
+            checkify.check(
+                ~jnp.any(wrong),
+                _check.message("check_labels", rule, "{label} at flat index {index}"),
+                label=labels.ravel()[first],
+                index=first,
+            )
+    elif labels.size and bool(jnp.any(wrong)):
+        index = tuple(int(i) for i in jnp.unravel_index(first, labels.shape))
+        _check.fail("check_labels", rule, f"{labels.ravel()[first]} at {index}")

@@ -1,0 +1,157 @@
+"""The label contract, value and gradient alike, eager and jitted."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import checkify
+
+import jaxloss
+
+LOSSES = {
+    "cross_entropy": jaxloss.cross_entropy,
+    "two steps": lambda x, y, **options: jaxloss.nll_loss(jaxloss.log_softmax(x), y, **options),
+    "linear": lambda x, y, **options: jaxloss.linear_cross_entropy(
+        x, jnp.eye(x.shape[-1]), y, chunk_size=2, **options
+    ),
+}
+X = np.random.default_rng(0).normal(size=(5, 4)).astype(np.float32)
+
+
+def both_ways(f):
+    return [f, jax.jit(f)]
+
+
+@pytest.fixture(params=LOSSES)
+def loss(request):
+    return LOSSES[request.param]
+
+
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+@pytest.mark.parametrize("held", [0.0, np.inf, -np.inf, np.nan])
+@pytest.mark.parametrize("how", ["ignore_index", "sample_weight", "boolean", "where"])
+def test_what_does_not_count_is_exactly_zero(loss, reduction, held, how):
+    x = X.copy()
+    x[[1, 4]] = held
+    y = jnp.array([0, 1, 2, 3, 0])
+    options = {"reduction": reduction}
+    counts = np.array([True, False, True, True, False])
+    if how == "ignore_index":
+        y = jnp.where(counts, y, -100)
+    elif how == "where":
+        options["where"] = jnp.asarray(counts)
+    else:
+        options["sample_weight"] = jnp.asarray(counts if how == "boolean" else counts * 1.0)
+
+    def total(x):
+        losses = loss(x, y, **options)
+        return jnp.sum(losses), losses
+
+    for step in both_ways(jax.value_and_grad(total, has_aux=True)):
+        (_, losses), gradient = step(jnp.asarray(x))
+        assert np.all(np.asarray(gradient)[~counts] == 0)
+        assert np.isfinite(gradient).all()
+        if reduction == "none":
+            assert np.all(np.asarray(losses)[~counts] == 0)
+        few = loss(jnp.asarray(x[counts]), y[counts], reduction=reduction)
+        np.testing.assert_allclose(
+            losses if reduction != "none" else losses[counts], few, rtol=1e-6
+        )
+
+
+@pytest.mark.parametrize("wrong", [4, -1, -99, 2**31 - 1, -(2**31)])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_a_label_out_of_range_is_nan_in_its_row(loss, wrong, weighted):
+    y = jnp.array([0, wrong, 2, -100, 3])
+    options = {"weight": jnp.array([1.0, 0.0, 2.0, 3.0])} if weighted else {}
+    for f in both_ways(lambda x: loss(x, y, reduction="none", **options)):
+        assert np.isnan(f(X)).tolist() == [False, True, False, False, False]
+    for reduction in ("sum", "mean"):
+        for f in both_ways(jax.grad(lambda x, r=reduction: loss(x, y, reduction=r, **options))):
+            gradient = np.asarray(f(X))
+            if loss is LOSSES["linear"]:  # NaN * 0 of another token's kernel gradient aside
+                assert np.isnan(gradient[1]).all()
+            assert np.isfinite(np.delete(gradient, 1, axis=0)).all()
+            assert loss is LOSSES["two steps"] or np.isnan(gradient[1]).all()
+
+
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "int16", "uint16", "int32", "uint32"])
+def test_any_integer_dtype(dtype):
+    x = jnp.zeros((3, 300)).at[:, 7].set(1.0)
+    y = np.array([7, 100, 127], dtype)
+    expected = jaxloss.cross_entropy(x, y.astype(np.int32), reduction="none")
+    np.testing.assert_array_equal(jaxloss.cross_entropy(x, y, reduction="none"), expected)
+
+
+def test_labels_do_not_wrap():
+    with jax.enable_x64(True):
+        y = jnp.array([3, 2**32 + 3], jnp.int64)
+        assert np.isnan(jaxloss.cross_entropy(jnp.zeros((2, 5)), y, reduction="none"))[1]
+
+
+@pytest.mark.parametrize(
+    ("index", "zero"), [(-100, [3]), (None, []), (2, [1]), (-1, [2]), (10**12, [])]
+)
+def test_ignore_index(loss, index, zero):
+    y = jnp.array([0, 2, -1, -100, 3])
+    losses = np.asarray(loss(X, y, ignore_index=index, reduction="none"))
+    assert np.flatnonzero(losses == 0).tolist() == zero
+    outside = {2: -1, 3: -100}
+    expected = [i for i, label in outside.items() if label != index]
+    assert np.flatnonzero(np.isnan(losses)).tolist() == expected
+
+
+def test_nothing_counts(loss):
+    y = jnp.full(5, -100)
+    assert np.isnan(loss(X, y))
+    assert loss(X, y, reduction="sum") == 0
+    for f in both_ways(jax.grad(lambda x: loss(x, y))):
+        assert np.all(np.asarray(f(X)) == 0)
+    weight = jax.grad(lambda s: loss(X, y, sample_weight=s))(jnp.ones(5))
+    assert np.all(np.asarray(weight) == 0)
+
+
+def test_empty(loss):
+    x, y = jnp.zeros((0, 4)), jnp.zeros(0, jnp.int32)
+    assert loss(x, y, reduction="none").shape == (0,)
+    assert loss(x, y, reduction="sum") == 0
+    assert np.isnan(loss(x, y))
+    assert jax.grad(lambda x: loss(x, y))(x).shape == (0, 4)
+
+
+def test_no_classes():
+    x = jnp.zeros((2, 0))
+    assert jaxloss.log_softmax(x).shape == (2, 0)
+    losses = jaxloss.cross_entropy(x, jnp.array([0, -100]), reduction="none")
+    assert np.isnan(losses[0])
+    assert losses[1] == 0
+    assert np.isnan(jaxloss.cross_entropy(x, x))
+
+
+def test_check_labels_eagerly():
+    jaxloss.check_labels(jnp.array([[0, 4], [-100, 2]]), 5)
+    jaxloss.check_labels(jnp.zeros(0, jnp.int32), 5)
+    with pytest.raises(
+        ValueError, match=r"\[0, 5\) or equal ignore_index, -100; got 5 at \(1, 0\)"
+    ):
+        jaxloss.check_labels(jnp.array([[0, 4], [5, 2]]), 5)
+    with pytest.raises(ValueError, match="got -100 at"):
+        jaxloss.check_labels(jnp.array([-100]), 5, ignore_index=None)
+    with pytest.raises(TypeError, match=r"an integer dtype.*got float32\(1,\)"):
+        jaxloss.check_labels(jnp.array([1.0]), 5)
+
+
+def test_check_labels_under_jit():
+    def step(y):
+        jaxloss.check_labels(y, 5)
+        return y + 1
+
+    checked = checkify.checkify(jax.jit(step))
+    error, _ = checked(jnp.array([0, 4]))
+    error.throw()
+    error, _ = checked(jnp.array([0, 7]))
+    with pytest.raises(checkify.JaxRuntimeError, match="got 7 at flat index 1"):
+        error.throw()
+    with pytest.raises(Exception, match="got 7 at flat index 1"):
+        chex.chexify(jax.jit(step), async_check=False)(jnp.array([0, 7]))

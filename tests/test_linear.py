@@ -1,0 +1,436 @@
+"""linear_cross_entropy and linear_loss: equal to the materialised loss, and what they promise."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxloss
+from jaxloss import _linear
+
+A = (0, 1)
+
+
+def problem(n=7, d=4, v=11, dtype=jnp.float32, seed=0):
+    rng = np.random.default_rng(seed)
+    hidden = jnp.asarray(rng.normal(size=(n, d)), dtype)
+    kernel = jnp.asarray(rng.normal(size=(d, v)), dtype)
+    labels = rng.integers(0, v, n)
+    labels[rng.random(n) < 0.3] = -100
+    return hidden, kernel, jnp.asarray(labels, jnp.int32)
+
+
+def products(f, *args):
+    """Matrix products in the program of ``f``, loop bodies counted once."""
+
+    def count(jaxpr):
+        found = 0
+        for eqn in jaxpr.eqns:
+            found += eqn.primitive.name == "dot_general"
+            for value in jax.tree.leaves(
+                list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "eqns")
+            ):
+                inner = getattr(value, "jaxpr", value)
+                found += count(inner) if hasattr(inner, "eqns") else 0
+        return found
+
+    return count(jax.make_jaxpr(f)(*args).jaxpr)
+
+
+def random_case(seed):
+    rng = np.random.default_rng(seed)
+    lead = [(), (1,), (7,), (3, 5), (33,)][rng.integers(5)]
+    d, v = int(rng.integers(1, 9)), int(rng.choice([1, 2, 13, 31, 64]))
+    c = int(rng.integers(1, v + 1)) if rng.random() < 0.4 else v
+    draw = rng.random
+    given = {
+        "hidden": rng.normal(size=(*lead, d)),
+        "kernel": rng.normal(size=(d, v)),
+    }
+    if draw() < 0.5:
+        given["bias"] = rng.normal(size=v)
+    constants = {"reduction": str(rng.choice(["none", "sum", "mean"]))}
+    exists = None
+    if draw() < 0.3:
+        shape = (*lead, c) if draw() < 0.5 else (1,) * len(lead) + (c,)
+        exists = draw(shape) < 0.8
+        exists[..., 0] = True
+        constants["where"] = jnp.asarray(exists)
+    if draw() < 0.4:
+        q = rng.dirichlet(np.ones(c), lead) * (True if exists is None else exists)
+        given["labels"] = q
+    else:
+        y = rng.integers(0, c if exists is None else 1, lead)
+        constants["labels"] = jnp.asarray(np.where(draw(lead) < 0.3, -100, y), jnp.int32)
+    if draw() < 0.4:
+        given["weight"] = draw(c) + 0.1
+    if draw() < 0.4:
+        given["sample_weight"] = draw(lead) * (draw(lead) < 0.8)
+    if draw() < 0.4:
+        constants["label_smoothing"] = float(rng.choice([0.1, 1.0]))
+    if draw() < 0.4:
+        constants["z_loss"] = 0.01
+    if draw() < 0.4:
+        constants["logit_softcap"] = 3.0
+    constants["return_stats"] = bool(draw() < 0.4)
+    call = {
+        "vocab_axis": int(rng.choice([0, 1, -1])),
+        "num_classes": None if c == v else c,
+        "chunk_size": [None, 1, 4, 100][rng.integers(4)],
+    }
+    given = {k: jnp.asarray(x, jnp.float32) for k, x in given.items()}
+    return given, constants, call
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_every_option_equals_the_materialised_loss(seed):
+    given, constants, call = random_case(seed)
+
+    def fused(given):
+        given = dict(given)
+        kernel = given.pop("kernel")
+        kernel = kernel.T if call["vocab_axis"] == 0 else kernel
+        return jaxloss.linear_cross_entropy(kernel=kernel, **given, **constants, **call)
+
+    def materialised(given):
+        given = dict(given)
+        bias = given.pop("bias", None)
+        x = given.pop("hidden")
+        x = jnp.einsum("...d,dv->...v", x, given.pop("kernel"), precision="highest")
+        x = x if bias is None else x + bias.reshape((1,) * (x.ndim - 1) + bias.shape)
+        return jaxloss.cross_entropy(x[..., : call["num_classes"]], **given, **constants)
+
+    def total(f):
+        def of(given):
+            out = f(given)
+            loss, stats = out if constants["return_stats"] else (out, None)
+            value = jnp.sum(jnp.sin(loss * jnp.arange(1.0, 1 + loss.size).reshape(loss.shape)))
+            if stats is not None and constants["reduction"] == "none":
+                value += jnp.sum(jnp.cos(stats.log_prob) + stats.entropy * stats.logsumexp)
+            return value, out
+
+        return jax.value_and_grad(of, has_aux=True)
+
+    ours, theirs = jax.jit(total(fused))(given), total(materialised)(given)
+    undifferentiated = fused(given)
+    pairs = zip(
+        jax.tree.leaves((ours, undifferentiated)),
+        jax.tree.leaves((theirs, theirs[0][1])),
+        strict=True,
+    )
+    for got, expected in pairs:
+        scale = np.max(np.abs(np.nan_to_num(expected)), initial=1)
+        np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5 * scale)
+
+
+@pytest.mark.parametrize(("n", "v", "chunk"), [(1, 1, 1), (1, 7, 4), (13, 17, 4), (13, 17, 100)])
+def test_shapes_that_divide_nothing(n, v, chunk):
+    hidden, kernel, _ = problem(n, 3, v)
+    labels = jnp.arange(n) % v
+    ours = jax.value_and_grad(jaxloss.linear_cross_entropy, A)(
+        hidden, kernel, labels, chunk_size=chunk
+    )
+    theirs = jax.value_and_grad(lambda h, k: jaxloss.cross_entropy(h @ k, labels), A)(
+        hidden, kernel
+    )
+    for got, expected in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_allclose(got, expected, rtol=2e-5, atol=2e-6)
+
+
+def test_counts_of_products():
+    hidden, kernel, labels = problem()
+
+    def loss(reduction):
+        def f(h, k):
+            out = jaxloss.linear_cross_entropy(h, k, labels, chunk_size=3, reduction=reduction)
+            return jnp.sum(out)
+
+        return f
+
+    assert products(loss("mean"), hidden, kernel) == 1
+    assert products(jax.value_and_grad(loss("mean"), A), hidden, kernel) == 3
+    assert products(jax.grad(loss("mean"), 0), hidden, kernel) == 2
+    assert products(jax.grad(loss("mean"), 1), hidden, kernel) == 2
+    assert products(jax.value_and_grad(loss("none"), A), hidden, kernel) == 4
+    assert products(jax.grad(loss("none"), 0), hidden, kernel) == 3
+
+
+def test_backward_pass_has_no_product():
+    hidden, kernel, labels = problem()
+    _, pullback = jax.vjp(
+        lambda h, k: jaxloss.linear_cross_entropy(h, k, labels, chunk_size=3), hidden, kernel
+    )
+    assert products(pullback, jnp.float32(1)) == 0
+
+
+def test_ignored_tokens_run_no_chunk():
+    """The trip count follows the tokens that count: a kernel of NaN is not even read."""
+    hidden, kernel, _ = problem()
+    none = jnp.full(7, -100)
+    for reduction in ("none", "sum"):
+        out = jaxloss.linear_cross_entropy(
+            hidden, kernel * jnp.nan, none, reduction=reduction, chunk_size=2
+        )
+        assert np.all(np.asarray(out) == 0)
+    packing = _linear.pack(jnp.array([False, True, False, True, True]), 2)
+    assert packing.order.tolist() == [1, 3, 4, 5, 5, 5]
+    assert int(packing.size) == 3
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("jitted", [False, True])
+def test_every_mode(reduction, jitted):
+    hidden, kernel, labels = problem()
+
+    def total(losses):
+        return jnp.sum(jnp.sin(losses))
+
+    def fused(h, k):
+        return total(
+            jaxloss.linear_cross_entropy(h, k, labels, chunk_size=3, reduction=reduction)
+        )
+
+    def plain(h, k):
+        logp = jax.nn.log_softmax(h @ k)
+        counts = labels != -100
+        picked = jnp.take_along_axis(logp, jnp.where(counts, labels, 0)[:, None], 1)[:, 0]
+        losses = jnp.where(counts, -picked, 0)
+        return total(losses if reduction == "none" else losses.sum() / counts.sum(dtype=jnp.float32))
+
+    def hvp(f):
+        return lambda h, k: jax.jvp(jax.grad(f, A), (h, k), (h, k))[1]
+
+    modes = {
+        "grad": lambda f: jax.grad(f, A),
+        "jacfwd": lambda f: jax.jacfwd(f, A),
+        "jvp of grad": hvp,
+        "grad of grad": lambda f: jax.jacrev(jax.grad(f, A), A),
+        "grad of jvp": lambda f: jax.jacrev(jax.jacfwd(f, A), A),
+        "jvp of jvp": lambda f: jax.jacfwd(jax.jacfwd(f, A), A),
+        "checkpoint": lambda f: jax.grad(jax.checkpoint(f), A),
+        "linearize": lambda f: lambda h, k: jax.linearize(f, h, k)[1](h, k),
+    }
+    for name, mode in modes.items():
+        f = jax.jit(mode(fused)) if jitted else mode(fused)
+        got, expected = f(hidden, kernel), mode(plain)(hidden, kernel)
+        for g, e in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+            np.testing.assert_allclose(g, e, rtol=1e-4, atol=2e-6, err_msg=name)
+
+
+@pytest.mark.parametrize("axes", [(0, None, 0), (None, 0, None), (0, 0, 0)])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_vmap_and_scan(axes, reduction):
+    hidden, kernel, labels = problem()
+    stacked = (
+        jnp.stack([hidden, 2 * hidden]),
+        jnp.stack([kernel, -kernel]),
+        jnp.stack([labels, jnp.full(7, 3)]),
+    )
+    args = [s if a == 0 else s[0] for s, a in zip(stacked, axes, strict=True)]
+
+    def step(h, k, y):
+        def f(h, k):
+            return jnp.sum(
+                jaxloss.linear_cross_entropy(h, k, y, chunk_size=3, reduction=reduction)
+            )
+
+        return jax.value_and_grad(f, A)(h, k)
+
+    batched = jax.vmap(step, in_axes=axes)(*args)
+
+    def one(_, i):
+        return _, step(*(a[i] if ax == 0 else a for a, ax in zip(args, axes, strict=True)))
+
+    _, scanned = jax.lax.scan(one, None, jnp.arange(2))
+    for got, expected in zip(jax.tree.leaves(batched), jax.tree.leaves(scanned), strict=True):
+        np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
+
+
+def dtypes_of(f, name, *args):
+    """(input dtypes, output dtype) of every ``name`` in the program."""
+    found = set()
+
+    def walk(jaxpr):
+        for eqn in jaxpr.eqns:
+            if eqn.primitive.name == name:
+                found.add((*(str(v.aval.dtype) for v in eqn.invars), str(eqn.outvars[0].aval.dtype)))
+            for value in jax.tree.leaves(
+                list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "eqns")
+            ):
+                inner = getattr(value, "jaxpr", value)
+                if hasattr(inner, "eqns"):
+                    walk(inner)
+
+    walk(jax.make_jaxpr(f)(*args).jaxpr)
+    return found
+
+
+def test_products_take_bfloat16_and_accumulate_in_float32():
+    hidden, kernel, labels = problem(dtype=jnp.bfloat16)
+    for reduction in ("mean", "none"):
+
+        def loss(h, k, reduction=reduction):
+            return jnp.sum(jaxloss.linear_cross_entropy(h, k, labels, reduction=reduction))
+
+        step = jax.value_and_grad(loss, A)
+        assert dtypes_of(step, "dot_general", hidden, kernel) == {
+            ("bfloat16", "bfloat16", "float32")
+        }
+        value, grads = step(hidden, kernel)
+        assert value.dtype == jnp.float32
+        assert {g.dtype for g in grads} == {jnp.dtype(jnp.bfloat16)}
+
+
+def test_bfloat16_gradients_are_no_worse_than_materialised_float32_ones():
+    n, d, v = 2048, 256, 4096
+    rng = np.random.default_rng(0)
+    hidden = jnp.asarray(rng.normal(size=(n, d)), jnp.bfloat16)
+    kernel = jnp.asarray(rng.normal(size=(d, v)) * 0.1, jnp.bfloat16)
+    labels = jnp.asarray(rng.integers(0, v, n), jnp.int32)
+    h, k = (np.asarray(a.astype(jnp.float32), np.float64) for a in (hidden, kernel))
+    x = h @ k
+    g = np.exp(x - x.max(-1, keepdims=True))
+    g /= g.sum(-1, keepdims=True)
+    g[np.arange(n), labels] -= 1
+    g /= n
+
+    def narrow(a):
+        return np.asarray(jnp.asarray(a, jnp.bfloat16).astype(jnp.float32), np.float64)
+
+    exact = (g @ k.T, h.T @ g)
+    rounded_operand = (narrow(g) @ k.T, h.T @ narrow(g))
+    got = jax.jit(jax.grad(jaxloss.linear_cross_entropy, A))(hidden, kernel, labels)
+    for ours, truth, once in zip(got, exact, rounded_operand, strict=True):
+        ours = np.asarray(ours.astype(jnp.float32), np.float64)
+        rounding = np.linalg.norm(narrow(truth) - truth) + np.linalg.norm(once - truth)
+        assert np.linalg.norm(ours - truth) <= 1.1 * rounding
+
+
+@pytest.mark.parametrize(("n", "d", "v"), [(1024, 512, 32000), (512, 512, 128256)])
+def test_temporary_memory(n, d, v):
+    args = [
+        jax.ShapeDtypeStruct(shape, dtype)
+        for shape, dtype in (((n, d), jnp.float32), ((d, v), jnp.float32), ((n,), jnp.int32))
+    ]
+
+    def temporary(f):
+        return jax.jit(f).lower(*args).compile().memory_analysis().temp_size_in_bytes / 2**20
+
+    accumulator = d * v * 4 / 2**20
+    assert temporary(jax.value_and_grad(jaxloss.linear_cross_entropy, A)) <= accumulator + 260
+    assert temporary(jaxloss.linear_cross_entropy) <= 260
+
+
+def test_no_transposed_copy_of_an_embedding_table():
+    hidden, kernel, labels = problem()
+    step = jax.value_and_grad(
+        lambda h, k: jaxloss.linear_cross_entropy(h, k, labels, vocab_axis=0), A
+    )
+    assert dtypes_of(step, "transpose", hidden, kernel.T) == set()
+
+
+# linear_loss
+
+
+def focal(logits, labels):
+    loss = jaxloss.cross_entropy(logits, labels, reduction="none")
+    return (1 - jnp.exp(-loss)) ** 2 * loss
+
+
+def jensen_shannon(logits, teacher_logits):
+    p, q = jax.nn.log_softmax(logits), jax.nn.log_softmax(teacher_logits)
+    m = jnp.logaddexp(p, q) - jnp.log(2.0)
+    return 0.5 * jnp.sum(jnp.exp(p) * (p - m) + jnp.exp(q) * (q - m), axis=-1)
+
+
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+def test_focal_loss(reduction):
+    hidden, kernel, _ = problem()
+    labels, weight = jnp.arange(7), jnp.array([1.0, 0, 2, 0.5, 1, 0, 3])
+    reduce = {
+        "none": lambda x: x,
+        "sum": jnp.sum,
+        "mean": lambda x: jnp.sum(x) / jnp.sum(weight),
+    }[reduction]
+
+    def fused(h, k, s):
+        return jnp.sum(
+            jaxloss.linear_loss(
+                focal, h, k, labels, sample_weight=s, reduction=reduction, chunk_size=2
+            )
+        )
+
+    def plain(h, k, s):
+        s = jnp.where(weight == 0, 0, s)
+        losses = s * focal(h @ k, labels)
+        return jnp.sum(losses) / jnp.sum(s) if reduction == "mean" else jnp.sum(reduce(losses))
+
+    ours = jax.value_and_grad(fused, (0, 1, 2))(hidden, kernel, weight)
+    theirs = jax.value_and_grad(plain, (0, 1, 2))(hidden, kernel, weight)
+    for got, expected in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("loss", [jensen_shannon, "soft targets"])
+def test_a_teacher_in_chunks(loss):
+    """The teacher's logits are chunked too, and gradients reach what the function closes over."""
+    hidden, kernel, _ = problem()
+    teacher, teacher_kernel, _ = problem(d=3, seed=1)
+    if loss == "soft targets":
+
+        def loss(logits, teacher_logits):
+            q = jax.nn.softmax(teacher_logits)
+            return jaxloss.cross_entropy(logits, q, reduction="none")
+
+    def fused(h, k, t, tk):
+        return jaxloss.linear_loss(
+            lambda x, some: loss(x, some @ tk), h, k, t, chunk_size=2, reduction="mean"
+        )
+
+    def plain(h, k, t, tk):
+        return jnp.mean(loss(h @ k, t @ tk))
+
+    args = (hidden, kernel, teacher, teacher_kernel)
+    every = tuple(range(4))
+    ours = jax.jit(jax.value_and_grad(fused, every))(*args)
+    theirs = jax.value_and_grad(plain, every)(*args)
+    for got, expected in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
+
+
+H, K, Y = np.zeros((6, 4), np.float32), np.zeros((4, 10), np.float32), np.zeros(6, np.int32)
+
+
+@pytest.mark.parametrize(
+    ("args", "options", "kind", "text"),
+    [
+        ((H, K[:3], Y), {}, ValueError, "kernel must have hidden's last dimension, D = 4"),
+        ((H, K.T, Y), {}, ValueError, "set vocab_axis=0"),
+        ((H, K[0], Y), {}, ValueError, r"kernel must be \[D, V\]"),
+        ((H, K, Y[:, None]), {}, ValueError, r"labels must have the shape .* \(6,\)"),
+        ((H, K, Y), {"num_classes": 11}, ValueError, r"num_classes must be in \[0, 10\]; got 11"),
+        ((H, K, Y), {"chunk_size": 0}, ValueError, "chunk_size must be at least 1; got 0"),
+        ((H, K, Y), {"chunk_size": 2.0}, TypeError, "chunk_size must be an int"),
+        ((H, K, Y), {"bias": K[0, :4]}, ValueError, r"bias must have one entry a column.*\(10,\)"),
+        ((H, K.astype(np.float16), Y), {}, TypeError, "one dtype; got float32 and float16"),
+        ((H, K, Y), {"vocab_axis": 2}, ValueError, r"vocab_axis must be in \[-2, 1\]"),
+        ((H, K, Y), {"weight": K[0, :9]}, ValueError, r"weight .* \(10,\)"),
+        ((H.astype(np.int32), K, Y), {}, TypeError, "hidden must have a real floating dtype"),
+    ],
+)
+def test_errors(args, options, kind, text):
+    with pytest.raises(kind, match=text):
+        jaxloss.linear_cross_entropy(*args, **options)
+    with pytest.raises(kind, match="linear_cross_entropy"):
+        jax.jit(lambda *args: jaxloss.linear_cross_entropy(*args, **options))(*args)
+
+
+def test_errors_of_linear_loss():
+    with pytest.raises(ValueError, match=r"loss_fn must return one floating number a token"):
+        jaxloss.linear_loss(lambda x: x, H, K)
+    with pytest.raises(ValueError, match=r"loss_fn must return .*got float32\(\)"):
+        jaxloss.linear_loss(lambda x: jnp.sum(x), H, K)
+    with pytest.raises(ValueError, match=r"per_token\[0\] must have hidden's leading shape, \(6,\)"):
+        jaxloss.linear_loss(focal, H, K, Y[:5])
+    with pytest.raises(TypeError, match="loss_fn must be a function"):
+        jaxloss.linear_loss(None, H, K, Y)

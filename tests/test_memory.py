@@ -1,0 +1,64 @@
+"""What is promised of memory and of the compiled program."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import jaxloss
+
+DTYPES = [jnp.float32, jnp.bfloat16]
+SHAPES = [(8192, 10), (4096, 4096), (1024, 32000)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+def test_residuals_are_the_logits_and_numbers_of_a_row(dtype, reduction):
+    x, y = jnp.zeros((8, 100), dtype), jnp.zeros(8, jnp.int32)
+    _, pullback = jax.vjp(lambda x: jaxloss.cross_entropy(x, y, reduction=reduction), x)
+    large = [r for r in jax.tree.leaves(pullback) if r.size > 8]
+    assert [(r.shape, r.dtype) for r in large] == [(x.shape, dtype)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_residuals_of_log_softmax(dtype):
+    x = jnp.zeros((8, 100), dtype)
+    _, pullback = jax.vjp(jaxloss.log_softmax, x)
+    large = [r for r in jax.tree.leaves(pullback) if r.size > 8]
+    assert [(r.shape, r.dtype) for r in large] == [(x.shape, dtype)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_residuals_of_probabilities(dtype):
+    x = jnp.zeros((8, 100), dtype)
+    _, pullback = jax.vjp(jaxloss.cross_entropy, x, x)
+    large = [r for r in jax.tree.leaves(pullback) if r.size > 8]
+    assert [(r.shape, r.dtype) for r in large] == [(x.shape, dtype)] * 2
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_temporary_memory(shape, dtype):
+    args = jax.ShapeDtypeStruct(shape, dtype), jax.ShapeDtypeStruct(shape[:1], jnp.int32)
+    for f in (jaxloss.cross_entropy, jax.value_and_grad(jaxloss.cross_entropy)):
+        memory = jax.jit(f).lower(*args).compile().memory_analysis()
+        assert memory.temp_size_in_bytes <= 32 * shape[0] + 2 * 2**20
+
+
+@pytest.mark.parametrize("spec", [P("a"), P(None, "b"), P("a", "b"), P(None, ("a", "b"))])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sharded_logits_are_not_gathered(spec, dtype):
+    mesh = jax.make_mesh((2, 4), ("a", "b"))
+    x = jax.ShapeDtypeStruct((64, 4096), dtype, sharding=NamedSharding(mesh, spec))
+    y = jax.ShapeDtypeStruct((64,), jnp.int32, sharding=NamedSharding(mesh, P(*spec[:1])))
+    step = jax.jit(jax.value_and_grad(jaxloss.cross_entropy))
+    text = step.lower(x, y).compile().as_text()
+    moved = re.findall(
+        r"= (\S+?)\[([\d,]*)\]\S* (all-gather|all-to-all|collective-permute)\(", text
+    )
+    sizes = [int(np.prod([int(n) for n in dims.split(",") if n])) for _, dims, _ in moved]
+    assert all(size <= 64 * 8 for size in sizes), moved

@@ -1,0 +1,69 @@
+"""The package from outside: what it imports, exports and says of itself."""
+
+import ast
+import doctest
+import importlib
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import jaxloss
+
+ROOT = Path(__file__).parent.parent
+MODULES = sorted(path.stem for path in (ROOT / "jaxloss").glob("_*.py") if path.stem != "__init__")
+
+
+def test_import_is_light():
+    program = """
+import sys, jaxloss
+from jax._src import xla_bridge
+assert not xla_bridge.backends_are_initialized()
+heavy = {"optax", "flax", "haiku", "equinox", "sklearn", "matplotlib", "torch"}
+assert not heavy & set(sys.modules), heavy & set(sys.modules)
+"""
+    subprocess.run([sys.executable, "-W", "ignore", "-c", program], check=True)
+
+
+def test_exports():
+    public = {name for name in vars(jaxloss) if not name.startswith("_")}
+    assert set(jaxloss.__all__) == public
+    with open(ROOT / "pyproject.toml", "rb") as file:
+        assert jaxloss.__version__ == tomllib.load(file)["project"]["version"]
+
+
+def test_every_public_docstring_is_whole():
+    for name in jaxloss.__all__:
+        text = getattr(jaxloss, name).__doc__
+        if name != "TokenStats":
+            assert all(part in text for part in ("Args:", "Raises:", "Example")), name
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_examples(module):
+    result = doctest.testmod(importlib.import_module(f"jaxloss.{module}"))
+    assert result.failed == 0
+
+
+def test_imports_run_one_way():
+    """Public functions import the numerics, the targets and the checks, never the reverse."""
+    imports = {}
+    for module in MODULES:
+        tree = ast.parse((ROOT / "jaxloss" / f"{module}.py").read_text())
+        found = set()
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("jaxloss"):
+                inner = node.module.removeprefix("jaxloss").strip(".")
+                found |= {inner} if inner else {alias.name for alias in node.names}
+        imports[module] = found
+    assert imports == {
+        "_check": set(),
+        "_forward_mode": set(),
+        "_rows": {"_forward_mode"},
+        "_targets": {"_check", "_rows"},
+        "_cross_entropy": {"_check", "_rows", "_targets"},
+        "_linear": {"_forward_mode", "_rows"},
+        "_linear_cross_entropy": {"_check", "_linear", "_rows", "_targets", "_cross_entropy"},
+    }

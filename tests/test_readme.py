@@ -1,0 +1,22 @@
+"""Every Python block of the README runs, in a namespace of its own."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+TEXT = (Path(__file__).parent.parent / "README.md").read_text()
+BLOCKS = re.findall(r"^```python\n(.*?)^```", TEXT, re.DOTALL | re.MULTILINE)
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=range(len(BLOCKS)))
+def test_block(block):
+    import jax
+
+    # The README's reader has JAX's defaults.
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
+
+
+def test_there_are_blocks():
+    assert len(BLOCKS) >= 5
