@@ -63,7 +63,7 @@ def class_axes(
     function: str, logits: Array, name: str, axis: int | Sequence[int], name_of: str = "axis"
 ) -> tuple:
     """``axis`` as a tuple of distinct axes counted from the front."""
-    axes = tuple(axis) if isinstance(axis, tuple | list) else (axis,)
+    axes: tuple[Any, ...] = tuple(axis) if isinstance(axis, tuple | list) else (axis,)
     for a in axes:
         if isinstance(a, bool) or not hasattr(a, "__index__"):
             fail(
@@ -267,7 +267,7 @@ class TokenArguments(NamedTuple):
 def token_arguments(
     function: str,
     name: str,
-    logits: Array,
+    logits: Any,  # an Array, or what one would be: it is asked for its shape and dtype alone
     labels: Any,
     axis: Any,
     weight: Any,

@@ -366,7 +366,7 @@ def token_terms(
         rows = _rows.row_losses(
             x, targets.kept, targets.soft, class_mask, softcap=softcap, want=want
         )
-        prediction = _rows.prediction(x, class_mask) if with_stats else None
+        prediction = _rows.prediction(x, class_mask) if with_stats else jnp.int32(-1)
     # Before anything multiplies them: lse^2 of a masked row's inf has a gradient of 0 * inf.
     rows = _rows.RowLosses(*(v if v is None else jnp.where(targets.counts, v, 0) for v in rows))
     losses = _targets.token_losses(rows, targets, label_smoothing, z_loss)

@@ -7,7 +7,7 @@ it runs the custom_vjp function's own backward pass; differentiated again, it is
 
 from functools import partial
 from itertools import compress, zip_longest
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,9 @@ try:
     from jax.extend.core import Primitive, jaxpr_as_fun
     from jax.interpreters import ad, batching, mlir
 except ImportError:  # a JAX that moved them: reverse mode alone, and custom_vjp's error for jvp
-    Primitive = jaxpr_as_fun = ad = batching = mlir = None  # pyright: ignore
+    Primitive: Any = None
+    jaxpr_as_fun: Any = None
+    ad = batching = mlir = cast(Any, None)
 
 
 def with_forward_mode(rule, tangent):
@@ -27,9 +29,8 @@ def with_forward_mode(rule, tangent):
 
     ``tangent(residuals, tangents)`` takes what the rule's forward pass saved and one tangent an
     argument (None: it is constant), and returns the outputs' tangents (the first few, where the
-    others do not move). It must
-    be linear in the tangents, and the rule's backward pass its transpose; that one gets None for
-    cotangents that are zero.
+    others do not move). It must be linear in the tangents, and the rule's backward pass its
+    transpose; that one gets None for cotangents that are zero.
     """
     if Primitive is None:
         return rule
@@ -135,7 +136,7 @@ def _batch(args, axes, *, program, transposed, n):
         return jax.vmap(
             partial(transposed, present),
             in_axes=(*axes[:n], *(0 for p in present if p)),
-            out_axes=tuple(axes[n:]),
+            out_axes=axes[n:],
         )(*operands)
 
     forward = jax.vmap(jaxpr_as_fun(program), in_axes=axes)

@@ -133,7 +133,9 @@ def _map(function, first: Operands, *rest: Operands) -> Operands:
         return tuple(one(*xs) for xs in zip(*fields, strict=True))
 
     return Operands(
-        *(one(*xs) for xs in zip(first[:3], *(r[:3] for r in rest), strict=True)),
+        one(first.hidden, *(r.hidden for r in rest)),
+        one(first.kernel, *(r.kernel for r in rest)),
+        one(first.bias, *(r.bias for r in rest)),
         many(first.per_token, *(r.per_token for r in rest)),
         many(first.shared, *(r.shared for r in rest)),
     )
@@ -255,8 +257,9 @@ def _flat(operands: Operands) -> tuple:
 
 
 def _nested(flat, like: Operands) -> Operands:
-    tokens = 3 + len(like.per_token)
-    return Operands(*flat[:3], tuple(flat[3:tokens]), tuple(flat[tokens:]))
+    hidden, kernel, bias, *rest = flat
+    tokens = len(like.per_token)
+    return Operands(hidden, kernel, bias, tuple(rest[:tokens]), tuple(rest[tokens:]))
 
 
 def losses_by_token(
@@ -319,7 +322,7 @@ def weighted_sum(
         return total(weight, losses), others
 
     def forward(weight, *args):
-        values = [None if a is None else a.value for a in args]
+        values: list[Any] = [None if a is None else a.value for a in args]
         flags = [a is not None and a.perturbed for a in args[:count]]
         gradients = _differentiable(
             partial(_gradients, loss_fn, geometry, _nested(flags, operands))

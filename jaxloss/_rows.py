@@ -76,6 +76,12 @@ def _is_kept(x: Array, kept: Array) -> Array:
     return lax.broadcasted_iota(jnp.int32, x.shape, x.ndim - 1) == kept[..., None]
 
 
+def _classes_are_split(x: Array) -> bool:
+    """Over the devices of an explicit mesh, where JAX refuses to gather from them."""
+    spec = jax.typeof(x).sharding.spec
+    return len(spec) == x.ndim and spec[-1] is not None
+
+
 def _class_index(x: Array) -> Array:
     index = jnp.arange(x.shape[-1], dtype=accumulator_dtype(x.dtype))
     return index.reshape((1,) * (x.ndim - 1) + index.shape)
@@ -180,7 +186,10 @@ def of_rank(x: Any, rank: int) -> Any:
 
 def _entry(x: Array, index: Array) -> Array:
     """x[..., index], or the last entry where the index is past the end."""
-    index = jnp.minimum(index, x.shape[-1] - 1)[..., None]
+    index = jnp.minimum(index, x.shape[-1] - 1)
+    if _classes_are_split(x):
+        return jnp.sum(jnp.where(_is_kept(x, index), x, 0), axis=-1)
+    index = index[..., None]
     return jnp.take_along_axis(x, index, axis=-1, mode="promise_in_bounds")[..., 0]
 
 
@@ -260,9 +269,11 @@ def _gradient(logits, state, soft_targets, class_mask, softcap, ct):
         of_p, at_kept = of_p + ct.logsumexp, at_kept + ct.logsumexp * p_kept
         active |= ct.logsumexp != 0
     if ct.soft is not None:
-        # Q p_k - q_k with the 1 taken out of p_k: exact for a confident one-hot q.
+        # Q p_k - q_k; where p_k is near 1, Q is taken out of both: exact for a confident one-hot.
         of_p = of_p + ct.soft * mass
-        at_kept = at_kept + ct.soft * (mass * kept_minus_1 + other_mass)
+        soft_at_kept = mass * kept_minus_1 + other_mass
+        soft_at_kept = jnp.where(p_kept < 0.5, mass * p_kept - (mass - other_mass), soft_at_kept)
+        at_kept = at_kept + ct.soft * soft_at_kept
         active |= ct.soft != 0
     if ct.entropy is not None:
         at_kept = at_kept + ct.entropy * p_kept * (d - spread)

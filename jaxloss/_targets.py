@@ -114,7 +114,7 @@ def token_losses(rows: RowLosses, targets: Targets, label_smoothing: float, z_lo
         penalty = z_loss * rows.logsumexp**2
         losses = penalty if losses is None else losses + penalty
     if targets.label_weight is not None and losses is not None:
-        losses = jnp.where(targets.label_weight == 0, 0, targets.label_weight * losses)
+        losses = targets.label_weight * losses
     if targets.soft is not None:
         losses = rows.soft if losses is None else losses + rows.soft
     return cast(Array, losses)

@@ -186,16 +186,16 @@ def test_every_mode(reduction, jitted):
         return jnp.sum(jnp.sin(losses))
 
     def fused(h, k):
-        return total(
-            jaxloss.linear_cross_entropy(h, k, labels, chunk_size=3, reduction=reduction)
-        )
+        return total(jaxloss.linear_cross_entropy(h, k, labels, chunk_size=3, reduction=reduction))
 
     def plain(h, k):
         logp = jax.nn.log_softmax(h @ k)
         counts = labels != -100
         picked = jnp.take_along_axis(logp, jnp.where(counts, labels, 0)[:, None], 1)[:, 0]
         losses = jnp.where(counts, -picked, 0)
-        return total(losses if reduction == "none" else losses.sum() / counts.sum(dtype=jnp.float32))
+        return total(
+            losses if reduction == "none" else losses.sum() / counts.sum(dtype=jnp.float32)
+        )
 
     def hvp(f):
         return lambda h, k: jax.jvp(jax.grad(f, A), (h, k), (h, k))[1]
@@ -230,9 +230,7 @@ def test_vmap_and_scan(axes, reduction):
 
     def step(h, k, y):
         def f(h, k):
-            return jnp.sum(
-                jaxloss.linear_cross_entropy(h, k, y, chunk_size=3, reduction=reduction)
-            )
+            return jnp.sum(jaxloss.linear_cross_entropy(h, k, y, chunk_size=3, reduction=reduction))
 
         return jax.value_and_grad(f, A)(h, k)
 
@@ -253,7 +251,9 @@ def dtypes_of(f, name, *args):
     def walk(jaxpr):
         for eqn in jaxpr.eqns:
             if eqn.primitive.name == name:
-                found.add((*(str(v.aval.dtype) for v in eqn.invars), str(eqn.outvars[0].aval.dtype)))
+                found.add(
+                    (*(str(v.aval.dtype) for v in eqn.invars), str(eqn.outvars[0].aval.dtype))
+                )
             for value in jax.tree.leaves(
                 list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "eqns")
             ):
@@ -430,7 +430,9 @@ def test_errors_of_linear_loss():
         jaxloss.linear_loss(lambda x: x, H, K)
     with pytest.raises(ValueError, match=r"loss_fn must return .*got float32\(\)"):
         jaxloss.linear_loss(lambda x: jnp.sum(x), H, K)
-    with pytest.raises(ValueError, match=r"per_token\[0\] must have hidden's leading shape, \(6,\)"):
+    with pytest.raises(
+        ValueError, match=r"per_token\[0\] must have hidden's leading shape, \(6,\)"
+    ):
         jaxloss.linear_loss(focal, H, K, Y[:5])
     with pytest.raises(TypeError, match="loss_fn must be a function"):
         jaxloss.linear_loss(None, H, K, Y)

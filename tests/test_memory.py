@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxloss
@@ -51,8 +51,9 @@ def test_temporary_memory(shape, dtype):
 
 @pytest.mark.parametrize("spec", [P("a"), P(None, "b"), P("a", "b"), P(None, ("a", "b"))])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_sharded_logits_are_not_gathered(spec, dtype):
-    mesh = jax.make_mesh((2, 4), ("a", "b"))
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_sharded_logits_are_not_gathered(spec, dtype, kind):
+    mesh = jax.make_mesh((2, 4), ("a", "b"), axis_types=(kind,) * 2)
     x = jax.ShapeDtypeStruct((64, 4096), dtype, sharding=NamedSharding(mesh, spec))
     y = jax.ShapeDtypeStruct((64,), jnp.int32, sharding=NamedSharding(mesh, P(*spec[:1])))
     step = jax.jit(jax.value_and_grad(jaxloss.cross_entropy))
