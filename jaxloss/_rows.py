@@ -55,12 +55,57 @@ def accumulator_dtype(dtype) -> jnp.dtype:
     return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
 
 
+@jax.custom_jvp
+def _widen_bfloat16(x: Array) -> Array:
+    """float32 of bfloat16, by a shift on CPU: XLA's conversion takes longer there than the exp."""
+
+    def shifted(x):
+        bits = lax.bitcast_convert_type(x, jnp.uint16).astype(jnp.uint32)
+        return lax.bitcast_convert_type(bits << 16, jnp.float32)
+
+    return lax.platform_dependent(x, cpu=shifted, default=lambda x: x.astype(jnp.float32))
+
+
+@_widen_bfloat16.defjvp
+def _widen_bfloat16_jvp(primals, tangents):
+    # A bitcast has no derivative.
+    return _widen_bfloat16(*primals), _widen_bfloat16(*tangents)
+
+
+@jax.custom_jvp
+def _narrow_bfloat16(x: Array) -> Array:
+    """bfloat16 of float32, to nearest, ties to even: in integers on CPU, as the above."""
+
+    def rounded(x):
+        bits = lax.bitcast_convert_type(x, jnp.uint32)
+        near = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        # The carry of a NaN's low bits would run into its sign.
+        near = jnp.where(jnp.isnan(x), 0x7FC0, near)
+        return lax.bitcast_convert_type(near.astype(jnp.uint16), jnp.bfloat16)
+
+    return lax.platform_dependent(x, cpu=rounded, default=lambda x: x.astype(jnp.bfloat16))
+
+
+@_narrow_bfloat16.defjvp
+def _narrow_bfloat16_jvp(primals, tangents):
+    return _narrow_bfloat16(*primals), _narrow_bfloat16(*tangents)
+
+
+def _wide(x: Array) -> Array:
+    return _widen_bfloat16(x) if x.dtype == jnp.bfloat16 else x.astype(accumulator_dtype(x.dtype))
+
+
+def _narrow(x: Array, dtype) -> Array:
+    both = x.dtype == jnp.float32 and dtype == jnp.bfloat16
+    return _narrow_bfloat16(x) if both else x.astype(dtype)
+
+
 def widen(x: Array, class_mask: Array | None, softcap: float | None) -> Array:
     """The logits as they are reasoned about: in the accumulator's dtype, capped, then masked.
 
     The cap comes first: a class that is masked has -inf, and cap * tanh(-inf / cap) is -cap.
     """
-    x = x.astype(accumulator_dtype(x.dtype))
+    x = _wide(x)
     if softcap is not None:
         x = softcap * jnp.tanh(x / softcap)
     return x if class_mask is None else jnp.where(class_mask, x, -jnp.inf)
@@ -68,7 +113,7 @@ def widen(x: Array, class_mask: Array | None, softcap: float | None) -> Array:
 
 def _softcap_slope(x: Array, softcap: float) -> Array:
     # sech^2, not 1 - tanh^2: the latter is 0 past |x| = 9 cap where the slope is still 6e-8.
-    e = jnp.exp(-2 * jnp.abs(x.astype(accumulator_dtype(x.dtype)) / softcap))
+    e = jnp.exp(-2 * jnp.abs(_wide(x) / softcap))
     return 4 * e / (1 + e) ** 2
 
 
@@ -91,8 +136,28 @@ def _index_is_exact(x: Array) -> bool:
     return x.shape[-1] <= 2 ** (jnp.finfo(accumulator_dtype(x.dtype)).nmant + 1)
 
 
-def _other_exponentials(x: Array, m: Array, kept: Array) -> Array:
+def _selected_exponentials(x: Array, m: Array, kept: Array) -> Array:
+    """exp(x_j - m), and 0 at the kept entry."""
     return jnp.where(_is_kept(x, kept), 0, jnp.exp(x - m[..., None]))
+
+
+def _other_exponentials(x: Array, m: Array, kept: Array) -> Array:
+    """The same, in the form that an array of them is best written in."""
+
+    def overwritten(x, m, kept):
+        e, at = jnp.exp(x - m[..., None]), kept[..., None]
+        return jnp.put_along_axis(e, at, 0, axis=-1, inplace=False, mode="drop")
+
+    # The select costs XLA:CPU up to a quarter of the loss's time, the scatter 10 ns a row.
+    if x.shape[-1] < 256 or not _on_one_device():
+        return _selected_exponentials(x, m, kept)
+    return lax.platform_dependent(x, m, kept, cpu=overwritten, default=_selected_exponentials)
+
+
+def _on_one_device() -> bool:
+    # Sharded classes must not be reshaped or indexed (they would be gathered), and whether they
+    # are sharded is not known while tracing: one device leaves no doubt.
+    return jax.device_count() == 1
 
 
 def _sum_of_others(x: Array, m: Array, kept: Array) -> Array:
@@ -104,7 +169,7 @@ def _sum_of_others(x: Array, m: Array, kept: Array) -> Array:
     """
     wide = accumulator_dtype(x.dtype)
     if not _index_is_exact(x):
-        return jnp.sum(_other_exponentials(x.astype(wide), m, kept), axis=-1)
+        return jnp.sum(_selected_exponentials(x.astype(wide), m, kept), axis=-1)
     other = jnp.minimum(jnp.abs(_class_index(x) - kept.astype(wide)[..., None]), 1)
     return jnp.sum(other * jnp.exp(x.astype(wide) - m[..., None]), axis=-1)
 
@@ -133,9 +198,7 @@ def _block_size(size: int) -> int:
 
 
 def _sum_exponentials(x: Array, m: Array, kept: Array) -> Array:
-    # Sharded classes must not be reshaped (they would be gathered), and whether they are sharded
-    # is not known while tracing: one device leaves no doubt.
-    if _block_size(x.shape[-1]) == x.shape[-1] or jax.device_count() > 1:
+    if _block_size(x.shape[-1]) == x.shape[-1] or not _on_one_device():
         return _sum_of_others(x, m, kept)
     return lax.platform_dependent(x, m, kept, cpu=_sum_of_others_in_blocks, default=_sum_of_others)
 
@@ -340,7 +403,7 @@ def row_losses(
             scalars = state._replace(kept=None)
             logits, scalars = lax.optimization_barrier((logits, scalars))
             state = scalars._replace(kept=state.kept)
-        dx = _gradient(logits, state, soft_targets, class_mask, softcap, ct).astype(logits.dtype)
+        dx = _gradient(logits, state, soft_targets, class_mask, softcap, ct)
         dq = None
         if soft_targets is not None:
             each = ct.soft[..., None] * _soft_gradient(
@@ -348,7 +411,7 @@ def row_losses(
             )
             each = jnp.where(ct.soft[..., None] == 0, 0, each)
             dq = _sum_to(each, soft_targets.shape).astype(soft_targets.dtype)
-        return dx, dq, None, None
+        return _narrow(dx, logits.dtype), dq, None, None
 
     def tangent(residuals, tangents):
         # Rows do not mix: the derivative of one number is the gradient at its unit cotangent.
@@ -382,7 +445,7 @@ def row_log_softmax(logits: Array, class_mask: Array | None = None) -> Array:
         _, state = _forward(logits, None, None, class_mask, None, (), share=False)
         x = widen(logits, class_mask, None)
         out = (x - state.m[..., None]) - jnp.log1p(state.t)[..., None]
-        return out.astype(logits.dtype), (logits, state, class_mask)
+        return _narrow(out, logits.dtype), (logits, state, class_mask)
 
     def backward(residuals, g):
         # sum_j g_j out_j is the soft loss at q = -g: out_j = x_j - logsumexp(x).
@@ -393,7 +456,7 @@ def row_log_softmax(logits: Array, class_mask: Array | None = None) -> Array:
         asked = jnp.any(wide != 0, axis=-1).astype(wide.dtype)
         ct = RowLosses(None, asked, None, None)
         dx = _gradient(logits, state, -wide, class_mask, None, ct)
-        return dx.astype(logits.dtype), None
+        return _narrow(dx, logits.dtype), None
 
     def tangent(residuals, tangents):
         # (dx_j - dx_k) - sum_i p_i (dx_i - dx_k): the kept entry's 1 - p_k never forms.
