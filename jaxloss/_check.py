@@ -220,9 +220,14 @@ def num_classes(logits: Array, axes: tuple[int, ...]) -> int:
     return math.prod(logits.shape[a] for a in axes)
 
 
-def check_reduction(function: str, word: Any) -> None:
-    if word not in REDUCTIONS:
-        fail(function, f"reduction must be one of {', '.join(map(repr, REDUCTIONS))}", repr(word))
+def word(function: str, name: str, x: Any, words: Sequence[str]) -> Any:
+    if x not in words:
+        fail(function, f"{name} must be one of {', '.join(map(repr, words))}", repr(x))
+    return x
+
+
+def check_reduction(function: str, x: Any) -> None:
+    word(function, "reduction", x, REDUCTIONS)
 
 
 def integer(function: str, name: str, x: Any, low: int, high: int | None, *, default: int) -> int:

@@ -1,5 +1,6 @@
 """The three functions of logits: log_softmax, nll_loss, cross_entropy."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -8,7 +9,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from jaxloss import _check, _rows, _targets
+from jaxloss import _check, _passes, _rows, _targets
+from jaxloss._casts import accumulator_dtype
 
 Reduction = Literal["none", "mean", "sum"]
 
@@ -170,7 +172,7 @@ def _nll_loss(
     reduction,
 ):
     class_mask = _mask_classes_last(class_mask, log_probs, axes)
-    x = _rows.widen(_classes_last(log_probs, axes), class_mask, None)
+    x = _passes.widen(_classes_last(log_probs, axes), class_mask, None)
     if not jnp.issubdtype(labels.dtype, jnp.integer):
         labels = _classes_last(labels, axes)
     targets = _targets.make_targets(
@@ -184,7 +186,7 @@ def _nll_loss(
     )
     nll = soft = None
     if targets.kept is not None:
-        nll = -_rows.entry_or_nan(x, targets.kept)
+        nll = -_passes.entry_or_nan(x, targets.kept)
     elif targets.soft is not None:
         impossible = (x == -jnp.inf) & (targets.soft == 0)
         soft = jnp.sum(targets.soft.astype(x.dtype) * jnp.where(impossible, 0, -x), axis=-1)
@@ -312,17 +314,19 @@ def _cross_entropy(
 ):
     if not jnp.issubdtype(labels.dtype, jnp.integer):
         labels = _classes_last(labels, axes)
+    x, class_mask = _classes_last(logits, axes), _mask_classes_last(class_mask, logits, axes)
     losses, stats, targets = token_terms(
-        _classes_last(logits, axes),
+        rows_of_logits(x, class_mask, softcap),
+        x.shape[-1],
         labels,
         weight,
-        _mask_classes_last(class_mask, logits, axes),
+        class_mask,
         sample_weight,
         token_mask,
+        dtype=accumulator_dtype(x.dtype),
         ignore_index=ignore_index,
         label_smoothing=label_smoothing,
         z_loss=z_loss,
-        softcap=softcap,
         with_stats=return_stats,
     )
     loss = _targets.reduce_losses(losses, targets, sample_weight, reduction)
@@ -331,26 +335,39 @@ def _cross_entropy(
     return loss, stats if reduction == "none" else lax.stop_gradient(stats)
 
 
+def rows_of_logits(x: Array, class_mask: Array | None, softcap: float | None):
+    """How :func:`token_terms` gets its rows where the logits ``x[..., C]`` are there."""
+
+    def rows_of(targets, weight, label_smoothing, want, predict):
+        del weight, label_smoothing  # they are in targets.soft
+        rows = _rows.row_losses(
+            x, targets.kept, targets.soft, class_mask, softcap=softcap, want=want
+        )
+        return rows, _passes.prediction(x, class_mask) if predict else None
+
+    return rows_of
+
+
 def token_terms(
-    x: Array,
+    rows_of: Callable,
+    num_classes: int,
     labels: Array,
     weight: Array | None,
     class_mask: Array | None,
     sample_weight: Array | None = None,
     token_mask: Array | None = None,
     *,
+    dtype: jnp.dtype,
     ignore_index: int | None,
     label_smoothing: float,
     z_loss: float,
-    softcap: float | None,
     with_stats: bool,
 ) -> tuple[Array, TokenStats | None, _targets.Targets]:
     """Each token's loss (not yet masked), its statistics (masked), and what it asked for."""
-    wide = _rows.accumulator_dtype(x.dtype)
     targets = _targets.make_targets(
         labels,
-        x.shape[-1],
-        wide,
+        num_classes,
+        dtype,
         weight=weight,
         sample_weight=sample_weight,
         class_mask=class_mask,
@@ -359,14 +376,11 @@ def token_terms(
         label_smoothing=label_smoothing,
     )
     want = _targets.wanted(targets, label_smoothing, z_loss, with_stats)
-    if x.shape[-1] == 0:
-        nan = jnp.full(x.shape[:-1], jnp.nan, wide)
+    if num_classes == 0:
+        nan = jnp.full(targets.counts.shape, jnp.nan, dtype)
         rows, prediction = _rows.RowLosses(nan, nan, nan, nan), jnp.full_like(nan, -1, jnp.int32)
     else:
-        rows = _rows.row_losses(
-            x, targets.kept, targets.soft, class_mask, softcap=softcap, want=want
-        )
-        prediction = _rows.prediction(x, class_mask) if with_stats else jnp.int32(-1)
+        rows, prediction = rows_of(targets, weight, label_smoothing, want, with_stats)
     # Before anything multiplies them: lse^2 of a masked row's inf has a gradient of 0 * inf.
     rows = _rows.RowLosses(*(v if v is None else jnp.where(targets.counts, v, 0) for v in rows))
     losses = _targets.token_losses(rows, targets, label_smoothing, z_loss)
@@ -375,11 +389,11 @@ def token_terms(
 
     if targets.kept is not None:
         log_prob = -rows.nll
-    elif targets.soft is labels or x.shape[-1] == 0:
+    elif targets.soft is labels or num_classes == 0:
         log_prob = -rows.soft
     else:  # weighed or smoothed: the labels themselves take a pass of their own
-        soft = _rows.row_losses(x, None, labels, class_mask, softcap=softcap, want=()).soft
-        log_prob = jnp.where(targets.counts, -soft, 0)
+        plain, _ = rows_of(targets._replace(soft=labels), None, 0.0, (), False)
+        log_prob = jnp.where(targets.counts, -plain.soft, 0)
     stats = TokenStats(
         log_prob,
         rows.logsumexp,

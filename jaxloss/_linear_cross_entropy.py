@@ -7,17 +7,27 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jax.typing import ArrayLike
 
-from jaxloss import _check, _linear, _rows, _targets
-from jaxloss._cross_entropy import Reduction, TokenStats, token_terms
+from jaxloss import _blocks, _check, _linear, _targets
+from jaxloss._casts import accumulator_dtype
+from jaxloss._cross_entropy import Reduction, TokenStats, rows_of_logits, token_terms
 
-Implementation = Literal["token_chunks"]
+Implementation = Literal["token_chunks", "vocab_blocks"]
 
 
-def _operands(call, hidden, kernel, bias, vocab_axis, num_classes, chunk_size):
-    """Checked: hidden[N, D], kernel, bias, the leading shape, vocab axis, C and the chunk."""
+IMPLEMENTATIONS = ("token_chunks", "vocab_blocks")
+FEW = 16  # tokens a chunk, too few for products that read the whole kernel
+
+
+def _default(tokens: int, columns: int) -> Implementation:
+    few = _linear.default_chunk(tokens, columns) < min(FEW, tokens)
+    return "vocab_blocks" if few else "token_chunks"
+
+
+def _operands(call, hidden, kernel, bias, vocab_axis, num_classes):
+    """Checked: hidden, kernel, bias, the vocab axis and C."""
     hidden = _check.floating(call, "hidden", hidden)
     kernel = _check.floating(call, "kernel", kernel)
     if hidden.ndim == 0:
@@ -52,10 +62,7 @@ def _operands(call, hidden, kernel, bias, vocab_axis, num_classes, chunk_size):
         bias = _check.floating(call, "bias", bias)
         _check.shape(call, "bias", bias, (columns,), "one entry a column of kernel")
     classes = _check.integer(call, "num_classes", num_classes, 0, columns, default=columns)
-    tokens = math.prod(hidden.shape[:-1])
-    chunk = _linear.default_chunk(tokens, columns)
-    chunk = _check.integer(call, "chunk_size", chunk_size, 1, None, default=chunk)
-    return hidden, kernel, bias, vocab_axis, classes, min(chunk, max(1, tokens))
+    return hidden, kernel, bias, vocab_axis, classes
 
 
 def _rows_of(mask: Array | None, lead: tuple[int, ...]) -> tuple[Array | None, Array | None]:
@@ -88,6 +95,7 @@ def linear_cross_entropy(
     return_stats: bool = False,
     chunk_size: int | None = None,
     precision: Any = None,
+    implementation: Implementation | None = None,
 ) -> Any:
     r"""``cross_entropy(hidden @ kernel + bias, labels, ...)``, never holding the logits.
 
@@ -106,9 +114,12 @@ def linear_cross_entropy(
         ``weight``, ``where`` and probabilities have C classes.
       weight, ignore_index, label_smoothing, z_loss, logit_softcap, sample_weight, where, reduction,
         return_stats: as in :func:`cross_entropy`.
-      chunk_size: tokens whose logits are held at a time; None takes 128 MiB of float32 logits and
-        at most 512 tokens on a CPU, 256 MiB elsewhere.
+      chunk_size: tokens whose logits are held at a time; None takes 256 MiB of float32 logits, and
+        at most 1024 tokens on a CPU. With ``"vocab_blocks"`` classes; None takes 8 MiB on a CPU,
+        64 MiB elsewhere, and at least 128 classes.
       precision: of the products, as in :func:`jax.lax.dot_general`.
+      implementation: ``"token_chunks"``, or for least memory ``"vocab_blocks"``. None takes token
+        chunks, but vocabulary blocks where fewer than 16 tokens would fit into the budget.
 
     Returns:
       The loss, or ``(loss, TokenStats)``, as :func:`cross_entropy`. Gradients have their inputs'
@@ -123,7 +134,9 @@ def linear_cross_entropy(
     where nothing is differentiated, two where only ``hidden`` or only ``kernel`` is), and holds one
     chunk of logits beside a float32 accumulator of the kernel's gradient. ``reduction="none"``
     computes each chunk's logits again in the backward pass. Tokens that do not count are not
-    computed: with 75 % of the labels ignored, a quarter of the chunks run. Differentiable in
+    computed: with 75 % of the labels ignored, a quarter of the chunks run. Vocabulary blocks take
+    four products whatever the reduction and compute every token, but hold one block of logits
+    beside a float32 gradient of ``hidden`` and no accumulator for the kernel's. Differentiable in
     ``hidden``, ``kernel``, ``bias``, probabilities and weights, in every mode.
 
     Example:
@@ -142,38 +155,49 @@ def linear_cross_entropy(
     Models" (ICLR 2025).
     """
     call = "linear_cross_entropy"
-    hidden, kernel, bias, vocab_axis, classes, chunk = _operands(
-        call, hidden, kernel, bias, vocab_axis, num_classes, chunk_size
+    hidden, kernel, bias, vocab_axis, classes = _operands(
+        call, hidden, kernel, bias, vocab_axis, num_classes
     )
+    tokens, columns = math.prod(hidden.shape[:-1]), kernel.shape[vocab_axis]
+    if implementation is None:
+        implementation = _default(tokens, columns)
+    _check.word(call, "implementation", implementation, IMPLEMENTATIONS)
+    if implementation == "token_chunks":
+        chunk = _linear.default_chunk(tokens, columns)
+    else:
+        chunk = _blocks.default_block(tokens, classes)
+    chunk = _check.integer(call, "chunk_size", chunk_size, 1, None, default=chunk)
+    chunk = min(chunk, max(1, tokens if implementation == "token_chunks" else classes))
     logits = jax.ShapeDtypeStruct((*hidden.shape[:-1], classes), hidden.dtype)
     checked = _check.token_arguments(
         call, "hidden @ kernel", logits, labels, -1, weight, ignore_index, sample_weight, where,
         reduction,
     )  # fmt: skip
-    return _linear_cross_entropy(
+    schedule = {"token_chunks": _by_token_chunks, "vocab_blocks": _by_vocab_blocks}
+    return schedule[implementation](
         hidden,
         kernel,
         bias,
         *checked.arrays,
         geometry=_linear.Geometry(vocab_axis, classes, chunk, precision),
         reduction=reduction,
+        softcap=_check.softcap(call, logit_softcap),
         options=(
             ("ignore_index", checked.static["ignore_index"]),
             ("label_smoothing", _check.number(call, "label_smoothing", label_smoothing, 0, 1)),
             ("z_loss", _check.number(call, "z_loss", z_loss, 0)),
-            ("softcap", _check.softcap(call, logit_softcap)),
             ("with_stats", _check.flag(call, "return_stats", return_stats)),
         ),
     )
 
 
-@partial(jax.jit, static_argnames=("geometry", "reduction", "options"))
-def _linear_cross_entropy(
+@partial(jax.jit, static_argnames=("geometry", "reduction", "softcap", "options"))
+def _by_token_chunks(
     hidden, kernel, bias, labels, weight, sample_weight, class_mask, token_mask,
-    *, geometry, reduction, options,
+    *, geometry, reduction, softcap, options,
 ):  # fmt: skip
     options = dict(options)
-    lead, wide = hidden.shape[:-1], _rows.accumulator_dtype(hidden.dtype)
+    lead, wide = hidden.shape[:-1], accumulator_dtype(hidden.dtype)
     targets = _targets.make_targets(
         labels,
         geometry.num_classes,
@@ -190,7 +214,10 @@ def _linear_cross_entropy(
         labels, index = per_token
         weight, mask = shared
         mask = mask if index is None else mask[index]
-        losses, stats, _ = token_terms(x, labels, weight, mask, **options)
+        rows_of = rows_of_logits(x, mask, softcap)
+        losses, stats, _ = token_terms(
+            rows_of, x.shape[-1], labels, weight, mask, dtype=wide, **options
+        )
         if stats is None:
             return (losses,), ()
         return ((losses,), tuple(stats)) if scalar else ((losses, *stats[:3]), stats[3:])
@@ -218,6 +245,60 @@ def _linear_cross_entropy(
         return loss
     stats = TokenStats(*(v.reshape(lead) for v in stats))
     return loss, stats._replace(prediction=jnp.where(targets.counts, stats.prediction, -1))
+
+
+@partial(jax.jit, static_argnames=("geometry", "reduction", "softcap", "options"))
+def _by_vocab_blocks(
+    hidden, kernel, bias, labels, weight, sample_weight, class_mask, token_mask,
+    *, geometry, reduction, softcap, options,
+):  # fmt: skip
+    options = dict(options)
+    classes = geometry.num_classes
+    lead, wide = hidden.shape[:-1], accumulator_dtype(hidden.dtype)
+    tokens = math.prod(lead)
+    mask, mask_row = _rows_of(class_mask, lead)
+    if mask is not None:
+        mask = jnp.broadcast_to(mask, (mask.shape[0], classes))
+    labels = labels.reshape(tokens, *labels.shape[len(lead) :])
+    sample_weight, token_mask = (
+        None if x is None else x.reshape(tokens) for x in (sample_weight, token_mask)
+    )
+    rows = hidden.reshape(tokens, hidden.shape[-1])
+
+    def rows_of(targets, weight, label_smoothing, want, predict):
+        share = _targets.uniform_share(label_smoothing, classes, mask, wide)
+        if share is not None and mask_row is not None:
+            share = share[mask_row]
+        return _blocks.row_losses_by_block(
+            _blocks.Options(geometry, label_smoothing, softcap, want, predict, wide),
+            _blocks.Operands(
+                # 0 * NaN is NaN: a token that does not count must not reach d_kernel.
+                jnp.where(targets.counts[:, None], rows, 0),
+                kernel,
+                bias,
+                None if targets.kept is not None else labels,
+                weight,
+            ),
+            _blocks.Constants(targets.kept, mask, mask_row, share),
+        )
+
+    losses, stats, targets = token_terms(
+        rows_of,
+        classes,
+        labels,
+        weight,
+        mask if mask is None or mask_row is None else mask[mask_row],
+        sample_weight,
+        token_mask,
+        dtype=wide,
+        **options,
+    )
+    loss = _targets.reduce_losses(losses, targets, sample_weight, reduction)
+    loss = loss.reshape(lead) if reduction == "none" else loss
+    if stats is None:
+        return loss
+    stats = TokenStats(*(v.reshape(lead) for v in stats))
+    return loss, stats if reduction == "none" else lax.stop_gradient(stats)
 
 
 def linear_loss(
@@ -279,10 +360,13 @@ def linear_loss(
     call = "linear_loss"
     if not callable(loss_fn):
         _check.fail(call, "loss_fn must be a function", type(loss_fn).__name__, kind=TypeError)
-    hidden, kernel, bias, vocab_axis, columns, chunk = _operands(
-        call, hidden, kernel, bias, vocab_axis, None, chunk_size
+    hidden, kernel, bias, vocab_axis, columns = _operands(
+        call, hidden, kernel, bias, vocab_axis, None
     )
     lead, tokens = hidden.shape[:-1], math.prod(hidden.shape[:-1])
+    chunk = _linear.default_chunk(tokens, columns)
+    chunk = _check.integer(call, "chunk_size", chunk_size, 1, None, default=chunk)
+    chunk = min(chunk, max(1, tokens))
     arrays = []
     for i, x in enumerate(per_token):
         x = _check.array(call, f"per_token[{i}]", x)
@@ -293,7 +377,7 @@ def linear_loss(
     sample_weight = _check.check_sample_weight(call, sample_weight, lead)
     _check.check_reduction(call, reduction)
 
-    wide = _rows.accumulator_dtype(hidden.dtype)
+    wide = accumulator_dtype(hidden.dtype)
     logits = jax.ShapeDtypeStruct((chunk, columns), wide)
     examples = [jax.ShapeDtypeStruct((chunk, *x.shape[1:]), x.dtype) for x in arrays]
     out = jax.eval_shape(loss_fn, logits, *examples)

@@ -12,7 +12,7 @@ A multiplication by 0 does not mask (0 * inf is NaN), so every mask here is a se
 """
 
 import operator
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import jax.numpy as jnp
 from jax import Array
@@ -20,7 +20,8 @@ from jax.core import Tracer
 from jax.experimental import checkify
 
 from jaxloss import _check
-from jaxloss._rows import RowLosses, of_rank
+from jaxloss._passes import of_rank
+from jaxloss._rows import RowLosses
 
 
 class Targets(NamedTuple):
@@ -51,14 +52,42 @@ def class_indices(labels: Array, num_classes: int, ignore_index: int | None):
     return jnp.where(ignored, 0, index), ~ignored
 
 
-def _uniform(label_smoothing, num_classes, class_mask, dtype) -> Array:
-    """``label_smoothing / C`` for each of the C classes that exist."""
+def uniform_share(label_smoothing, num_classes, class_mask, dtype) -> Any:
+    """``label_smoothing / C`` of the C classes that exist: a number a row; None: no smoothing."""
+    if not label_smoothing or not num_classes:
+        return None
     if class_mask is None:
-        return jnp.full((num_classes,), label_smoothing / num_classes, dtype)
+        return jnp.full((1,), label_smoothing / num_classes, dtype)
     exist = jnp.sum(class_mask, axis=-1, keepdims=True, dtype=dtype)
     if class_mask.shape[-1] == 1:
         exist *= num_classes
-    return jnp.where(class_mask, label_smoothing / jnp.maximum(exist, 1), 0)
+    return label_smoothing / jnp.maximum(exist, 1)
+
+
+def soft_targets(
+    probabilities: Any,
+    share: Any,
+    class_mask: Any,
+    weight: Any,
+    label_smoothing: float,
+    num_classes: int,
+    dtype: jnp.dtype,
+) -> Any:
+    """``w_c ((1 - eps) q_c + eps / C)`` of some classes, broadcastable to their logits, or None."""
+    soft = None
+    if share is not None:
+        shape = (*share.shape[:-1], num_classes)
+        soft = jnp.broadcast_to(share, shape)
+        if class_mask is not None:
+            soft = jnp.where(class_mask, soft, 0)
+    if probabilities is not None:
+        scaled = probabilities
+        if label_smoothing:
+            scaled = probabilities.astype(dtype) * (1 - label_smoothing)
+        soft = scaled if soft is None else scaled + of_rank(soft, scaled.ndim)
+    if soft is not None and weight is not None:
+        soft = soft.astype(dtype) * of_rank(weight.astype(dtype), soft.ndim)
+    return soft
 
 
 def make_targets(
@@ -74,27 +103,24 @@ def make_targets(
     label_smoothing: float = 0.0,
 ) -> Targets:
     """Classes last: ``labels[...]`` are indices or ``labels[..., C]`` probabilities."""
-    kept = soft = label_weight = None
-    if weight is not None:
-        weight = weight.astype(dtype)
-    if label_smoothing and num_classes:
-        soft = _uniform(label_smoothing, num_classes, class_mask, dtype)
+    kept = probabilities = label_weight = None
     if jnp.issubdtype(labels.dtype, jnp.integer):
         kept, counts = class_indices(labels, num_classes, ignore_index)
         if weight is not None and num_classes:
             # 1 where there is no such class: its NaN must reach the loss.
             inside = kept < num_classes
-            label_weight = jnp.where(inside, weight[jnp.where(inside, kept, 0)], 1)
+            label_weight = weight.astype(dtype)[jnp.where(inside, kept, 0)]
+            label_weight = jnp.where(inside, label_weight, 1)
     else:
-        counts = jnp.ones(labels.shape[:-1], bool)
-        scaled = labels.astype(dtype) * (1 - label_smoothing) if label_smoothing else labels
-        soft = scaled if soft is None else scaled + of_rank(soft, labels.ndim)
-    if soft is not None and weight is not None:
-        soft = soft.astype(dtype) * of_rank(weight, soft.ndim)
+        counts, probabilities = jnp.ones(labels.shape[:-1], bool), labels
     if token_mask is not None:
         counts &= token_mask
     if sample_weight is not None:
         counts &= sample_weight.astype(bool)
+    share = uniform_share(label_smoothing, num_classes, class_mask, dtype)
+    soft = soft_targets(
+        probabilities, share, class_mask, weight, label_smoothing, num_classes, dtype
+    )
     return Targets(kept, soft, label_weight, counts)
 
 

@@ -1,5 +1,7 @@
 """linear_cross_entropy and linear_loss: equal to the materialised loss, and what they promise."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,7 @@ import jaxloss
 from jaxloss import _linear
 
 A = (0, 1)
+SCHEDULES = ["token_chunks", "vocab_blocks"]
 
 
 def problem(n=7, d=4, v=11, dtype=jnp.float32, seed=0):
@@ -77,12 +80,13 @@ def random_case(seed):
         "vocab_axis": int(rng.choice([0, 1, -1])),
         "num_classes": None if c == v else c,
         "chunk_size": [None, 1, 4, 100][rng.integers(4)],
+        "implementation": [None, *SCHEDULES][rng.integers(3)],
     }
     given = {k: jnp.asarray(x, jnp.float32) for k, x in given.items()}
     return given, constants, call
 
 
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("seed", range(60))
 def test_every_option_equals_the_materialised_loss(seed):
     given, constants, call = random_case(seed)
 
@@ -123,12 +127,13 @@ def test_every_option_equals_the_materialised_loss(seed):
         np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5 * scale)
 
 
+@pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize(("n", "v", "chunk"), [(1, 1, 1), (1, 7, 4), (13, 17, 4), (13, 17, 100)])
-def test_shapes_that_divide_nothing(n, v, chunk):
+def test_shapes_that_divide_nothing(n, v, chunk, schedule):
     hidden, kernel, _ = problem(n, 3, v)
     labels = jnp.arange(n) % v
     ours = jax.value_and_grad(jaxloss.linear_cross_entropy, A)(
-        hidden, kernel, labels, chunk_size=chunk
+        hidden, kernel, labels, chunk_size=chunk, implementation=schedule
     )
     theirs = jax.value_and_grad(lambda h, k: jaxloss.cross_entropy(h @ k, labels), A)(
         hidden, kernel
@@ -155,6 +160,56 @@ def test_counts_of_products():
     assert products(jax.grad(loss("none"), 0), hidden, kernel) == 3
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_counts_of_products_of_vocabulary_blocks(reduction):
+    hidden, kernel, labels = problem()
+
+    def loss(h, k):
+        out = jaxloss.linear_cross_entropy(
+            h, k, labels, reduction=reduction, implementation="vocab_blocks"
+        )
+        return jnp.sum(out)
+
+    assert products(loss, hidden, kernel) == 1
+    assert products(jax.value_and_grad(loss, A), hidden, kernel) == 4
+    assert products(jax.grad(loss, 0), hidden, kernel) == 3
+    assert products(jax.grad(loss, 1), hidden, kernel) == 3
+
+
+def test_the_schedule_that_ran():
+    """By the first product's shape: some tokens by all classes, or all tokens by some classes."""
+
+    def first_product(hidden, kernel, **options):
+        def shapes(jaxpr):
+            for eqn in jaxpr.eqns:
+                if eqn.primitive.name == "dot_general":
+                    yield eqn.outvars[0].aval.shape
+                for value in jax.tree.leaves(
+                    list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "eqns")
+                ):
+                    inner = getattr(value, "jaxpr", value)
+                    if hasattr(inner, "eqns"):
+                        yield from shapes(inner)
+
+        labels = jnp.zeros(hidden.shape[0], jnp.int32)
+        traced = jax.make_jaxpr(lambda h, k: jaxloss.linear_cross_entropy(h, k, labels, **options))(
+            hidden, kernel
+        )
+        return next(shapes(traced.jaxpr))
+
+    def operands(n, v):
+        return jax.ShapeDtypeStruct((n, 2), jnp.float32), jax.ShapeDtypeStruct((2, v), jnp.float32)
+
+    assert first_product(*operands(8, 12)) == (8, 12)
+    assert first_product(*operands(8, 12), chunk_size=4) == (4, 12)
+    assert first_product(*operands(8, 12), chunk_size=4, implementation="vocab_blocks") == (8, 4)
+    # A budget of 256 MiB has room for 8 rows of this vocabulary.
+    assert first_product(*operands(64, 2**23))[0] == 64
+    assert first_product(*operands(8, 2**23)) == (8, 2**23)
+    with pytest.raises(ValueError, match="implementation must be one of 'token_chunks', 'vocab"):
+        first_product(*operands(8, 12), implementation="chunks")
+
+
 def test_backward_pass_has_no_product():
     hidden, kernel, labels = problem()
     _, pullback = jax.vjp(
@@ -177,16 +232,29 @@ def test_ignored_tokens_run_no_chunk():
     assert int(packing.size) == 3
 
 
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.parametrize("jitted", [False, True])
-def test_every_mode(reduction, jitted):
+@pytest.mark.parametrize(
+    ("schedule", "reduction", "jitted"),
+    [
+        ("token_chunks", "mean", False),
+        ("token_chunks", "mean", True),
+        ("token_chunks", "none", False),
+        ("token_chunks", "none", True),
+        ("vocab_blocks", "mean", True),
+        ("vocab_blocks", "none", True),
+    ],
+)
+def test_every_mode(schedule, reduction, jitted):
     hidden, kernel, labels = problem()
 
     def total(losses):
         return jnp.sum(jnp.sin(losses))
 
     def fused(h, k):
-        return total(jaxloss.linear_cross_entropy(h, k, labels, chunk_size=3, reduction=reduction))
+        return total(
+            jaxloss.linear_cross_entropy(
+                h, k, labels, chunk_size=3, reduction=reduction, implementation=schedule
+            )
+        )
 
     def plain(h, k):
         logp = jax.nn.log_softmax(h @ k)
@@ -219,7 +287,8 @@ def test_every_mode(reduction, jitted):
 
 @pytest.mark.parametrize("axes", [(0, None, 0), (None, 0, None), (0, 0, 0)])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_vmap_and_scan(axes, reduction):
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_vmap_and_scan(axes, reduction, schedule):
     hidden, kernel, labels = problem()
     stacked = (
         jnp.stack([hidden, 2 * hidden]),
@@ -230,7 +299,10 @@ def test_vmap_and_scan(axes, reduction):
 
     def step(h, k, y):
         def f(h, k):
-            return jnp.sum(jaxloss.linear_cross_entropy(h, k, y, chunk_size=3, reduction=reduction))
+            out = jaxloss.linear_cross_entropy(
+                h, k, y, chunk_size=3, reduction=reduction, implementation=schedule
+            )
+            return jnp.sum(out)
 
         return jax.value_and_grad(f, A)(h, k)
 
@@ -265,23 +337,26 @@ def dtypes_of(f, name, *args):
     return found
 
 
-def test_products_take_bfloat16_and_accumulate_in_float32():
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_products_take_bfloat16_and_accumulate_in_float32(reduction, schedule):
     hidden, kernel, labels = problem(dtype=jnp.bfloat16)
-    for reduction in ("mean", "none"):
 
-        def loss(h, k, reduction=reduction):
-            return jnp.sum(jaxloss.linear_cross_entropy(h, k, labels, reduction=reduction))
+    def loss(h, k):
+        out = jaxloss.linear_cross_entropy(
+            h, k, labels, reduction=reduction, implementation=schedule
+        )
+        return jnp.sum(out)
 
-        step = jax.value_and_grad(loss, A)
-        assert dtypes_of(step, "dot_general", hidden, kernel) == {
-            ("bfloat16", "bfloat16", "float32")
-        }
-        value, grads = step(hidden, kernel)
-        assert value.dtype == jnp.float32
-        assert {g.dtype for g in grads} == {jnp.dtype(jnp.bfloat16)}
+    step = jax.value_and_grad(loss, A)
+    assert dtypes_of(step, "dot_general", hidden, kernel) == {("bfloat16", "bfloat16", "float32")}
+    value, grads = step(hidden, kernel)
+    assert value.dtype == jnp.float32
+    assert {g.dtype for g in grads} == {jnp.dtype(jnp.bfloat16)}
 
 
-def test_bfloat16_gradients_are_no_worse_than_materialised_float32_ones():
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_bfloat16_gradients_are_no_worse_than_materialised_float32_ones(schedule):
     n, d, v = 2048, 256, 4096
     rng = np.random.default_rng(0)
     hidden = jnp.asarray(rng.normal(size=(n, d)), jnp.bfloat16)
@@ -299,7 +374,8 @@ def test_bfloat16_gradients_are_no_worse_than_materialised_float32_ones():
 
     exact = (g @ k.T, h.T @ g)
     rounded_operand = (narrow(g) @ k.T, h.T @ narrow(g))
-    got = jax.jit(jax.grad(jaxloss.linear_cross_entropy, A))(hidden, kernel, labels)
+    loss = partial(jaxloss.linear_cross_entropy, implementation=schedule)
+    got = jax.jit(jax.grad(loss, A))(hidden, kernel, labels)
     for ours, truth, once in zip(got, exact, rounded_operand, strict=True):
         ours = np.asarray(ours.astype(jnp.float32), np.float64)
         rounding = np.linalg.norm(narrow(truth) - truth) + np.linalg.norm(once - truth)
@@ -319,6 +395,24 @@ def test_temporary_memory(n, d, v):
     accumulator = d * v * 4 / 2**20
     assert temporary(jax.value_and_grad(jaxloss.linear_cross_entropy, A)) <= accumulator + 260
     assert temporary(jaxloss.linear_cross_entropy) <= 260
+    blocks = partial(jaxloss.linear_cross_entropy, implementation="vocab_blocks")
+    assert temporary(blocks) <= 64
+    assert temporary(jax.value_and_grad(blocks, A)) <= 64 + n * d * 4 / 2**20
+
+
+def test_a_token_that_does_not_count_may_hold_anything():
+    hidden, kernel, _ = problem()
+    labels = jnp.array([1, -100, 2, -100, 3, 4, 5])
+    hidden = hidden.at[1].set(jnp.nan).at[3].set(jnp.inf)
+    rows = jnp.array([0, 2, 4, 5, 6])
+    for schedule in SCHEDULES:
+        f = partial(jaxloss.linear_cross_entropy, implementation=schedule, chunk_size=3)
+        loss, (d_hidden, d_kernel) = jax.value_and_grad(f, A)(hidden, kernel, labels)
+        expected, grads = jax.value_and_grad(f, A)(hidden[rows], kernel, labels[rows])
+        np.testing.assert_allclose(loss, expected, rtol=1e-6)
+        np.testing.assert_allclose(d_hidden[rows], grads[0], rtol=1e-5, atol=1e-7)
+        assert np.all(np.asarray(d_hidden[jnp.array([1, 3])]) == 0)
+        np.testing.assert_allclose(d_kernel, grads[1], rtol=1e-5, atol=1e-7)
 
 
 def test_no_transposed_copy_of_an_embedding_table():

@@ -15,7 +15,7 @@ from helpers import (
 )
 
 import jaxloss
-from jaxloss import _rows
+from jaxloss import _passes
 
 MARGINS = np.arange(-70, 71)
 OFFSETS = [0.0, 1e3, -1e3]
@@ -291,8 +291,8 @@ def test_blocks_sum_the_same(shape):
     x = jnp.asarray(rng.normal(size=shape) * 5, jnp.float32)
     kept = jnp.asarray(rng.integers(0, shape[-1] + 1, shape[:-1]), jnp.int32)
     m = jnp.max(x, axis=-1)
-    whole = jax.jit(_rows._sum_of_others)(x, m, kept)
-    blocks = jax.jit(_rows._sum_of_others_in_blocks)(x, m, kept)
+    whole = jax.jit(_passes._sum_of_others)(x, m, kept)
+    blocks = jax.jit(_passes._sum_of_others_in_blocks)(x, m, kept)
     e = np.exp(np.asarray(x, np.longdouble) - np.asarray(m)[..., None])
     e = np.where(np.arange(shape[-1]) == np.asarray(kept)[..., None], 0, e)
     assert_within(whole, e.sum(-1), 64 * EPS)
@@ -328,7 +328,7 @@ def predictions(x, **options):
 
 
 def kept_out(x, mask=None, softcap=None):
-    return _rows.near_max(x, _rows.row_max(x, mask, softcap), mask, softcap)
+    return _passes.near_max(x, _passes.row_max(x, mask, softcap), mask, softcap)
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -59,11 +59,21 @@ def test_imports_run_one_way():
                 found |= {inner} if inner else {alias.name for alias in node.names}
         imports[module] = found
     assert imports == {
+        "_casts": set(),
         "_check": set(),
         "_forward_mode": set(),
-        "_rows": {"_forward_mode"},
-        "_targets": {"_check", "_rows"},
-        "_cross_entropy": {"_check", "_rows", "_targets"},
-        "_linear": {"_forward_mode", "_rows"},
-        "_linear_cross_entropy": {"_check", "_linear", "_rows", "_targets", "_cross_entropy"},
+        "_passes": {"_casts"},
+        "_rows": {"_casts", "_forward_mode", "_passes"},
+        "_targets": {"_check", "_passes", "_rows"},
+        "_cross_entropy": {"_casts", "_check", "_passes", "_rows", "_targets"},
+        "_linear": {"_casts", "_forward_mode"},
+        "_blocks": {"_forward_mode", "_linear", "_passes", "_rows", "_targets"},
+        "_linear_cross_entropy": {
+            "_blocks",
+            "_casts",
+            "_check",
+            "_cross_entropy",
+            "_linear",
+            "_targets",
+        },
     }

@@ -1,0 +1,282 @@
+"""The row losses of ``hidden @ kernel``, a block of the vocabulary at a time.
+
+Parts of disjoint classes merge, so the log-sum-exp takes one product, block by block. The gradient
+computes each block's logits again and takes two more: four in all. Neither the logits nor a float32
+d_kernel is held: a block of d_kernel is final when it is written, in the kernel's own dtype.
+
+Letters: N tokens, D features, V columns of the kernel, C classes, B columns of a block.
+"""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from jaxloss import _linear, _passes, _rows, _targets
+from jaxloss._forward_mode import with_forward_mode
+
+
+class Operands(NamedTuple):
+    """What is differentiated, None where there is none; or something for each of them."""
+
+    hidden: Any  # [N, D]
+    kernel: Any  # [D, V], or [V, D] for vocab_axis 0
+    bias: Any  # [V]
+    probabilities: Any  # [N, C]
+    weight: Any  # [C]
+
+
+class Constants(NamedTuple):
+    """What is not."""
+
+    kept: Any  # [N], C: no such class; None: probabilities
+    mask: Any  # [R, C], the classes that exist, one row for all tokens or
+    mask_row: Any  # [N], each token's
+    share: Any  # of the smoothing: [1], or [N, 1]
+
+
+class Options(NamedTuple):
+    """What is static. ``geometry.chunk`` is B."""
+
+    geometry: _linear.Geometry
+    label_smoothing: float
+    softcap: float | None
+    want: tuple[str, ...]
+    predict: bool
+    dtype: Any  # of the accumulators
+
+
+def default_block(num_tokens: int, num_classes: int) -> int:
+    """Columns a block: the power of two whose float32 logits fit the backend's budget."""
+    budget = (8 if jax.default_backend() == "cpu" else 64) * 2**20
+    block = 2 ** (budget // (4 * max(1, num_tokens))).bit_length() // 2
+    return max(1, min(max(block, 128), num_classes))
+
+
+def _over_blocks(classes: int, block: int, step, combine):
+    """``combine(state, step(start, size))`` over all blocks, the first being short."""
+    first = classes % block or block
+    state = combine(None, step(0, first))
+    if first == classes:
+        return state
+
+    def body(state, i):
+        compute = jax.checkpoint(partial(step, size=block), prevent_cse=False)
+        return combine(state, compute(first + i * block)), None
+
+    return lax.scan(body, state, jnp.arange((classes - first) // block, dtype=jnp.int32))[0]
+
+
+class _Block(NamedTuple):
+    logits: Array  # [N, B]
+    kept: Any
+    soft: Any
+    mask: Any
+
+
+def _cut(x: Any, start, size: int, axis: int = -1) -> Any:
+    return None if x is None else lax.dynamic_slice_in_dim(x, start, size, axis)
+
+
+def _block(options: Options, operands: Operands, constants: Constants, start, size: int) -> _Block:
+    geometry = options.geometry
+    kept = constants.kept
+    if kept is not None:
+        inside = (kept >= start) & (kept < start + size)
+        kept = jnp.where(inside, kept - start, size)
+    mask = _cut(constants.mask, start, size)
+    if mask is not None and constants.mask_row is not None:
+        mask = mask[constants.mask_row]
+    logits = _linear.product(
+        operands.hidden,
+        _cut(operands.kernel, start, size, geometry.vocab_axis),
+        _cut(operands.bias, start, size),
+        geometry._replace(num_classes=size),
+    )
+    some = (_cut(operands.probabilities, start, size), _cut(operands.weight, start, size))
+    return _Block(logits, kept, _soft(options, constants.share, mask, size, *some), mask)
+
+
+def _soft(options: Options, share, mask, size: int, probabilities, weight) -> Any:
+    wide = options.dtype
+    soft = _targets.soft_targets(
+        probabilities, share, mask, weight, options.label_smoothing, size, wide
+    )
+    return _passes.of_rank(soft, 2)
+
+
+def _forward(options: Options, operands: Operands, constants: Constants):
+    """((RowLosses, prediction), RowState). One product."""
+    labelled = constants.kept is not None
+
+    def step(start, size):
+        b = _block(options, operands, constants, start, size)
+        part = _rows.row_part(b.logits, b.kept, b.soft, b.mask, options.softcap, options.want)
+        best = None
+        if options.predict:
+            x = _passes.widen(lax.stop_gradient(b.logits), b.mask, None)
+            found = jnp.argmax(x, axis=-1).astype(jnp.int32)
+            best = _passes.entry(x, found), found + start
+        return part._replace(kept=part.kept + start), best
+
+    def combine(state, new):
+        if state is None:
+            return new
+        (part, best), (new_part, new_best) = state, new
+        if best is not None:
+            # Not a NaN's place: it stays.
+            better = ~jnp.isnan(best[0]) & ~(new_best[0] <= best[0])
+            best = jax.tree.map(partial(jnp.where, better), new_best, best)
+        return _rows.merge(part, new_part, labelled), best
+
+    classes = options.geometry.num_classes
+    part, best = _over_blocks(classes, options.geometry.chunk, step, combine)
+    if labelled:
+        part = part._replace(kept=constants.kept)
+    losses, state = _rows.finish(part, options.want)
+    prediction = None
+    if best is not None:
+        unknown = jnp.isnan(best[0]) | (best[0] == jnp.inf)
+        prediction = jnp.where(unknown, -1, best[1])
+    return (losses, prediction), state
+
+
+def _at_block(state: _rows.RowState, start, size: int) -> _rows.RowState:
+    inside = (state.kept >= start) & (state.kept < start + size)
+    return state._replace(kept=jnp.where(inside, state.kept - start, size))
+
+
+def _gradients(
+    options: Options,
+    active: Operands,
+    operands: Operands,
+    constants: Constants,
+    state: _rows.RowState,
+    ct: _rows.RowLosses,
+) -> Operands:
+    """The gradients of ``sum(ct * losses)`` for the ``active`` operands. Three products."""
+    geometry = options.geometry
+    hidden, wide = operands.hidden, options.dtype
+
+    def dot(x, y, axis_x, axis_y):
+        contract = (((axis_x,), (axis_y,)), ((), ()))
+        return lax.dot_general(x, y, contract, geometry.precision, preferred_element_type=wide)
+
+    def step(start, size):
+        b = _block(options, operands, constants, start, size)
+        here = _at_block(state, start, size)
+        dx = _rows.row_gradient(b.logits, here, b.soft, b.mask, options.softcap, ct)
+        d_bias = jnp.sum(dx, axis=0) if active.bias else None
+        # Formed in float32, narrowed once: the products take the operands' dtype.
+        dx = dx.astype(hidden.dtype)
+        d_hidden = d_kernel = d_probabilities = d_weight = None
+        if active.hidden:
+            kernel = _cut(operands.kernel, start, size, geometry.vocab_axis)
+            d_hidden = dot(dx, kernel, 1, geometry.vocab_axis)
+        if active.kernel:
+            d_kernel = dot(hidden, dx, 0, 0) if geometry.vocab_axis == 1 else dot(dx, hidden, 0, 0)
+        if ct.soft is not None and (active.probabilities or active.weight):
+            slope = _rows.soft_gradient(b.logits, here, b.soft, b.mask, options.softcap)
+            slope = jnp.where(ct.soft[:, None] == 0, 0, ct.soft[:, None] * slope)
+
+            soft_b, pullback = jax.vjp(
+                partial(_soft, options, constants.share, b.mask, size),
+                _cut(operands.probabilities, start, size),
+                _cut(operands.weight, start, size),
+            )
+            slope = _rows.sum_to(slope, soft_b.shape).astype(soft_b.dtype)
+            d_probabilities, d_weight = pullback(slope)
+        return start, Operands(d_hidden, d_kernel, d_bias, d_probabilities, d_weight)
+
+    def combine(total, new):
+        start, new = new
+        if total is None:
+            blank = (
+                None if g is None else jnp.zeros_like(x) for g, x in zip(new, operands, strict=True)
+            )
+            total = Operands(*blank)._replace(hidden=new.hidden)
+        elif new.hidden is not None:
+            total = total._replace(hidden=total.hidden + new.hidden)
+
+        def put(x, g, axis=-1):
+            if x is None:
+                return None
+            return lax.dynamic_update_slice_in_dim(x, g.astype(x.dtype), start, axis)
+
+        return Operands(
+            total.hidden,
+            put(total.kernel, new.kernel, geometry.vocab_axis),
+            put(total.bias, new.bias),
+            put(total.probabilities, new.probabilities),
+            put(total.weight, new.weight),
+        )
+
+    total = _over_blocks(geometry.num_classes, geometry.chunk, step, combine)
+    if total.hidden is not None:
+        total = total._replace(hidden=total.hidden.astype(hidden.dtype))
+    return total
+
+
+def _tangents(options: Options, residuals, tangents) -> _rows.RowLosses:
+    """Rows do not mix: the derivative of one number is the gradient at its unit cotangent."""
+    operands, constants, state = residuals
+    none = _rows.RowLosses(None, None, None, None)
+    one = jnp.ones_like(state.m)
+    moving = [i for i, t in enumerate(tangents) if t is not None]
+
+    def step(start, size):
+        def some(*xs):
+            full = operands._replace(
+                **{operands._fields[i]: x for i, x in zip(moving, xs, strict=True)}
+            )
+            return _block(options, full, constants, start, size)[0::2][:2]
+
+        primals = [operands[i] for i in moving]
+        (x, soft), (dx, d_soft) = jax.jvp(some, primals, [tangents[i] for i in moving])
+        b = _block(options, operands, constants, start, size)
+        here = _at_block(state, start, size)
+        out = {}
+        for name in (*options.want, *(() if soft is None else ("soft",))):
+            ct = none._replace(**{name: one})
+            slope = _rows.row_gradient(x, here, soft, b.mask, options.softcap, ct)
+            out[name] = jnp.sum(slope * dx, axis=-1)
+        if soft is not None and d_soft is not None:
+            slope = _rows.soft_gradient(x, here, soft, b.mask, options.softcap)
+            out["soft"] += jnp.sum(slope * d_soft.astype(x.dtype), axis=-1)
+        return none._replace(**out)
+
+    def combine(total, new):
+        return new if total is None else jax.tree.map(jnp.add, total, new)
+
+    return _over_blocks(options.geometry.num_classes, options.geometry.chunk, step, combine)
+
+
+def row_losses_by_block(options: Options, operands: Operands, constants: Constants):
+    """``(RowLosses, prediction)``, [N] each, as ``_rows.row_losses`` of the logits."""
+    count = len(operands)
+
+    def function(*args):
+        return _forward(options, Operands(*args[:count]), Constants(*args[count:]))[0]
+
+    def forward(*args):
+        values = [None if a is None else a.value for a in args]
+        # A flag must be static to choose the products: () and None have no leaves.
+        flags = tuple(() if a is not None and a.perturbed else None for a in args[:count])
+        nested = Operands(*values[:count]), Constants(*values[count:])
+        out, state = _forward(options, *nested)
+        return out, (*nested, state, flags)
+
+    def backward(residuals, ct):
+        operands, constants, state, flags = residuals
+        active = Operands(*(flag is not None for flag in flags))
+        grads = _gradients(options, active, operands, constants, state, ct[0])
+        return (*grads, *(None for _ in Constants._fields))
+
+    def tangent(residuals, tangents):
+        return _tangents(options, residuals[:-1], tangents[:count]), None
+
+    rule = jax.custom_vjp(function)
+    rule.defvjp(forward, backward, symbolic_zeros=True)
+    return with_forward_mode(rule, tangent)(*operands, *constants)
