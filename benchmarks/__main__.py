@@ -1,4 +1,4 @@
-"""``python -m benchmarks``: digits, precision and speed, as tables, pictures and JSON."""
+"""``python -m benchmarks``: every part as tables, pictures and JSON."""
 
 import argparse
 from pathlib import Path
@@ -6,12 +6,12 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from benchmarks import digits, precision, report, speed
+from benchmarks import digits, linear, precision, report, speed
 from benchmarks.environment import describe, environment
 from benchmarks.measure import keep_pages
 
 RESULTS = Path("benchmarks/results")
-PARTS = ("digits", "precision", "speed")
+PARTS = ("digits", "precision", "speed", "linear")
 
 
 def _shape(text: str) -> tuple[int, int]:
@@ -28,7 +28,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
         description="Trains a digits classifier with jaxloss and with optax, measures the errors of"
-        " both against exact values, and times both.",
+        " both against exact values, and times both, also on hidden @ kernel.",
     )
     parser.add_argument(
         "--shape",
@@ -50,7 +50,7 @@ def _arguments() -> argparse.Namespace:
         help="run this part alone; may be repeated (--shape and --dtype mean --only speed)",
     )
     parser.add_argument(
-        "--seconds", type=float, default=6.0, help="time for each shape and dtype (default: 6)"
+        "--seconds", type=float, default=5.0, help="time for each shape and dtype (default: 5)"
     )
     parser.add_argument(
         "--out",
@@ -78,6 +78,7 @@ def main() -> None:
     jobs = {
         "digits": (digits, digits.run),
         "precision": (precision, precision.run),
+        "linear": (linear, lambda tick: linear.run(2 * args.seconds, tick)),
         "speed": (speed, lambda tick: speed.run(args.shape, args.dtype, args.seconds, tick)),
     }
     columns = (TextColumn("{task.description:>10}"), BarColumn(), TimeElapsedColumn())

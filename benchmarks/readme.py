@@ -9,11 +9,17 @@ import re
 import sys
 from pathlib import Path
 
-from benchmarks import precision, report, speed
+from benchmarks import linear, precision, report, speed, train_lm
 from benchmarks.environment import describe
 
 RESULTS, README = Path("benchmarks/results"), Path("README.md")
-MODULES = {"precision": precision, "speed": speed}
+MODULES = {
+    "train_lm": train_lm,
+    "train_lm_ignore": train_lm,
+    "linear": linear,
+    "precision": precision,
+    "speed": speed,
+}
 
 
 def filled(text: str, folder: Path) -> str:

@@ -1,5 +1,6 @@
 """The three functions of logits: log_softmax, nll_loss, cross_entropy."""
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -39,7 +40,10 @@ def _classes_last(x: Array, axes: tuple[int, ...]) -> Array:
     batch = [i for i in range(x.ndim) if i not in axes]
     if [*batch, *axes] != list(range(x.ndim)):
         x = x.transpose([*batch, *axes])
-    return x if len(axes) == 1 else x.reshape(*x.shape[: len(batch)], -1)
+    # Not -1: the size of an empty batch says nothing of the classes.
+    return (
+        x if len(axes) == 1 else x.reshape(*x.shape[: len(batch)], math.prod(x.shape[len(batch) :]))
+    )
 
 
 def _mask_classes_last(mask: Array | None, like: Array, axes: tuple[int, ...]) -> Array | None:

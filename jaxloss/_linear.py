@@ -93,19 +93,31 @@ def _sweep(packing: Packing, chunk: int, part, update, blank, dynamic: bool):
     which JAX can differentiate in reverse, each part computed again in its backward pass.
     """
 
-    def step(state, i):
-        at = lax.dynamic_slice_in_dim(packing.order, i * chunk, chunk)
+    def step(state, start, size):
+        at = lax.dynamic_slice_in_dim(packing.order, start, size)
         compute = part if dynamic else jax.checkpoint(part)
         return update(state, at, compute(at))
 
     chunks = packing.order.shape[0] // chunk
-    if dynamic and chunks == 1:
+    if not dynamic:
+        starts = jnp.arange(chunks, dtype=jnp.int32) * chunk
+        return lax.scan(lambda state, at: (step(state, at, chunk), None), blank(), starts)[0]
+
+    # What is left of the last chunk goes in quarters: a batch of one chunk gains by them too.
+    quarter = chunk // 4 if chunk % 4 == 0 else chunk
+    whole = (packing.size + quarter - 1) // chunk
+
+    def in_quarters(state):
+        trips = (packing.size - whole * chunk + quarter - 1) // quarter
+        return lax.fori_loop(
+            0, trips, lambda i, state: step(state, whole * chunk + i * quarter, quarter), state
+        )
+
+    if chunks == 1:
         # Inside of the branch XLA sees that nothing was there before, and adds to nothing.
-        return lax.cond(packing.size > 0, lambda: step(blank(), 0), blank)
-    if dynamic:
-        trips = (packing.size + chunk - 1) // chunk
-        return lax.fori_loop(0, trips, lambda i, state: step(state, i), blank())
-    return lax.scan(lambda state, i: (step(state, i), None), blank(), jnp.arange(chunks))[0]
+        return lax.cond(whole > 0, lambda: step(blank(), 0, chunk), lambda: in_quarters(blank()))
+    state = lax.fori_loop(0, whole, lambda i, state: step(state, i * chunk, chunk), blank())
+    return in_quarters(state) if quarter < chunk else state
 
 
 def _differentiable(compute):

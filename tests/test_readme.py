@@ -18,5 +18,11 @@ def test_block(block):
         exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
 
 
+def test_tables_are_those_of_the_results():
+    from benchmarks import readme
+
+    assert readme.filled(TEXT, Path("benchmarks/results")) == TEXT
+
+
 def test_there_are_blocks():
     assert len(BLOCKS) >= 5

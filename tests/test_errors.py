@@ -1,0 +1,390 @@
+"""What a wrong call is told: the argument, the rule, what came; and what is no error."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxloss
+
+X, Y = np.zeros((4, 3), np.float32), np.zeros(4, np.int32)
+BOX = np.zeros((2, 3, 4), np.float32)
+SQUARE = np.zeros((3, 3), np.float32)
+H, K = np.zeros((4, 2), np.float32), np.zeros((2, 3), np.float32)
+
+RIGHT = {
+    "log_softmax": {"logits": X},
+    "nll_loss": {"log_probs": X, "labels": Y},
+    "cross_entropy": {"logits": X, "labels": Y},
+    "check_labels": {"labels": Y, "num_classes": 3},
+    "linear_cross_entropy": {"hidden": H, "kernel": K, "labels": Y},
+}
+
+
+def array_rows(x):
+    floating = f"{x} must have a real floating dtype"
+    return [
+        ({x: None}, TypeError, f"{x} must be an array; got None"),
+        ({x: "abc"}, TypeError, f"{x} must be an array; got str"),
+        ({x: [[1.0, 2.0], [3.0]]}, TypeError, f"{x} must be an array; got list"),
+        (
+            {x: X.astype(np.int32)},
+            TypeError,
+            rf"{floating}; got int32\(4, 3\).*{x}.astype\(jnp.float32\)",
+        ),
+        ({x: X.astype(np.complex64)}, TypeError, rf"{floating}; got complex64\(4, 3\)"),
+        ({x: X.astype(bool)}, TypeError, rf"{floating}; got bool\(4, 3\)"),
+    ]
+
+
+def axis_rows(x):
+    kind, outside = "axis must be an int or a tuple of ints", rf"axis must be in \[-2, 1\] for {x}"
+    return [
+        ({x: np.float32(1)}, ValueError, rf"{x} must have a class axis; got a scalar, float32\(\)"),
+        ({"axis": 2}, ValueError, rf"{outside} of rank 2; got axis 2, {x} float32\(4, 3\)"),
+        ({"axis": -3}, ValueError, f"{outside}.*got axis -3"),
+        ({"axis": (0, 2)}, ValueError, rf"{outside}.*got axis \(0, 2\)"),
+        ({"axis": (1, 1)}, ValueError, r"axis must name each axis once; got \(1, 1\)"),
+        ({"axis": (0, -2)}, ValueError, r"axis must name each axis once; got \(0, -2\)"),
+        ({"axis": ()}, ValueError, r"axis must name at least one axis; got \(\)"),
+        ({"axis": 1.0}, TypeError, rf"{kind}; got 1\.0"),
+        ({"axis": (0, 1.0)}, TypeError, rf"{kind}; got \(0, 1\.0\)"),
+        ({"axis": True}, TypeError, f"{kind}; got True"),
+        ({"axis": None}, TypeError, f"{kind}; got None"),
+        ({"axis": "1"}, TypeError, f"{kind}; got '1'"),
+    ]
+
+
+def token_rows(x):
+    """What every loss of logits takes, here 4 tokens of 3 classes."""
+    indices = r"labels must have the shape of .* without axis 1, \(4,\)"
+    probabilities = r"labels must have the shape of .* \(floating\), \(4, 3\)"
+    kinds = r"labels must be class indices \(an integer dtype\) or class probabilities \(floating\)"
+    where = r"where must broadcast to .* or have the shape of the losses, \(4,\)"
+    reduction = "reduction must be one of 'none', 'mean', 'sum'"
+    return [
+        ({"labels": None}, TypeError, "labels must be an array; got None"),
+        ({"labels": Y[:1]}, ValueError, rf"{indices}; got int32\(1,\)\. .*float32\(4, 3\)"),
+        ({"labels": Y[0]}, ValueError, rf"{indices}; got int32\(\)"),
+        ({"labels": Y[None]}, ValueError, rf"{indices}; got int32\(1, 4\)"),
+        ({"labels": X.astype(np.int8)}, ValueError, rf"{indices}; got int8\(4, 3\).*are prob"),
+        ({"labels": Y.astype(np.float32)}, ValueError, rf"{probabilities}; got .*\(4,\).*are int"),
+        ({"labels": X[:, :1]}, ValueError, rf"{probabilities}; got float32\(4, 1\)"),
+        ({"labels": X.T}, ValueError, rf"{probabilities}; got float32\(3, 4\)"),
+        ({"labels": Y.astype(bool)}, TypeError, rf"{kinds}; got bool\(4,\)"),
+        ({"labels": Y.astype(np.complex64)}, TypeError, rf"{kinds}; got complex64\(4,\)"),
+        ({"weight": X[0, :1]}, ValueError, r"weight must .* a class, \(3,\); got float32\(1,\)"),
+        ({"weight": X}, ValueError, r"weight must .* a class, \(3,\); got float32\(4, 3\)"),
+        ({"weight": 1.0}, ValueError, r"weight must .* a class, \(3,\); got float32\(\)"),
+        (
+            {"weight": np.arange(3)},
+            TypeError,
+            r"weight must have a real floating dtype; got int32\(3,\).*weight.astype",
+        ),
+        ({"weight": np.ones(3, np.complex64)}, TypeError, r"weight must .*; got complex64\(3,\)"),
+        (
+            {"sample_weight": X[0]},
+            ValueError,
+            r"sample_weight must have the shape of the losses, \(4,\); got float32\(3,\)",
+        ),
+        ({"sample_weight": X[:, :1]}, ValueError, r"sample_weight must .*; got float32\(4, 1\)"),
+        ({"sample_weight": 1.0}, ValueError, r"sample_weight must .*; got float32\(\)"),
+        (
+            {"sample_weight": np.ones(4, np.complex64)},
+            TypeError,
+            r"sample_weight must be real or boolean; got complex64\(4,\)",
+        ),
+        ({"where": X}, TypeError, r"where must be boolean; got float32\(4, 3\).*sample_weight"),
+        ({"where": Y}, TypeError, r"where must be boolean; got int32\(4,\)"),
+        (
+            {"where": np.ones((2, 3), bool)},
+            ValueError,
+            rf"{where} .*; got bool\(2, 3\), {x} float32\(4, 3\)",
+        ),
+        ({"where": np.ones((1, 4, 3), bool)}, ValueError, rf"{where} .*; got bool\(1, 4, 3\)"),
+        ({"where": np.ones(2, bool)}, ValueError, rf"{where} .*; got bool\(2,\)"),
+        ({"reduction": "avg"}, ValueError, f"{reduction}; got 'avg'"),
+        ({"reduction": None}, ValueError, f"{reduction}; got None"),
+        ({"ignore_index": 1.0}, TypeError, r"ignore_index must be an int or None; got 1\.0"),
+        ({"ignore_index": True}, TypeError, "ignore_index must be an int or None; got True"),
+        ({"ignore_index": "pad"}, TypeError, "ignore_index must be an int or None; got 'pad'"),
+    ]
+
+
+def batch_rows(x):
+    """Labels and masks of other shapes than 4 tokens of 3 classes."""
+    square = {x: SQUARE, "labels": Y[:3], "where": np.ones(3, bool)}
+    column = (
+        r"labels must .* without axis 1, \(4,\); got int32\(4, 1\)\. Drop .* labels\.squeeze\(1\)"
+    )
+    return [
+        ({"labels": Y[:, None]}, ValueError, column),
+        ({x: X[0]}, ValueError, r"labels must .* without axis 0, \(\); got int32\(4,\)"),
+        ({"axis": 0}, ValueError, r"labels must .* without axis 0, \(3,\); got int32\(4,\)"),
+        (
+            {x: BOX, "labels": BOX[:, :1].astype(np.int32), "axis": 1},
+            ValueError,
+            r"labels .* axis 1, \(2, 4\); got int32\(2, 1, 4\)\. Drop .* labels\.squeeze\(1\)",
+        ),
+        (
+            {x: BOX, "labels": Y[:2], "axis": (0, 2)},
+            ValueError,
+            r"labels must .* without axis \(0, 2\), \(3,\); got int32\(2,\)",
+        ),
+        (
+            {x: BOX, "labels": Y[:2], "axis": (1, 2), "weight": X[0]},
+            ValueError,
+            r"weight must .* a class, \(12,\); got float32\(3,\)",
+        ),
+        (
+            square,
+            ValueError,
+            rf"where must be either classes .* or tokens .*; got bool\(3,\), which fits {x} "
+            r"float32\(3, 3\) both ways.*where\[None, :\].*sample_weight=where",
+        ),
+    ]
+
+
+def number_rows():
+    number, flag = "must be a Python number; got", "return_stats must be True or False; got"
+    cap = "logit_softcap must be positive and finite, or None; got"
+    return [
+        ({"label_smoothing": -0.1}, ValueError, r"label_smoothing must be in \[0, 1\]; got -0\.1"),
+        ({"label_smoothing": 1.5}, ValueError, r"label_smoothing must be in \[0, 1\]; got 1\.5"),
+        ({"label_smoothing": np.nan}, ValueError, r"label_smoothing must be in \[0, 1\]; got nan"),
+        ({"label_smoothing": np.float32(0.1)}, TypeError, f"label_smoothing {number} float32"),
+        ({"label_smoothing": True}, TypeError, f"label_smoothing {number} bool"),
+        ({"z_loss": -1e-4}, ValueError, r"z_loss must be in \[0, .*; got -0\.0001"),
+        ({"z_loss": np.nan}, ValueError, r"z_loss must be in \[0, .*; got nan"),
+        ({"z_loss": np.float32(1)}, TypeError, f"z_loss {number} float32.*mark it static"),
+        ({"z_loss": "1"}, TypeError, f"z_loss {number} str"),
+        ({"z_loss": None}, TypeError, f"z_loss {number} NoneType"),
+        ({"logit_softcap": 0.0}, ValueError, rf"{cap} 0\.0"),
+        ({"logit_softcap": -30.0}, ValueError, rf"{cap} -30\.0"),
+        ({"logit_softcap": np.inf}, ValueError, f"{cap} inf"),
+        ({"logit_softcap": np.float32(30)}, TypeError, f"logit_softcap {number} float32"),
+        ({"return_stats": 1}, TypeError, f"{flag} 1"),
+        ({"return_stats": None}, TypeError, f"{flag} None"),
+        ({"return_stats": np.True_}, TypeError, f"{flag} .*True"),
+    ]
+
+
+def linear_rows():
+    columns = r"bias must have one entry a column of kernel, \(3,\); got"
+    products = "hidden @ kernel"
+    return [
+        ({"hidden": None}, TypeError, "hidden must be an array; got None"),
+        ({"hidden": np.float32(1)}, ValueError, r"hidden must be \[\.\.\., D\]; got float32\(\)"),
+        (
+            {"hidden": H.astype(np.complex64)},
+            TypeError,
+            r"hidden must .* floating .*complex64\(4, 2",
+        ),
+        (
+            {"hidden": H.astype(np.float16)},
+            TypeError,
+            "hidden and kernel .* one dtype; got float16 and float32",
+        ),
+        (
+            {"hidden": X},
+            ValueError,
+            r"kernel must .* D = 3, at axis 0; .*\(4, 3\), kernel .*\(2, 3\).*vocab_axis=0",
+        ),
+        ({"kernel": None}, TypeError, "kernel must be an array; got None"),
+        ({"kernel": K[None]}, ValueError, r"kernel must be \[D, V\].*; got float32\(1, 2, 3\)"),
+        (
+            {"kernel": K.astype(np.int32)},
+            TypeError,
+            r"kernel must .* floating .*; got int32\(2, 3\)",
+        ),
+        ({"kernel": K, "vocab_axis": 0}, ValueError, "kernel must .* D = 2, at axis 1; got .*=1"),
+        ({"bias": X}, ValueError, rf"{columns} float32\(4, 3\)"),
+        ({"bias": 1.0}, ValueError, rf"{columns} float32\(\)"),
+        (
+            {"bias": np.arange(3)},
+            TypeError,
+            r"bias must have a real floating dtype; got int32\(3,\)",
+        ),
+        (
+            {"vocab_axis": -3},
+            ValueError,
+            r"vocab_axis must be in \[-2, 1\] for kernel .*got vocab_.* -3",
+        ),
+        ({"vocab_axis": (0, 1)}, ValueError, r"vocab_axis must be one axis; got \(0, 1\)"),
+        ({"vocab_axis": 1.0}, TypeError, r"vocab_axis must be an int .*; got 1\.0"),
+        ({"vocab_axis": None}, TypeError, "vocab_axis must be an int .*; got None"),
+        ({"num_classes": -1}, ValueError, r"num_classes must be in \[0, 3\]; got -1"),
+        ({"num_classes": 2.0}, TypeError, "num_classes must be an int or None; got float"),
+        ({"num_classes": True}, TypeError, "num_classes must be an int or None; got bool"),
+        ({"num_classes": 2, "weight": X[0]}, ValueError, r"weight .*\(2,\); got float32\(3,\)"),
+        ({"num_classes": 2, "labels": X}, ValueError, r"labels .*\(4, 2\); got float32\(4, 3\)"),
+        (
+            {"num_classes": 2, "where": np.ones((1, 3), bool)},
+            ValueError,
+            rf"where .*; got bool\(1, 3\), {products} float32\(4, 2\)",
+        ),
+        (
+            {"hidden": H[:3], "labels": Y[:3], "where": np.ones(3, bool)},
+            ValueError,
+            rf"where must be either .*; got bool\(3,\), which fits {products} .* both ways",
+        ),
+        ({"chunk_size": -2}, ValueError, "chunk_size must be at least 1; got -2"),
+        ({"chunk_size": True}, TypeError, "chunk_size must be an int or None; got bool"),
+    ]
+
+
+ROWS = {
+    "log_softmax": [
+        *array_rows("logits"),
+        *axis_rows("logits"),
+        ({"where": X}, TypeError, r"where must be boolean; got float32\(4, 3\)"),
+        ({"where": "all"}, TypeError, "where must be an array; got str"),
+        (
+            {"where": np.ones(4, bool)},
+            ValueError,
+            r"where must broadcast to logits; got bool\(4,\), logits float32\(4, 3\)",
+        ),
+        ({"where": np.ones((1, 4, 3), bool)}, ValueError, r"where .*; got bool\(1, 4, 3\)"),
+    ],
+    "nll_loss": [
+        *array_rows("log_probs"),
+        *axis_rows("log_probs"),
+        *token_rows("log_probs"),
+        *batch_rows("log_probs"),
+    ],
+    "cross_entropy": [
+        *array_rows("logits"),
+        *axis_rows("logits"),
+        *token_rows("logits"),
+        *batch_rows("logits"),
+        *number_rows(),
+    ],
+    "check_labels": [
+        ({"labels": None}, TypeError, "labels must be an array; got None"),
+        ({"labels": "abc"}, TypeError, "labels must be an array; got str"),
+        (
+            {"labels": Y.astype(bool)},
+            TypeError,
+            r"labels must be class indices \(an integer dtype\); got bool\(4,\)",
+        ),
+        ({"labels": Y.astype(np.complex64)}, TypeError, r"labels must .*; got complex64\(4,\)"),
+    ],
+    "linear_cross_entropy": [*linear_rows(), *token_rows("hidden @ kernel"), *number_rows()],
+}
+CASES = [
+    pytest.param(name, *row, id=f"{name}-{i}-{'-'.join(row[0])}")
+    for name, rows in ROWS.items()
+    for i, row in enumerate(rows)
+]
+
+
+@pytest.mark.parametrize(("name", "wrong", "kind", "text"), CASES)
+def test_a_wrong_call_is_told_what_is_wrong_in_every_way_of_tracing(name, wrong, kind, text):
+    arguments = {**RIGHT[name], **wrong}
+    arrays = {k: v for k, v in arguments.items() if isinstance(v, np.ndarray)}
+    others = {k: v for k, v in arguments.items() if k not in arrays}
+
+    def call(arrays):
+        return getattr(jaxloss, name)(**arrays, **others)
+
+    with pytest.raises(kind, match=f"{name}: {text}") as eager:
+        call(arrays)
+    for traced in (jax.jit(call), lambda x: jax.eval_shape(call, x)):
+        with pytest.raises(kind) as told:
+            traced(arrays)
+        assert str(told.value) == str(eager.value)
+
+
+@pytest.mark.parametrize("name", RIGHT)
+def test_the_right_call_is_accepted(name):
+    getattr(jaxloss, name)(**RIGHT[name])
+
+
+@pytest.mark.parametrize("name", ["cross_entropy", "linear_cross_entropy"])
+@pytest.mark.parametrize("option", ["label_smoothing", "z_loss", "logit_softcap"])
+def test_a_traced_number_is_told_to_be_static(name, option):
+    with pytest.raises(TypeError, match=f"{name}: {option} must be a Python number.*under jit"):
+        jax.jit(lambda v: getattr(jaxloss, name)(**RIGHT[name], **{option: v}))(0.5)
+
+
+@pytest.mark.parametrize("name", ["log_softmax", "nll_loss", "cross_entropy"])
+def test_options_are_keywords(name):
+    with pytest.raises(TypeError, match="positional argument"):
+        getattr(jaxloss, name)(*RIGHT[name].values(), -1, None)
+
+
+# Nothing to compute is no error
+
+
+@pytest.mark.parametrize("where", [False, True])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize(
+    ("shape", "axis"), [((0,), 0), ((0, 3), 0), ((2, 0, 3), -1), ((2, 0, 3), (1, 2)), ((0, 0), 1)]
+)
+def test_log_softmax_of_nothing(shape, axis, dtype, where):
+    x = jnp.zeros(shape, dtype)
+    mask = jnp.ones(shape, bool) if where else None
+    for f in (jaxloss.log_softmax, jax.jit(jaxloss.log_softmax, static_argnums=1)):
+        out = f(x, axis, where=mask)
+        assert (out.shape, out.dtype) == (shape, dtype)
+    grad = jax.grad(lambda x: jaxloss.log_softmax(x, axis, where=mask).sum())(x)
+    assert (grad.shape, grad.dtype) == (shape, dtype)
+
+
+EMPTY = {
+    "leading": ((2, 0, 3), (2, 0), -1),
+    "first axis": ((3, 0), (0,), 0),
+    "two axes": ((0, 3, 2), (0,), (1, 2)),
+}
+EMPTY_CALLS = [
+    *((name, shape) for name in ("nll_loss", "cross_entropy") for shape in EMPTY),
+    ("linear_cross_entropy", "leading"),
+]
+
+
+@pytest.mark.parametrize("probabilities", [False, True])
+@pytest.mark.parametrize(("name", "case"), EMPTY_CALLS)
+def test_an_empty_batch_with_every_option(name, case, probabilities):
+    shape, batch, axis = EMPTY[case]
+    classes = 6 if case == "two axes" else 3
+    labels = jnp.zeros(shape) if probabilities else jnp.zeros(batch, jnp.int32)
+    options = {"weight": jnp.ones(classes), "sample_weight": jnp.ones(batch)}
+    options["where"] = jnp.ones((1,) * len(shape), bool)
+    if name != "nll_loss":
+        options |= {"label_smoothing": 0.1, "z_loss": 0.1, "logit_softcap": 3.0}
+    if name == "linear_cross_entropy":
+        arrays = (jnp.zeros((*batch, 2)), jnp.zeros((2, 3)))
+    else:
+        arrays, options["axis"] = (jnp.zeros(shape),), axis
+
+    def loss(*arrays, reduction):
+        return getattr(jaxloss, name)(*arrays, labels, reduction=reduction, **options)
+
+    assert loss(*arrays, reduction="none").shape == batch
+    assert loss(*arrays, reduction="sum") == 0
+    assert np.isnan(loss(*arrays, reduction="mean"))
+    for reduction in ("sum", "mean"):
+        grads = jax.grad(loss, tuple(range(len(arrays))))(*arrays, reduction=reduction)
+        for g, x in zip(grads, arrays, strict=True):
+            np.testing.assert_array_equal(g, np.zeros(x.shape))
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+@pytest.mark.parametrize("name", ["cross_entropy", "linear_cross_entropy"])
+def test_statistics_of_nothing(name, reduction):
+    right = {k: v[:0] if k in ("logits", "labels", "hidden") else v for k, v in RIGHT[name].items()}
+    _, stats = getattr(jaxloss, name)(**right, return_stats=True, reduction=reduction)
+    assert [v.shape for v in stats] == [(0,)] * 4
+    assert [v.dtype for v in stats] == [jnp.float32] * 3 + [jnp.int32]
+
+
+def test_an_empty_batch_is_checked_too():
+    with pytest.raises(ValueError, match=r"labels must .*\(0,\); got int32\(1,\)"):
+        jaxloss.cross_entropy(X[:0], Y[:1])
+
+
+def test_features_of_size_zero_leave_the_bias():
+    bias = jnp.array([0.0, 1.0, 3.0])
+    loss = jaxloss.linear_cross_entropy(H[:, :0], K[:0], Y, bias=bias)
+    expected = jaxloss.cross_entropy(jnp.tile(bias, (4, 1)), Y)
+    np.testing.assert_allclose(loss, expected, rtol=4 * np.finfo(np.float32).eps)
