@@ -1,0 +1,158 @@
+"""Laws that hold for all logits, on values drawn to hurt.
+
+Budgets are in roundings of float32. A loss is conditioned by its margin, and a common offset rounds
+the logits themselves: where that may happen the offsets are integers and the logits multiples of
+1/8, so that every shifted logit is exact and only the loss's own arithmetic is judged.
+"""
+
+from functools import partial
+
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+from helpers import EPS, assert_within, margins, relative_budget
+from hypothesis import given
+
+import jaxloss
+
+SHAPES = [(1, 1), (1, 5), (4, 5), (3, 17)]
+OFFSETS = [0.0, 1.0, -1000.0, 4096.0]
+ONE_LOSS = partial(jaxloss.cross_entropy, reduction="none")
+VALUE = jax.jit(ONE_LOSS)
+GRADIENT = jax.jit(jax.grad(lambda x, y: ONE_LOSS(x, y).sum()))
+
+
+@st.composite
+def rows(draw):
+    """Logits, class indices, and a permutation's seed."""
+    n, c = draw(st.sampled_from(SHAPES))
+    entry = st.integers(-8 * 60, 8 * 60) | st.sampled_from([0, 1, -800, 800])
+    x = [draw(st.lists(entry, min_size=c, max_size=c)) for _ in range(n)]
+    y = draw(st.lists(st.integers(0, c - 1), min_size=n, max_size=n))
+    return np.array(x, np.float32) / 8, np.array(y, np.int32)
+
+
+def budget(x):
+    return relative_budget(margins(x))
+
+
+@given(rows(), st.sampled_from(OFFSETS))
+def test_a_common_offset_changes_nothing(case, offset):
+    x, y = case
+    np.testing.assert_array_equal(VALUE(x + offset, y), VALUE(x, y))
+    np.testing.assert_array_equal(GRADIENT(x + offset, y), GRADIENT(x, y))
+
+
+@given(rows(), st.integers(0, 2**32 - 1))
+def test_permuted_classes(case, seed):
+    x, y = case
+    order = np.random.default_rng(seed).permutation(x.shape[1])
+    place = np.argsort(order)
+    permuted, y_permuted = x[:, order], place[y].astype(np.int32)
+    # Only the order of the sum differs: one rounding a term.
+    close = x.shape[1] * EPS
+    assert_within(VALUE(permuted, y_permuted), VALUE(x, y), close)
+    assert_within(GRADIENT(permuted, y_permuted), np.asarray(GRADIENT(x, y))[:, order], close)
+
+
+@given(rows(), st.integers(0, 2**32 - 1))
+def test_permuted_tokens(case, seed):
+    x, y = case
+    order = np.random.default_rng(seed).permutation(x.shape[0])
+    np.testing.assert_array_equal(VALUE(x[order], y[order]), np.asarray(VALUE(x, y))[order])
+
+
+@given(rows())
+def test_gradients_sum_to_nothing(case):
+    x, y = case
+    g = np.asarray(GRADIENT(x, y), np.float64)
+    # Each entry within its budget, of entries that are half positive and half negative.
+    allowed = budget(x) * 2 * np.abs(g).sum(-1) + np.finfo(np.float32).tiny
+    assert np.all(np.abs(g.sum(-1)) <= allowed)
+
+
+@given(rows())
+def test_losses_are_not_negative_and_gradients_are_bounded(case):
+    x, y = case
+    assert np.all(np.asarray(VALUE(x, y)) >= 0)
+    g = np.asarray(GRADIENT(x, y))
+    label = np.take_along_axis(g, y[:, None], axis=1)
+    assert np.all((label >= -1) & (label <= 0))
+    assert np.all(np.delete(g.ravel(), np.arange(len(y)) * x.shape[1] + y) >= 0)
+
+
+@given(rows())
+def test_two_steps(case):
+    x, y = case
+    two = jax.jit(lambda x, y: jaxloss.nll_loss(jaxloss.log_softmax(x), y, reduction="none"))
+    assert_within(two(x, y), VALUE(x, y), 2 * budget(x))
+
+
+@given(rows())
+def test_one_hot_labels(case):
+    x, y = case
+    q = np.eye(x.shape[1], dtype=np.float32)[y]
+    assert_within(VALUE(x, q), VALUE(x, y), 2 * budget(x))
+    assert_within(GRADIENT(x, q), GRADIENT(x, y), 4 * budget(x)[:, None])
+
+
+@given(rows())
+def test_vmap_is_the_batch(case):
+    x, y = case
+    # The same sums in other loops: vector lanes may add in another order.
+    close = x.shape[1] * EPS
+    assert_within(jax.vmap(ONE_LOSS)(x, y), VALUE(x, y), close)
+    assert_within(jax.vmap(jax.grad(ONE_LOSS))(x, y), GRADIENT(x, y), close)
+
+
+@given(rows(), st.lists(st.sampled_from([0.0, 0.25, 1.0, 3.0]), min_size=4, max_size=4))
+def test_reductions(case, weights):
+    x, y = case
+    s = np.array(weights[: len(y)], np.float32)
+    losses = np.asarray(VALUE(x, y), np.float64) * s
+    few = len(y) * EPS
+    total = jaxloss.cross_entropy(x, y, sample_weight=s, reduction="sum")
+    assert_within(total, losses.sum(), 2 * few)
+    mean = jaxloss.cross_entropy(x, y, sample_weight=s)
+    with np.errstate(invalid="ignore"):
+        assert_within(mean, losses.sum() / np.sum(s, dtype=np.float64), 4 * few)
+
+
+@given(rows(), st.integers(1, 5))
+def test_masked_classes_are_absent(case, removed):
+    x, y = case
+    more = np.concatenate([np.full((len(y), removed), 1e4, np.float32), x], axis=1)
+    exists = np.arange(more.shape[1]) >= removed
+    y_more = y + np.int32(removed)
+    close = more.shape[1] * EPS
+    losses = jaxloss.cross_entropy(more, y_more, where=exists[None], reduction="none")
+    assert_within(losses, VALUE(x, y), close)
+    more[:, :removed] = -np.inf
+    assert_within(VALUE(more, y_more), VALUE(x, y), close)
+    grad = np.asarray(GRADIENT(more, y_more))
+    assert np.all(grad[:, :removed] == 0)
+    assert_within(grad[:, removed:], GRADIENT(x, y), close)
+
+
+@given(
+    rows(),
+    st.sampled_from([1, 2, 3, 4, None]),
+    st.sampled_from(["token_chunks", "vocab_blocks"]),
+)
+def test_linear_cross_entropy(case, chunk, schedule):
+    """The identity as hidden states: the products are exact, the chunks must not show."""
+    x, y = case
+    n = len(y)
+    loss = partial(
+        jaxloss.linear_cross_entropy,
+        labels=y,
+        chunk_size=chunk,
+        implementation=schedule,
+        reduction="none",
+        precision="highest",
+    )
+    eye = jnp.eye(n)
+    assert_within(loss(eye, x), VALUE(x, y), 2 * budget(x))
+    grad = jax.grad(lambda k: loss(eye, k).sum())(jnp.asarray(x))
+    assert_within(grad, GRADIENT(x, y), 4 * budget(x)[:, None])
