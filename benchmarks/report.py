@@ -37,7 +37,7 @@ def to_rich(table: Table) -> rich.table.Table:
 
 
 def to_markdown(table: Table) -> str:
-    header = [name.replace("\n", " ") for name in table.header]
+    header = [name.replace("-\n", "").replace("\n", " ") for name in table.header]
     lines = [header, ["---:"] * len(header), *table.rows]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 

@@ -114,9 +114,9 @@ def linear_cross_entropy(
         ``weight``, ``where`` and probabilities have C classes.
       weight, ignore_index, label_smoothing, z_loss, logit_softcap, sample_weight, where, reduction,
         return_stats: as in :func:`cross_entropy`.
-      chunk_size: tokens whose logits are held at a time; None takes 256 MiB of float32 logits, and
-        at most 1024 tokens on a CPU. With ``"vocab_blocks"`` classes; None takes 8 MiB on a CPU,
-        64 MiB elsewhere, and at least 128 classes.
+      chunk_size: tokens whose logits are held at a time; None takes 256 MiB of float32 logits; on a
+        CPU at most 512 tokens, or 1024 where their logits take 64 MiB. With ``"vocab_blocks"``
+        classes; None takes 8 MiB on a CPU, 64 MiB elsewhere, and at least 128 classes.
       precision: of the products, as in :func:`jax.lax.dot_general`.
       implementation: ``"token_chunks"``, or for least memory ``"vocab_blocks"``. None takes token
         chunks, but vocabulary blocks where fewer than 16 tokens would fit into the budget.
