@@ -4,6 +4,7 @@
 """
 
 import math
+import operator
 from collections.abc import Sequence
 from typing import Any, NamedTuple, NoReturn
 
@@ -59,16 +60,34 @@ def shape(
     )
 
 
+def is_index(x: Any) -> bool:
+    """Whether it is one integer. Every numpy array has ``__index__``, and most raise."""
+    if isinstance(x, bool):
+        return False
+    try:
+        operator.index(x)
+    except TypeError:  # a traced value's error is one
+        return False
+    return True
+
+
+def index(function: str, name: str, x: Any, kind: str = "an int") -> int:
+    if not is_index(x):
+        got = describe(x) if hasattr(x, "dtype") else repr(x)
+        fail(function, f"{name} must be {kind}", got, kind=TypeError)
+    return operator.index(x)
+
+
 def class_axes(
     function: str, logits: Array, name: str, axis: int | Sequence[int], name_of: str = "axis"
 ) -> tuple:
     """``axis`` as a tuple of distinct axes counted from the front."""
     axes: tuple[Any, ...] = tuple(axis) if isinstance(axis, tuple | list) else (axis,)
     for a in axes:
-        if isinstance(a, bool) or not hasattr(a, "__index__"):
-            fail(
-                function, f"{name_of} must be an int or a tuple of ints", repr(axis), kind=TypeError
-            )
+        if isinstance(a, bool) or not is_index(a):
+            rule = f"{name_of} must be an int or a tuple of ints"
+            fail(function, rule, repr(axis), kind=TypeError)
+    axes = tuple(map(operator.index, axes))
     rank = logits.ndim
     if rank == 0:
         fail(function, f"{name} must have a class axis", f"a scalar, {describe(logits)}")
@@ -81,7 +100,7 @@ def class_axes(
                 f"{name_of} must be in [{-rank}, {rank - 1}] for {name} of rank {rank}",
                 f"{name_of} {axis}, {name} {describe(logits)}",
             )
-    axes = tuple(int(a) % rank for a in axes)
+    axes = tuple(a % rank for a in axes)
     if len(set(axes)) != len(axes):
         fail(function, f"{name_of} must name each axis once", f"{axis}")
     return axes
@@ -233,12 +252,13 @@ def check_reduction(function: str, x: Any) -> None:
 def integer(function: str, name: str, x: Any, low: int, high: int | None, *, default: int) -> int:
     if x is None:
         return default
-    if isinstance(x, bool) or not hasattr(x, "__index__"):
+    if not is_index(x):
         fail(function, f"{name} must be an int or None", type(x).__name__, kind=TypeError)
+    x = operator.index(x)
     if x < low or (high is not None and x > high):
         bounds = f"at least {low}" if high is None else f"in [{low}, {high}]"
         fail(function, f"{name} must be {bounds}", repr(x))
-    return int(x)
+    return x
 
 
 def flag(function: str, name: str, x: Any) -> bool:
@@ -256,12 +276,8 @@ def softcap(function: str, cap: Any) -> float | None:
     return cap
 
 
-def _ignore_index(function: str, index: Any) -> int | None:
-    if index is None:
-        return None
-    if isinstance(index, bool) or not hasattr(index, "__index__"):
-        fail(function, "ignore_index must be an int or None", repr(index), kind=TypeError)
-    return int(index)
+def ignored(function: str, x: Any) -> int | None:
+    return None if x is None else index(function, "ignore_index", x, "an int or None")
 
 
 class TokenArguments(NamedTuple):
@@ -290,6 +306,6 @@ def token_arguments(
         check_sample_weight(function, sample_weight, batch_shape(logits, axes)),
         *_where(function, name, where, logits, axes),
     )
-    ignore_index = _ignore_index(function, ignore_index)
+    ignore_index = ignored(function, ignore_index)
     static = {"axes": axes, "ignore_index": ignore_index, "reduction": reduction}
     return TokenArguments(arrays, static)

@@ -1,6 +1,7 @@
 """The three functions of logits: log_softmax, nll_loss, cross_entropy."""
 
 import math
+import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -282,7 +283,7 @@ def cross_entropy(
         *checked.arrays,
         **checked.static,
         label_smoothing=_check.number(call, "label_smoothing", label_smoothing, 0, 1),
-        z_loss=_check.number(call, "z_loss", z_loss, 0),
+        z_loss=_check.number(call, "z_loss", z_loss, 0, sys.float_info.max),
         softcap=_check.softcap(call, logit_softcap),
         return_stats=_check.flag(call, "return_stats", return_stats),
     )

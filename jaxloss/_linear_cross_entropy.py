@@ -1,6 +1,7 @@
 """linear_cross_entropy and linear_loss: losses of ``hidden @ kernel`` without the logits."""
 
 import math
+import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
@@ -69,7 +70,7 @@ def _rows_of(mask: Array | None, lead: tuple[int, ...]) -> tuple[Array | None, A
     """A mask broadcastable to [*lead, C] as its own rows [R, C], and each token's row [N]."""
     if mask is None:
         return None, None
-    rows = mask.reshape(-1, mask.shape[-1])
+    rows = mask.reshape(math.prod(mask.shape[:-1]), mask.shape[-1])
     if rows.shape[0] == 1:
         return rows, None
     index = jnp.arange(rows.shape[0], dtype=jnp.int32).reshape(mask.shape[:-1])
@@ -185,7 +186,7 @@ def linear_cross_entropy(
         options=(
             ("ignore_index", checked.static["ignore_index"]),
             ("label_smoothing", _check.number(call, "label_smoothing", label_smoothing, 0, 1)),
-            ("z_loss", _check.number(call, "z_loss", z_loss, 0)),
+            ("z_loss", _check.number(call, "z_loss", z_loss, 0, sys.float_info.max)),
             ("with_stats", _check.flag(call, "return_stats", return_stats)),
         ),
     )

@@ -78,6 +78,13 @@ def _softcap_slope(x: Array, softcap: float) -> Array:
     return 4 * e / (1 + e) ** 2
 
 
+def _write_out(logits: Array) -> bool:
+    """Whether to hold the exponentials: a wide copy of narrow logits only where it is small."""
+    wide = accumulator_dtype(logits.dtype)
+    small = logits.shape[-1] < 256 and logits.size * wide.itemsize <= 2**20
+    return logits.dtype == wide or small
+
+
 def row_part(logits, kept, soft_targets, class_mask, softcap, want, share=False) -> RowPart:
     """``share``: the backward pass follows in the same program."""
     highest = row_max(logits, class_mask, softcap)
@@ -93,7 +100,7 @@ def row_part(logits, kept, soft_targets, class_mask, softcap, want, share=False)
         softcap,
     )
     x_kept = jnp.where(kept < x.shape[-1], x_kept, jnp.nan)
-    if share and x.dtype == logits.dtype:
+    if share and _write_out(logits):
         # Written out once, to where the gradient will stand, and scaled there by the backward
         # pass: one exponential an entry instead of two.
         s = jnp.sum(other_exponentials(x, m, kept), axis=-1)
@@ -208,9 +215,9 @@ def row_gradient(logits, state, soft_targets, class_mask, softcap, ct):
 
     # A row that asks for nothing gets 0, whatever its logits hold: 0 * NaN would be NaN.
     row = jnp.where(active, at_kept, 0)
-    # In the logits' own dtype this is the summand that the forward pass wrote out.
-    share = x.dtype == logits.dtype
-    e = other_exponentials(x, m, kept) if share else jnp.exp(x - m[..., None])
+    # Where the forward pass wrote its summand out, this is it.
+    written = _write_out(logits)
+    e = other_exponentials(x, m, kept) if written else jnp.exp(x - m[..., None])
     dx = e * (k * of_p)[..., None]
     if ct.entropy is not None:
         below = m[..., None] - jnp.where(e > 0, x, 0)
@@ -262,7 +269,7 @@ def row_losses(
 
     def backward(residuals, ct):
         logits, state, soft_targets, class_mask = residuals
-        if accumulator_dtype(logits.dtype) != logits.dtype:
+        if not _write_out(logits):
             # Without the barrier XLA:CPU shares the widened logits (and the broadcast of m) with
             # the forward pass, and holds them: a float32 copy of the logits.
             scalars = state._replace(kept=None)

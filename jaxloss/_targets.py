@@ -11,7 +11,6 @@ anything else                                         NaN          NaN in that r
 A multiplication by 0 does not mask (0 * inf is NaN), so every mask here is a select.
 """
 
-import operator
 from typing import Any, NamedTuple, cast
 
 import jax.numpy as jnp
@@ -209,7 +208,8 @@ def check_labels(labels, num_classes: int, ignore_index: int | None = -100) -> N
     if not jnp.issubdtype(labels.dtype, jnp.integer):
         rule = "labels must be class indices (an integer dtype)"
         _check.fail("check_labels", rule, _check.describe(labels), kind=TypeError)
-    num_classes = operator.index(num_classes)
+    num_classes = _check.index("check_labels", "num_classes", num_classes)
+    ignore_index = _check.ignored("check_labels", ignore_index)
     kept, not_ignored = class_indices(labels, num_classes, ignore_index)
     wrong = (kept == num_classes) & not_ignored
     rule = f"labels must be in [0, {num_classes}) or equal ignore_index, {ignore_index}"

@@ -388,3 +388,33 @@ def test_features_of_size_zero_leave_the_bias():
     loss = jaxloss.linear_cross_entropy(H[:, :0], K[:0], Y, bias=bias)
     expected = jaxloss.cross_entropy(jnp.tile(bias, (4, 1)), Y)
     np.testing.assert_allclose(loss, expected, rtol=4 * np.finfo(np.float32).eps)
+
+
+ONE_AND_A_HALF, TWO_NUMBERS = np.array(1.5), np.array([1, 2])
+
+
+@pytest.mark.parametrize("x", [ONE_AND_A_HALF, TWO_NUMBERS, 1.5, "1"])
+def test_what_is_no_single_integer_is_never_cut_to_one(x):
+    for call in (
+        lambda: jaxloss.log_softmax(X, x),
+        lambda: jaxloss.cross_entropy(X, Y, axis=x),
+        lambda: jaxloss.cross_entropy(X, Y, ignore_index=x),
+        lambda: jaxloss.linear_cross_entropy(H, K, Y, chunk_size=x),
+        lambda: jaxloss.linear_cross_entropy(H, K, Y, num_classes=x),
+        lambda: jaxloss.check_labels(Y, x),
+        lambda: jaxloss.check_labels(Y, 3, ignore_index=x),
+    ):
+        with pytest.raises(TypeError, match=r"(axis|index|size|classes) must be an int"):
+            call()
+
+
+@pytest.mark.parametrize("x", [float("inf"), float("nan"), -float("inf")])
+@pytest.mark.parametrize("name", ["z_loss", "logit_softcap", "label_smoothing"])
+def test_numbers_are_finite(name, x):
+    with pytest.raises(ValueError, match=f"{name} must be .*; got {x}"):
+        jaxloss.cross_entropy(X, Y, **{name: x})
+
+
+def test_no_classes_that_exist():
+    loss = jaxloss.linear_cross_entropy(H, K, Y, num_classes=0, where=np.ones((4, 0), bool))
+    assert np.isnan(loss)

@@ -443,3 +443,10 @@ def test_options_together(seed):
         if name == "weight":
             got, want = got[movable], want[movable]
         assert_within(got, want, 4 * relative, floor=scale + 1e-9 + floor)
+
+
+def test_smoothing_over_a_mask_of_size_one():
+    """A mask that broadcasts over the classes says that all of them exist."""
+    x, y = jnp.asarray([[1.0, 2.0, 4.0], [0.0, 3.0, 1.0]]), jnp.array([2, 0])
+    masked = jaxloss.cross_entropy(x, y, where=jnp.ones((2, 1), bool), label_smoothing=0.2)
+    np.testing.assert_allclose(masked, jaxloss.cross_entropy(x, y, label_smoothing=0.2), rtol=1e-6)
