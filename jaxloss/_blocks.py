@@ -7,6 +7,7 @@ d_kernel is held: a block of d_kernel is final when it is written, in the kernel
 Letters: N tokens, D features, V columns of the kernel, C classes, B columns of a block.
 """
 
+import math
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -51,8 +52,8 @@ class Options(NamedTuple):
 def default_block(num_tokens: int, num_classes: int) -> int:
     """Columns a block: the power of two whose float32 logits fit the backend's budget."""
     budget = (8 if jax.default_backend() == "cpu" else 64) * 2**20
-    block = 2 ** (budget // (4 * max(1, num_tokens))).bit_length() // 2
-    return max(1, min(max(block, 128), num_classes))
+    block = 2 ** int(math.log2(max(128, budget // (4 * max(1, num_tokens)))))
+    return max(1, min(block, num_classes))
 
 
 def _over_blocks(classes: int, block: int, step, combine):
@@ -231,19 +232,19 @@ def _tangents(options: Options, residuals, tangents) -> _rows.RowLosses:
             full = operands._replace(
                 **{operands._fields[i]: x for i, x in zip(moving, xs, strict=True)}
             )
-            return _block(options, full, constants, start, size)[0::2][:2]
+            b = _block(options, full, constants, start, size)
+            return (b.logits, b.soft), b.mask
 
-        primals = [operands[i] for i in moving]
-        (x, soft), (dx, d_soft) = jax.jvp(some, primals, [tangents[i] for i in moving])
-        b = _block(options, operands, constants, start, size)
+        primals, moves = [operands[i] for i in moving], [tangents[i] for i in moving]
+        (x, soft), (dx, d_soft), mask = jax.jvp(some, primals, moves, has_aux=True)
         here = _at_block(state, start, size)
         out = {}
         for name in (*options.want, *(() if soft is None else ("soft",))):
             ct = none._replace(**{name: one})
-            slope = _rows.row_gradient(x, here, soft, b.mask, options.softcap, ct)
+            slope = _rows.row_gradient(x, here, soft, mask, options.softcap, ct)
             out[name] = jnp.sum(slope * dx, axis=-1)
         if soft is not None and d_soft is not None:
-            slope = _rows.soft_gradient(x, here, soft, b.mask, options.softcap)
+            slope = _rows.soft_gradient(x, here, soft, mask, options.softcap)
             out["soft"] += jnp.sum(slope * d_soft.astype(x.dtype), axis=-1)
         return none._replace(**out)
 

@@ -357,6 +357,25 @@ def test_products_take_bfloat16_and_accumulate_in_float32(reduction, schedule):
     assert {g.dtype for g in grads} == {jnp.dtype(jnp.bfloat16)}
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_nothing_but_operands_is_narrow(reduction, schedule):
+    """softmax - onehot, every sum and every accumulator is float32: XLA:CPU would hide a slip."""
+    hidden, kernel, labels = problem(dtype=jnp.bfloat16)
+    bias = jnp.zeros(kernel.shape[1], jnp.bfloat16)
+
+    def loss(h, k, b):
+        out = jaxloss.linear_cross_entropy(
+            h, k, labels, bias=b, reduction=reduction, implementation=schedule, chunk_size=3
+        )
+        return jnp.sum(out)
+
+    step = jax.value_and_grad(loss, (0, 1, 2))
+    for name in ("add", "sub", "mul", "exp", "log1p", "reduce_sum", "add_any"):
+        narrow = [d for d in dtypes_of(step, name, hidden, kernel, bias) if "bfloat16" in d]
+        assert not narrow, (name, narrow)
+
+
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_bfloat16_gradients_are_no_worse_than_materialised_float32_ones(schedule):
     n, d, v = 2048, 256, 4096
