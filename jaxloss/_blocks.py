@@ -81,12 +81,17 @@ def _cut(x: Any, start, size: int, axis: int = -1) -> Any:
     return None if x is None else lax.dynamic_slice_in_dim(x, start, size, axis)
 
 
+def _within(kept: Array, start, size: int) -> Array:
+    """The class's place in the block; ``size``: it is in another one."""
+    inside = (kept >= start) & (kept < start + size)
+    return jnp.where(inside, kept - start, size)
+
+
 def _block(options: Options, operands: Operands, constants: Constants, start, size: int) -> _Block:
     geometry = options.geometry
     kept = constants.kept
     if kept is not None:
-        inside = (kept >= start) & (kept < start + size)
-        kept = jnp.where(inside, kept - start, size)
+        kept = _within(kept, start, size)
     mask = _cut(constants.mask, start, size)
     if mask is not None and constants.mask_row is not None:
         mask = mask[constants.mask_row]
@@ -145,8 +150,7 @@ def _forward(options: Options, operands: Operands, constants: Constants):
 
 
 def _at_block(state: _rows.RowState, start, size: int) -> _rows.RowState:
-    inside = (state.kept >= start) & (state.kept < start + size)
-    return state._replace(kept=jnp.where(inside, state.kept - start, size))
+    return state._replace(kept=_within(state.kept, start, size))
 
 
 def _gradients(
@@ -159,11 +163,7 @@ def _gradients(
 ) -> Operands:
     """The gradients of ``sum(ct * losses)`` for the ``active`` operands. Three products."""
     geometry = options.geometry
-    hidden, wide = operands.hidden, options.dtype
-
-    def dot(x, y, axis_x, axis_y):
-        contract = (((axis_x,), (axis_y,)), ((), ()))
-        return lax.dot_general(x, y, contract, geometry.precision, preferred_element_type=wide)
+    hidden = operands.hidden
 
     def step(start, size):
         b = _block(options, operands, constants, start, size)
@@ -172,12 +172,10 @@ def _gradients(
         d_bias = jnp.sum(dx, axis=0) if active.bias else None
         # Formed in float32, narrowed once: the products take the operands' dtype.
         dx = dx.astype(hidden.dtype)
-        d_hidden = d_kernel = d_probabilities = d_weight = None
-        if active.hidden:
-            kernel = _cut(operands.kernel, start, size, geometry.vocab_axis)
-            d_hidden = dot(dx, kernel, 1, geometry.vocab_axis)
-        if active.kernel:
-            d_kernel = dot(hidden, dx, 0, 0) if geometry.vocab_axis == 1 else dot(dx, hidden, 0, 0)
+        kernel = _cut(operands.kernel, start, size, geometry.vocab_axis)
+        d_hidden = _linear.d_hidden(dx, kernel, geometry) if active.hidden else None
+        d_kernel = _linear.d_kernel(dx, hidden, geometry) if active.kernel else None
+        d_probabilities = d_weight = None
         if ct.soft is not None and (active.probabilities or active.weight):
             slope = _rows.soft_gradient(b.logits, here, b.soft, b.mask, options.softcap)
             slope = jnp.where(ct.soft[:, None] == 0, 0, ct.soft[:, None] * slope)

@@ -84,7 +84,7 @@ def class_axes(
     """``axis`` as a tuple of distinct axes counted from the front."""
     axes: tuple[Any, ...] = tuple(axis) if isinstance(axis, tuple | list) else (axis,)
     for a in axes:
-        if isinstance(a, bool) or not is_index(a):
+        if not is_index(a):
             rule = f"{name_of} must be an int or a tuple of ints"
             fail(function, rule, repr(axis), kind=TypeError)
     axes = tuple(map(operator.index, axes))

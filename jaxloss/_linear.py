@@ -66,15 +66,26 @@ def pack(counts: Array, chunk: int) -> Packing:
     return Packing(jnp.pad(order, (0, room), constant_values=tokens), size)
 
 
+def _dot(x: Array, y: Array, axis_x: int, axis_y: int, geometry: Geometry) -> Array:
+    contract = (((axis_x,), (axis_y,)), ((), ()))
+    wide = accumulator_dtype(x.dtype)
+    return lax.dot_general(x, y, contract, geometry.precision, preferred_element_type=wide)
+
+
 def product(hidden: Array, kernel: Array, bias: Array | None, geometry: Geometry) -> Array:
-    contract = (((1,), (1 - geometry.vocab_axis,)), ((), ()))
-    wide = accumulator_dtype(hidden.dtype)
-    x = lax.dot_general(
-        hidden, kernel, contract, precision=geometry.precision, preferred_element_type=wide
-    )
+    x = _dot(hidden, kernel, 1, 1 - geometry.vocab_axis, geometry)
     if bias is not None:
-        x = x + bias.astype(wide)[None]
+        x = x + bias.astype(x.dtype)[None]
     return x[:, : geometry.num_classes]
+
+
+def d_hidden(dx: Array, kernel: Array, geometry: Geometry) -> Array:
+    return _dot(dx, kernel, 1, geometry.vocab_axis, geometry)
+
+
+def d_kernel(dx: Array, hidden: Array, geometry: Geometry) -> Array:
+    first, second = (hidden, dx) if geometry.vocab_axis == 1 else (dx, hidden)
+    return _dot(first, second, 0, 0, geometry)
 
 
 def _take(x: Any, at: Array) -> Any:
@@ -195,12 +206,7 @@ def _gradients(
     One product for the logits, one for d_hidden, one for d_kernel.
     """
     hidden, kernel, bias, per_token, shared = operands
-    size, wide = hidden.shape[0], accumulator_dtype(hidden.dtype)
-
-    def dot(x, y, axis_x, axis_y):
-        contract = (((axis_x,), (axis_y,)), ((), ()))
-        precision = geometry.precision
-        return lax.dot_general(x, y, contract, precision, preferred_element_type=wide)
+    size = hidden.shape[0]
 
     def part(at):
         h = _take(hidden, at)
@@ -233,11 +239,14 @@ def _gradients(
         d_bias = jnp.sum(dx, axis=0) if active.bias else None
         # Formed in float32, narrowed once: the products take the operands' dtype.
         dx = dx.astype(hidden.dtype)
-        d_hidden = dot(dx, kernel, 1, geometry.vocab_axis) if active.hidden else None
-        d_kernel = None
-        if active.kernel:
-            d_kernel = dot(h, dx, 0, 0) if geometry.vocab_axis == 1 else dot(dx, h, 0, 0)
-        return losses, others, Operands(d_hidden, d_kernel, d_bias, d_tokens, d_shared)
+        new = Operands(
+            d_hidden(dx, kernel, geometry) if active.hidden else None,
+            d_kernel(dx, h, geometry) if active.kernel else None,
+            d_bias,
+            d_tokens,
+            d_shared,
+        )
+        return losses, others, new
 
     def update(state, at, values):
         def put(total, x):

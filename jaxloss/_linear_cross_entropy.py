@@ -4,7 +4,7 @@ import math
 import sys
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -16,9 +16,7 @@ from jaxloss._casts import accumulator_dtype
 from jaxloss._cross_entropy import Reduction, TokenStats, rows_of_logits, token_terms
 
 Implementation = Literal["token_chunks", "vocab_blocks"]
-
-
-IMPLEMENTATIONS = ("token_chunks", "vocab_blocks")
+IMPLEMENTATIONS = get_args(Implementation)
 FEW = 16  # tokens a chunk, too few for products that read the whole kernel
 
 

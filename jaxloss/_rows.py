@@ -25,7 +25,6 @@ from jaxloss._casts import accumulator_dtype, narrowed, widened
 from jaxloss._forward_mode import with_forward_mode
 from jaxloss._passes import (
     entry,
-    entry_or_nan,
     finite,
     is_kept,
     near_max,
@@ -111,8 +110,7 @@ def row_part(logits, kept, soft_targets, class_mask, softcap, want, share=False)
     below = mass = other_mass = spread = None
     if soft_targets is not None:
         q = soft_targets.astype(x.dtype)
-        at_kept = entry_or_nan(jnp.broadcast_to(q, x.shape), kept)
-        at_kept = jnp.where(kept < x.shape[-1], at_kept, 0)
+        at_kept = jnp.where(kept < x.shape[-1], entry(jnp.broadcast_to(q, x.shape), kept), 0)
         other_mass = jnp.sum(jnp.where(is_kept(x, kept), 0, jnp.broadcast_to(q, x.shape)), axis=-1)
         mass = other_mass + at_kept
         # q_j = 0 asks for nothing, of a class at -inf either (0 * inf is NaN).

@@ -23,21 +23,24 @@ def problem(n=7, d=4, v=11, dtype=jnp.float32, seed=0):
     return hidden, kernel, jnp.asarray(labels, jnp.int32)
 
 
-def products(f, *args):
-    """Matrix products in the program of ``f``, loop bodies counted once."""
+def equations(f, *args):
+    """Every equation in the program of ``f``, loop bodies once."""
 
-    def count(jaxpr):
-        found = 0
+    def walk(jaxpr):
         for eqn in jaxpr.eqns:
-            found += eqn.primitive.name == "dot_general"
+            yield eqn
             for value in jax.tree.leaves(
                 list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "eqns")
             ):
                 inner = getattr(value, "jaxpr", value)
-                found += count(inner) if hasattr(inner, "eqns") else 0
-        return found
+                if hasattr(inner, "eqns"):
+                    yield from walk(inner)
 
-    return count(jax.make_jaxpr(f)(*args).jaxpr)
+    return walk(jax.make_jaxpr(f)(*args).jaxpr)
+
+
+def products(f, *args):
+    return sum(eqn.primitive.name == "dot_general" for eqn in equations(f, *args))
 
 
 def random_case(seed):
@@ -182,22 +185,11 @@ def test_the_schedule_that_ran():
     """By the largest product's shape: some tokens by all classes, or all tokens by some."""
 
     def largest_product(hidden, kernel, **options):
-        def shapes(jaxpr):
-            for eqn in jaxpr.eqns:
-                if eqn.primitive.name == "dot_general":
-                    yield eqn.outvars[0].aval.shape
-                for value in jax.tree.leaves(
-                    list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "eqns")
-                ):
-                    inner = getattr(value, "jaxpr", value)
-                    if hasattr(inner, "eqns"):
-                        yield from shapes(inner)
-
         labels = jnp.zeros(hidden.shape[0], jnp.int32)
-        traced = jax.make_jaxpr(lambda h, k: jaxloss.linear_cross_entropy(h, k, labels, **options))(
-            hidden, kernel
+        program = equations(
+            lambda h, k: jaxloss.linear_cross_entropy(h, k, labels, **options), hidden, kernel
         )
-        return max(shapes(traced.jaxpr))
+        return max(e.outvars[0].aval.shape for e in program if e.primitive.name == "dot_general")
 
     def operands(n, v):
         return jax.ShapeDtypeStruct((n, 2), jnp.float32), jax.ShapeDtypeStruct((2, v), jnp.float32)
@@ -320,23 +312,11 @@ def test_vmap_and_scan(axes, reduction, schedule):
 
 def dtypes_of(f, name, *args):
     """(input dtypes, output dtype) of every ``name`` in the program."""
-    found = set()
-
-    def walk(jaxpr):
-        for eqn in jaxpr.eqns:
-            if eqn.primitive.name == name:
-                found.add(
-                    (*(str(v.aval.dtype) for v in eqn.invars), str(eqn.outvars[0].aval.dtype))
-                )
-            for value in jax.tree.leaves(
-                list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "eqns")
-            ):
-                inner = getattr(value, "jaxpr", value)
-                if hasattr(inner, "eqns"):
-                    walk(inner)
-
-    walk(jax.make_jaxpr(f)(*args).jaxpr)
-    return found
+    return {
+        (*(str(v.aval.dtype) for v in eqn.invars), str(eqn.outvars[0].aval.dtype))
+        for eqn in equations(f, *args)
+        if eqn.primitive.name == name
+    }
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
