@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jaxloss import _linear, _passes, _rows, _targets
+from jaxloss import _linear, _mesh, _passes, _rows, _targets
 from jaxloss._forward_mode import with_forward_mode
 
 
@@ -81,17 +81,11 @@ def _cut(x: Any, start, size: int, axis: int = -1) -> Any:
     return None if x is None else lax.dynamic_slice_in_dim(x, start, size, axis)
 
 
-def _within(kept: Array, start, size: int) -> Array:
-    """The class's place in the block; ``size``: it is in another one."""
-    inside = (kept >= start) & (kept < start + size)
-    return jnp.where(inside, kept - start, size)
-
-
 def _block(options: Options, operands: Operands, constants: Constants, start, size: int) -> _Block:
     geometry = options.geometry
     kept = constants.kept
     if kept is not None:
-        kept = _within(kept, start, size)
+        kept = _passes.within(kept, start, size)
     mask = _cut(constants.mask, start, size)
     if mask is not None and constants.mask_row is not None:
         mask = mask[constants.mask_row]
@@ -115,6 +109,7 @@ def _soft(options: Options, share, mask, size: int, probabilities, weight) -> An
 
 def _forward(options: Options, operands: Operands, constants: Constants):
     """((RowLosses, prediction), RowState). One product."""
+    operands = operands._replace(kernel=_linear.gathered(operands.kernel, options.geometry))
     labelled = constants.kept is not None
 
     def step(start, size):
@@ -122,9 +117,7 @@ def _forward(options: Options, operands: Operands, constants: Constants):
         part = _rows.row_part(b.logits, b.kept, b.soft, b.mask, options.softcap, options.want)
         best = None
         if options.predict:
-            x = _passes.widen(lax.stop_gradient(b.logits), b.mask, None)
-            found = jnp.argmax(x, axis=-1).astype(jnp.int32)
-            best = _passes.entry(x, found), found + start
+            best = _passes.highest(b.logits, b.mask, start)
         return part._replace(kept=part.kept + start), best
 
     def combine(state, new):
@@ -132,8 +125,7 @@ def _forward(options: Options, operands: Operands, constants: Constants):
             return new
         (part, best), (new_part, new_best) = state, new
         if best is not None:
-            # Not a NaN's place: it stays.
-            better = ~jnp.isnan(best[0]) & ~(new_best[0] <= best[0])
+            better = new_best[0] > best[0]
             best = jax.tree.map(partial(jnp.where, better), new_best, best)
         return _rows.merge(part, new_part, labelled), best
 
@@ -141,16 +133,18 @@ def _forward(options: Options, operands: Operands, constants: Constants):
     part, best = _over_blocks(classes, options.geometry.chunk, step, combine)
     if labelled:
         part = part._replace(kept=constants.kept)
+    axes = options.geometry.vocab_axes
+    part = _rows.merge_shards(part, axes, labelled, classes)
     losses, state = _rows.finish(part, options.want)
     prediction = None
     if best is not None:
-        unknown = jnp.isnan(best[0]) | (best[0] == jnp.inf)
-        prediction = jnp.where(unknown, -1, best[1])
+        first = classes * lax.axis_index(axes) if axes else 0
+        prediction = _passes.class_of(best[0], best[1] + first, axes)
     return (losses, prediction), state
 
 
 def _at_block(state: _rows.RowState, start, size: int) -> _rows.RowState:
-    return state._replace(kept=_within(state.kept, start, size))
+    return state._replace(kept=_passes.within(state.kept, start, size))
 
 
 def _gradients(
@@ -162,7 +156,8 @@ def _gradients(
     ct: _rows.RowLosses,
 ) -> Operands:
     """The gradients of ``sum(ct * losses)`` for the ``active`` operands. Three products."""
-    geometry = options.geometry
+    geometry, given = options.geometry, operands
+    operands = operands._replace(kernel=_linear.gathered(operands.kernel, geometry))
     hidden = operands.hidden
 
     def step(start, size):
@@ -213,14 +208,18 @@ def _gradients(
         )
 
     total = _over_blocks(geometry.num_classes, geometry.chunk, step, combine)
-    if total.hidden is not None:
-        total = total._replace(hidden=total.hidden.astype(hidden.dtype))
-    return total
+    kernel = _linear.scattered(total.kernel, geometry)
+
+    def settled(g, x):
+        return None if g is None else _mesh.settle(g, _mesh.varies_over(x)).astype(x.dtype)
+
+    return Operands(*map(settled, total._replace(kernel=kernel), given))
 
 
 def _tangents(options: Options, residuals, tangents) -> _rows.RowLosses:
     """Rows do not mix: the derivative of one number is the gradient at its unit cotangent."""
     operands, constants, state = residuals
+    geometry = options.geometry
     none = _rows.RowLosses(None, None, None, None)
     one = jnp.ones_like(state.m)
     moving = [i for i, t in enumerate(tangents) if t is not None]
@@ -230,6 +229,7 @@ def _tangents(options: Options, residuals, tangents) -> _rows.RowLosses:
             full = operands._replace(
                 **{operands._fields[i]: x for i, x in zip(moving, xs, strict=True)}
             )
+            full = full._replace(kernel=_linear.gathered(full.kernel, geometry))
             b = _block(options, full, constants, start, size)
             return (b.logits, b.soft), b.mask
 
@@ -249,7 +249,8 @@ def _tangents(options: Options, residuals, tangents) -> _rows.RowLosses:
     def combine(total, new):
         return new if total is None else jax.tree.map(jnp.add, total, new)
 
-    return _over_blocks(options.geometry.num_classes, options.geometry.chunk, step, combine)
+    total = _over_blocks(geometry.num_classes, geometry.chunk, step, combine)
+    return _mesh.sums(total, geometry.vocab_axes) if geometry.vocab_axes else total
 
 
 def row_losses_by_block(options: Options, operands: Operands, constants: Constants):

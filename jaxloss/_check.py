@@ -9,8 +9,11 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple, NoReturn
 
 import chex
+import jax
 import jax.numpy as jnp
 from jax import Array
+
+from jaxloss import _mesh
 
 REDUCTIONS = ("none", "mean", "sum")
 
@@ -280,9 +283,62 @@ def ignored(function: str, x: Any) -> int | None:
     return None if x is None else index(function, "ignore_index", x, "an int or None")
 
 
+def mesh_axes(function: str, name: str, x: Any) -> _mesh.Axes:
+    """Names of axes of the surrounding ``shard_map``."""
+    names = () if x is None else (x,) if isinstance(x, str) else x
+    if not isinstance(names, tuple | list) or not all(isinstance(n, str) for n in names):
+        rule = f"{name} must be the name of a mesh axis, or a tuple of names"
+        fail(function, rule, repr(x), kind=TypeError)
+    manual = jax.sharding.get_abstract_mesh().manual_axes
+    for n in names:
+        if n not in manual:
+            fail(
+                function,
+                f"{name} must name axes of the surrounding shard_map",
+                f"{n!r}, inside of {'shard_map over ' + str(manual) if manual else 'none'}",
+            )
+    if len(set(names)) != len(names):
+        fail(function, f"{name} must name each axis once", repr(x))
+    return tuple(names)
+
+
+def split(
+    function: str,
+    name: str,
+    split_array: Array,
+    of_tokens: dict[str, Any],
+    vocab_axes: _mesh.Axes,
+    token_axes: _mesh.Axes,
+) -> None:
+    """The types must say what the names say: gradients are sums over what the types leave out."""
+    way_out = "Split it in in_specs, and keep shard_map's check_vma=True."
+    for axis in vocab_axes:
+        if axis in token_axes:
+            rule = "vocab_axis_name and token_axis_name must differ"
+            fail(function, rule, f"{axis!r} in both")
+        if axis not in _mesh.varies_over(split_array):
+            rule = f"{name} must be split over vocab_axis_name"
+            fail(function, rule, f"{name} the same on all devices along {axis!r}", way_out)
+        for other, x in of_tokens.items():
+            if axis in _mesh.varies_over(x):
+                rule = f"{other} must be the same on all devices along vocab_axis_name"
+                fail(function, rule, f"{other} that varies over {axis!r}")
+    arrays = (split_array, *of_tokens.values())
+    given = frozenset().union(*map(_mesh.varies_over, arrays))
+    for axis in token_axes:
+        if axis not in given:
+            fail(
+                function,
+                "the tokens must be split over token_axis_name",
+                f"{name} and labels the same on all devices along {axis!r}",
+                way_out,
+            )
+
+
 class TokenArguments(NamedTuple):
     arrays: tuple[Array | None, ...]  # labels, weight, sample_weight, class mask, token mask
     static: dict[str, Any]
+    of_tokens: dict[str, Any]  # what has one entry a token, by name
 
 
 def token_arguments(
@@ -296,16 +352,33 @@ def token_arguments(
     sample_weight: Any,
     where: Any,
     reduction: Any,
+    classes: Any = None,
+    vocab_axes: _mesh.Axes = (),
 ) -> TokenArguments:
-    """The arguments that the losses of logits share; ``name`` is what they call their logits."""
+    """The arguments that the losses of logits share; ``name`` is what they call their logits.
+
+    ``classes``: C, by default all columns of the logits, on all devices along ``vocab_axes``.
+    """
     axes = class_axes(function, logits, name, axis)
     check_reduction(function, reduction)
-    arrays = (
-        _labels(function, name, logits, axes, labels),
-        _class_weight(function, weight, num_classes(logits, axes)),
-        check_sample_weight(function, sample_weight, batch_shape(logits, axes)),
-        *_where(function, name, where, logits, axes),
+    columns = num_classes(logits, axes) * _mesh.size(vocab_axes)
+    classes = integer(function, "num_classes", classes, 0, columns, default=columns)
+    labels = _labels(function, name, logits, axes, labels)
+    weight = _class_weight(function, weight, classes)
+    sample_weight = check_sample_weight(function, sample_weight, batch_shape(logits, axes))
+    class_mask, token_mask = _where(function, name, where, logits, axes)
+    indices = jnp.issubdtype(labels.dtype, jnp.integer)
+    return TokenArguments(
+        (labels, weight, sample_weight, class_mask, token_mask),
+        {
+            "axes": axes,
+            "num_classes": classes,
+            "ignore_index": ignored(function, ignore_index),
+            "reduction": reduction,
+        },
+        {
+            "labels": labels if indices else None,
+            "sample_weight": sample_weight,
+            "where": token_mask,
+        },
     )
-    ignore_index = ignored(function, ignore_index)
-    static = {"axes": axes, "ignore_index": ignore_index, "reduction": reduction}
-    return TokenArguments(arrays, static)

@@ -15,6 +15,7 @@ from jaxloss import _check, _passes, _rows, _targets
 from jaxloss._casts import accumulator_dtype
 
 Reduction = Literal["none", "mean", "sum"]
+AxisName = str | tuple[str, ...]
 
 
 class TokenStats(NamedTuple):
@@ -163,7 +164,7 @@ def nll_loss(
     return _nll_loss(log_probs, *checked.arrays, **checked.static)
 
 
-@partial(jax.jit, static_argnames=("axes", "ignore_index", "reduction"))
+@partial(jax.jit, static_argnames=("axes", "num_classes", "ignore_index", "reduction"))
 def _nll_loss(
     log_probs,
     labels,
@@ -173,6 +174,7 @@ def _nll_loss(
     token_mask,
     *,
     axes,
+    num_classes,
     ignore_index,
     reduction,
 ):
@@ -182,7 +184,7 @@ def _nll_loss(
         labels = _classes_last(labels, axes)
     targets = _targets.make_targets(
         labels,
-        x.shape[-1],
+        _targets.Classes(num_classes, num_classes),
         x.dtype,
         weight=weight,
         sample_weight=sample_weight,
@@ -204,6 +206,7 @@ def cross_entropy(
     labels: ArrayLike,
     *,
     axis: int | tuple[int, ...] = -1,
+    num_classes: int | None = None,
     weight: ArrayLike | None = None,
     ignore_index: int | None = -100,
     label_smoothing: float = 0.0,
@@ -212,6 +215,8 @@ def cross_entropy(
     sample_weight: ArrayLike | None = None,
     where: ArrayLike | None = None,
     reduction: Reduction = "mean",
+    vocab_axis_name: AxisName | None = None,
+    token_axis_name: AxisName | None = None,
     return_stats: bool = False,
 ) -> Any:
     r"""Softmax cross-entropy of logits and labels, exact at every confidence.
@@ -232,6 +237,8 @@ def cross_entropy(
       labels: class indices (an integer dtype, the shape of ``logits`` without ``axis``) or class
         probabilities (floating, the shape of ``logits``).
       axis: the class axis; a tuple of axes takes a label as the flat index over them.
+      num_classes: C, by default all columns of the logits. Those at and past it are padding and
+        never enter the sum.
       weight: ``[C]``, one weight a class. Differentiable.
       ignore_index: the label of tokens that do not count; None: there is none. Class indices only.
       label_smoothing: ``eps`` in [0, 1], mixes in the uniform distribution over the C classes (over
@@ -245,6 +252,11 @@ def cross_entropy(
       reduction: ``"none"``: ``s_n l_n``, one a token. ``"sum"``. ``"mean"``: PyTorch's,
         ``sum(s_n l_n) / sum(s_n w_{y_n})`` over the tokens that count for class indices,
         ``sum(s_n l_n) / sum(s_n)`` for probabilities. A mean over nothing is NaN, with gradient 0.
+      vocab_axis_name: inside ``shard_map``, the mesh axis, or axes, that the classes are split
+        over, in order. ``logits``, probabilities and ``where`` are then this device's columns;
+        class indices, ``weight`` and ``num_classes`` speak of the whole vocabulary.
+      token_axis_name: inside ``shard_map``, the mesh axis, or axes, that the tokens are split over:
+        ``"sum"`` and ``"mean"`` are over all of them.
       return_stats: also return :class:`TokenStats`, differentiable with ``reduction="none"``.
 
     Returns:
@@ -255,7 +267,8 @@ def cross_entropy(
 
     Raises:
       TypeError: an argument has the wrong dtype, or an option is no Python number.
-      ValueError: a shape, an axis, or an option's value is wrong. Nothing is ever broadcast.
+      ValueError: a shape, an axis, or an option's value is wrong, or an axis name is none of the
+        surrounding ``shard_map``, or nothing varies over it. Nothing is ever broadcast.
 
     Differentiable in ``logits``, in probabilities as ``labels`` and in the weights, in forward and
     reverse mode to any order. The backward pass keeps the logits, the labels and a few numbers a
@@ -275,13 +288,19 @@ def cross_entropy(
     """
     call, name = "cross_entropy", "logits"
     logits = _check.floating(call, name, logits)
+    vocab_axes = _check.mesh_axes(call, "vocab_axis_name", vocab_axis_name)
+    token_axes = _check.mesh_axes(call, "token_axis_name", token_axis_name)
     checked = _check.token_arguments(
-        call, name, logits, labels, axis, weight, ignore_index, sample_weight, where, reduction
-    )
+        call, name, logits, labels, axis, weight, ignore_index, sample_weight, where, reduction,
+        num_classes, vocab_axes,
+    )  # fmt: skip
+    _check.split(call, name, logits, checked.of_tokens, vocab_axes, token_axes)
     return _cross_entropy(
         logits,
         *checked.arrays,
         **checked.static,
+        vocab_axes=vocab_axes,
+        token_axes=token_axes,
         label_smoothing=_check.number(call, "label_smoothing", label_smoothing, 0, 1),
         z_loss=_check.number(call, "z_loss", z_loss, 0, sys.float_info.max),
         softcap=_check.softcap(call, logit_softcap),
@@ -293,8 +312,11 @@ def cross_entropy(
     jax.jit,
     static_argnames=(
         "axes",
+        "num_classes",
         "ignore_index",
         "reduction",
+        "vocab_axes",
+        "token_axes",
         "label_smoothing",
         "z_loss",
         "softcap",
@@ -310,8 +332,11 @@ def _cross_entropy(
     token_mask,
     *,
     axes,
+    num_classes,
     ignore_index,
     reduction,
+    vocab_axes,
+    token_axes,
     label_smoothing,
     z_loss,
     softcap,
@@ -321,8 +346,8 @@ def _cross_entropy(
         labels = _classes_last(labels, axes)
     x, class_mask = _classes_last(logits, axes), _mask_classes_last(class_mask, logits, axes)
     losses, stats, targets = token_terms(
-        rows_of_logits(x, class_mask, softcap),
-        x.shape[-1],
+        rows_of_logits(x, softcap),
+        _targets.classes_here(num_classes, x.shape[-1], vocab_axes),
         labels,
         weight,
         class_mask,
@@ -334,28 +359,29 @@ def _cross_entropy(
         z_loss=z_loss,
         with_stats=return_stats,
     )
-    loss = _targets.reduce_losses(losses, targets, sample_weight, reduction)
+    loss = _targets.reduce_losses(losses, targets, sample_weight, reduction, token_axes)
     if not return_stats:
         return loss
     return loss, stats if reduction == "none" else lax.stop_gradient(stats)
 
 
-def rows_of_logits(x: Array, class_mask: Array | None, softcap: float | None):
-    """How :func:`token_terms` gets its rows where the logits ``x[..., C]`` are there."""
+def rows_of_logits(x: Array, softcap: float | None):
+    """How :func:`token_terms` gets its rows where the logits ``x[..., columns]`` are there."""
 
-    def rows_of(targets, weight, label_smoothing, want, predict):
+    def rows_of(targets, classes, class_mask, weight, label_smoothing, want, predict):
         del weight, label_smoothing  # they are in targets.soft
+        mask, axes = _targets.existing(class_mask, classes, x.ndim), classes.axes
         rows = _rows.row_losses(
-            x, targets.kept, targets.soft, class_mask, softcap=softcap, want=want
+            x, targets.kept, targets.soft, mask, softcap=softcap, want=want, vocab_axes=axes
         )
-        return rows, _passes.prediction(x, class_mask) if predict else None
+        return rows, _passes.prediction(x, mask, classes.start, axes) if predict else None
 
     return rows_of
 
 
 def token_terms(
     rows_of: Callable,
-    num_classes: int,
+    classes: _targets.Classes,
     labels: Array,
     weight: Array | None,
     class_mask: Array | None,
@@ -371,7 +397,7 @@ def token_terms(
     """Each token's loss (not yet masked), its statistics (masked), and what it asked for."""
     targets = _targets.make_targets(
         labels,
-        num_classes,
+        classes,
         dtype,
         weight=weight,
         sample_weight=sample_weight,
@@ -381,11 +407,12 @@ def token_terms(
         label_smoothing=label_smoothing,
     )
     want = _targets.wanted(targets, label_smoothing, z_loss, with_stats)
-    if num_classes == 0:
+    if classes.total == 0:
         nan = jnp.full(targets.counts.shape, jnp.nan, dtype)
         rows, prediction = _rows.RowLosses(nan, nan, nan, nan), jnp.full_like(nan, -1, jnp.int32)
     else:
-        rows, prediction = rows_of(targets, weight, label_smoothing, want, with_stats)
+        given = (classes, class_mask, weight, label_smoothing)
+        rows, prediction = rows_of(targets, *given, want, with_stats)
     # Before anything multiplies them: lse^2 of a masked row's inf has a gradient of 0 * inf.
     rows = _rows.RowLosses(*(v if v is None else jnp.where(targets.counts, v, 0) for v in rows))
     losses = _targets.token_losses(rows, targets, label_smoothing, z_loss)
@@ -394,10 +421,10 @@ def token_terms(
 
     if targets.kept is not None:
         log_prob = -rows.nll
-    elif targets.soft is labels or num_classes == 0:
+    elif targets.soft is labels or classes.total == 0:
         log_prob = -rows.soft
     else:  # weighed or smoothed: the labels themselves take a pass of their own
-        plain, _ = rows_of(targets._replace(soft=labels), None, 0.0, (), False)
+        plain, _ = rows_of(targets._replace(soft=labels), classes, class_mask, None, 0.0, (), False)
         log_prob = jnp.where(targets.counts, -plain.soft, 0)
     stats = TokenStats(
         log_prob,

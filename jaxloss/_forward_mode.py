@@ -11,7 +11,6 @@ from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import tree
 from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 
@@ -71,7 +70,7 @@ def with_forward_mode(rule, tangent):
         out_tangents = [
             next(moved)
             if jnp.issubdtype(o.dtype, jnp.inexact)
-            else np.zeros(o.shape, jax.dtypes.float0)
+            else SymbolicZero(jax.typeof(o).to_tangent_aval())
             for o in out_leaves
         ]
         return out, tree.unflatten(out_tree, out_tangents)

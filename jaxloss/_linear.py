@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from jaxloss import _mesh
 from jaxloss._casts import accumulator_dtype
 from jaxloss._forward_mode import with_forward_mode
 
@@ -34,6 +35,12 @@ class Geometry(NamedTuple):
     num_classes: int  # C <= V
     chunk: int  # n
     precision: Any
+    # On a mesh, inside of shard_map, whose types say what the gradients are sums over:
+    vocab_axes: _mesh.Axes = ()  # the columns are split over; the loops' steps then communicate
+    token_axes: _mesh.Axes = ()  # the tokens are split over, and a sum is over all of them
+    gathered: tuple[
+        tuple[int, _mesh.Axes], ...
+    ] = ()  # axes of the kernel that are split over tokens'
 
 
 class Packing(NamedTuple):
@@ -56,9 +63,12 @@ def default_chunk(num_tokens: int, num_columns: int) -> int:
     return max(1, min(chunk, num_tokens))
 
 
-def pack(counts: Array, chunk: int) -> Packing:
-    tokens = counts.shape[0]
+def pack(counts: Array, geometry: Geometry) -> Packing:
+    tokens, chunk = counts.shape[0], geometry.chunk
     size = jnp.sum(counts, dtype=jnp.int32)
+    if geometry.vocab_axes and _mesh.varies_over(size):
+        # Devices that communicate within a loop must take as many steps: those of the longest.
+        size = lax.pmax(size, tuple(sorted(_mesh.varies_over(size))))
     order = jnp.argsort(~counts, stable=True).astype(jnp.int32)
     # Where no token counts, none is named: its hidden may hold NaN, and NaN * 0 is NaN.
     order = jnp.where(jnp.arange(tokens, dtype=jnp.int32) < size, order, tokens)
@@ -77,6 +87,19 @@ def product(hidden: Array, kernel: Array, bias: Array | None, geometry: Geometry
     if bias is not None:
         x = x + bias.astype(x.dtype)[None]
     return x[:, : geometry.num_classes]
+
+
+def gathered(kernel: Array, geometry: Geometry) -> Array:
+    for axis, names in geometry.gathered:
+        kernel = lax.all_gather(kernel, names, axis=axis, tiled=True)
+    return kernel
+
+
+def scattered(g: Any, geometry: Geometry) -> Any:
+    """The transpose of :func:`gathered`."""
+    for axis, names in geometry.gathered[::-1]:
+        g = None if g is None else lax.psum_scatter(g, names, scatter_dimension=axis, tiled=True)
+    return g
 
 
 def d_hidden(dx: Array, kernel: Array, geometry: Geometry) -> Array:
@@ -175,6 +198,7 @@ def _map(function, first: Operands, *rest: Operands) -> Operands:
 def _losses(loss_fn: LossFn, geometry: Geometry, dynamic: bool, operands: Operands, packing):
     """(losses, others), each [N], 0 where a token does not count. One product."""
     hidden, kernel, bias, per_token, shared = operands
+    kernel = gathered(kernel, geometry)
 
     def part(at):
         x = product(_take(hidden, at), kernel, bias, geometry)
@@ -189,7 +213,7 @@ def _losses(loss_fn: LossFn, geometry: Geometry, dynamic: bool, operands: Operan
 
 
 def _blank_rows(size: int, like):
-    return jax.tree.map(lambda x: jnp.zeros((size, *x.shape[1:]), x.dtype), like)
+    return jax.tree.map(lambda x: _mesh.blank(x, (size, *x.shape[1:])), like)
 
 
 def _gradients(
@@ -203,10 +227,17 @@ def _gradients(
 ):
     """(losses, others, gradients of sum(ct * losses)), the gradients of ``active`` operands alone.
 
-    One product for the logits, one for d_hidden, one for d_kernel.
+    One product for the logits, one for d_hidden, one for d_kernel. On a mesh, the gradients are
+    this device's part.
     """
     hidden, kernel, bias, per_token, shared = operands
+    kernel = gathered(kernel, geometry)
     size = hidden.shape[0]
+    # A gradient of what no token owns is summed over the devices after the loop, not in it.
+    shared = tuple(
+        _mesh.spread(x, _mesh.varies_over(hidden) | _mesh.varies_over(packing.order))
+        for x in shared
+    )
 
     def part(at):
         h = _take(hidden, at)
@@ -229,7 +260,9 @@ def _gradients(
         some = (chosen(active.per_token, tokens), chosen(active.shared, shared))
         losses, pullback, others = jax.vjp(of_active, x, *some, has_aux=True)
         ct = tuple(
-            jnp.zeros_like(loss) if c is None else _take(c, at).astype(loss.dtype)
+            jnp.zeros_like(loss)
+            if c is None
+            else _mesh.spread(_take(c, at).astype(loss.dtype), _mesh.varies_over(loss))
             for c, loss in zip(cts, losses, strict=True)
         )
         dx, d_tokens, d_shared = pullback(ct)
@@ -266,21 +299,32 @@ def _gradients(
         )
         return losses, others, total
 
-    def zeros(x, is_active):
-        return jnp.zeros_like(x) if is_active else None
+    *like, rows_like = jax.eval_shape(part, packing.order[: geometry.chunk])
 
-    def wide_zeros(x, is_active):  # sums over chunks are never narrower than float32
-        return jnp.zeros_like(x, dtype=accumulator_dtype(x.dtype)) if is_active else None
+    def rows(g, x):
+        # Parts of a sum over devices are not narrowed before it.
+        summed = _mesh.varies_over(g) - _mesh.varies_over(x)
+        dtype = accumulator_dtype(x.dtype) if summed else x.dtype
+        return _mesh.blank(g, x.shape, dtype)
 
-    *like, _ = jax.eval_shape(part, packing.order[: geometry.chunk])
+    def sums(g, x):  # over chunks, never narrower than float32
+        return _mesh.blank(g, dtype=accumulator_dtype(x.dtype))
 
     def blank():
-        rows, sums = _map(zeros, operands, active), _map(wide_zeros, operands, active)
-        total = Operands(rows.hidden, sums.kernel, sums.bias, rows.per_token, sums.shared)
+        some, total = _map(rows, rows_like, operands), _map(sums, rows_like, operands)
+        total = Operands(some.hidden, total.kernel, total.bias, some.per_token, total.shared)
         return *_blank_rows(size, like), total
 
     losses, others, total = _sweep(packing, geometry.chunk, part, update, blank, dynamic)
-    return losses, others, _map(lambda g, x: g.astype(x.dtype), total, operands)
+    total = total._replace(kernel=scattered(total.kernel, geometry))
+    return losses, others, total
+
+
+def _settled(grads: Operands, operands: Operands, keep=frozenset()) -> Operands:
+    def settled(g, x):
+        return _mesh.settle(g, _mesh.varies_over(x) | keep).astype(x.dtype)
+
+    return _map(settled, grads, operands)
 
 
 def _flat(operands: Operands) -> tuple:
@@ -313,8 +357,9 @@ def losses_by_token(
         values, flags = residuals
         active = _nested([f is not None for f in flags[:count]], operands)
         gradients = _differentiable(partial(_gradients, loss_fn, geometry, active))
-        *_, grads = gradients(_nested(values[:count], operands), Packing(*values[count:]), ct[0])
-        return (*_flat(grads), None, None)
+        given = _nested(values[:count], operands)
+        *_, grads = gradients(given, Packing(*values[count:]), ct[0])
+        return (*_flat(_settled(grads, given)), None, None)
 
     def tangent(residuals, tangents):
         values, _ = residuals
@@ -345,8 +390,14 @@ def weighted_sum(
     count = len(_flat(operands))
     compute = _differentiable(partial(_losses, loss_fn, geometry))
 
+    homes = [_mesh.varies_over(x) for x in (weight, *_flat(operands))]
+    summed = {*geometry.vocab_axes, *geometry.token_axes}
+    varies = frozenset().union(*homes, *map(_mesh.varies_over, packing)) - summed
+
     def total(weight, losses):
-        return jnp.sum(jnp.where(weight == 0, 0, weight * losses))
+        here = jnp.sum(jnp.where(weight == 0, 0, weight * losses))
+        here = lax.psum(here, geometry.token_axes) if geometry.token_axes else here
+        return _mesh.spread(here, varies)
 
     def function(weight, *args):
         (losses,), others = compute(_nested(args[:count], operands), Packing(*args[count:]))
@@ -358,24 +409,28 @@ def weighted_sum(
         gradients = _differentiable(
             partial(_gradients, loss_fn, geometry, _nested(flags, operands))
         )
-        (losses,), others, grads = gradients(
-            _nested(values[:count], operands), Packing(*values[count:]), (weight.value,)
-        )
+        given = _nested(values[:count], operands)
+        (losses,), others, grads = gradients(given, Packing(*values[count:]), (weight.value,))
+        # Summed over devices now where they all have the same cotangent to scale by.
+        grads = _settled(grads, given, varies)
         d_weight = losses if weight.perturbed else None
         return (total(weight.value, losses), others), (d_weight, *_flat(grads))
 
     def backward(residuals, ct):
-        def scale(g):
-            return None if g is None else (ct[0] * g.astype(ct[0].dtype)).astype(g.dtype)
+        def scale(g, home):
+            if g is None:
+                return None
+            return _mesh.settle(ct[0] * g.astype(ct[0].dtype), home).astype(g.dtype)
 
-        return (*map(scale, residuals), None, None)
+        return (*map(scale, residuals, homes), None, None)
 
     def tangent(residuals, tangents):
         out = jnp.zeros((), weight.dtype)
         for g, t in zip(residuals, tangents, strict=False):
             if g is not None and t is not None:
-                out += jnp.sum(g.astype(weight.dtype) * t.astype(weight.dtype))
-        return out
+                moved = jnp.sum(g.astype(weight.dtype) * t.astype(weight.dtype))
+                out += _mesh.settle(moved, varies)
+        return _mesh.spread(out, varies)
 
     rule = jax.custom_vjp(function)
     rule.defvjp(forward, backward, symbolic_zeros=True)

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from jaxloss import _blocks, _check, _linear, _targets
+from jaxloss import _blocks, _check, _layout, _linear, _mesh, _targets
 from jaxloss._casts import accumulator_dtype
-from jaxloss._cross_entropy import Reduction, TokenStats, rows_of_logits, token_terms
+from jaxloss._cross_entropy import AxisName, Reduction, TokenStats, rows_of_logits, token_terms
 
 Implementation = Literal["token_chunks", "vocab_blocks"]
 IMPLEMENTATIONS = get_args(Implementation)
@@ -25,8 +25,8 @@ def _default(tokens: int, columns: int) -> Implementation:
     return "vocab_blocks" if few else "token_chunks"
 
 
-def _operands(call, hidden, kernel, bias, vocab_axis, num_classes):
-    """Checked: hidden, kernel, bias, the vocab axis and C."""
+def _operands(call, hidden, kernel, bias, vocab_axis):
+    """Checked: hidden, kernel, bias and the vocab axis."""
     hidden = _check.floating(call, "hidden", hidden)
     kernel = _check.floating(call, "kernel", kernel)
     if hidden.ndim == 0:
@@ -60,8 +60,7 @@ def _operands(call, hidden, kernel, bias, vocab_axis, num_classes):
     if bias is not None:
         bias = _check.floating(call, "bias", bias)
         _check.shape(call, "bias", bias, (columns,), "one entry a column of kernel")
-    classes = _check.integer(call, "num_classes", num_classes, 0, columns, default=columns)
-    return hidden, kernel, bias, vocab_axis, classes
+    return hidden, kernel, bias, vocab_axis
 
 
 def _rows_of(mask: Array | None, lead: tuple[int, ...]) -> tuple[Array | None, Array | None]:
@@ -91,6 +90,8 @@ def linear_cross_entropy(
     sample_weight: ArrayLike | None = None,
     where: ArrayLike | None = None,
     reduction: Reduction = "mean",
+    vocab_axis_name: AxisName | None = None,
+    token_axis_name: AxisName | None = None,
     return_stats: bool = False,
     chunk_size: int | None = None,
     precision: Any = None,
@@ -113,6 +114,8 @@ def linear_cross_entropy(
         ``weight``, ``where`` and probabilities have C classes.
       weight, ignore_index, label_smoothing, z_loss, logit_softcap, sample_weight, where, reduction,
         return_stats: as in :func:`cross_entropy`.
+      vocab_axis_name, token_axis_name: as in :func:`cross_entropy`; the columns of ``kernel`` and
+        ``bias`` are split over the one, the tokens over the other.
       chunk_size: tokens whose logits are held at a time; None takes 256 MiB of float32 logits; on a
         CPU at most 512 tokens, or 1024 where their logits take 64 MiB. With ``"vocab_blocks"``
         classes; None takes 8 MiB on a CPU, 64 MiB elsewhere, and at least 128 classes.
@@ -127,7 +130,8 @@ def linear_cross_entropy(
     Raises:
       TypeError: as :func:`cross_entropy`; or ``hidden`` and ``kernel`` differ in dtype.
       ValueError: as :func:`cross_entropy`; or ``hidden``, ``kernel``, ``bias``, ``num_classes`` do
-        not fit together, or ``chunk_size`` is less than 1.
+        not fit together, or ``chunk_size`` is less than 1, or operands of an explicit mesh are
+        sharded in a way that is not described below.
 
     A scalar loss takes its gradients along in the forward pass: three matrix products in all (one
     where nothing is differentiated, two where only ``hidden`` or only ``kernel`` is), and holds one
@@ -137,6 +141,13 @@ def linear_cross_entropy(
     four products whatever the reduction and compute every token, but hold one block of logits
     beside a float32 gradient of ``hidden`` and no accumulator for the kernel's. Differentiable in
     ``hidden``, ``kernel``, ``bias``, probabilities and weights, in every mode.
+
+    On an explicit mesh (``jax.sharding.AxisType.Explicit``) call it directly on sharded operands:
+    the mesh axes are read from their types. Those that split the leading axes of ``hidden`` split
+    the tokens, and each device loops over its own; others that split the columns of ``kernel``
+    split the vocabulary, which is never gathered; a kernel that the tokens' axes split too (FSDP,
+    either dimension) is gathered once, and its gradient reduce-scattered once. Sums over devices
+    are taken once, in float32 (with ``"vocab_blocks"`` the kernel's in its own dtype).
 
     Example:
 
@@ -154,52 +165,69 @@ def linear_cross_entropy(
     Models" (ICLR 2025).
     """
     call = "linear_cross_entropy"
-    hidden, kernel, bias, vocab_axis, classes = _operands(
-        call, hidden, kernel, bias, vocab_axis, num_classes
-    )
-    tokens, columns = math.prod(hidden.shape[:-1]), kernel.shape[vocab_axis]
-    if implementation is None:
-        implementation = _default(tokens, columns)
-    _check.word(call, "implementation", implementation, IMPLEMENTATIONS)
-    if implementation == "token_chunks":
-        chunk = _linear.default_chunk(tokens, columns)
+    vocab_axes = _check.mesh_axes(call, "vocab_axis_name", vocab_axis_name)
+    token_axes = _check.mesh_axes(call, "token_axis_name", token_axis_name)
+    hidden, kernel, bias, vocab_axis = _operands(call, hidden, kernel, bias, vocab_axis)
+    layout = _layout.of_types(call, hidden, kernel, vocab_axis)
+    columns = kernel.shape[vocab_axis]
+    if vocab_axes:
+        local = columns  # padding is masked: which device holds it is not static
     else:
-        chunk = _blocks.default_block(tokens, classes)
-    chunk = _check.integer(call, "chunk_size", chunk_size, 1, None, default=chunk)
-    chunk = min(chunk, max(1, tokens if implementation == "token_chunks" else classes))
-    logits = jax.ShapeDtypeStruct((*hidden.shape[:-1], classes), hidden.dtype)
+        local = _check.integer(call, "num_classes", num_classes, 0, columns, default=columns)
+    logits = jax.ShapeDtypeStruct((*hidden.shape[:-1], local), hidden.dtype)
     checked = _check.token_arguments(
         call, "hidden @ kernel", logits, labels, -1, weight, ignore_index, sample_weight, where,
-        reduction,
+        reduction, num_classes, vocab_axes,
     )  # fmt: skip
-    schedule = {"token_chunks": _by_token_chunks, "vocab_blocks": _by_vocab_blocks}
-    return schedule[implementation](
-        hidden,
-        kernel,
-        bias,
-        *checked.arrays,
-        geometry=_linear.Geometry(vocab_axis, classes, chunk, precision),
-        reduction=reduction,
-        softcap=_check.softcap(call, logit_softcap),
-        options=(
-            ("ignore_index", checked.static["ignore_index"]),
-            ("label_smoothing", _check.number(call, "label_smoothing", label_smoothing, 0, 1)),
-            ("z_loss", _check.number(call, "z_loss", z_loss, 0, sys.float_info.max)),
-            ("with_stats", _check.flag(call, "return_stats", return_stats)),
-        ),
+    _check.split(
+        call, "kernel", kernel, {"hidden": hidden, **checked.of_tokens}, vocab_axes, token_axes
     )
 
+    def schedule(hidden, kernel, bias, *arrays, **mesh):
+        tokens = math.prod(hidden.shape[:-1])
+        here = local if not layout else layout.columns
+        name = implementation or _default(tokens, here)
+        _check.word(call, "implementation", name, IMPLEMENTATIONS)
+        by_tokens = name == "token_chunks"
+        default = _linear.default_chunk if by_tokens else _blocks.default_block
+        chunk = _check.integer(
+            call, "chunk_size", chunk_size, 1, None, default=default(tokens, here)
+        )
+        chunk = min(chunk, max(1, tokens if by_tokens else here))
+        return (_by_token_chunks if by_tokens else _by_vocab_blocks)(
+            hidden,
+            kernel,
+            bias,
+            *arrays,
+            geometry=_linear.Geometry(vocab_axis, here, chunk, precision, **mesh),
+            num_classes=checked.static["num_classes"],
+            reduction=reduction,
+            softcap=_check.softcap(call, logit_softcap),
+            options=(
+                ("ignore_index", checked.static["ignore_index"]),
+                ("label_smoothing", _check.number(call, "label_smoothing", label_smoothing, 0, 1)),
+                ("z_loss", _check.number(call, "z_loss", z_loss, 0, sys.float_info.max)),
+                ("with_stats", _check.flag(call, "return_stats", return_stats)),
+            ),
+        )
 
-@partial(jax.jit, static_argnames=("geometry", "reduction", "softcap", "options"))
+    arrays = (hidden, kernel, bias, *checked.arrays)
+    if layout is None:
+        return schedule(*arrays, vocab_axes=vocab_axes, token_axes=token_axes)
+    return _layout.over_mesh(schedule, layout, arrays, reduction, return_stats)
+
+
+@partial(jax.jit, static_argnames=("geometry", "num_classes", "reduction", "softcap", "options"))
 def _by_token_chunks(
     hidden, kernel, bias, labels, weight, sample_weight, class_mask, token_mask,
-    *, geometry, reduction, softcap, options,
+    *, geometry, num_classes, reduction, softcap, options,
 ):  # fmt: skip
     options = dict(options)
+    classes = _targets.classes_here(num_classes, geometry.num_classes, geometry.vocab_axes)
     lead, wide = hidden.shape[:-1], accumulator_dtype(hidden.dtype)
     targets = _targets.make_targets(
         labels,
-        geometry.num_classes,
+        classes,
         wide,
         weight=weight,
         sample_weight=sample_weight,
@@ -213,9 +241,10 @@ def _by_token_chunks(
         labels, index = per_token
         weight, mask = shared
         mask = mask if index is None else mask[index]
-        rows_of = rows_of_logits(x, mask, softcap)
+        # Counted anew: traced values must not leak into the loop that this runs in.
+        classes = _targets.classes_here(num_classes, x.shape[-1], geometry.vocab_axes)
         losses, stats, _ = token_terms(
-            rows_of, x.shape[-1], labels, weight, mask, dtype=wide, **options
+            rows_of_logits(x, softcap), classes, labels, weight, mask, dtype=wide, **options
         )
         if stats is None:
             return (losses,), ()
@@ -229,8 +258,10 @@ def _by_token_chunks(
         (labels.reshape(tokens, *labels.shape[len(lead) :]), mask_index),
         (weight, mask_rows),
     )
-    packing = _linear.pack(targets.counts.reshape(tokens), geometry.chunk)
-    each, nothing = _targets.token_weights(targets, sample_weight, reduction, wide)
+    packing = _linear.pack(targets.counts.reshape(tokens), geometry)
+    each, nothing = _targets.token_weights(
+        targets, sample_weight, reduction, wide, geometry.token_axes
+    )
     if scalar:
         total, others = _linear.weighted_sum(
             loss_fn, geometry, each.reshape(tokens), operands, packing
@@ -246,28 +277,32 @@ def _by_token_chunks(
     return loss, stats._replace(prediction=jnp.where(targets.counts, stats.prediction, -1))
 
 
-@partial(jax.jit, static_argnames=("geometry", "reduction", "softcap", "options"))
+@partial(jax.jit, static_argnames=("geometry", "num_classes", "reduction", "softcap", "options"))
 def _by_vocab_blocks(
     hidden, kernel, bias, labels, weight, sample_weight, class_mask, token_mask,
-    *, geometry, reduction, softcap, options,
+    *, geometry, num_classes, reduction, softcap, options,
 ):  # fmt: skip
     options = dict(options)
-    classes = geometry.num_classes
+    axes = geometry.vocab_axes
+    classes = _targets.classes_here(num_classes, geometry.num_classes, axes)
     lead, wide = hidden.shape[:-1], accumulator_dtype(hidden.dtype)
     tokens = math.prod(lead)
     mask, mask_row = _rows_of(class_mask, lead)
     if mask is not None:
-        mask = jnp.broadcast_to(mask, (mask.shape[0], classes))
+        mask = jnp.broadcast_to(mask, (mask.shape[0], classes.size))
     labels = labels.reshape(tokens, *labels.shape[len(lead) :])
     sample_weight, token_mask = (
         None if x is None else x.reshape(tokens) for x in (sample_weight, token_mask)
     )
     rows = hidden.reshape(tokens, hidden.shape[-1])
 
-    def rows_of(targets, weight, label_smoothing, want, predict):
+    def rows_of(targets, classes, _, weight, label_smoothing, want, predict):
         share = _targets.uniform_share(label_smoothing, classes, mask, wide)
         if share is not None and mask_row is not None:
             share = share[mask_row]
+        # Gradients of what no token owns are summed over the devices after the loop, not in it.
+        varies = _mesh.varies_over(rows) | _mesh.varies_over(labels)
+        weight = _mesh.spread(_targets.weight_here(weight, classes), varies)
         return _blocks.row_losses_by_block(
             _blocks.Options(geometry, label_smoothing, softcap, want, predict, wide),
             _blocks.Operands(
@@ -278,7 +313,7 @@ def _by_vocab_blocks(
                 None if targets.kept is not None else labels,
                 weight,
             ),
-            _blocks.Constants(targets.kept, mask, mask_row, share),
+            _blocks.Constants(targets.kept, _targets.existing(mask, classes, 2), mask_row, share),
         )
 
     losses, stats, targets = token_terms(
@@ -292,7 +327,7 @@ def _by_vocab_blocks(
         dtype=wide,
         **options,
     )
-    loss = _targets.reduce_losses(losses, targets, sample_weight, reduction)
+    loss = _targets.reduce_losses(losses, targets, sample_weight, reduction, geometry.token_axes)
     loss = loss.reshape(lead) if reduction == "none" else loss
     if stats is None:
         return loss
@@ -359,9 +394,8 @@ def linear_loss(
     call = "linear_loss"
     if not callable(loss_fn):
         _check.fail(call, "loss_fn must be a function", type(loss_fn).__name__, kind=TypeError)
-    hidden, kernel, bias, vocab_axis, columns = _operands(
-        call, hidden, kernel, bias, vocab_axis, None
-    )
+    hidden, kernel, bias, vocab_axis = _operands(call, hidden, kernel, bias, vocab_axis)
+    columns = kernel.shape[vocab_axis]
     lead, tokens = hidden.shape[:-1], math.prod(hidden.shape[:-1])
     chunk = _linear.default_chunk(tokens, columns)
     chunk = _check.integer(call, "chunk_size", chunk_size, 1, None, default=chunk)
@@ -398,7 +432,7 @@ def linear_loss(
     operands = _linear.Operands(
         hidden.reshape(tokens, hidden.shape[-1]), kernel, bias, tuple(arrays), tuple(closed_over)
     )
-    packing = _linear.pack(counts.reshape(tokens), chunk)
+    packing = _linear.pack(counts.reshape(tokens), geometry)
     if reduction == "none":
         (losses,), _ = _linear.losses_by_token(chunk_losses, geometry, operands, packing)
         return jnp.where(counts, each * losses.reshape(lead), 0)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from jaxloss import _mesh
 from jaxloss._casts import accumulator_dtype, widened
 
 
@@ -120,12 +121,33 @@ def finite(m: Array) -> Array:
     return jnp.where(m == -jnp.inf, 0, m)
 
 
-def prediction(logits: Array, class_mask: Array | None = None) -> Array:
-    """The first class at the row's maximum; -1 in a row that holds NaN or +inf. int32."""
+def highest(logits: Array, class_mask: Array | None, start: Any) -> tuple[Array, Array]:
+    """(the row's maximum, +inf for NaN; its first class, that of the first column being start)."""
     x = widen(lax.stop_gradient(logits), class_mask, None)  # a soft cap does not move the maximum
     found = jnp.argmax(x, axis=-1).astype(jnp.int32)
-    highest = entry(x, found)
-    return jnp.where(jnp.isnan(highest) | (highest == jnp.inf), -1, found)
+    top = entry(x, found)
+    return jnp.where(jnp.isnan(top), jnp.inf, top), found + start
+
+
+def class_of(top: Array, found: Array, vocab_axes: _mesh.Axes = ()) -> Array:
+    """The prediction from what ``highest`` gives on each device; -1 in a row of NaN or +inf."""
+    if vocab_axes:
+        here, top = top, _mesh.largest(top, vocab_axes)
+        found = jnp.where(here == top, found, jnp.iinfo(jnp.int32).max)
+        found = lax.pmin(found, vocab_axes)
+    return jnp.where(top == jnp.inf, -1, found)
+
+
+def prediction(
+    logits: Array, class_mask: Array | None = None, start: Any = 0, vocab_axes: _mesh.Axes = ()
+) -> Array:
+    """The first class at the row's maximum; -1 in a row that holds NaN or +inf. int32."""
+    return class_of(*highest(logits, class_mask, start), vocab_axes)
+
+
+def within(index: Array, start: Any, size: int) -> Array:
+    """The class's place among the ``size`` from ``start`` on; ``size``: it is not among them."""
+    return jnp.where((index >= start) & (index < start + size), index - start, size)
 
 
 def near_max(logits: Array, m: Array, class_mask: Array | None, softcap: float | None) -> Array:

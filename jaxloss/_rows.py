@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from jaxloss import _mesh
 from jaxloss._casts import accumulator_dtype, narrowed, widened
 from jaxloss._forward_mode import with_forward_mode
 from jaxloss._passes import (
@@ -122,6 +123,26 @@ def row_part(logits, kept, soft_targets, class_mask, softcap, want, share=False)
     return RowPart(highest, s, x_kept, kept, below, mass, other_mass, spread)
 
 
+def _seen_from(part: RowPart, m: Array, keeps: Array) -> RowPart:
+    """The part with its sums scaled to ``m``, the maximum of more classes than its own.
+
+    ``keeps``: its kept entry stays out of the sums; otherwise it joins the others.
+    """
+
+    def lifted(x, weight):  # sum of weights * (part.m - x_j), seen from m
+        return x + jnp.where(weight == 0, 0, (m - part.m) * weight)
+
+    whole = part.s + jnp.where(jnp.isnan(part.x_kept), 0, jnp.exp(part.x_kept - finite(part.m)))
+    scale = jnp.exp(part.m - finite(m))
+    below, other_mass, spread = part.below, part.other_mass, part.spread
+    if part.mass is not None:
+        below, other_mass = lifted(below, part.mass), jnp.where(keeps, other_mass, part.mass)
+    if spread is not None:
+        spread = scale * lifted(spread, whole)
+    s = scale * jnp.where(keeps, part.s, whole)
+    return part._replace(m=m, s=s, below=below, other_mass=other_mass, spread=spread)
+
+
 def merge(a: RowPart, b: RowPart, labelled: bool) -> RowPart:
     """The part of the classes of both: keep the larger ``m``, scale the other's sums.
 
@@ -129,40 +150,45 @@ def merge(a: RowPart, b: RowPart, labelled: bool) -> RowPart:
     out one at its own maximum, and the smaller one's joins the others.
     """
     m = jnp.maximum(a.m, b.m)
-    b_wins = b.m > a.m
+    keep_b = jnp.isnan(a.x_kept) if labelled else b.m > a.m
+    a, b = _seen_from(a, m, ~keep_b), _seen_from(b, m, keep_b)
 
-    def scaled(p, x):
-        return x * jnp.exp(p.m - finite(m))
+    def added(x, y):
+        return None if x is None else x + y
 
-    def whole(p):
-        return p.s + jnp.where(jnp.isnan(p.x_kept), 0, jnp.exp(p.x_kept - finite(p.m)))
-
-    def lifted(p, x, weight):  # sum of weights * (p.m - x_j), seen from m
-        return x + jnp.where(weight == 0, 0, (m - p.m) * weight)
-
-    a_s, b_s = a.s, b.s
-    keep_b = jnp.isnan(a.x_kept)
-    if not labelled:
-        keep_b = b_wins
-        a_s, b_s = jnp.where(b_wins, whole(a), a.s), jnp.where(b_wins, b.s, whole(b))
-    below = mass = other_mass = spread = None
-    if a.mass is not None:
-        below, mass = lifted(a, a.below, a.mass) + lifted(b, b.below, b.mass), a.mass + b.mass
-        other_mass = a.other_mass + b.other_mass
-        if not labelled:
-            other_mass = jnp.where(b_wins, a.mass + b.other_mass, a.other_mass + b.mass)
-    if a.spread is not None:
-        spread = scaled(a, lifted(a, a.spread, whole(a))) + scaled(b, lifted(b, b.spread, whole(b)))
     return RowPart(
         m,
-        scaled(a, a_s) + scaled(b, b_s),
+        a.s + b.s,
         jnp.where(keep_b, b.x_kept, a.x_kept),
         jnp.where(keep_b, b.kept, a.kept),
-        below,
-        mass,
-        other_mass,
-        spread,
+        *map(added, a[4:], b[4:]),
     )
+
+
+def merge_shards(part: RowPart, axes: _mesh.Axes, labelled: bool, size: int) -> RowPart:
+    """The part of the classes of all devices along the mesh axes, each holding ``size`` of them.
+
+    One maximum and one sum, of a few numbers a row. ``kept`` stays the place on this device.
+    """
+    if not axes:
+        return part
+    m = _mesh.largest(part.m, axes)
+    keeps = ~jnp.isnan(part.x_kept) if labelled else part.m == m
+    here = _seen_from(part, m, keeps)
+    x_kept = jnp.where(keeps, part.x_kept, 0)
+    sums = {"part": (here.s, *here[4:]), "x_kept": x_kept, "keepers": keeps.astype(m.dtype)}
+    if not labelled:
+        sums["e_kept"] = jnp.where(keeps, jnp.exp(part.x_kept - finite(m)), 0)
+    sums = _mesh.sums(sums, axes)
+    (s, *rest), x_kept, keepers = sums["part"], sums["x_kept"], sums["keepers"]
+    if labelled:
+        return RowPart(m, s, jnp.where(keepers > 0, x_kept, jnp.nan), part.kept, *rest)
+    # Several devices hold the maximum: no entry above 1/2, so none needs to be kept out. The 1 that
+    # finish adds is taken from the sum of them all.
+    one = keepers == 1
+    s = jnp.where(one, s, jnp.maximum(s + sums["e_kept"] - 1, 0))
+    x_kept = jnp.where(one | (m == -jnp.inf), x_kept, m)
+    return RowPart(m, s, x_kept, jnp.where(keeps & one, part.kept, size), *rest)
 
 
 def finish(part: RowPart, want: tuple[str, ...]) -> tuple[RowLosses, RowState]:
@@ -249,19 +275,27 @@ def row_losses(
     *,
     softcap: float | None = None,
     want: tuple[str, ...] = ("nll",),
+    vocab_axes: _mesh.Axes = (),
 ) -> RowLosses:
     """The losses of ``logits[..., C]`` over the last axis, one number a row.
 
     ``kept[...]`` (int32) is the label, or C for a row without one, whose results are NaN; None
     keeps the first entry at the maximum out instead. ``soft_targets`` and ``class_mask`` broadcast
     to ``logits``. Differentiable in ``logits`` and ``soft_targets``, in every mode.
+
+    ``vocab_axes``: the mesh axes over which the rows are split. C is then what stands here, as are
+    ``soft_targets`` and ``class_mask``; a label has index C where another device holds it.
     """
 
-    def losses(logits, soft_targets, kept, class_mask):
-        return finish(row_part(logits, kept, soft_targets, class_mask, softcap, want), want)[0]
+    def part_of(logits, soft_targets, kept, class_mask, share=False):
+        part = row_part(logits, kept, soft_targets, class_mask, softcap, want, share)
+        return merge_shards(part, vocab_axes, kept is not None, logits.shape[-1])
+
+    def losses(*args):
+        return finish(part_of(*args), want)[0]
 
     def forward(logits, soft_targets, kept, class_mask):
-        part = row_part(logits, kept, soft_targets, class_mask, softcap, want, share=True)
+        part = part_of(logits, soft_targets, kept, class_mask, share=True)
         out, state = finish(part, want)
         return out, (logits, state, soft_targets, class_mask)
 
@@ -300,12 +334,12 @@ def row_losses(
         if d_soft_targets is not None:
             slope = soft_gradient(logits, state, soft_targets, class_mask, softcap)
             out["soft"] += jnp.sum(slope * d_soft_targets.astype(wide), axis=-1)
-        return none._replace(**out)
+        return none._replace(**(_mesh.sums(out, vocab_axes) if vocab_axes else out))
 
     given = (of_rank(soft_targets, logits.ndim), kept, of_rank(class_mask, logits.ndim))
     rule = jax.custom_vjp(losses)
     rule.defvjp(forward, backward)
-    return with_forward_mode(rule, tangent)(logits, *given)
+    return with_forward_mode(rule, tangent)(*_mesh.together(logits, *given))
 
 
 def row_log_softmax(logits: Array, class_mask: Array | None = None) -> Array:

@@ -14,19 +14,42 @@ A multiplication by 0 does not mask (0 * inf is NaN), so every mask here is a se
 from typing import Any, NamedTuple, cast
 
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jax.core import Tracer
 from jax.experimental import checkify
 
-from jaxloss import _check
-from jaxloss._passes import of_rank
+from jaxloss import _check, _mesh
+from jaxloss._passes import of_rank, within
 from jaxloss._rows import RowLosses
+
+
+class Classes(NamedTuple):
+    """The C classes, and which of them the columns here are."""
+
+    total: int  # C
+    size: int  # columns here; those of classes past C are padding
+    start: Any = 0  # the class of the first
+    axes: _mesh.Axes = ()  # the mesh axes that the columns are split over
+
+
+def classes_here(total: int, size: int, vocab_axes: _mesh.Axes) -> Classes:
+    start = size * lax.axis_index(vocab_axes) if vocab_axes else 0
+    return Classes(total, size, start, vocab_axes)
+
+
+def existing(class_mask: Array | None, classes: Classes, rank: int) -> Array | None:
+    """``class_mask``, and no padding."""
+    if classes.total == classes.size * _mesh.size(classes.axes):
+        return class_mask
+    column = jnp.arange(classes.size, dtype=jnp.int32) + classes.start
+    real = of_rank(column < classes.total, rank)
+    return real if class_mask is None else class_mask & real
 
 
 class Targets(NamedTuple):
     """What the tokens ask for: ``label_weight * (1 - smoothing)`` at ``kept``, and ``soft``."""
 
-    kept: Array | None  # int32 class, num_classes if out of range; None for probabilities
+    kept: Array | None  # int32 column; as many as there are: none here; None for probabilities
     soft: Array | None  # broadcastable to the logits: smoothing and weights are in it
     label_weight: Array | None  # w_y
     counts: Array  # bool
@@ -51,15 +74,20 @@ def class_indices(labels: Array, num_classes: int, ignore_index: int | None):
     return jnp.where(ignored, 0, index), ~ignored
 
 
-def uniform_share(label_smoothing, num_classes, class_mask, dtype) -> Any:
-    """``label_smoothing / C`` of the C classes that exist: a number a row; None: no smoothing."""
-    if not label_smoothing or not num_classes:
+def uniform_share(label_smoothing, classes: Classes, class_mask, dtype) -> Any:
+    """``label_smoothing / C`` of the C classes that exist: a number a row; None: no smoothing.
+
+    ``class_mask``: those that the caller says exist; padding is known.
+    """
+    if not label_smoothing or not classes.total:
         return None
     if class_mask is None:
-        return jnp.full((1,), label_smoothing / num_classes, dtype)
-    exist = jnp.sum(class_mask, axis=-1, keepdims=True, dtype=dtype)
-    if class_mask.shape[-1] == 1:
-        exist *= num_classes
+        return jnp.full((1,), label_smoothing / classes.total, dtype)
+    mask = jnp.broadcast_to(class_mask, (*class_mask.shape[:-1], classes.size))
+    mask = cast(Array, existing(mask, classes, mask.ndim))
+    exist = jnp.sum(mask, axis=-1, keepdims=True, dtype=dtype)
+    if classes.axes:
+        exist = lax.psum(exist, classes.axes)
     return label_smoothing / jnp.maximum(exist, 1)
 
 
@@ -91,7 +119,7 @@ def soft_targets(
 
 def make_targets(
     labels: Array,
-    num_classes: int,
+    classes: Classes,
     dtype: jnp.dtype,
     *,
     weight: Array | None,
@@ -101,26 +129,47 @@ def make_targets(
     ignore_index: int | None,
     label_smoothing: float = 0.0,
 ) -> Targets:
-    """Classes last: ``labels[...]`` are indices or ``labels[..., C]`` probabilities."""
+    """Columns last: ``labels[...]`` are indices or ``labels[..., columns]`` probabilities.
+
+    ``weight[C]`` and indices speak of all classes, ``class_mask`` of the columns here.
+    """
     kept = probabilities = label_weight = None
     if jnp.issubdtype(labels.dtype, jnp.integer):
-        kept, counts = class_indices(labels, num_classes, ignore_index)
-        if weight is not None and num_classes:
+        index, counts = class_indices(labels, classes.total, ignore_index)
+        inside = index < classes.total
+        if weight is not None and classes.total:
             # 1 where there is no such class: its NaN must reach the loss.
-            inside = kept < num_classes
-            label_weight = weight.astype(dtype)[jnp.where(inside, kept, 0)]
+            label_weight = weight.astype(dtype)[jnp.where(inside, index, 0)]
             label_weight = jnp.where(inside, label_weight, 1)
+        kept = index
+        if classes.axes or classes.total != classes.size:
+            kept = within(index, classes.start, classes.size)
+            kept = jnp.where(inside, kept, classes.size)
     else:
         counts, probabilities = jnp.ones(labels.shape[:-1], bool), labels
     if token_mask is not None:
         counts &= token_mask
     if sample_weight is not None:
         counts &= sample_weight.astype(bool)
-    share = uniform_share(label_smoothing, num_classes, class_mask, dtype)
+    share = uniform_share(label_smoothing, classes, class_mask, dtype)
     soft = soft_targets(
-        probabilities, share, class_mask, weight, label_smoothing, num_classes, dtype
+        probabilities,
+        share,
+        existing(class_mask, classes, labels.ndim + (probabilities is None)),
+        weight_here(weight, classes),
+        label_smoothing,
+        classes.size,
+        dtype,
     )
     return Targets(kept, soft, label_weight, counts)
+
+
+def weight_here(weight: Array | None, classes: Classes) -> Array | None:
+    columns = classes.size * _mesh.size(classes.axes)
+    if weight is None or columns == classes.size == classes.total:
+        return weight
+    weight = jnp.pad(weight, (0, columns - classes.total))
+    return lax.dynamic_slice_in_dim(weight, classes.start, classes.size)
 
 
 def wanted(targets: Targets, label_smoothing: float, z_loss: float, stats: bool):
@@ -160,35 +209,48 @@ def _terms(targets: Targets, sample_weight: Array | None, dtype: jnp.dtype) -> t
 
 
 def token_weights(
-    targets: Targets, sample_weight: Array | None, reduction: str, dtype: jnp.dtype
+    targets: Targets,
+    sample_weight: Array | None,
+    reduction: str,
+    dtype: jnp.dtype,
+    token_axes: _mesh.Axes = (),
 ) -> tuple[Array, Array]:
     """``(weight, nothing)``: the result is ``sum(weight * losses)``, or NaN where ``nothing``.
 
-    With ``"none"`` there is no sum. ``weight`` is 0 where a token does not count.
+    With ``"none"`` there is no sum. ``weight`` is 0 where a token does not count. The sum is over
+    the devices along ``token_axes`` too.
     """
     weight, share = _terms(targets, sample_weight, dtype)
     if reduction != "mean":
         return weight, jnp.zeros((), bool)
     share = jnp.sum(share)
+    if token_axes:
+        share = lax.psum(share, token_axes)
     # The constant in place of a 0 keeps 0 / 0 out of the weights' gradients.
     weight = jnp.where(targets.counts, weight / jnp.where(share == 0, jnp.nan, share), 0)
     return weight, share == 0
 
 
 def reduce_losses(
-    losses: Array, targets: Targets, sample_weight: Array | None, reduction: str
+    losses: Array,
+    targets: Targets,
+    sample_weight: Array | None,
+    reduction: str,
+    token_axes: _mesh.Axes = (),
 ) -> Array:
     weight, share = _terms(targets, sample_weight, losses.dtype)
     losses = jnp.where(targets.counts, weight * losses, 0)
     if reduction == "none":
         return losses
     if reduction == "sum":
-        return jnp.sum(losses)
+        total = jnp.sum(losses)
+        return lax.psum(total, token_axes) if token_axes else total
     # One reduction for both sums: a second one took XLA:CPU a tenth of the time of a small loss,
     # and a mesh another all-reduce.
     share += jnp.zeros_like(losses)  # its sharding and varying axes, which stack wants equal
     both = jnp.stack([losses, share])  # not raveled: that would gather sharded tokens
-    total, share = jnp.sum(both, axis=tuple(range(1, both.ndim)))
+    both = jnp.sum(both, axis=tuple(range(1, both.ndim)))
+    total, share = lax.psum(both, token_axes) if token_axes else both
     # The constant in place of a 0 keeps 0 / 0 out of the gradients.
     return jnp.where(share == 0, jnp.nan, total / jnp.where(share == 0, 1, share))
 

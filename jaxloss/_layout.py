@@ -1,0 +1,110 @@
+"""linear_cross_entropy on an explicit mesh: the operands' types say what is split over what."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+from jax import Array
+from jax.sharding import PartitionSpec as P
+
+from jaxloss import _check, _mesh
+
+
+class Layout(NamedTuple):
+    """Which mesh axes split what."""
+
+    mesh: Any
+    tokens: tuple  # of hidden's leading axes, each None, a name or names
+    kernel: tuple  # of kernel's axes
+    vocab_axis: int
+    vocab_axes: _mesh.Axes
+    gathered: tuple[tuple[int, _mesh.Axes], ...]
+    columns: int  # of the kernel on each device, once gathered
+
+    @property
+    def token_axes(self) -> _mesh.Axes:
+        return tuple(name for entry in self.tokens for name in _names(entry))
+
+
+def _names(entry: Any) -> _mesh.Axes:
+    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
+
+
+def _spec(x: Array) -> tuple:
+    spec = tuple(jax.typeof(x).sharding.spec)
+    return (*spec, *(None,) * (x.ndim - len(spec)))
+
+
+def of_types(call: str, hidden: Array, kernel: Array, vocab_axis: int) -> Layout | None:
+    """What the types of the operands say; None: they are not sharded."""
+    *tokens, features = _spec(hidden)
+    of_kernel = _spec(kernel)
+    if not any((*tokens, features, *of_kernel)):
+        return None
+    way_out = "Reshard it: jax.reshard(x, spec)."
+    if features is not None:
+        rule = "hidden must not be sharded in its last axis on an explicit mesh"
+        _check.fail(call, rule, f"{jax.typeof(hidden)}", way_out)
+    mesh = next(m for x in (hidden, kernel) if not (m := jax.typeof(x).sharding.mesh).empty)
+    own = {name for entry in tokens for name in _names(entry)}
+    vocab: _mesh.Axes = ()
+    gathered = []
+    for axis, entry in enumerate(of_kernel):
+        names = _names(entry)
+        last = tuple(n for n in names if n in own)
+        first = tuple(n for n in names if n not in own)
+        if (first and axis != vocab_axis) or names != (*first, *last):
+            rule = (
+                "the kernel's features may be sharded over axes that split the tokens, its columns "
+                "over others and then over those"
+            )
+            got = f"hidden {jax.typeof(hidden)}, kernel {jax.typeof(kernel)}"
+            _check.fail(call, rule, got, way_out)
+        vocab = first or vocab
+        if last:
+            gathered.append((axis, last))
+    shards = 1
+    for name in vocab:
+        shards *= mesh.shape[name]
+    columns = kernel.shape[vocab_axis] // shards
+    return Layout(mesh, tuple(tokens), of_kernel, vocab_axis, vocab, tuple(gathered), columns)
+
+
+def over_mesh(
+    schedule: Callable, layout: Layout, arrays: tuple, reduction: str, return_stats: bool
+) -> Any:
+    """``schedule(*arrays)`` inside ``shard_map``, every array split as the layout says."""
+    hidden, _, _, labels, _, _, class_mask, _ = arrays
+    tokens, vocab = layout.tokens, layout.vocab_axes or None
+    of_mask = P()
+    if class_mask is not None:
+        split = zip((*tokens, vocab), class_mask.shape, strict=True)
+        of_mask = P(*(None if n == 1 else entry for entry, n in split))
+    rows = P(*tokens)
+    specs = (
+        P(*tokens, None),
+        P(*layout.kernel),
+        P(vocab),
+        rows if labels.ndim < hidden.ndim else P(*tokens, vocab),
+        P(),
+        rows,
+        of_mask,
+        rows,
+    )
+    arrays = tuple(
+        None if x is None else jax.reshard(x, jax.NamedSharding(layout.mesh, spec))
+        for x, spec in zip(arrays, specs, strict=True)
+    )
+    out = rows if reduction == "none" else P()
+    return jax.shard_map(
+        partial(
+            schedule,
+            vocab_axes=layout.vocab_axes,
+            token_axes=layout.token_axes if reduction != "none" else (),
+            gathered=layout.gathered,
+        ),
+        mesh=layout.mesh,
+        in_specs=specs,
+        out_specs=(out, rows) if return_stats else out,
+    )(*arrays)

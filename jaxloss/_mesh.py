@@ -1,0 +1,57 @@
+"""Mesh axes inside of ``shard_map``: what varies over them, and the collectives. No formulas."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+Axes = tuple[str, ...]
+
+
+def varies_over(x: Any) -> frozenset:
+    """The axes of the surrounding ``shard_map`` over which ``x`` differs between devices."""
+    if x is None:
+        return frozenset()
+    kind = x if isinstance(x, jax.ShapeDtypeStruct) else jax.typeof(x)
+    return kind.manual_axis_type.varying if kind.manual_axis_type else frozenset()
+
+
+def spread(x: Any, axes: Iterable) -> Any:
+    """``x``, taken as differing over these axes too: its gradient is summed over them."""
+    missing = tuple(sorted(set(axes) - varies_over(x)))
+    return x if x is None or not missing else lax.pcast(x, missing, to="varying")
+
+
+def together(*xs: Any) -> tuple:
+    """Each ``x`` taken as differing over whatever axes any of them differs over."""
+    axes = frozenset().union(*map(varies_over, xs))
+    return tuple(spread(x, axes) for x in xs)
+
+
+def largest(x: Array, axes: Axes) -> Array:
+    return lax.pmax(lax.stop_gradient(x), axes)
+
+
+def sums(xs: Any, axes: Axes) -> Any:
+    """The sums over the axes of the leaves of ``xs``, equal in shape: one all-reduce."""
+    leaves, tree = jax.tree.flatten(xs)
+    packed = jnp.stack(jnp.broadcast_arrays(*together(*leaves)))
+    return jax.tree.unflatten(tree, list(lax.psum(packed, axes)))
+
+
+def size(axes: Axes) -> int:
+    return lax.axis_size(axes) if axes else 1
+
+
+def settle(x: Any, keep: Iterable) -> Any:
+    """The sum of ``x`` over the axes that it varies over, but for those to ``keep``."""
+    axes = () if x is None else tuple(sorted(varies_over(x) - frozenset(keep)))
+    return lax.psum(x, axes) if axes else x
+
+
+def blank(like: jax.ShapeDtypeStruct, shape: tuple[int, ...] | None = None, dtype: Any = None):
+    """Zeros of a traced value's type: a loop's state must vary as what the loop makes of it."""
+    zeros = jnp.zeros(like.shape if shape is None else shape, dtype or like.dtype)
+    return spread(zeros, varies_over(like))
