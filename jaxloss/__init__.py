@@ -9,6 +9,7 @@ from jaxloss._cross_entropy import nll_loss as nll_loss
 from jaxloss._linear_cross_entropy import linear_cross_entropy as linear_cross_entropy
 from jaxloss._linear_cross_entropy import linear_loss as linear_loss
 from jaxloss._targets import check_labels as check_labels
+from jaxloss._targets import total_weight as total_weight
 
 __version__ = _version("jaxloss")
 __all__ = [
@@ -19,4 +20,5 @@ __all__ = [
     "linear_loss",
     "log_softmax",
     "nll_loss",
+    "total_weight",
 ]

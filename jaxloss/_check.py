@@ -178,7 +178,7 @@ def check_sample_weight(function: str, weight: Any, batch: tuple[int, ...]) -> A
     return weight
 
 
-def _boolean(function: str, mask: Any) -> Array:
+def boolean(function: str, mask: Any) -> Array:
     mask = array(function, "where", mask)
     if mask.dtype != jnp.bool_:
         way_out = "For weights use sample_weight."
@@ -197,7 +197,7 @@ def _where(
     """Returns (classes that exist, of logits' rank; tokens that count, shaped like the losses)."""
     if mask is None:
         return None, None
-    mask = _boolean(function, mask)
+    mask = boolean(function, mask)
     fits = _fits(mask, logits)
     tokens = mask.shape == batch_shape(logits, axes)
     padded = mask.reshape((1,) * (logits.ndim - mask.ndim) + mask.shape) if fits else mask
@@ -224,7 +224,7 @@ def class_mask(function: str, name: str, mask: Any, logits: Array) -> Array | No
     """``where`` as classes that exist, of the logits' rank."""
     if mask is None:
         return None
-    mask = _boolean(function, mask)
+    mask = boolean(function, mask)
     if not _fits(mask, logits):
         fail(
             function,

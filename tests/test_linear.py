@@ -221,7 +221,9 @@ def test_ignored_tokens_run_no_chunk():
             hidden, kernel * jnp.nan, none, reduction=reduction, chunk_size=2
         )
         assert np.all(np.asarray(out) == 0)
-    packing = _linear.pack(jnp.array([False, True, False, True, True]), 2)
+    packing = _linear.pack(
+        jnp.array([False, True, False, True, True]), _linear.Geometry(1, 11, 2, None)
+    )
     assert packing.order.tolist() == [1, 3, 4, 5, 5, 5]
     assert int(packing.size) == 3
 

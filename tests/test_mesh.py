@@ -1,0 +1,616 @@
+"""Losses whose tokens, classes or kernels are split over the devices of a mesh."""
+
+import re
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import reference
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import jaxloss
+
+# (mesh shape, axis names, the tokens' axes, the vocabulary's)
+MESHES = {
+    "8 tokens": ((8,), ("t",), ("t",), ()),
+    "8 classes": ((8,), ("v",), (), ("v",)),
+    "2x4": ((2, 4), ("t", "v"), ("t",), ("v",)),
+    "4x2": ((4, 2), ("v", "t"), ("t",), ("v",)),
+    "2x2x2 two of classes": ((2, 2, 2), ("t", "v", "w"), ("t",), ("w", "v")),
+    "2x2x2 two of tokens": ((2, 2, 2), ("t", "u", "v"), ("t", "u"), ("v",)),
+}
+N, D, C, V = 16, 6, 27, 32  # 27 classes, 32 columns: the last devices hold padding alone
+
+OPTIONS = {
+    "mean": {},
+    "every option": {"label_smoothing": 0.1, "z_loss": 0.01, "logit_softcap": 4.0},
+    "stats": {"label_smoothing": 0.1, "reduction": "none", "return_stats": True},
+}
+
+
+def build(name, kind=AxisType.Auto):
+    shape, names, tokens, vocab = MESHES[name]
+    mesh = jax.make_mesh(shape, names, axis_types=(kind,) * len(names))
+    return mesh, tokens, vocab
+
+
+def problem(dtype, labels="indices"):
+    rng = np.random.default_rng(7)
+    x = rng.normal(size=(N, V)) * 3
+    x[0, 3] = x[0, 9] = x[0, 20] = 12.0  # the maximum is on three devices
+    x[1, :C] -= 80
+    x[1, 5] = 0.0  # confident: a loss of about 1e-34
+    h, k, b = rng.normal(size=(N, D)), rng.normal(size=(D, V)), rng.normal(size=V)
+    y = rng.integers(0, C, N)
+    y[:3], y[8:13] = (9, 5, -100), -100  # the devices hold different numbers of tokens that count
+    if labels == "probabilities":
+        y = np.zeros((N, V))
+        y[:, :C] = rng.dirichlet(np.ones(C), N)
+    w, s = rng.random(C) + 0.1, rng.random(N)
+    s[4] = 0
+    f32 = partial(jnp.asarray, dtype=jnp.float32)
+    narrow = partial(jnp.asarray, dtype=dtype)
+    y = f32(y) if labels == "probabilities" else jnp.asarray(y, jnp.int32)
+    return {"x": narrow(x), "h": narrow(h), "k": narrow(k), "b": f32(b)}, y, f32(w), f32(s)
+
+
+def total(f):
+    """A scalar of every output, with f's outputs."""
+
+    def of(*args):
+        out = f(*args)
+        values = [v for v in jax.tree.leaves(out) if v.dtype != jnp.int32]
+        return sum(jnp.sum(jnp.sin(v)) for v in values), out
+
+    return of
+
+
+def assert_close(got, expected, dtype, scale=1.0):
+    """To rounding: sums over devices are taken in another order, and rounded once."""
+    relative = scale * (2e-5 if dtype == jnp.float32 else 2.0**-7)
+    got, expected = jax.tree.leaves(got), jax.tree.leaves(expected)
+    for g, e in zip(got, expected, strict=True):
+        g, e = np.asarray(g, np.float64), np.asarray(e, np.float64)
+        allowed = relative * (np.max(np.abs(e), initial=0) + 1e-6)
+        np.testing.assert_allclose(g, e, rtol=0, atol=allowed)
+
+
+def collectives(text):
+    """(kind, shape, inside of a loop) of each collective of an optimised program."""
+    bodies = set(re.findall(r"\bbody=%?([\w.\-]+)", text)) | set(
+        re.findall(r"\bcondition=%?([\w.\-]+)", text)
+    )
+    calls, found, here = {}, [], None
+    for line in text.splitlines():
+        if start := re.match(r"(?:ENTRY )?%?([\w.\-]+) \(.*\{$", line):
+            here = start[1]
+            calls[here] = set()
+        elif here:
+            for many, one in re.findall(
+                r"(?:branch_computations=\{([^}]*)\})|(?:(?:calls|to_apply|body|condition|"
+                r"true_computation|false_computation)=%?([\w.\-]+))",
+                line,
+            ):
+                calls[here] |= {c.strip(" %") for c in many.split(",")} if many else {one}
+            if op := re.search(
+                r"= (.*?) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)"
+                r"(?:-start)?\(",
+                line,
+            ):
+                found.append((op[2], op[1].split("{")[0], here))
+    inside, stack = set(), list(bodies)
+    while stack:
+        if (name := stack.pop()) not in inside:
+            inside.add(name)
+            stack += calls.get(name, ())
+    return sorted((kind, shape, where in inside) for kind, shape, where in found)
+
+
+def elements(shape):
+    dims = re.match(r"\(?\w+\[([\d,]*)\]", shape)[1]
+    return int(np.prod([int(d) for d in dims.split(",") if d], initial=1))
+
+
+# cross_entropy inside of shard_map
+
+
+def manual_cross_entropy(mesh, tokens, vocab, labels, options):
+    def f(x, y, w, s, **names):
+        return jaxloss.cross_entropy(x, y, num_classes=C, weight=w, sample_weight=s, **options)
+
+    def local(x, y, w, s):
+        return jaxloss.cross_entropy(
+            x, y, num_classes=C, weight=w, sample_weight=s, **options,
+            vocab_axis_name=vocab or None, token_axis_name=tokens or None,
+        )  # fmt: skip
+
+    rows = P(tokens or None)
+    of_labels = P(tokens or None, vocab or None) if labels == "probabilities" else rows
+    each = rows if options.get("reduction") == "none" else P()
+    sharded = jax.shard_map(
+        local,
+        mesh=mesh,
+        in_specs=(P(tokens or None, vocab or None), of_labels, P(), rows),
+        out_specs=(each, rows) if options.get("return_stats") else each,
+    )
+    return f, sharded
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("labels", ["indices", "probabilities"])
+@pytest.mark.parametrize(
+    ("mesh", "options"),
+    [(name, list(OPTIONS)[i % 3]) for i, name in enumerate(MESHES)]
+    + [("2x4", name) for name in ("mean", "every option")],
+)
+def test_cross_entropy_in_shard_map(mesh, options, labels, dtype):
+    plain, sharded = manual_cross_entropy(*build(mesh), labels, OPTIONS[options])
+    given, y, w, s = problem(dtype, labels)
+
+    def run(f):
+        return jax.value_and_grad(
+            total(lambda x, w, s: f(x, y, w, s)), argnums=(0, 1, 2), has_aux=True
+        )(given["x"], w, s)
+
+    assert_close(jax.jit(lambda: run(sharded))(), run(plain), dtype)
+
+
+@pytest.mark.parametrize("labels", ["indices", "probabilities"])
+def test_every_mode_in_shard_map(labels):
+    plain, sharded = manual_cross_entropy(*build("2x4"), labels, OPTIONS["every option"])
+    given, y, w, s = problem(jnp.float32, labels)
+    x = given["x"] / 4
+
+    def run(f):
+        def loss(x):
+            return 10 * f(x, y, w, s)
+
+        grad = jax.grad(loss)
+        direction = jnp.cos(x)
+        return (
+            jax.jvp(loss, (x,), (direction,)),
+            jax.jvp(grad, (x,), (direction,)),
+            jax.grad(lambda x: jnp.sum(jnp.sin(grad(x))))(x),
+            jax.linearize(loss, x)[1](direction),
+            jax.vmap(loss)(jnp.stack([x, 2 * x])),
+        )
+
+    assert_close(jax.jit(lambda: run(sharded))(), run(plain), jnp.float32)
+
+
+def test_a_confident_row_keeps_its_loss():
+    """The label stays out of the sum on whichever device holds it."""
+    mesh, tokens, vocab = build("2x4")
+    plain, sharded = manual_cross_entropy(mesh, tokens, vocab, "indices", {"reduction": "none"})
+    given, y, w, s = problem(jnp.float32)
+    truth = reference(given["x"][:, :C], y, weight=w, sample_weight=s, reduction="none").loss
+    got = jax.jit(sharded)(given["x"], y, w, s)
+    assert 0 < truth[1] < 1e-30
+    np.testing.assert_allclose(np.asarray(got, np.float64), truth.astype(float), rtol=2e-5)
+
+
+def test_the_label_contract_in_shard_map():
+    mesh, tokens, vocab = build("2x4")
+    _, sharded = manual_cross_entropy(mesh, tokens, vocab, "indices", OPTIONS["stats"])
+    given, y, w, s = problem(jnp.float32)
+    x = given["x"].at[2].set(jnp.nan).at[5, 30].set(jnp.nan)  # ignored; padding
+    y = y.at[6].set(C).at[7].set(-1)
+    s = s.at[5:8].set(1.0)
+    loss, stats = jax.jit(sharded)(x, y, w, s)
+    grad = jax.jit(jax.grad(lambda x: jnp.sum(sharded(x, y, w, s)[0])))(x)
+    assert loss[2] == 0 and np.all(grad[2] == 0) and stats.prediction[2] == -1
+    assert np.isnan(loss[6]) and np.isnan(loss[7])
+    assert np.all(np.isnan(grad[6, :C])) and np.all(np.isfinite(np.delete(grad, (6, 7), 0)))
+    assert np.all(np.isfinite(np.delete(loss, (6, 7))))
+    assert stats.prediction[0] == 3
+
+
+def test_one_maximum_and_one_sum():
+    """Forward: a maximum of [N] and a packed sum; the mean's two sums are one; backward: none."""
+    mesh, tokens, vocab = build("2x4")
+    given, y, w, s = problem(jnp.float32)
+    n = N // 2
+    for options, rows in [({}, 3), (OPTIONS["every option"], 6)]:
+        _, sharded = manual_cross_entropy(mesh, tokens, vocab, "indices", options)
+        f = jax.jit(jax.value_and_grad(lambda x, f=sharded: f(x, y, w, s)))
+        found = collectives(f.lower(given["x"]).compile().as_text())
+        assert [(kind, elements(shape)) for kind, shape, _ in found] == [
+            ("all-reduce", k) for k in sorted([n, rows * n, 2], key=lambda k: str(k))
+        ] or sorted(elements(shape) for _, shape, _ in found) == sorted([n, rows * n, 2])
+        assert {kind for kind, *_ in found} == {"all-reduce"}
+
+
+# Sharded logits under plain jit
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+@pytest.mark.parametrize("spec", [P("t"), P(None, "v"), P("t", "v"), P(("t", "v"))], ids=str)
+@pytest.mark.parametrize("options", list(OPTIONS))
+def test_no_collective_but_sums_of_rows(options, spec, kind):
+    mesh, *_ = build("2x4", kind)
+    given, y, w, s = problem(jnp.bfloat16)
+    rows = P(*spec[:1])
+    w = jnp.pad(w, (0, V - C))
+    where = (jnp.arange(V) < C)[None]
+
+    def loss(x, y, w, s):
+        return jaxloss.cross_entropy(
+            x, y, weight=w, sample_weight=s, where=where, **OPTIONS[options]
+        )
+
+    def run(x, y, w, s):
+        grad = jax.value_and_grad(total(lambda x: loss(x, y, w, s)), has_aux=True)(x)
+        out = jaxloss.log_softmax(x)
+        nll = jax.value_and_grad(lambda x: jaxloss.nll_loss(jaxloss.log_softmax(x), y))(x)
+        return grad, out, nll
+
+    expected = run(given["x"], y, w, s)
+    with jax.set_mesh(mesh):
+        put = [
+            jax.device_put(a, NamedSharding(mesh, p))
+            for a, p in zip((given["x"], y, w, s), (spec, rows, P(), rows), strict=True)
+        ]
+        compiled = jax.jit(run).lower(*put).compile()
+        got = compiled(*put)
+    assert_close(got, expected, jnp.bfloat16)
+    found = collectives(compiled.as_text())
+    assert {kind for kind, *_ in found} <= {"all-reduce"}, found
+    assert all(elements(shape) <= 8 * N for _, shape, _ in found), found
+
+
+# linear_cross_entropy
+
+
+def manual_linear(mesh, tokens, vocab, options, schedule):
+    rows = P(tokens or None)
+    each = rows if options.get("reduction") == "none" else P()
+
+    def local(h, k, b, y, w, s, **names):
+        return jaxloss.linear_cross_entropy(
+            h, k, y, bias=b, num_classes=C, weight=w, sample_weight=s, chunk_size=3,
+            implementation=schedule, **options, **names,
+        )  # fmt: skip
+
+    sharded = jax.shard_map(
+        partial(local, vocab_axis_name=vocab or None, token_axis_name=tokens or None),
+        mesh=mesh,
+        in_specs=(rows, P(None, vocab or None), P(vocab or None), rows, P(), rows),
+        out_specs=(each, rows) if options.get("return_stats") else each,
+    )
+    return local, sharded
+
+
+SCHEDULES = ["token_chunks", "vocab_blocks"]
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("mesh", "options"), [(name, list(OPTIONS)[i % 3]) for i, name in enumerate(MESHES)]
+)
+def test_linear_in_shard_map(mesh, options, dtype, schedule):
+    plain, sharded = manual_linear(*build(mesh), OPTIONS[options], schedule)
+    given, y, w, s = problem(dtype)
+
+    def run(f):
+        return jax.value_and_grad(
+            total(lambda h, k, b, w, s: f(h, k, b, y, w, s)), argnums=range(5), has_aux=True
+        )(given["h"], given["k"], given["b"].astype(dtype), w, s)
+
+    assert_close(jax.jit(lambda: run(sharded))(), run(plain), dtype)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_linear_sums_that_the_caller_takes(schedule):
+    """Without token_axis_name each device returns its own sum, whose cotangents may differ."""
+    mesh, *_ = build("2x4")
+    given, y, *_ = problem(jnp.float32)
+    scale = jnp.array([1.0, 3.0])
+
+    def loss(h, k, y):
+        return jaxloss.linear_cross_entropy(
+            h, k, y, num_classes=C, reduction="sum", chunk_size=3, implementation=schedule
+        )
+
+    def sharded(h, k):
+        def local(h, k, y, scale):
+            here = jaxloss.linear_cross_entropy(
+                h, k, y, num_classes=C, reduction="sum", chunk_size=3, implementation=schedule,
+                vocab_axis_name="v",
+            )  # fmt: skip
+            return jax.lax.psum(scale[0] * here, "t")
+
+        specs = (P("t"), P(None, "v"), P("t"), P("t"))
+        return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=P())(h, k, y, scale)
+
+    def plain(h, k):
+        half = N // 2
+        return loss(h[:half], k, y[:half]) + 3 * loss(h[half:], k, y[half:])
+
+    def run(f):
+        args = given["h"], given["k"]
+        directions = tuple(map(jnp.cos, args))
+        return (
+            jax.value_and_grad(f, (0, 1))(*args),
+            jax.jvp(f, args, directions),
+            jax.jvp(jax.grad(f, (0, 1)), args, directions)[1],
+        )
+
+    assert_close(jax.jit(lambda: run(sharded))(), run(plain), jnp.float32)
+
+
+EXPLICIT = [
+    ("8 tokens", P()),
+    ("8 tokens", P("t")),
+    ("8 classes", P(None, "v")),
+    ("2x4", P(None, "v")),
+    ("2x4", P("t", "v")),
+    ("2x4", P(None, ("v", "t"))),
+    ("4x2", P("t", None)),
+    ("4x2", P(None, "t")),
+    ("2x2x2 two of classes", P("t", ("v", "w"))),
+    ("2x2x2 two of tokens", P(("t", "u"), "v")),
+]
+
+
+def explicit(mesh, spec, dtype, schedule, options, vocab_axis=1):
+    """(function of arrays, those arrays on the mesh, on one device)"""
+    mesh, tokens, vocab = build(mesh, AxisType.Explicit)
+    given, y, w, s = problem(dtype)
+    if vocab_axis == 0:
+        given["k"] = given["k"].T
+        spec = P(*(tuple(spec) + (None,) * (2 - len(spec)))[::-1])
+    rows = P(tokens or None)
+    d = 8 if "t" in str(spec) else D  # the features divide among the devices
+    widths = [(0, d - D), (0, 0)] if vocab_axis == 1 else [(0, 0), (0, d - D)]
+    arrays = (
+        jnp.pad(given["h"], ((0, 0), (0, d - D)), constant_values=1),
+        jnp.pad(given["k"], widths, constant_values=0.5),
+        given["b"].astype(dtype), y, w, s,
+    )  # fmt: skip
+
+    def f(h, k, b, y, w, s):
+        def loss(h, k, b, w, s):
+            return jaxloss.linear_cross_entropy(
+                h, k, y, bias=b, num_classes=C, weight=w, sample_weight=s, chunk_size=3,
+                vocab_axis=vocab_axis, implementation=schedule, **options,
+            )  # fmt: skip
+
+        return jax.value_and_grad(total(loss), argnums=range(5), has_aux=True)(h, k, b, w, s)
+
+    specs = (rows, spec, P(vocab or None), rows, P(), rows)
+    put = [jax.device_put(a, NamedSharding(mesh, p)) for a, p in zip(arrays, specs, strict=True)]
+    return mesh, f, put, arrays
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("mesh", "spec", "options"),
+    [(mesh, spec, list(OPTIONS)[i % 3]) for i, (mesh, spec) in enumerate(EXPLICIT)],
+    ids=str,
+)
+def test_linear_on_an_explicit_mesh(mesh, spec, options, dtype, schedule):
+    mesh, f, put, arrays = explicit(mesh, spec, dtype, schedule, OPTIONS[options])
+    with jax.set_mesh(mesh):
+        got = jax.jit(f)(*put)
+    for g, x in zip(got[1], (*put[:3], *put[4:]), strict=True):
+        assert g.sharding.is_equivalent_to(x.sharding, g.ndim)
+    assert_close(got, f(*arrays), dtype)
+
+
+def test_linear_with_a_tied_table_on_an_explicit_mesh():
+    mesh, f, put, arrays = explicit("2x4", P("t", "v"), jnp.float32, "token_chunks", {}, 0)
+    with jax.set_mesh(mesh):
+        got = jax.jit(f)(*put)
+    assert_close(got, f(*arrays), jnp.float32)
+
+
+def large(n):
+    """Collectives of as many elements as a chunk of hidden or more."""
+    return lambda found: [(k, elements(s), loop) for k, s, loop in found if elements(s) >= n]
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize(
+    ("spec", "wanted"),
+    [
+        # [kernel gathered], [d_kernel reduced], d_hidden over the vocabulary
+        (P(None, "v"), [("all-reduce", 8 * 16), ("all-reduce", 128 * 16)]),
+        (
+            P("t", "v"),
+            [("all-gather", 128 * 16), ("all-reduce", 8 * 128), ("reduce-scatter", 64 * 16)],
+        ),
+        (
+            P(None, ("v", "t")),
+            [("all-gather", 128 * 16), ("all-reduce", 8 * 128), ("reduce-scatter", 64 * 16)],
+        ),
+        (P("t", None), [("all-gather", 128 * 64), ("reduce-scatter", 64 * 64)]),
+    ],
+    ids=str,
+)
+def test_each_large_array_is_communicated_once(spec, wanted, schedule):
+    """Outside of the loops, which run over each device's own tokens: 8 of 16, 2 at a time."""
+    mesh, *_ = build("2x4", AxisType.Explicit)
+    rng = np.random.default_rng(0)
+    h, k = rng.normal(size=(16, 128)), rng.normal(size=(128, 64))
+    y = rng.integers(0, 64, 16)
+
+    def f(h, k, y):
+        def loss(h, k):
+            return jaxloss.linear_cross_entropy(h, k, y, chunk_size=2, implementation=schedule)
+
+        return jax.value_and_grad(loss, (0, 1))(h, k)
+
+    with jax.set_mesh(mesh):
+        specs = (P("t"), spec, P("t"))
+        args = [
+            jax.device_put(jnp.asarray(a, t), NamedSharding(mesh, p))
+            for a, t, p in zip((h, k, y), (jnp.float32, jnp.float32, jnp.int32), specs, strict=True)
+        ]
+        found = collectives(jax.jit(f).lower(*args).compile().as_text())
+    big = [(kind, elements(shape)) for kind, shape, _ in found if elements(shape) >= 512]
+    sizes = {P(None, "v"): [("all-reduce", 8 * 128), ("all-reduce", 128 * 16)]}.get(spec, wanted)
+    assert sorted(big) == sorted(sizes), found
+    assert not [c for c in found if c[2] and elements(c[1]) > 6 * 8], found
+    if schedule == "vocab_blocks":
+        assert not [c for c in found if c[2]], found
+
+
+def test_tokens_do_not_wait_for_one_another():
+    """Devices that share no loss loop over their own tokens: no collective in a loop."""
+    mesh, f, put, _ = explicit("8 tokens", P(), jnp.float32, "token_chunks", {})
+    with jax.set_mesh(mesh):
+        found = collectives(jax.jit(f).lower(*put).compile().as_text())
+    assert found
+    assert not [c for c in found if c[2]]
+
+
+def test_the_walk_over_the_program_finds_loops():
+    """The assertions above must be able to fail."""
+    mesh, *_ = build("8 tokens")
+
+    def local(x):
+        def body(i, x):
+            return x + jax.lax.pcast(jax.lax.psum(x, "t"), "t", to="varying")
+
+        return jax.lax.fori_loop(0, x.shape[0], body, x)
+
+    f = jax.jit(jax.shard_map(local, mesh=mesh, in_specs=P("t"), out_specs=P("t")))
+    found = collectives(f.lower(jnp.zeros((64, 3))).compile().as_text())
+    assert [(kind, elements(shape), loop) for kind, shape, loop in found] == [
+        ("all-reduce", 24, True)
+    ]
+
+
+# Gradient accumulation
+
+
+@pytest.mark.parametrize("labels", ["indices", "probabilities"])
+def test_accumulated_microbatches_are_the_mean(labels):
+    given, y, w, s = problem(jnp.float32, labels)
+    x, y = given["x"][:, :C], y if labels == "indices" else y[:, :C]
+
+    def whole(x):
+        return jaxloss.cross_entropy(x, y, weight=w, sample_weight=s)
+
+    def accumulated(x):
+        weight = jaxloss.total_weight(y, weight=w, sample_weight=s)
+
+        def step(sum_so_far, some):
+            x, y, s = some
+            return sum_so_far + jaxloss.cross_entropy(
+                x, y, weight=w, sample_weight=s, reduction="sum"
+            ), None
+
+        parts = [a.reshape(4, N // 4, *a.shape[1:]) for a in (x, y, s)]
+        return jax.lax.scan(step, jnp.float32(0), tuple(parts))[0] / weight
+
+    assert_close(jax.value_and_grad(accumulated)(x), jax.value_and_grad(whole)(x), jnp.float32)
+    of_means = np.mean(
+        [
+            jaxloss.cross_entropy(*a, weight=w)
+            for a in zip(jnp.split(x, 4), jnp.split(y, 4), strict=True)
+        ]
+    )
+    assert abs(of_means - jaxloss.cross_entropy(x, y, weight=w)) > 1e-3 or labels != "indices"
+
+
+def test_total_weight():
+    y = jnp.array([1, -100, 2, 5])
+    w = jnp.array([1.0, 10.0, 100.0])
+    assert jaxloss.total_weight(y) == 3
+    assert jaxloss.total_weight(y, ignore_index=2) == 3
+    assert jaxloss.total_weight(y[:3], weight=w) == 110
+    assert jaxloss.total_weight(y, sample_weight=jnp.array([0.5, 7, 2, 0])) == 2.5
+    assert jaxloss.total_weight(y, where=jnp.array([True, True, False, False])) == 1
+    assert jaxloss.total_weight(jnp.full((3, 4), 0.25), sample_weight=jnp.array([1, 0, 3])) == 4
+    assert jaxloss.total_weight(jnp.zeros((4, 2)), axis=0) == 2
+    mesh, *_ = build("8 tokens")
+    f = jax.shard_map(
+        lambda y: jaxloss.total_weight(y, token_axis_name="t"),
+        mesh=mesh,
+        in_specs=P("t"),
+        out_specs=P(),
+    )
+    assert f(jnp.array([-100] * 7 + [3] * 9)) == 9
+
+
+# Errors
+
+
+def in_shard_map(f, *specs, check=True):
+    mesh, *_ = build("2x4")
+    given, y, *_ = problem(jnp.float32)
+    args = {"x": given["x"], "h": given["h"], "k": given["k"], "y": y}
+    arrays = [args[name] for name, _ in specs]
+    return jax.shard_map(
+        lambda *a: jnp.sum(f(*a))[None],
+        mesh=mesh,
+        in_specs=tuple(p for _, p in specs),
+        out_specs=P(("t", "v")),
+        check_vma=check,
+    )(*arrays)
+
+
+XY = (("x", P("t", "v")), ("y", P("t")))
+
+
+@pytest.mark.parametrize(
+    ("names", "specs", "check", "kind", "text"),
+    [
+        ({"vocab_axis_name": 3}, XY, True, TypeError, "vocab_axis_name must be the name"),
+        ({"vocab_axis_name": "z"}, XY, True, ValueError, "axes of the surrounding shard_map; got 'z'"),
+        ({"vocab_axis_name": ("v", "v")}, XY, True, ValueError, "must name each axis once"),
+        (
+            {"vocab_axis_name": "v", "token_axis_name": "v"},
+            XY, True, ValueError, "must differ; got 'v' in both",
+        ),
+        (
+            {"vocab_axis_name": "v"},
+            (("x", P("t")), ("y", P("t"))), True, ValueError,
+            "logits must be split over vocab_axis_name",
+        ),
+        (
+            {"vocab_axis_name": "v"}, XY, False, ValueError, "keep shard_map's check_vma=True",
+        ),
+        (
+            {"vocab_axis_name": "v"},
+            (("x", P(None, "v")), ("y", P("v"))), True, ValueError,
+            r"labels must (be the same on all devices|have the shape)",
+        ),
+        (
+            {"token_axis_name": "t"},
+            (("x", P()), ("y", P())), True, ValueError,
+            "tokens must be split over token_axis_name",
+        ),
+    ],
+)  # fmt: skip
+def test_errors_of_axis_names(names, specs, check, kind, text):
+    with pytest.raises(kind, match=text):
+        in_shard_map(lambda x, y: jaxloss.cross_entropy(x, y, **names), *specs, check=check)
+
+
+def test_errors_outside_of_shard_map():
+    given, y, *_ = problem(jnp.float32)
+    with pytest.raises(ValueError, match="got 't', inside of none"):
+        jaxloss.cross_entropy(given["x"], y, token_axis_name="t")
+
+
+def test_errors_of_explicit_shardings():
+    mesh, *_ = build("2x4", AxisType.Explicit)
+    given, y, *_ = problem(jnp.float32)
+
+    def put(x, *spec):
+        return jax.device_put(x, NamedSharding(mesh, P(*spec)))
+
+    h = jnp.pad(given["h"], ((0, 0), (0, 2)))
+    k = jnp.pad(given["k"], ((0, 2), (0, 0)))
+    with jax.set_mesh(mesh):
+        with pytest.raises(ValueError, match="hidden must not be sharded in its last axis"):
+            jaxloss.linear_cross_entropy(put(h, None, "v"), put(k), put(y))
+        with pytest.raises(ValueError, match="the kernel's features may be sharded over axes that"):
+            jaxloss.linear_cross_entropy(put(h, "t"), put(k, "v"), put(y, "t"))
