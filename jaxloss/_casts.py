@@ -23,8 +23,8 @@ def _widen_bfloat16(x: Array) -> Array:
 
 @_widen_bfloat16.defjvp
 def _widen_bfloat16_jvp(primals, tangents):
-    # A bitcast has no derivative.
-    return _widen_bfloat16(*primals), _widen_bfloat16(*tangents)
+    # A bitcast has no derivative, and as a tangent's conversion no transpose.
+    return _widen_bfloat16(*primals), tangents[0].astype(jnp.float32)
 
 
 @jax.custom_jvp
@@ -43,7 +43,7 @@ def _narrow_bfloat16(x: Array) -> Array:
 
 @_narrow_bfloat16.defjvp
 def _narrow_bfloat16_jvp(primals, tangents):
-    return _narrow_bfloat16(*primals), _narrow_bfloat16(*tangents)
+    return _narrow_bfloat16(*primals), tangents[0].astype(jnp.bfloat16)
 
 
 def widened(x: Array) -> Array:

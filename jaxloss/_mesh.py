@@ -10,6 +10,11 @@ from jax import Array, lax
 Axes = tuple[str, ...]
 
 
+def is_manual() -> bool:
+    """Whether this is inside of ``shard_map``, where an array is what one device holds."""
+    return bool(jax.sharding.get_abstract_mesh().manual_axes)
+
+
 def varies_over(x: Any) -> frozenset:
     """The axes of the surrounding ``shard_map`` over which ``x`` differs between devices."""
     if x is None:

@@ -123,9 +123,16 @@ def finite(m: Array) -> Array:
 
 def highest(logits: Array, class_mask: Array | None, start: Any) -> tuple[Array, Array]:
     """(the row's maximum, +inf for NaN; its first class, that of the first column being start)."""
-    x = widen(lax.stop_gradient(logits), class_mask, None)  # a soft cap does not move the maximum
-    found = jnp.argmax(x, axis=-1).astype(jnp.int32)
-    top = entry(x, found)
+    # A soft cap does not move the maximum. Without the barrier a product could be computed twice,
+    # and its maximum be no entry of it.
+    x = widen(lax.optimization_barrier(lax.stop_gradient(logits)), class_mask, None)
+    if _on_one_device() or _mesh.is_manual():
+        found = jnp.argmax(x, axis=-1).astype(jnp.int32)
+        top = entry(x, found)
+    else:  # of classes split over devices, argmax gathers a pair from each
+        top = jnp.max(x, axis=-1)
+        index = lax.broadcasted_iota(jnp.int32, x.shape, x.ndim - 1)
+        found = jnp.min(jnp.where(x == top[..., None], index, x.shape[-1]), axis=-1)
     return jnp.where(jnp.isnan(top), jnp.inf, top), found + start
 
 

@@ -13,6 +13,7 @@ A multiplication by 0 does not mask (0 * inf is NaN), so every mask here is a se
 
 from typing import Any, NamedTuple, cast
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.core import Tracer
@@ -141,7 +142,10 @@ def make_targets(
         inside = index < classes.total
         if weight is not None and classes.total:
             # 1 where there is no such class: its NaN must reach the loss.
-            label_weight = weight.astype(dtype)[jnp.where(inside, index, 0)]
+            # Under explicit sharding JAX wants to be told that the result is split as the labels.
+            split = jax.typeof(index).sharding
+            label_weight = weight.astype(dtype).at[jnp.where(inside, index, 0)]
+            label_weight = label_weight.get(out_sharding=split if any(split.spec) else None)
             label_weight = jnp.where(inside, label_weight, 1)
         kept = index
         if classes.axes or classes.total != classes.size:

@@ -100,7 +100,8 @@ def collectives(text):
                 r"(?:-start)?\(",
                 line,
             ):
-                found.append((op[2], op[1].split("{")[0], here))
+                # Several that XLA combined are one instruction with a tuple of results.
+                found += [(op[2], a, here) for a in re.findall(r"\w+\[[\d,]*\]", op[1])]
     inside, stack = set(), list(bodies)
     while stack:
         if (name := stack.pop()) not in inside:
@@ -110,7 +111,7 @@ def collectives(text):
 
 
 def elements(shape):
-    dims = re.match(r"\(?\w+\[([\d,]*)\]", shape)[1]
+    dims = re.match(r"\w+\[([\d,]*)\]", shape)[1]
     return int(np.prod([int(d) for d in dims.split(",") if d], initial=1))
 
 
@@ -184,7 +185,7 @@ def test_every_mode_in_shard_map(labels):
 def test_a_confident_row_keeps_its_loss():
     """The label stays out of the sum on whichever device holds it."""
     mesh, tokens, vocab = build("2x4")
-    plain, sharded = manual_cross_entropy(mesh, tokens, vocab, "indices", {"reduction": "none"})
+    _, sharded = manual_cross_entropy(mesh, tokens, vocab, "indices", {"reduction": "none"})
     given, y, w, s = problem(jnp.float32)
     truth = reference(given["x"][:, :C], y, weight=w, sample_weight=s, reduction="none").loss
     got = jax.jit(sharded)(given["x"], y, w, s)
@@ -201,9 +202,12 @@ def test_the_label_contract_in_shard_map():
     s = s.at[5:8].set(1.0)
     loss, stats = jax.jit(sharded)(x, y, w, s)
     grad = jax.jit(jax.grad(lambda x: jnp.sum(sharded(x, y, w, s)[0])))(x)
-    assert loss[2] == 0 and np.all(grad[2] == 0) and stats.prediction[2] == -1
-    assert np.isnan(loss[6]) and np.isnan(loss[7])
-    assert np.all(np.isnan(grad[6, :C])) and np.all(np.isfinite(np.delete(grad, (6, 7), 0)))
+    assert loss[2] == 0
+    assert np.all(grad[2] == 0)
+    assert stats.prediction[2] == -1
+    assert np.all(np.isnan(loss[6:8]))
+    assert np.all(np.isnan(grad[6:8, :C]))
+    assert np.all(np.isfinite(np.delete(grad, (6, 7), 0)))
     assert np.all(np.isfinite(np.delete(loss, (6, 7))))
     assert stats.prediction[0] == 3
 
@@ -217,10 +221,8 @@ def test_one_maximum_and_one_sum():
         _, sharded = manual_cross_entropy(mesh, tokens, vocab, "indices", options)
         f = jax.jit(jax.value_and_grad(lambda x, f=sharded: f(x, y, w, s)))
         found = collectives(f.lower(given["x"]).compile().as_text())
-        assert [(kind, elements(shape)) for kind, shape, _ in found] == [
-            ("all-reduce", k) for k in sorted([n, rows * n, 2], key=lambda k: str(k))
-        ] or sorted(elements(shape) for _, shape, _ in found) == sorted([n, rows * n, 2])
         assert {kind for kind, *_ in found} == {"all-reduce"}
+        assert sorted(elements(shape) for _, shape, _ in found) == sorted([n, rows * n, 2])
 
 
 # Sharded logits under plain jit
@@ -409,25 +411,16 @@ def test_linear_with_a_tied_table_on_an_explicit_mesh():
     assert_close(got, f(*arrays), jnp.float32)
 
 
-def large(n):
-    """Collectives of as many elements as a chunk of hidden or more."""
-    return lambda found: [(k, elements(s), loop) for k, s, loop in found if elements(s) >= n]
+D_HIDDEN = ("all-reduce", 8 * 128)  # its sum over the vocabulary
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize(
     ("spec", "wanted"),
     [
-        # [kernel gathered], [d_kernel reduced], d_hidden over the vocabulary
-        (P(None, "v"), [("all-reduce", 8 * 16), ("all-reduce", 128 * 16)]),
-        (
-            P("t", "v"),
-            [("all-gather", 128 * 16), ("all-reduce", 8 * 128), ("reduce-scatter", 64 * 16)],
-        ),
-        (
-            P(None, ("v", "t")),
-            [("all-gather", 128 * 16), ("all-reduce", 8 * 128), ("reduce-scatter", 64 * 16)],
-        ),
+        (P(None, "v"), [D_HIDDEN, ("all-reduce", 128 * 16)]),
+        (P("t", "v"), [("all-gather", 128 * 16), D_HIDDEN, ("reduce-scatter", 64 * 16)]),
+        (P(None, ("v", "t")), [("all-gather", 128 * 16), D_HIDDEN, ("reduce-scatter", 64 * 16)]),
         (P("t", None), [("all-gather", 128 * 64), ("reduce-scatter", 64 * 64)]),
     ],
     ids=str,
@@ -453,9 +446,9 @@ def test_each_large_array_is_communicated_once(spec, wanted, schedule):
         ]
         found = collectives(jax.jit(f).lower(*args).compile().as_text())
     big = [(kind, elements(shape)) for kind, shape, _ in found if elements(shape) >= 512]
-    sizes = {P(None, "v"): [("all-reduce", 8 * 128), ("all-reduce", 128 * 16)]}.get(spec, wanted)
-    assert sorted(big) == sorted(sizes), found
-    assert not [c for c in found if c[2] and elements(c[1]) > 6 * 8], found
+    assert sorted(big) == sorted(wanted), found
+    # A step of the loop sums a few numbers of each of its 2 tokens.
+    assert not [c for c in found if c[2] and elements(c[1]) > 6 * 2], found
     if schedule == "vocab_blocks":
         assert not [c for c in found if c[2]], found
 
@@ -510,13 +503,16 @@ def test_accumulated_microbatches_are_the_mean(labels):
         return jax.lax.scan(step, jnp.float32(0), tuple(parts))[0] / weight
 
     assert_close(jax.value_and_grad(accumulated)(x), jax.value_and_grad(whole)(x), jnp.float32)
+    if labels == "probabilities":
+        return
+    y = jnp.where(y == -100, 0, y).at[1:4].set(-100)  # 1, 4, 4 and 4 tokens that count
     of_means = np.mean(
         [
             jaxloss.cross_entropy(*a, weight=w)
             for a in zip(jnp.split(x, 4), jnp.split(y, 4), strict=True)
         ]
     )
-    assert abs(of_means - jaxloss.cross_entropy(x, y, weight=w)) > 1e-3 or labels != "indices"
+    assert abs(of_means - jaxloss.cross_entropy(x, y, weight=w)) > 1e-2
 
 
 def test_total_weight():
@@ -563,7 +559,7 @@ XY = (("x", P("t", "v")), ("y", P("t")))
     ("names", "specs", "check", "kind", "text"),
     [
         ({"vocab_axis_name": 3}, XY, True, TypeError, "vocab_axis_name must be the name"),
-        ({"vocab_axis_name": "z"}, XY, True, ValueError, "axes of the surrounding shard_map; got 'z'"),
+        ({"vocab_axis_name": "z"}, XY, True, ValueError, "surrounding shard_map; got 'z'"),
         ({"vocab_axis_name": ("v", "v")}, XY, True, ValueError, "must name each axis once"),
         (
             {"vocab_axis_name": "v", "token_axis_name": "v"},

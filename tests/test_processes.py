@@ -1,0 +1,62 @@
+"""Training across processes: JAX's own runtime, on the loopback device."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+WORKER = Path(__file__).parent / "worker.py"
+
+
+def start(count, steps, dies_at=-1):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    flags = f"--xla_force_host_platform_device_count={8 // count}"
+    return [
+        subprocess.Popen(
+            [sys.executable, WORKER, *map(str, (rank, count, port, steps, dies_at))],
+            env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(count)
+    ]
+
+
+def results(processes):
+    try:
+        outputs = [p.communicate(timeout=180) for p in processes]
+    finally:
+        for p in processes:
+            p.kill()
+    for p, (_, err) in zip(processes, outputs, strict=True):
+        assert p.returncode == 0, err[-2000:]
+    return json.loads(outputs[0][0].splitlines()[-1])
+
+
+def test_two_processes_train_as_one():
+    one, two = (results(start(count, steps=5)) for count in (1, 2))
+    assert one["losses"][-1] < one["losses"][0] - 0.5
+    np.testing.assert_allclose(two["losses"], one["losses"], rtol=1e-5)
+    for name in one["sums"]:
+        np.testing.assert_allclose(two["sums"][name], one["sums"][name], rtol=1e-4, atol=1e-4)
+
+
+def test_a_killed_peer_is_an_error():
+    began = time.monotonic()
+    processes = start(2, steps=5, dies_at=2)
+    try:
+        assert processes[1].wait(timeout=120) == 9
+        assert processes[0].wait(timeout=60) != 0
+    finally:
+        for p in processes:
+            p.kill()
+            p.communicate()
+    assert time.monotonic() - began < 180
