@@ -9,7 +9,7 @@ import re
 import sys
 from pathlib import Path
 
-from benchmarks import linear, precision, report, speed, train_lm
+from benchmarks import linear, precision, report, scaling, speed, train_lm
 from benchmarks.environment import describe
 
 RESULTS, README = Path("benchmarks/results"), Path("README.md")
@@ -18,6 +18,7 @@ MODULES = {
     "train_lm_ignore": train_lm,
     "linear": linear,
     "precision": precision,
+    "scaling": scaling,
     "speed": speed,
 }
 

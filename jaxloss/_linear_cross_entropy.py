@@ -146,8 +146,9 @@ def linear_cross_entropy(
     the mesh axes are read from their types. Those that split the leading axes of ``hidden`` split
     the tokens, and each device loops over its own; others that split the columns of ``kernel``
     split the vocabulary, which is never gathered; a kernel that the tokens' axes split too (FSDP,
-    either dimension) is gathered once, and its gradient reduce-scattered once. Sums over devices
-    are taken once, in float32 (with ``"vocab_blocks"`` the kernel's in its own dtype).
+    either dimension) is gathered once, and its gradient reduce-scattered once. Sums over
+    devices are taken once, of float32 (of the kernel's own dtype with ``"vocab_blocks"``, and where
+    XLA narrows before it sums, as its TPU compiler does).
 
     Example:
 

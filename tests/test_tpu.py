@@ -1,0 +1,145 @@
+"""What the TPU compilers make of the losses, on a machine without one: memory and collectives."""
+
+import importlib.util
+import os
+import re
+from functools import cache, partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import topologies
+from jax.sharding import AxisType, Mesh, NamedSharding, SingleDeviceSharding
+from jax.sharding import PartitionSpec as P
+from test_mesh import collectives, elements
+
+import jaxloss
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None,
+    reason="libtpu is not installed: pip install -e '.[tpu-compile]'",
+)
+
+TOPOLOGIES = {"v5e": "v5e:2x2", "v6e": "v6e:2x2", "v5p": "v5p:2x2x1", "tpu7x": "tpu7x:2x2x1"}
+N, D, V = 8192, 2048, 128256
+MIB = 2**20
+
+
+@cache
+def topology(name):
+    # Read when libtpu starts: no machine to ask about itself, no logs, several processes.
+    os.environ.update(
+        TPU_SKIP_MDS_QUERY="1",
+        TPU_WORKER_HOSTNAMES="localhost",
+        TPU_ACCELERATOR_TYPE="v5litepod-4",
+        TPU_LOG_DIR="disabled",
+        ALLOW_MULTIPLE_LIBTPU_LOAD="1",
+    )
+    return topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[name])
+
+
+def compiled(name, f, *shapes):
+    chip = SingleDeviceSharding(topology(name).devices[0])
+    args = [jax.ShapeDtypeStruct(shape, dtype, sharding=chip) for shape, dtype in shapes]
+    return jax.jit(f).lower(*args).compile()
+
+
+OPERANDS = (((N, D), jnp.bfloat16), ((D, V), jnp.bfloat16), ((N,), jnp.int32))
+
+
+def linear(schedule, gradients=True, **options):
+    loss = partial(jaxloss.linear_cross_entropy, implementation=schedule, **options)
+    return jax.value_and_grad(loss, (0, 1)) if gradients else loss
+
+
+def buffers(text):
+    """The shapes of all arrays of an optimised program, as sorted tuples."""
+    found = re.findall(r"\b[a-z]+\d+\[([\d,]+)\]", text)
+    return {tuple(sorted(map(int, dims.split(",")))) for dims in found}
+
+
+@pytest.mark.parametrize("name", ["v5e", "v6e"])
+@pytest.mark.parametrize(("schedule", "peak"), [(None, 2390), ("vocab_blocks", 1250)])
+def test_value_and_gradients_fit(name, schedule, peak):
+    """The arguments and the gradients alone are 1066 MiB."""
+    program = compiled(name, linear(schedule), *OPERANDS)
+    assert (N, V) not in buffers(program.as_text())
+    memory = program.memory_analysis()
+    least = memory.argument_size_in_bytes + memory.output_size_in_bytes
+    assert least < memory.peak_memory_in_bytes <= peak * MIB
+
+
+@pytest.mark.parametrize("name", ["v5e"])
+@pytest.mark.parametrize("options", [{}, {"reduction": "none", "return_stats": True}], ids=str)
+@pytest.mark.parametrize("schedule", ["token_chunks", "vocab_blocks"])
+def test_the_value_alone_fits(name, schedule, options):
+    program = compiled(name, linear(schedule, gradients=False, **options), *OPERANDS)
+    assert (N, V) not in buffers(program.as_text())
+    assert program.memory_analysis().temp_size_in_bytes <= 320 * MIB
+
+
+@pytest.mark.parametrize("name", list(TOPOLOGIES))
+def test_cross_entropy_fits(name):
+    shapes = ((8192, 16032), jnp.bfloat16), ((8192,), jnp.int32)
+    program = compiled(name, jax.value_and_grad(jaxloss.cross_entropy), *shapes)
+    assert program.memory_analysis().temp_size_in_bytes <= 8 * MIB
+
+
+def test_the_walk_finds_materialised_logits():
+    """The assertions above must be able to fail."""
+
+    def materialised(h, k, y):
+        return jaxloss.cross_entropy(h @ k, y)
+
+    program = compiled("v5e", jax.value_and_grad(materialised, (0, 1)), *OPERANDS)
+    assert (N, V) in buffers(program.as_text())
+    assert program.memory_analysis().peak_memory_in_bytes > 2390 * MIB
+
+
+@pytest.mark.parametrize("schedule", ["token_chunks", "vocab_blocks"])
+def test_products_are_of_bfloat16_into_float32(schedule):
+    text = jax.jit(linear(schedule)).lower(*(jax.ShapeDtypeStruct(*s) for s in OPERANDS)).as_text()
+    products = re.findall(r"stablehlo\.dot_general.*: \((.*)\) -> (.*)", text)
+    assert len(products) >= 3
+    for operands, result in products:
+        assert re.findall(r"x([a-z]\w*)>", operands) == ["bf16", "bf16"]
+        assert re.findall(r"x([a-z]\w*)>", result) == ["f32"]
+
+
+@pytest.mark.parametrize(
+    ("name", "schedule", "spec"),
+    [
+        ("v5e", "token_chunks", P(None, "vocab")),
+        ("v5e", "token_chunks", P("data", "vocab")),
+        ("v5e", "vocab_blocks", P("data", "vocab")),
+        ("v6e", "token_chunks", P(None, "vocab")),
+        ("v6e", "token_chunks", P("data", "vocab")),
+        ("v6e", "vocab_blocks", P(None, "vocab")),
+    ],
+    ids=str,
+)
+def test_on_four_chips(name, schedule, spec):
+    """Temporaries: at most this chip's float32 d_kernel and 320 MiB."""
+    devices = np.array(topology(name).devices).reshape(2, 2)
+    mesh = Mesh(devices, ("data", "vocab"), axis_types=(AxisType.Explicit,) * 2)
+    specs = P("data"), spec, P("data")
+    args = [
+        jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, p))
+        for (shape, dtype), p in zip(OPERANDS, specs, strict=True)
+    ]
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        program = jax.jit(linear(schedule)).lower(*args).compile()
+    shard = D * V // 2
+    assert program.memory_analysis().temp_size_in_bytes <= 4 * shard + 320 * MIB
+    text = program.as_text()
+    assert not {(N, V), (N // 2, V // 2)} & buffers(text)
+    found = collectives(text)
+    large = sorted((kind, elements(shape)) for kind, shape, _ in found if elements(shape) > N * 8)
+    d_hidden = ("all-reduce", N // 2 * D)
+    if spec == P(None, "vocab"):  # each pair of chips holds the same columns: nothing is gathered
+        assert large == sorted([d_hidden, ("all-reduce", shard)]), found
+    else:
+        scattered = ("reduce-scatter", shard // 2)
+        assert large == sorted([d_hidden, ("all-gather", shard), scattered]), found
+    assert not [c for c in found if c[2] and elements(c[1]) > N]
