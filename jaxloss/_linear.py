@@ -125,6 +125,11 @@ def _put(at: Array, x: Array, rows: Array) -> Array:
     return x.at[at].set(rows.astype(x.dtype), mode="drop")
 
 
+def step_sizes(chunk: int) -> tuple[int, ...]:
+    """Tokens a step of the sweep takes: a chunk, or a quarter of one."""
+    return (chunk, chunk // 4) if chunk % 4 == 0 else (chunk,)
+
+
 def _sweep(packing: Packing, chunk: int, part, update, blank, dynamic: bool):
     """``update(state, at, part(at))`` for each chunk's tokens ``at[n]``, from ``blank()`` on.
 
@@ -143,7 +148,7 @@ def _sweep(packing: Packing, chunk: int, part, update, blank, dynamic: bool):
         return lax.scan(lambda state, at: (step(state, at, chunk), None), blank(), starts)[0]
 
     # What is left of the last chunk goes in quarters: a batch of one chunk gains by them too.
-    quarter = chunk // 4 if chunk % 4 == 0 else chunk
+    quarter = step_sizes(chunk)[-1]
     whole = (packing.size + quarter - 1) // chunk
 
     def in_quarters(i, state):

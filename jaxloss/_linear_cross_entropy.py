@@ -397,6 +397,10 @@ def linear_loss(
         _check.fail(call, "loss_fn must be a function", type(loss_fn).__name__, kind=TypeError)
     hidden, kernel, bias, vocab_axis = _operands(call, hidden, kernel, bias, vocab_axis)
     columns = kernel.shape[vocab_axis]
+    if _layout.of_types(call, hidden, kernel, vocab_axis) is not None:
+        got = f"hidden {jax.typeof(hidden)}, kernel {jax.typeof(kernel)}"
+        way_out = "Call it inside of shard_map: jax.shard_map(loss, in_specs=..., out_specs=...)."
+        _check.fail(call, "operands of an explicit mesh must not be sharded", got, way_out)
     lead, tokens = hidden.shape[:-1], math.prod(hidden.shape[:-1])
     chunk = _linear.default_chunk(tokens, columns)
     chunk = _check.integer(call, "chunk_size", chunk_size, 1, None, default=chunk)
@@ -412,26 +416,37 @@ def linear_loss(
     _check.check_reduction(call, reduction)
 
     wide = accumulator_dtype(hidden.dtype)
-    logits = jax.ShapeDtypeStruct((chunk, columns), wide)
-    examples = [jax.ShapeDtypeStruct((chunk, *x.shape[1:]), x.dtype) for x in arrays]
-    out = jax.eval_shape(loss_fn, logits, *examples)
+
+    def examples(n):
+        logits = jax.ShapeDtypeStruct((n, columns), wide)
+        return logits, *(jax.ShapeDtypeStruct((n, *x.shape[1:]), x.dtype) for x in arrays)
+
+    out = jax.eval_shape(loss_fn, *examples(chunk))
     one = isinstance(out, jax.ShapeDtypeStruct)
     if not one or out.shape != (chunk,) or not jnp.issubdtype(out.dtype, jnp.floating):
         rule = f"loss_fn must return one floating number a token, shape ({chunk},)"
         got = _check.describe(out) if one else type(out).__name__
-        _check.fail(call, rule, f"{got} for logits {_check.describe(logits)}")
-    # What the function closes over and JAX differentiates becomes an argument.
-    pure, closed_over = jax.closure_convert(loss_fn, logits, *examples)
+        _check.fail(call, rule, f"{got} for logits {_check.describe(examples(chunk)[0])}")
+    # What the function closes over and JAX differentiates becomes an argument. A conversion holds
+    # for one shape: each size of the sweep's steps has its own.
+    converted = {n: jax.closure_convert(loss_fn, *examples(n)) for n in _linear.step_sizes(chunk)}
+    closed_over = {id(x): x for _, own in converted.values() for x in own}
 
     def chunk_losses(x, per_token, shared):
-        return (pure(x, *per_token, *shared).astype(wide),), ()
+        pure, own = converted[x.shape[0]]
+        given = dict(zip(closed_over, shared, strict=True))
+        return (pure(x, *per_token, *(given[id(a)] for a in own)).astype(wide),), ()
 
     counts = jnp.ones(lead, bool) if sample_weight is None else sample_weight.astype(bool)
     targets = _targets.Targets(None, None, None, counts)
     each, nothing = _targets.token_weights(targets, sample_weight, reduction, wide)
     geometry = _linear.Geometry(vocab_axis, columns, chunk, precision)
     operands = _linear.Operands(
-        hidden.reshape(tokens, hidden.shape[-1]), kernel, bias, tuple(arrays), tuple(closed_over)
+        hidden.reshape(tokens, hidden.shape[-1]),
+        kernel,
+        bias,
+        tuple(arrays),
+        tuple(closed_over.values()),
     )
     packing = _linear.pack(counts.reshape(tokens), geometry)
     if reduction == "none":

@@ -440,8 +440,9 @@ def jensen_shannon(logits, teacher_logits):
     return 0.5 * jnp.sum(jnp.exp(p) * (p - m) + jnp.exp(q) * (q - m), axis=-1)
 
 
+@pytest.mark.parametrize("chunk", [2, 4, None])
 @pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
-def test_focal_loss(reduction):
+def test_focal_loss(reduction, chunk):
     hidden, kernel, _ = problem()
     labels, weight = jnp.arange(7), jnp.array([1.0, 0, 2, 0.5, 1, 0, 3])
     reduce = {
@@ -453,7 +454,7 @@ def test_focal_loss(reduction):
     def fused(h, k, s):
         return jnp.sum(
             jaxloss.linear_loss(
-                focal, h, k, labels, sample_weight=s, reduction=reduction, chunk_size=2
+                focal, h, k, labels, sample_weight=s, reduction=reduction, chunk_size=chunk
             )
         )
 
@@ -468,8 +469,9 @@ def test_focal_loss(reduction):
         np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("chunk", [2, 4, None])  # 4 goes in quarters too
 @pytest.mark.parametrize("loss", [jensen_shannon, "soft targets"])
-def test_a_teacher_in_chunks(loss):
+def test_a_teacher_in_chunks(loss, chunk):
     """The teacher's logits are chunked too, and gradients reach what the function closes over."""
     hidden, kernel, _ = problem()
     teacher, teacher_kernel, _ = problem(d=3, seed=1)
@@ -481,7 +483,7 @@ def test_a_teacher_in_chunks(loss):
 
     def fused(h, k, t, tk):
         return jaxloss.linear_loss(
-            lambda x, some: loss(x, some @ tk), h, k, t, chunk_size=2, reduction="mean"
+            lambda x, some: loss(x, some @ tk), h, k, t, chunk_size=chunk, reduction="mean"
         )
 
     def plain(h, k, t, tk):

@@ -344,6 +344,27 @@ def test_linear_sums_that_the_caller_takes(schedule):
     assert_close(jax.jit(lambda: run(sharded))(), run(plain), jnp.float32)
 
 
+def test_linear_loss_in_shard_map():
+    mesh, *_ = build("8 tokens")
+    given, y, *_ = problem(jnp.float32)
+    args = given["h"], given["k"], jnp.arange(1.0, 1 + V)
+
+    def loss(h, k, scale, y):
+        def each(x, y):
+            return jaxloss.cross_entropy(x * scale[None], y, reduction="none")
+
+        return jaxloss.linear_loss(each, h, k, y, reduction="sum")
+
+    sharded = jax.shard_map(
+        lambda *a: jax.lax.psum(loss(*a), "t"),
+        mesh=mesh,
+        in_specs=(P("t"), P(), P(), P("t")),
+        out_specs=P(),
+    )
+    got = jax.jit(jax.value_and_grad(sharded, (0, 1, 2)))(*args, y)
+    assert_close(got, jax.value_and_grad(loss, (0, 1, 2))(*args, y), jnp.float32)
+
+
 EXPLICIT = [
     ("8 tokens", P()),
     ("8 tokens", P("t")),
@@ -596,6 +617,42 @@ def test_errors_outside_of_shard_map():
         jaxloss.cross_entropy(given["x"], y, token_axis_name="t")
 
 
+def test_errors_of_total_weight_and_num_classes():
+    given, y, w, _ = problem(jnp.float32)
+    with pytest.raises(ValueError, match=r"total_weight: where must have the shape of the losses"):
+        jaxloss.total_weight(y, where=jnp.ones(3, bool))
+    with pytest.raises(ValueError, match=r"total_weight: sample_weight must have .*\(16,\)"):
+        jaxloss.total_weight(y, sample_weight=jnp.ones((16, 1)))
+    with pytest.raises(TypeError, match="total_weight: labels must have a real floating dtype"):
+        jaxloss.total_weight(jnp.zeros(3, bool))
+    with pytest.raises(ValueError, match=r"num_classes must be in \[0, 32\]; got 33"):
+        jaxloss.cross_entropy(given["x"], y, num_classes=33)
+    with pytest.raises(ValueError, match=r"weight must have one entry a class, \(30,\)"):
+        jaxloss.cross_entropy(given["x"], y, num_classes=30, weight=w)
+
+
+@pytest.mark.parametrize("labels", ["indices", "probabilities"])
+@pytest.mark.parametrize("axis", [1, 0])
+def test_padding_never_enters_the_sum(labels, axis):
+    given, y, w, s = problem(jnp.float32, labels)
+    x = given["x"].at[:, C:].set(jnp.nan)
+    options = {"weight": w, "sample_weight": s, "label_smoothing": 0.1, "axis": axis}
+
+    def turned(a):
+        return a if axis == 1 or a.ndim == 1 else a.T
+
+    def run(x, y, **more):
+        return jax.value_and_grad(
+            lambda x: jaxloss.cross_entropy(turned(x), turned(y), **options, **more)
+        )(x)
+
+    loss, grad = run(x, y, num_classes=C)
+    expected, slope = run(x[:, :C], y[:, :C] if y.ndim == 2 else y)
+    assert_close((loss, grad[:, :C]), (expected, slope), jnp.float32)
+    assert np.all(grad[:, C:] == 0)
+    assert np.isnan(jaxloss.cross_entropy(given["x"][0], jnp.int32(C), num_classes=C))
+
+
 def test_errors_of_explicit_shardings():
     mesh, *_ = build("2x4", AxisType.Explicit)
     given, y, *_ = problem(jnp.float32)
@@ -610,3 +667,5 @@ def test_errors_of_explicit_shardings():
             jaxloss.linear_cross_entropy(put(h, None, "v"), put(k), put(y))
         with pytest.raises(ValueError, match="the kernel's features may be sharded over axes that"):
             jaxloss.linear_cross_entropy(put(h, "t"), put(k, "v"), put(y, "t"))
+        with pytest.raises(ValueError, match="linear_loss: operands of an explicit mesh must not"):
+            jaxloss.linear_loss(jaxloss.cross_entropy, put(h, "t"), put(k), put(y, "t"))
