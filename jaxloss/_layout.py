@@ -5,6 +5,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax import Array
 from jax.sharding import PartitionSpec as P
 
@@ -75,8 +76,18 @@ def over_mesh(
     schedule: Callable, layout: Layout, arrays: tuple, reduction: str, return_stats: bool
 ) -> Any:
     """``schedule(*arrays)`` inside ``shard_map``, every array split as the layout says."""
-    hidden, _, _, labels, _, _, class_mask, _ = arrays
+    hidden, kernel, bias, labels, weight, sample_weight, class_mask, token_mask = arrays
     tokens, vocab = layout.tokens, layout.vocab_axes or None
+
+    def padded(x):  # the kernel's columns divide among the devices, the classes need not
+        width = kernel.shape[layout.vocab_axis] - x.shape[-1]
+        return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, width)])
+
+    if labels.ndim == hidden.ndim:
+        labels = padded(labels)
+    if class_mask is not None and class_mask.shape[-1] > 1:
+        class_mask = padded(class_mask)
+    arrays = (hidden, kernel, bias, labels, weight, sample_weight, class_mask, token_mask)
     of_mask = P()
     if class_mask is not None:
         split = zip((*tokens, vocab), class_mask.shape, strict=True)

@@ -425,6 +425,32 @@ def test_linear_on_an_explicit_mesh(mesh, spec, options, dtype, schedule):
     assert_close(got, f(*arrays), dtype)
 
 
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_probabilities_and_masks_on_an_explicit_mesh(schedule):
+    """Of 27 classes in 32 columns: the last device's are padding but for three."""
+    mesh, *_ = build("2x4", AxisType.Explicit)
+    given, y, w, s = problem(jnp.float32, "probabilities")
+    where = jax.random.bernoulli(jax.random.key(0), 0.8, (N, C))
+    y = jnp.where(where, y[:, :C], 0)
+
+    def run(h, k, y, where, s):
+        def loss(h, k, y):
+            return jaxloss.linear_cross_entropy(
+                h, k, y, num_classes=C, weight=w, where=where, sample_weight=s, chunk_size=3,
+                label_smoothing=0.1, implementation=schedule,
+            )  # fmt: skip
+
+        return jax.value_and_grad(loss, (0, 1, 2))(h, k, y)
+
+    args = (given["h"], given["k"], y, where, s)
+    specs = (P("t"), P(None, "v"), P("t"), P("t"), P("t"))
+    with jax.set_mesh(mesh):
+        got = jax.jit(run)(
+            *(jax.device_put(a, NamedSharding(mesh, p)) for a, p in zip(args, specs, strict=True))
+        )
+    assert_close(got, run(*args), jnp.float32)
+
+
 def test_linear_with_a_tied_table_on_an_explicit_mesh():
     mesh, f, put, arrays = explicit("2x4", P("t", "v"), jnp.float32, "token_chunks", {}, 0)
     with jax.set_mesh(mesh):
