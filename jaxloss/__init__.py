@@ -6,6 +6,7 @@ from jaxloss._cross_entropy import TokenStats as TokenStats
 from jaxloss._cross_entropy import cross_entropy as cross_entropy
 from jaxloss._cross_entropy import log_softmax as log_softmax
 from jaxloss._cross_entropy import nll_loss as nll_loss
+from jaxloss._labels import TopKLabels as TopKLabels
 from jaxloss._linear_cross_entropy import linear_cross_entropy as linear_cross_entropy
 from jaxloss._linear_cross_entropy import linear_loss as linear_loss
 from jaxloss._targets import check_labels as check_labels
@@ -14,6 +15,7 @@ from jaxloss._targets import total_weight as total_weight
 __version__ = _version("jaxloss")
 __all__ = [
     "TokenStats",
+    "TopKLabels",
     "check_labels",
     "cross_entropy",
     "linear_cross_entropy",

@@ -27,6 +27,8 @@ class Operands(NamedTuple):
     bias: Any  # [V]
     probabilities: Any  # [N, C]
     weight: Any  # [C]
+    share: Any  # [1, 1] or [N, 1], of every class
+    extra: Any  # [N, k]
 
 
 class Constants(NamedTuple):
@@ -35,7 +37,7 @@ class Constants(NamedTuple):
     kept: Any  # [N], C: no such class; None: probabilities
     mask: Any  # [R, C], the classes that exist, one row for all tokens or
     mask_row: Any  # [N], each token's
-    share: Any  # of the smoothing: [1], or [N, 1]
+    index: Any  # [N, k], of extra
 
 
 class Options(NamedTuple):
@@ -43,7 +45,7 @@ class Options(NamedTuple):
 
     geometry: _linear.Geometry
     label_smoothing: float
-    softcap: float | None
+    scaling: _passes.Scaling | None
     want: tuple[str, ...]
     predict: bool
     dtype: Any  # of the accumulators
@@ -75,6 +77,7 @@ class _Block(NamedTuple):
     kept: Any
     soft: Any
     mask: Any
+    top: Any
 
 
 def _cut(x: Any, start, size: int, axis: int = -1) -> Any:
@@ -96,10 +99,13 @@ def _block(options: Options, operands: Operands, constants: Constants, start, si
         geometry._replace(num_classes=size),
     )
     some = (_cut(operands.probabilities, start, size), _cut(operands.weight, start, size))
-    return _Block(logits, kept, _soft(options, constants.share, mask, size, *some), mask)
+    top = None
+    if operands.extra is not None:
+        top = (_passes.within(constants.index, start, size), operands.extra)
+    return _Block(logits, kept, _soft(options, mask, size, *some, operands.share), mask, top)
 
 
-def _soft(options: Options, share, mask, size: int, probabilities, weight) -> Any:
+def _soft(options: Options, mask, size: int, probabilities, weight, share) -> Any:
     wide = options.dtype
     soft = _targets.soft_targets(
         probabilities, share, mask, weight, options.label_smoothing, size, wide
@@ -108,39 +114,72 @@ def _soft(options: Options, share, mask, size: int, probabilities, weight) -> An
 
 
 def _forward(options: Options, operands: Operands, constants: Constants):
-    """((RowLosses, prediction), RowState). One product."""
-    operands = operands._replace(kernel=_linear.gathered(operands.kernel, options.geometry))
+    """((RowLosses, prediction, rank), RowState). One product, and one for the rank."""
+    geometry = options.geometry
+    operands = operands._replace(kernel=_linear.gathered(operands.kernel, geometry))
     labelled = constants.kept is not None
 
     def step(start, size):
         b = _block(options, operands, constants, start, size)
-        part = _rows.row_part(b.logits, b.kept, b.soft, b.mask, options.softcap, options.want)
-        best = None
+        part = _rows.row_part(
+            b.logits, b.kept, b.soft, b.mask, options.scaling, options.want, top=b.top
+        )
+        best = of_label = None
         if options.predict:
             best = _passes.highest(b.logits, b.mask, start)
-        return part._replace(kept=part.kept + start), best
+            if labelled:
+                of_label = _passes.entry_or_zero(_unscaled(b), b.kept)
+        return part._replace(kept=part.kept + start), best, of_label
 
     def combine(state, new):
         if state is None:
             return new
-        (part, best), (new_part, new_best) = state, new
+        (part, best, of_label), (new_part, new_best, new_of_label) = state, new
         if best is not None:
             better = new_best[0] > best[0]
             best = jax.tree.map(partial(jnp.where, better), new_best, best)
-        return _rows.merge(part, new_part, labelled), best
+        if of_label is not None:
+            of_label += new_of_label
+        return _rows.merge(part, new_part, labelled), best, of_label
 
-    classes = options.geometry.num_classes
-    part, best = _over_blocks(classes, options.geometry.chunk, step, combine)
+    classes, axes = geometry.num_classes, geometry.vocab_axes
+    part, best, of_label = _over_blocks(classes, geometry.chunk, step, combine)
     if labelled:
         part = part._replace(kept=constants.kept)
-    axes = options.geometry.vocab_axes
     part = _rows.merge_shards(part, axes, labelled, classes)
     losses, state = _rows.finish(part, options.want)
-    prediction = None
+    prediction = rank = None
     if best is not None:
         first = classes * lax.axis_index(axes) if axes else 0
         prediction = _passes.class_of(best[0], best[1] + first, axes)
-    return (losses, prediction), state
+    if of_label is not None:
+        rank = _rank(options, operands, constants, of_label)
+    return (losses, prediction, rank), state
+
+
+def _unscaled(b: _Block) -> Array:
+    return _passes.widen(lax.stop_gradient(b.logits), b.mask, None)
+
+
+def _rank(options: Options, operands: Operands, constants: Constants, of_label: Array) -> Array:
+    """The labels' ranks, from a sweep of its own: which logits are larger is known only once all
+    blocks have been searched for the label. Where nobody reads it, XLA leaves the sweep out."""
+    geometry = options.geometry
+    axes = geometry.vocab_axes
+    first = geometry.num_classes * lax.axis_index(axes) if axes else 0
+    label, of_label, found = _passes.found_label(
+        constants.kept, of_label, geometry.num_classes, first, axes
+    )
+
+    def step(start, size):
+        b = _block(options, operands, constants, start, size)
+        return _passes.ahead(_unscaled(b), of_label, label - first - start)
+
+    def combine(state, new):
+        return new if state is None else state + new
+
+    before = _over_blocks(geometry.num_classes, geometry.chunk, step, combine)
+    return jnp.where(found, lax.psum(before, axes) if axes else before, -1)
 
 
 def _at_block(state: _rows.RowState, start, size: int) -> _rows.RowState:
@@ -159,30 +198,37 @@ def _gradients(
     geometry, given = options.geometry, operands
     operands = operands._replace(kernel=_linear.gathered(operands.kernel, geometry))
     hidden = operands.hidden
+    summed = ("hidden", "share", "extra")  # over blocks; of the others each block has its own
 
     def step(start, size):
         b = _block(options, operands, constants, start, size)
         here = _at_block(state, start, size)
-        dx = _rows.row_gradient(b.logits, here, b.soft, b.mask, options.softcap, ct)
+        dx = _rows.row_gradient(b.logits, here, b.soft, b.mask, options.scaling, ct, b.top)
         d_bias = jnp.sum(dx, axis=0) if active.bias else None
         # Formed in float32, narrowed once: the products take the operands' dtype.
         dx = dx.astype(hidden.dtype)
         kernel = _cut(operands.kernel, start, size, geometry.vocab_axis)
         d_hidden = _linear.d_hidden(dx, kernel, geometry) if active.hidden else None
         d_kernel = _linear.d_kernel(dx, hidden, geometry) if active.kernel else None
-        d_probabilities = d_weight = None
-        if ct.soft is not None and (active.probabilities or active.weight):
-            slope = _rows.soft_gradient(b.logits, here, b.soft, b.mask, options.softcap)
+        d_probabilities = d_weight = d_share = d_extra = None
+        if ct.soft is not None and active.extra:
+            slope = _rows.top_gradient(b.logits, here, b.mask, options.scaling, b.top)
+            d_extra = jnp.where(ct.soft[:, None] == 0, 0, ct.soft[:, None] * slope)
+        if ct.soft is not None and (active.probabilities or active.weight or active.share):
+            slope = _rows.soft_gradient(b.logits, here, b.soft, b.mask, options.scaling)
             slope = jnp.where(ct.soft[:, None] == 0, 0, ct.soft[:, None] * slope)
 
             soft_b, pullback = jax.vjp(
-                partial(_soft, options, constants.share, b.mask, size),
+                partial(_soft, options, b.mask, size),
                 _cut(operands.probabilities, start, size),
                 _cut(operands.weight, start, size),
+                operands.share,
             )
             slope = _rows.sum_to(slope, soft_b.shape).astype(soft_b.dtype)
-            d_probabilities, d_weight = pullback(slope)
-        return start, Operands(d_hidden, d_kernel, d_bias, d_probabilities, d_weight)
+            d_probabilities, d_weight, d_share = pullback(slope)
+        return start, Operands(
+            d_hidden, d_kernel, d_bias, d_probabilities, d_weight, d_share, d_extra
+        )
 
     def combine(total, new):
         start, new = new
@@ -190,9 +236,13 @@ def _gradients(
             blank = (
                 None if g is None else jnp.zeros_like(x) for g, x in zip(new, operands, strict=True)
             )
-            total = Operands(*blank)._replace(hidden=new.hidden)
-        elif new.hidden is not None:
-            total = total._replace(hidden=total.hidden + new.hidden)
+            total = Operands(*blank)
+            total = total._replace(**{name: getattr(new, name) for name in summed})
+        else:
+            added = {name: getattr(new, name) for name in summed}
+            total = total._replace(
+                **{n: None if g is None else getattr(total, n) + g for n, g in added.items()}
+            )
 
         def put(x, g, axis=-1):
             if x is None:
@@ -205,6 +255,8 @@ def _gradients(
             put(total.bias, new.bias),
             put(total.probabilities, new.probabilities),
             put(total.weight, new.weight),
+            total.share,
+            total.extra,
         )
 
     total = _over_blocks(geometry.num_classes, geometry.chunk, step, combine)
@@ -231,19 +283,25 @@ def _tangents(options: Options, residuals, tangents) -> _rows.RowLosses:
             )
             full = full._replace(kernel=_linear.gathered(full.kernel, geometry))
             b = _block(options, full, constants, start, size)
-            return (b.logits, b.soft), b.mask
+            return (b.logits, b.soft, b.top and b.top[1]), (b.mask, b.top)
 
         primals, moves = [operands[i] for i in moving], [tangents[i] for i in moving]
-        (x, soft), (dx, d_soft), mask = jax.jvp(some, primals, moves, has_aux=True)
+        out, moved, (mask, top) = jax.jvp(some, primals, moves, has_aux=True)
+        (x, soft, extra), (dx, d_soft, d_extra) = out, moved
         here = _at_block(state, start, size)
         out = {}
-        for name in (*options.want, *(() if soft is None else ("soft",))):
+        names = [name for name in options.want if name != "confidence"]
+        names += [] if soft is None and extra is None else ["soft"]
+        for name in names:
             ct = none._replace(**{name: one})
-            slope = _rows.row_gradient(x, here, soft, mask, options.softcap, ct)
+            slope = _rows.row_gradient(x, here, soft, mask, options.scaling, ct, top)
             out[name] = jnp.sum(slope * dx, axis=-1)
         if soft is not None and d_soft is not None:
-            slope = _rows.soft_gradient(x, here, soft, mask, options.softcap)
+            slope = _rows.soft_gradient(x, here, soft, mask, options.scaling)
             out["soft"] += jnp.sum(slope * d_soft.astype(x.dtype), axis=-1)
+        if extra is not None and d_extra is not None:
+            slope = _rows.top_gradient(x, here, mask, options.scaling, top)
+            out["soft"] += jnp.sum(slope * d_extra.astype(x.dtype), axis=-1)
         return none._replace(**out)
 
     def combine(total, new):
@@ -254,7 +312,7 @@ def _tangents(options: Options, residuals, tangents) -> _rows.RowLosses:
 
 
 def row_losses_by_block(options: Options, operands: Operands, constants: Constants):
-    """``(RowLosses, prediction)``, [N] each, as ``_rows.row_losses`` of the logits."""
+    """``(RowLosses, prediction, rank)``, [N] each, as ``_rows.row_losses`` of the logits."""
     count = len(operands)
 
     def function(*args):
@@ -275,7 +333,7 @@ def row_losses_by_block(options: Options, operands: Operands, constants: Constan
         return (*grads, *(None for _ in Constants._fields))
 
     def tangent(residuals, tangents):
-        return _tangents(options, residuals[:-1], tangents[:count]), None
+        return _tangents(options, residuals[:-1], tangents[:count])
 
     rule = jax.custom_vjp(function)
     rule.defvjp(forward, backward, symbolic_zeros=True)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxloss import _mesh
+from jaxloss._labels import RESTS, TopKLabels
 
 REDUCTIONS = ("none", "mean", "sum")
 
@@ -131,8 +132,28 @@ def number(
     return float(x)
 
 
-def _labels(function: str, name: str, logits: Array, axes: tuple[int, ...], y: Any) -> Array:
+def _top_k_labels(function: str, name: str, batch: tuple[int, ...], y: TopKLabels) -> TopKLabels:
+    indices = array(function, "labels.indices", y.indices)
+    if not jnp.issubdtype(indices.dtype, jnp.integer):
+        rule = "labels.indices must be class indices (an integer dtype)"
+        way_out = ""
+        if jnp.issubdtype(jnp.asarray(y.probabilities).dtype, jnp.integer):
+            way_out = "jax.lax.top_k returns (values, indices), TopKLabels takes indices first."
+        fail(function, rule, describe(indices), way_out, TypeError)
+    probabilities = floating(function, "labels.probabilities", y.probabilities)
+    if indices.shape[:-1] != batch or indices.ndim != len(batch) + 1:
+        rule = f"labels.indices must be [..., k] with the batch shape of {name}, {batch}"
+        fail(function, rule, describe(indices))
+    rule = "the shape of labels.indices"
+    shape(function, "labels.probabilities", probabilities, indices.shape, rule)
+    word(function, "labels.rest", y.rest, RESTS)
+    return TopKLabels(indices, probabilities, y.rest)
+
+
+def _labels(function: str, name: str, logits: Array, axes: tuple[int, ...], y: Any) -> Any:
     """Class indices (integers, logits without the class axes) or probabilities (like logits)."""
+    if isinstance(y, TopKLabels):
+        return _top_k_labels(function, name, batch_shape(logits, axes), y)
     y = array(function, "labels", y)
     batch = batch_shape(logits, axes)
     axis = axes[0] if len(axes) == 1 else axes
@@ -279,6 +300,20 @@ def softcap(function: str, cap: Any) -> float | None:
     return cap
 
 
+def temperature(function: str, x: Any) -> float:
+    x = number(function, "temperature", x)
+    if not 0 < x < math.inf:
+        fail(function, "temperature must be positive and finite", repr(x))
+    return x
+
+
+def bucket(function: str, labels: Any, weight: Any, label_smoothing: float) -> None:
+    if getattr(labels, "rest", None) == "bucket" and (weight is not None or label_smoothing):
+        rule = "labels with rest='bucket' take neither weight nor label_smoothing"
+        got = f"weight {'None' if weight is None else 'given'}, label_smoothing {label_smoothing}"
+        fail(function, rule, got, "One class stands for many: it has no weight of its own.")
+
+
 def ignored(function: str, x: Any) -> int | None:
     return None if x is None else index(function, "ignore_index", x, "an int or None")
 
@@ -336,7 +371,7 @@ def split(
 
 
 class TokenArguments(NamedTuple):
-    arrays: tuple[Array | None, ...]  # labels, weight, sample_weight, class mask, token mask
+    arrays: tuple[Any, ...]  # labels, weight, sample_weight, class mask, token mask
     static: dict[str, Any]
     of_tokens: dict[str, Any]  # what has one entry a token, by name
 
@@ -367,7 +402,11 @@ def token_arguments(
     weight = _class_weight(function, weight, classes)
     sample_weight = check_sample_weight(function, sample_weight, batch_shape(logits, axes))
     class_mask, token_mask = _where(function, name, where, logits, axes)
-    indices = jnp.issubdtype(labels.dtype, jnp.integer)
+    of_tokens = None
+    if isinstance(labels, TopKLabels):
+        of_tokens = labels.indices
+    elif jnp.issubdtype(labels.dtype, jnp.integer):
+        of_tokens = labels
     return TokenArguments(
         (labels, weight, sample_weight, class_mask, token_mask),
         {
@@ -377,7 +416,7 @@ def token_arguments(
             "reduction": reduction,
         },
         {
-            "labels": labels if indices else None,
+            "labels": of_tokens,
             "sample_weight": sample_weight,
             "where": token_mask,
         },

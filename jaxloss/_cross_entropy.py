@@ -22,7 +22,7 @@ class TokenStats(NamedTuple):
     """What one token's logits say, from the pass that computed the loss; each shaped as the losses.
 
     A token that does not count (its label is ignored, masked or weighed by 0) has 0 in each of the
-    first three and -1 as its prediction; a label out of range has NaN in the first three.
+    floats and -1 in the integers; a label out of range has NaN in the first three.
 
     Attributes:
       log_prob: ``log p_y``, the label's log-probability (for probabilities ``q`` as labels, its
@@ -30,12 +30,18 @@ class TokenStats(NamedTuple):
       logsumexp: ``log sum_j exp(x_j)``. float32.
       entropy: ``-sum_j p_j log p_j``, in nats. float32.
       prediction: the first class at the maximum; -1 where the logits hold NaN or +inf. int32.
+      confidence: the prediction's probability. float32, without a derivative.
+      rank: the label's place in the order of predictions, by falling logit and then by index: 0
+        where it is the prediction, so that ``rank < k`` says whether it is among the first k. -1
+        where there is no prediction, or no one label. int32.
     """
 
     log_prob: Array
     logsumexp: Array
     entropy: Array
     prediction: Array
+    confidence: Array
+    rank: Array
 
 
 def _classes_last(x: Array, axes: tuple[int, ...]) -> Array:
@@ -158,6 +164,7 @@ def nll_loss(
     """
     call, name = "nll_loss", "log_probs"
     log_probs = _check.floating(call, name, log_probs)
+    labels = _check.array(call, "labels", labels)
     checked = _check.token_arguments(
         call, name, log_probs, labels, axis, weight, ignore_index, sample_weight, where, reduction
     )
@@ -194,9 +201,12 @@ def _nll_loss(
     nll = soft = None
     if targets.kept is not None:
         nll = -_passes.entry_or_nan(x, targets.kept)
-    elif targets.soft is not None:
-        impossible = (x == -jnp.inf) & (targets.soft == 0)
-        soft = jnp.sum(targets.soft.astype(x.dtype) * jnp.where(impossible, 0, -x), axis=-1)
+    else:
+        q = _targets.soft_targets(
+            targets.probabilities, None, None, weight, 0.0, num_classes, x.dtype
+        )
+        impossible = (x == -jnp.inf) & (q == 0)
+        soft = jnp.sum(q.astype(x.dtype) * jnp.where(impossible, 0, -x), axis=-1)
     losses = _targets.token_losses(_rows.RowLosses(nll, soft, None, None), targets, 0.0, 0.0)
     return _targets.reduce_losses(losses, targets, sample_weight, reduction)
 
@@ -234,8 +244,8 @@ def cross_entropy(
     Args:
       logits: ``[..., C]``, C at ``axis``; a floating dtype. ``[C]`` with a scalar label is a valid,
         unbatched call. float16 and bfloat16 are read as they are and computed in float32.
-      labels: class indices (an integer dtype, the shape of ``logits`` without ``axis``) or class
-        probabilities (floating, the shape of ``logits``).
+      labels: class indices (an integer dtype, the shape of ``logits`` without ``axis``), class
+        probabilities (floating, the shape of ``logits``), or :class:`TopKLabels`.
       axis: the class axis; a tuple of axes takes a label as the flat index over them.
       num_classes: C, by default all columns of the logits. Those at and past it are padding and
         never enter the sum.
@@ -286,7 +296,48 @@ def cross_entropy(
     Source: ``torch.nn.functional.cross_entropy`` for the semantics of the options; z-loss from
     A. Chowdhery et al., "PaLM" (2022), section 5; soft-capping from Gemma 2 (2024), section 2.
     """
-    call, name = "cross_entropy", "logits"
+    return losses_of_logits(
+        "cross_entropy",
+        logits,
+        labels,
+        axis=axis,
+        num_classes=num_classes,
+        weight=weight,
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
+        logit_softcap=logit_softcap,
+        sample_weight=sample_weight,
+        where=where,
+        reduction=reduction,
+        vocab_axis_name=vocab_axis_name,
+        token_axis_name=token_axis_name,
+        return_stats=return_stats,
+    )
+
+
+def losses_of_logits(
+    call: str,
+    logits,
+    labels,
+    *,
+    axis,
+    num_classes,
+    ignore_index,
+    logit_softcap,
+    where,
+    reduction,
+    vocab_axis_name,
+    return_stats,
+    weight=None,
+    label_smoothing=0.0,
+    z_loss=0.0,
+    sample_weight=None,
+    token_axis_name=None,
+    temperature=1.0,
+) -> Any:
+    """:func:`cross_entropy` of the public function ``call``."""
+    name = "logits"
     logits = _check.floating(call, name, logits)
     vocab_axes = _check.mesh_axes(call, "vocab_axis_name", vocab_axis_name)
     token_axes = _check.mesh_axes(call, "token_axis_name", token_axis_name)
@@ -295,15 +346,19 @@ def cross_entropy(
         num_classes, vocab_axes,
     )  # fmt: skip
     _check.split(call, name, logits, checked.of_tokens, vocab_axes, token_axes)
+    smoothing = _check.number(call, "label_smoothing", label_smoothing, 0, 1)
+    _check.bucket(call, checked.arrays[0], weight, smoothing)
     return _cross_entropy(
         logits,
         *checked.arrays,
         **checked.static,
         vocab_axes=vocab_axes,
         token_axes=token_axes,
-        label_smoothing=_check.number(call, "label_smoothing", label_smoothing, 0, 1),
+        label_smoothing=smoothing,
         z_loss=_check.number(call, "z_loss", z_loss, 0, sys.float_info.max),
-        softcap=_check.softcap(call, logit_softcap),
+        scaling=_passes.scaling_of(
+            _check.softcap(call, logit_softcap), _check.temperature(call, temperature)
+        ),
         return_stats=_check.flag(call, "return_stats", return_stats),
     )
 
@@ -319,7 +374,7 @@ def cross_entropy(
         "token_axes",
         "label_smoothing",
         "z_loss",
-        "softcap",
+        "scaling",
         "return_stats",
     ),
 )
@@ -339,14 +394,14 @@ def _cross_entropy(
     token_axes,
     label_smoothing,
     z_loss,
-    softcap,
+    scaling,
     return_stats,
 ):
-    if not jnp.issubdtype(labels.dtype, jnp.integer):
+    if _targets.is_probabilities(labels):
         labels = _classes_last(labels, axes)
     x, class_mask = _classes_last(logits, axes), _mask_classes_last(class_mask, logits, axes)
     losses, stats, targets = token_terms(
-        rows_of_logits(x, softcap),
+        rows_of_logits(x, scaling),
         _targets.classes_here(num_classes, x.shape[-1], vocab_axes),
         labels,
         weight,
@@ -365,24 +420,66 @@ def _cross_entropy(
     return loss, stats if reduction == "none" else lax.stop_gradient(stats)
 
 
-def rows_of_logits(x: Array, softcap: float | None):
+def rows_of_logits(x: Array, scaling: _passes.Scaling | None):
     """How :func:`token_terms` gets its rows where the logits ``x[..., columns]`` are there."""
 
     def rows_of(targets, classes, class_mask, weight, label_smoothing, want, predict):
-        del weight, label_smoothing  # they are in targets.soft
         mask, axes = _targets.existing(class_mask, classes, x.ndim), classes.axes
-        rows = _rows.row_losses(
-            x, targets.kept, targets.soft, mask, softcap=softcap, want=want, vocab_axes=axes
+        soft = _targets.soft_targets(
+            targets.probabilities,
+            targets.share,
+            _targets.existing(class_mask, classes, targets.counts.ndim + 1),
+            _targets.weight_here(weight, classes),
+            label_smoothing,
+            classes.size,
+            accumulator_dtype(x.dtype),
         )
-        return rows, _passes.prediction(x, mask, classes.start, axes) if predict else None
+        losses = partial(_rows.row_losses, x, scaling=scaling, vocab_axes=axes)
+        if targets.rest is not None:
+            rows = losses(None, None, mask, want=want) if want else None
+            rows = _with_bucket(rows, x, targets, classes, mask, scaling)
+        else:
+            rows = losses(targets.kept, soft, mask, top=targets.top, want=want)
+        if not predict:
+            return rows, None, None
+        prediction = _passes.prediction(x, mask, classes.start, axes)
+        rank = None
+        if targets.kept is not None:
+            rank = _passes.rank(x, mask, targets.kept, classes.start, axes)
+        return rows, prediction, rank
 
     return rows_of
+
+
+def _with_bucket(rows, x, targets, classes, mask, scaling) -> _rows.RowLosses:
+    """The loss over k + 1 classes: those named, and one of all others, whose logit is their lse."""
+    column, axes = targets.column, classes.axes
+    here = column < x.shape[-1]
+    named_here = _passes.added_at(jnp.zeros_like(x, jnp.int8), column, here.astype(jnp.int8))
+    others = named_here == 0 if mask is None else (named_here == 0) & mask
+    rest = _rows.row_losses(
+        x, None, None, others, scaling=scaling, want=("logsumexp",), vocab_axes=axes
+    )
+    named = _passes.widen(
+        _passes.entries(x, column),
+        None if mask is None else _passes.entries(jnp.broadcast_to(mask, x.shape), column),
+        scaling,
+    )
+    if axes:
+        held = lax.psum(here.astype(jnp.int32), axes) > 0
+        named = jnp.where(held, lax.psum(jnp.where(here, named, 0), axes), -jnp.inf)
+    else:
+        named = jnp.where(here, named, -jnp.inf)
+    few = jnp.concatenate([named, rest.logsumexp[..., None]], axis=-1)
+    asked = jnp.concatenate([targets.extra, targets.rest[..., None]], axis=-1)
+    soft = _rows.row_losses(few, None, asked, want=()).soft
+    return _rows.RowLosses(None, soft, None, None) if rows is None else rows._replace(soft=soft)
 
 
 def token_terms(
     rows_of: Callable,
     classes: _targets.Classes,
-    labels: Array,
+    labels: Any,
     weight: Array | None,
     class_mask: Array | None,
     sample_weight: Array | None = None,
@@ -407,12 +504,13 @@ def token_terms(
         label_smoothing=label_smoothing,
     )
     want = _targets.wanted(targets, label_smoothing, z_loss, with_stats)
+    rank = None
     if classes.total == 0:
         nan = jnp.full(targets.counts.shape, jnp.nan, dtype)
-        rows, prediction = _rows.RowLosses(nan, nan, nan, nan), jnp.full_like(nan, -1, jnp.int32)
+        rows, prediction = _rows.RowLosses(*[nan] * 5), jnp.full_like(nan, -1, jnp.int32)
     else:
         given = (classes, class_mask, weight, label_smoothing)
-        rows, prediction = rows_of(targets, *given, want, with_stats)
+        rows, prediction, rank = rows_of(targets, *given, want, with_stats)
     # Before anything multiplies them: lse^2 of a masked row's inf has a gradient of 0 * inf.
     rows = _rows.RowLosses(*(v if v is None else jnp.where(targets.counts, v, 0) for v in rows))
     losses = _targets.token_losses(rows, targets, label_smoothing, z_loss)
@@ -421,15 +519,21 @@ def token_terms(
 
     if targets.kept is not None:
         log_prob = -rows.nll
-    elif targets.soft is labels or classes.total == 0:
+    elif (not label_smoothing and weight is None) or classes.total == 0:
         log_prob = -rows.soft
     else:  # weighed or smoothed: the labels themselves take a pass of their own
-        plain, _ = rows_of(targets._replace(soft=labels), classes, class_mask, None, 0.0, (), False)
-        log_prob = jnp.where(targets.counts, -plain.soft, 0)
+        plain = _targets.make_targets(
+            labels, classes, dtype, weight=None, class_mask=class_mask, ignore_index=ignore_index
+        )
+        own, *_ = rows_of(plain, classes, class_mask, None, 0.0, (), False)
+        log_prob = jnp.where(targets.counts, -own.soft, 0)
+    predicted = targets.counts & (prediction >= 0)
     stats = TokenStats(
         log_prob,
         rows.logsumexp,
         rows.entropy,
-        prediction=jnp.where(targets.counts, prediction, -1),
+        prediction=jnp.where(predicted, prediction, -1),
+        confidence=lax.stop_gradient(rows.confidence),
+        rank=jnp.where(predicted, -1 if rank is None else rank, -1),
     )
     return losses, stats, targets

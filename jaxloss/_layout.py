@@ -10,6 +10,7 @@ from jax import Array
 from jax.sharding import PartitionSpec as P
 
 from jaxloss import _check, _mesh
+from jaxloss._labels import TopKLabels
 
 
 class Layout(NamedTuple):
@@ -83,7 +84,8 @@ def over_mesh(
         width = kernel.shape[layout.vocab_axis] - x.shape[-1]
         return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, width)])
 
-    if labels.ndim == hidden.ndim:
+    probabilities = not isinstance(labels, TopKLabels) and labels.ndim == hidden.ndim
+    if probabilities:
         labels = padded(labels)
     if class_mask is not None and class_mask.shape[-1] > 1:
         class_mask = padded(class_mask)
@@ -97,14 +99,14 @@ def over_mesh(
         P(*tokens, None),
         P(*layout.kernel),
         P(vocab),
-        rows if labels.ndim < hidden.ndim else P(*tokens, vocab),
+        P(*tokens, vocab) if probabilities else rows,
         P(),
         rows,
         of_mask,
         rows,
     )
     arrays = tuple(
-        None if x is None else jax.reshard(x, jax.NamedSharding(layout.mesh, spec))
+        jax.tree.map(lambda a, s=spec: jax.reshard(a, jax.NamedSharding(layout.mesh, s)), x)
         for x, spec in zip(arrays, specs, strict=True)
     )
     out = rows if reduction == "none" else P()

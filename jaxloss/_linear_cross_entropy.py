@@ -11,12 +11,14 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from jaxloss import _blocks, _check, _layout, _linear, _mesh, _targets
+from jaxloss import _blocks, _check, _layout, _linear, _mesh, _passes, _targets
 from jaxloss._casts import accumulator_dtype
 from jaxloss._cross_entropy import AxisName, Reduction, TokenStats, rows_of_logits, token_terms
+from jaxloss._labels import TopKLabels
 
 Implementation = Literal["token_chunks", "vocab_blocks"]
 IMPLEMENTATIONS = get_args(Implementation)
+INTEGERS = ("prediction", "rank")  # of TokenStats: -1 where a token does not count
 FEW = 16  # tokens a chunk, too few for products that read the whole kernel
 
 
@@ -74,10 +76,23 @@ def _rows_of(mask: Array | None, lead: tuple[int, ...]) -> tuple[Array | None, A
     return rows, jnp.broadcast_to(index, lead).reshape(-1)
 
 
+def _flat_labels(labels: Any, lead: tuple[int, ...]) -> tuple[tuple, Any]:
+    """(the arrays of the labels, one row a token; what is static about them)."""
+    tokens = math.prod(lead)
+    arrays, rest = (labels,), None
+    if isinstance(labels, TopKLabels):
+        arrays, rest = (labels.indices, labels.probabilities), labels.rest
+    return tuple(x.reshape(tokens, *x.shape[len(lead) :]) for x in arrays), rest
+
+
+def _joined(arrays: Any, rest: Any) -> Any:
+    return arrays[0] if rest is None else TopKLabels(arrays[0], arrays[1], rest)
+
+
 def linear_cross_entropy(
     hidden: ArrayLike,
     kernel: ArrayLike,
-    labels: ArrayLike,
+    labels: Any,
     *,
     bias: ArrayLike | None = None,
     vocab_axis: int = -1,
@@ -107,7 +122,7 @@ def linear_cross_entropy(
       hidden: ``[..., D]``, a floating dtype; N tokens in all.
       kernel: ``[D, V]``, or with ``vocab_axis=0`` ``[V, D]``: a tied embedding table as it is. The
         dtype of ``hidden``: the products take it, and accumulate in float32.
-      labels: class indices ``[...]``, or class probabilities ``[..., C]``.
+      labels: class indices ``[...]``, class probabilities ``[..., C]``, or :class:`TopKLabels`.
       bias: ``[V]``.
       vocab_axis: the axis of ``kernel`` that holds the V columns.
       num_classes: C, by default V. Columns at and past it are padding and never enter the sum;
@@ -165,7 +180,57 @@ def linear_cross_entropy(
     the tokens that count as in E. Wijmans et al., "Cut Your Losses in Large-Vocabulary Language
     Models" (ICLR 2025).
     """
-    call = "linear_cross_entropy"
+    return losses_of_product(
+        "linear_cross_entropy",
+        hidden,
+        kernel,
+        labels,
+        bias=bias,
+        vocab_axis=vocab_axis,
+        num_classes=num_classes,
+        weight=weight,
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
+        logit_softcap=logit_softcap,
+        sample_weight=sample_weight,
+        where=where,
+        reduction=reduction,
+        vocab_axis_name=vocab_axis_name,
+        token_axis_name=token_axis_name,
+        return_stats=return_stats,
+        chunk_size=chunk_size,
+        precision=precision,
+        implementation=implementation,
+    )
+
+
+def losses_of_product(
+    call: str,
+    hidden,
+    kernel,
+    labels,
+    *,
+    bias,
+    vocab_axis,
+    num_classes,
+    ignore_index,
+    logit_softcap,
+    where,
+    reduction,
+    vocab_axis_name,
+    return_stats,
+    chunk_size,
+    precision,
+    implementation,
+    weight=None,
+    label_smoothing=0.0,
+    z_loss=0.0,
+    sample_weight=None,
+    token_axis_name=None,
+    temperature=1.0,
+) -> Any:
+    """:func:`linear_cross_entropy` of the public function ``call``."""
     vocab_axes = _check.mesh_axes(call, "vocab_axis_name", vocab_axis_name)
     token_axes = _check.mesh_axes(call, "token_axis_name", token_axis_name)
     hidden, kernel, bias, vocab_axis = _operands(call, hidden, kernel, bias, vocab_axis)
@@ -180,6 +245,9 @@ def linear_cross_entropy(
         call, "hidden @ kernel", logits, labels, -1, weight, ignore_index, sample_weight, where,
         reduction, num_classes, vocab_axes,
     )  # fmt: skip
+    smoothing = _check.number(call, "label_smoothing", label_smoothing, 0, 1)
+    _check.bucket(call, checked.arrays[0], weight, smoothing)
+    bucket = getattr(checked.arrays[0], "rest", None) == "bucket"
     _check.split(
         call, "kernel", kernel, {"hidden": hidden, **checked.of_tokens}, vocab_axes, token_axes
     )
@@ -187,8 +255,11 @@ def linear_cross_entropy(
     def schedule(hidden, kernel, bias, *arrays, **mesh):
         tokens = math.prod(hidden.shape[:-1])
         here = local if not layout else layout.columns
-        name = implementation or _default(tokens, here)
+        name = implementation or ("token_chunks" if bucket else _default(tokens, here))
         _check.word(call, "implementation", name, IMPLEMENTATIONS)
+        if bucket and name == "vocab_blocks":
+            rule = "labels with rest='bucket' need implementation='token_chunks'"
+            _check.fail(call, rule, repr(name))
         by_tokens = name == "token_chunks"
         default = _linear.default_chunk if by_tokens else _blocks.default_block
         chunk = _check.integer(
@@ -203,10 +274,12 @@ def linear_cross_entropy(
             geometry=_linear.Geometry(vocab_axis, here, chunk, precision, **mesh),
             num_classes=checked.static["num_classes"],
             reduction=reduction,
-            softcap=_check.softcap(call, logit_softcap),
+            scaling=_passes.scaling_of(
+                _check.softcap(call, logit_softcap), _check.temperature(call, temperature)
+            ),
             options=(
                 ("ignore_index", checked.static["ignore_index"]),
-                ("label_smoothing", _check.number(call, "label_smoothing", label_smoothing, 0, 1)),
+                ("label_smoothing", smoothing),
                 ("z_loss", _check.number(call, "z_loss", z_loss, 0, sys.float_info.max)),
                 ("with_stats", _check.flag(call, "return_stats", return_stats)),
             ),
@@ -218,10 +291,10 @@ def linear_cross_entropy(
     return _layout.over_mesh(schedule, layout, arrays, reduction, return_stats)
 
 
-@partial(jax.jit, static_argnames=("geometry", "num_classes", "reduction", "softcap", "options"))
+@partial(jax.jit, static_argnames=("geometry", "num_classes", "reduction", "scaling", "options"))
 def _by_token_chunks(
     hidden, kernel, bias, labels, weight, sample_weight, class_mask, token_mask,
-    *, geometry, num_classes, reduction, softcap, options,
+    *, geometry, num_classes, reduction, scaling, options,
 ):  # fmt: skip
     options = dict(options)
     classes = _targets.classes_here(num_classes, geometry.num_classes, geometry.vocab_axes)
@@ -239,24 +312,25 @@ def _by_token_chunks(
     scalar, with_stats = reduction != "none", options["with_stats"]
 
     def loss_fn(x, per_token, shared):
-        labels, index = per_token
+        *labels, index = per_token
         weight, mask = shared
         mask = mask if index is None else mask[index]
         # Counted anew: traced values must not leak into the loop that this runs in.
         classes = _targets.classes_here(num_classes, x.shape[-1], geometry.vocab_axes)
         losses, stats, _ = token_terms(
-            rows_of_logits(x, softcap), classes, labels, weight, mask, dtype=wide, **options
-        )
+            rows_of_logits(x, scaling), classes, _joined(labels, rest), weight, mask, dtype=wide,
+            **options,
+        )  # fmt: skip
         if stats is None:
             return (losses,), ()
         return ((losses,), tuple(stats)) if scalar else ((losses, *stats[:3]), stats[3:])
 
-    tokens = math.prod(lead)
+    tokens, (labels, rest) = math.prod(lead), _flat_labels(labels, lead)
     operands = _linear.Operands(
         hidden.reshape(tokens, hidden.shape[-1]),
         kernel,
         bias,
-        (labels.reshape(tokens, *labels.shape[len(lead) :]), mask_index),
+        (*labels, mask_index),
         (weight, mask_rows),
     )
     packing = _linear.pack(targets.counts.reshape(tokens), geometry)
@@ -275,13 +349,14 @@ def _by_token_chunks(
     if not with_stats:
         return loss
     stats = TokenStats(*(v.reshape(lead) for v in stats))
-    return loss, stats._replace(prediction=jnp.where(targets.counts, stats.prediction, -1))
+    none = {name: jnp.where(targets.counts, getattr(stats, name), -1) for name in INTEGERS}
+    return loss, stats._replace(**none)
 
 
-@partial(jax.jit, static_argnames=("geometry", "num_classes", "reduction", "softcap", "options"))
+@partial(jax.jit, static_argnames=("geometry", "num_classes", "reduction", "scaling", "options"))
 def _by_vocab_blocks(
     hidden, kernel, bias, labels, weight, sample_weight, class_mask, token_mask,
-    *, geometry, num_classes, reduction, softcap, options,
+    *, geometry, num_classes, reduction, scaling, options,
 ):  # fmt: skip
     options = dict(options)
     axes = geometry.vocab_axes
@@ -291,30 +366,31 @@ def _by_vocab_blocks(
     mask, mask_row = _rows_of(class_mask, lead)
     if mask is not None:
         mask = jnp.broadcast_to(mask, (mask.shape[0], classes.size))
-    labels = labels.reshape(tokens, *labels.shape[len(lead) :])
+    labels = _joined(*_flat_labels(labels, lead))
     sample_weight, token_mask = (
         None if x is None else x.reshape(tokens) for x in (sample_weight, token_mask)
     )
     rows = hidden.reshape(tokens, hidden.shape[-1])
 
     def rows_of(targets, classes, _, weight, label_smoothing, want, predict):
-        share = _targets.uniform_share(label_smoothing, classes, mask, wide)
-        if share is not None and mask_row is not None:
-            share = share[mask_row]
         # Gradients of what no token owns are summed over the devices after the loop, not in it.
-        varies = _mesh.varies_over(rows) | _mesh.varies_over(labels)
+        varies = _mesh.varies_over(rows).union(*map(_mesh.varies_over, jax.tree.leaves(labels)))
         weight = _mesh.spread(_targets.weight_here(weight, classes), varies)
         return _blocks.row_losses_by_block(
-            _blocks.Options(geometry, label_smoothing, softcap, want, predict, wide),
+            _blocks.Options(geometry, label_smoothing, scaling, want, predict, wide),
             _blocks.Operands(
                 # 0 * NaN is NaN: a token that does not count must not reach d_kernel.
                 jnp.where(targets.counts[:, None], rows, 0),
                 kernel,
                 bias,
-                None if targets.kept is not None else labels,
+                targets.probabilities,
                 weight,
+                _passes.of_rank(targets.share, 2),
+                targets.extra,
             ),
-            _blocks.Constants(targets.kept, _targets.existing(mask, classes, 2), mask_row, share),
+            _blocks.Constants(
+                targets.kept, _targets.existing(mask, classes, 2), mask_row, targets.column
+            ),
         )
 
     losses, stats, targets = token_terms(
@@ -438,7 +514,7 @@ def linear_loss(
         return (pure(x, *per_token, *(given[id(a)] for a in own)).astype(wide),), ()
 
     counts = jnp.ones(lead, bool) if sample_weight is None else sample_weight.astype(bool)
-    targets = _targets.Targets(None, None, None, counts)
+    targets = _targets.Targets(None, None, counts)
     each, nothing = _targets.token_weights(targets, sample_weight, reduction, wide)
     geometry = _linear.Geometry(vocab_axis, columns, chunk, precision)
     operands = _linear.Operands(

@@ -1,6 +1,6 @@
 """Single passes over rows, each in the form that XLA runs best without an array of their size."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,14 +10,28 @@ from jaxloss import _mesh
 from jaxloss._casts import accumulator_dtype, widened
 
 
-def widen(x: Array, class_mask: Array | None, softcap: float | None) -> Array:
-    """The logits as they are reasoned about: in the accumulator's dtype, capped, then masked.
+class Scaling(NamedTuple):
+    """What logits become first: ``softcap * tanh(x / softcap) / temperature``."""
+
+    softcap: float | None
+    temperature: float
+
+
+def scaling_of(softcap: float | None, temperature: float = 1.0) -> Scaling | None:
+    return None if softcap is None and temperature == 1 else Scaling(softcap, temperature)
+
+
+def widen(x: Array, class_mask: Array | None, scaling: Scaling | None) -> Array:
+    """The logits as they are reasoned about: in the accumulator's dtype, scaled, then masked.
 
     The cap comes first: a class that is masked has -inf, and cap * tanh(-inf / cap) is -cap.
     """
     x = widened(x)
-    if softcap is not None:
-        x = softcap * jnp.tanh(x / softcap)
+    if scaling is not None:
+        if scaling.softcap is not None:
+            x = scaling.softcap * jnp.tanh(x / scaling.softcap)
+        if scaling.temperature != 1:
+            x = x / scaling.temperature
     return x if class_mask is None else jnp.where(class_mask, x, -jnp.inf)
 
 
@@ -107,12 +121,12 @@ def sum_exponentials(x: Array, m: Array, kept: Array) -> Array:
     return lax.platform_dependent(x, m, kept, cpu=_sum_of_others_in_blocks, default=_sum_of_others)
 
 
-def row_max(logits: Array, class_mask: Array | None, softcap: float | None) -> Array:
-    if class_mask is None and softcap is None:
+def row_max(logits: Array, class_mask: Array | None, scaling: Scaling | None) -> Array:
+    if class_mask is None and scaling is None:
         # In the logits' own dtype (a maximum does not round): no wide copy for two readers.
         m = jnp.max(logits, axis=-1).astype(accumulator_dtype(logits.dtype))
     else:
-        m = jnp.max(widen(logits, class_mask, softcap), axis=-1)
+        m = jnp.max(widen(logits, class_mask, scaling), axis=-1)
     return lax.stop_gradient(m)
 
 
@@ -152,12 +166,61 @@ def prediction(
     return class_of(*highest(logits, class_mask, start), vocab_axes)
 
 
+def ahead(x: Array, of_label: Array, label: Array) -> Array:
+    """How many of the classes are predicted before the label's: those of larger logits, and of
+    equal ones those of lower index. int32.
+
+    In numbers that are 0 or 1, as in ``near_max``: XLA:CPU writes integer summands out first.
+    """
+    finite_label = jnp.maximum(of_label, jnp.finfo(x.dtype).min)[..., None]
+    if not _index_is_exact(x):
+        at = lax.broadcasted_iota(label.dtype, x.shape, x.ndim - 1) - label[..., None]
+        larger = (x > finite_label) | ((x == finite_label) & (at < 0))
+        return jnp.sum(larger & (at != 0), axis=-1, dtype=jnp.int32)
+    tiny = jnp.finfo(x.dtype).tiny
+    lower = label.astype(x.dtype)[..., None] - _class_index(x)
+    larger = jnp.minimum(jnp.maximum((x - finite_label) / tiny, -1) / tiny, 1)
+    larger = jnp.minimum(jnp.maximum(2 * larger + jnp.minimum(lower, 1), 0), 1)
+    # The label's own logit may have been rounded otherwise than the one it is compared with.
+    return jnp.sum(larger * jnp.minimum(jnp.abs(lower), 1), axis=-1).astype(jnp.int32)
+
+
+def rank(
+    logits: Array,
+    class_mask: Array | None,
+    kept: Array,
+    start: Any = 0,
+    vocab_axes: _mesh.Axes = (),
+) -> Array:
+    """The label's place in the order of predictions, 0 for the first; -1: it has none. int32."""
+    x = widen(lax.optimization_barrier(lax.stop_gradient(logits)), class_mask, None)
+    label, of_label, found = found_label(
+        kept, entry_or_zero(x, kept), x.shape[-1], start, vocab_axes
+    )
+    before = ahead(x, of_label, label - start)
+    return jnp.where(found, lax.psum(before, vocab_axes) if vocab_axes else before, -1)
+
+
+def found_label(kept: Array, of_label: Array, size: int, start: Any, vocab_axes: _mesh.Axes):
+    """(the label's class, its logit, whether it is one of the classes) from what each device has.
+
+    ``kept`` is its column of the ``size`` here, from the class ``start`` on; ``of_label`` its
+    logit, 0 where it is not here.
+    """
+    here = kept < size
+    label = jnp.where(here, kept + start, 0)
+    if vocab_axes:
+        label, of_label, here = lax.psum((label, of_label, here.astype(jnp.int32)), vocab_axes)
+        here = here > 0
+    return label, of_label, here
+
+
 def within(index: Array, start: Any, size: int) -> Array:
     """The class's place among the ``size`` from ``start`` on; ``size``: it is not among them."""
     return jnp.where((index >= start) & (index < start + size), index - start, size)
 
 
-def near_max(logits: Array, m: Array, class_mask: Array | None, softcap: float | None) -> Array:
+def near_max(logits: Array, m: Array, class_mask: Array | None, scaling: Scaling | None) -> Array:
     """The first class within a few roundings of the row's maximum: the entry to keep out. int32.
 
     A minimum over ``j + 2^30 [x_j < m]``, with the bracket as a clipped multiple of the difference:
@@ -165,7 +228,7 @@ def near_max(logits: Array, m: Array, class_mask: Array | None, softcap: float |
     at the maximum: where the logits are a product that XLA computes again for this pass, the
     subtraction sees it unrounded.
     """
-    x = widen(lax.stop_gradient(logits), class_mask, softcap)
+    x = widen(lax.stop_gradient(logits), class_mask, scaling)
     if not _index_is_exact(x):
         return jnp.argmax(x, axis=-1).astype(jnp.int32)
     info = jnp.finfo(x.dtype)
@@ -190,6 +253,34 @@ def entry(x: Array, index: Array) -> Array:
         return jnp.sum(jnp.where(is_kept(x, index), x, 0), axis=-1)
     index = index[..., None]
     return jnp.take_along_axis(x, index, axis=-1, mode="promise_in_bounds")[..., 0]
+
+
+def entries(x: Array, index: Array) -> Array:
+    """x[..., index[..., k]], the last entry where an index is past the end."""
+    index = jnp.minimum(index, x.shape[-1] - 1)
+    if _classes_are_split(x):
+        return jax.vmap(entry, in_axes=(None, -1), out_axes=-1)(x, index)
+    return jnp.take_along_axis(x, index, axis=-1, mode="promise_in_bounds")
+
+
+def added_at(x: Array, index: Array, values: Array) -> Array:
+    """``x`` with ``values[..., k]`` added at ``index[..., k]``; past the end: nowhere."""
+    if _classes_are_split(x):
+        return x + jnp.sum(
+            jnp.where(is_kept(x[..., None, :], index), values[..., None], 0), axis=-2
+        )
+
+    def add(x, index, values):
+        return x.at[index].add(values, mode="drop")
+
+    for _ in range(x.ndim - 1):
+        add = jax.vmap(add)
+    return add(x, index, values)
+
+
+def entry_or_zero(x: Array, index: Array) -> Array:
+    """x[..., index], 0 where the index is past the end."""
+    return jnp.where(index < x.shape[-1], entry(x, index), 0)
 
 
 def entry_or_nan(x: Array, index: Array) -> Array:

@@ -25,6 +25,9 @@ from jaxloss import _mesh
 from jaxloss._casts import accumulator_dtype, narrowed, widened
 from jaxloss._forward_mode import with_forward_mode
 from jaxloss._passes import (
+    Scaling,
+    added_at,
+    entries,
     entry,
     finite,
     is_kept,
@@ -44,6 +47,7 @@ class RowLosses(NamedTuple):
     soft: Any  # sum_j q_j (logsumexp(x) - x_j), for soft targets q
     logsumexp: Any
     entropy: Any
+    confidence: Any = None  # max_j p_j; without a derivative
 
 
 class RowState(NamedTuple):
@@ -72,10 +76,12 @@ class RowPart(NamedTuple):
     spread: Any  # sum_j exp(x_j - m) (m - x_j)
 
 
-def _softcap_slope(x: Array, softcap: float) -> Array:
+def _slope(x: Array, scaling: Scaling) -> Any:
+    if scaling.softcap is None:
+        return 1 / scaling.temperature
     # sech^2, not 1 - tanh^2: the latter is 0 past |x| = 9 cap where the slope is still 6e-8.
-    e = jnp.exp(-2 * jnp.abs(widened(x) / softcap))
-    return 4 * e / (1 + e) ** 2
+    e = jnp.exp(-2 * jnp.abs(widened(x) / scaling.softcap))
+    return 4 * e / ((1 + e) ** 2 * scaling.temperature)
 
 
 def _write_out(logits: Array) -> bool:
@@ -85,19 +91,24 @@ def _write_out(logits: Array) -> bool:
     return logits.dtype == wide or small
 
 
-def row_part(logits, kept, soft_targets, class_mask, softcap, want, share=False) -> RowPart:
-    """``share``: the backward pass follows in the same program."""
-    highest = row_max(logits, class_mask, softcap)
+def row_part(
+    logits, kept, soft_targets, class_mask, scaling, want, *, top=None, share=False
+) -> RowPart:
+    """``top``: an index[..., k] and what the soft targets have there beside.
+
+    ``share``: the backward pass follows in the same program.
+    """
+    highest = row_max(logits, class_mask, scaling)
     m = finite(highest)
     if kept is None:
-        kept = near_max(logits, m, class_mask, softcap)
-    x = widen(logits, class_mask, softcap)
+        kept = near_max(logits, m, class_mask, scaling)
+    x = widen(logits, class_mask, scaling)
     # XLA:CPU gathers bfloat16 by widening the operand: without the barrier that conversion is
     # merged with the sum's and held as a float32 copy of the logits.
     x_kept = widen(
         entry(lax.optimization_barrier(logits) if x.dtype != logits.dtype else logits, kept),
         None if class_mask is None else entry(jnp.broadcast_to(class_mask, x.shape), kept),
-        softcap,
+        scaling,
     )
     x_kept = jnp.where(kept < x.shape[-1], x_kept, jnp.nan)
     if share and _write_out(logits):
@@ -105,7 +116,7 @@ def row_part(logits, kept, soft_targets, class_mask, softcap, want, share=False)
         # pass: one exponential an entry instead of two.
         s = jnp.sum(other_exponentials(x, m, kept), axis=-1)
     else:
-        as_read = class_mask is None and softcap is None
+        as_read = class_mask is None and scaling is None
         s = sum_exponentials(logits if as_read else x, m, kept)
 
     below = mass = other_mass = spread = None
@@ -117,10 +128,25 @@ def row_part(logits, kept, soft_targets, class_mask, softcap, want, share=False)
         # q_j = 0 asks for nothing, of a class at -inf either (0 * inf is NaN).
         below = jnp.where(q == 0, 0, q * (m[..., None] - jnp.where(q == 0, 0, x)))
         below = jnp.sum(below, axis=-1)
+    if top is not None:
+        index, extra = top
+        extra = jnp.where(index < x.shape[-1], extra.astype(x.dtype), 0)
+        below_top = jnp.where(extra == 0, 0, extra * _below(x, m, index, extra == 0))
+        others = jnp.where(index == kept[..., None], 0, extra)
+        some = (jnp.sum(v, axis=-1) for v in (below_top, extra, others))
+        dense = (below, mass, other_mass)
+        below, mass, other_mass = (
+            v if old is None else old + v for old, v in zip(dense, some, strict=True)
+        )
     if "entropy" in want:
         e = jnp.exp(x - m[..., None])
         spread = jnp.sum(jnp.where(e > 0, e * (m[..., None] - jnp.where(e > 0, x, 0)), 0), axis=-1)
     return RowPart(highest, s, x_kept, kept, below, mass, other_mass, spread)
+
+
+def _below(x: Array, m: Array, index: Array, unless: Array) -> Array:
+    """m - x_i of several entries of a row, finite where nothing is asked for."""
+    return m[..., None] - jnp.where(unless, m[..., None], entries(x, index))
 
 
 def _seen_from(part: RowPart, m: Array, keeps: Array) -> RowPart:
@@ -203,11 +229,13 @@ def finish(part: RowPart, want: tuple[str, ...]) -> tuple[RowLosses, RowState]:
         soft=None if part.mass is None else part.below + part.mass * r,
         logsumexp=m + r if "logsumexp" in want else None,
         entropy=None if spread is None else spread + r,
+        # No class at all, no confidence: 1 + t is 0.
+        confidence=jnp.where(t > -1, 1 / (1 + t), jnp.nan) if "confidence" in want else None,
     )
     return losses, RowState(m, part.s, d, t, part.kept, part.mass, part.other_mass, spread)
 
 
-def row_gradient(logits, state, soft_targets, class_mask, softcap, ct):
+def row_gradient(logits, state, soft_targets, class_mask, scaling, ct, top=None):
     """d(sum of ct * losses) / d(logits), in the accumulator's dtype, one pass.
 
     With ``p`` the softmax, ``q`` the soft targets of mass ``Q``, ``H`` the entropy:
@@ -215,7 +243,7 @@ def row_gradient(logits, state, soft_targets, class_mask, softcap, ct):
     ``d entropy = -p (log p + H) = p ((m - x_j) - (H - r))``.
     """
     m, s, d, t, kept, mass, other_mass, spread = state
-    x = widen(logits, class_mask, softcap)
+    x = widen(logits, class_mask, scaling)
     k = 1 / (1 + t)
     kept_minus_1 = -s * k
     p_kept = jnp.exp(-d) * k
@@ -247,19 +275,32 @@ def row_gradient(logits, state, soft_targets, class_mask, softcap, ct):
         below = m[..., None] - jnp.where(e > 0, x, 0)
         dx += jnp.where(e > 0, e * (k * ct.entropy)[..., None] * (below - spread[..., None]), 0)
     if ct.soft is not None:
-        dx -= ct.soft[..., None] * soft_targets.astype(x.dtype)
+        if soft_targets is not None:
+            dx -= ct.soft[..., None] * soft_targets.astype(x.dtype)
+        if top is not None:
+            dx = added_at(dx, top[0], -ct.soft[..., None] * top[1].astype(x.dtype))
     dx = jnp.where(is_kept(x, kept) | ~active[..., None], row[..., None], dx)
-    if softcap is not None:
-        dx = jnp.where(active[..., None], dx * _softcap_slope(logits, softcap), 0)
+    if scaling is not None:
+        dx = jnp.where(active[..., None], dx * _slope(logits, scaling), 0)
     return dx if class_mask is None else jnp.where(class_mask, dx, 0)
 
 
-def soft_gradient(logits, state, soft_targets, class_mask, softcap):
+def soft_gradient(logits, state, soft_targets, class_mask, scaling):
     """d(soft) / d(soft_targets): -log p, and 0 for a class at -inf that has no mass."""
-    x = widen(logits, class_mask, softcap)
+    x = widen(logits, class_mask, scaling)
     impossible = (x == -jnp.inf) & (soft_targets == 0)
     r = jnp.log1p(state.t)[..., None]
     return jnp.where(impossible, 0, (state.m[..., None] - jnp.where(impossible, 0, x)) + r)
+
+
+def top_gradient(logits, state, class_mask, scaling, top):
+    """d(soft) / d(extra): the same at each index, and 0 past the end."""
+    x = widen(logits, class_mask, scaling)
+    index, extra = top
+    nowhere = index >= x.shape[-1]
+    impossible = (entries(x, index) == -jnp.inf) & (extra == 0)
+    slope = _below(x, state.m, index, nowhere | impossible) + jnp.log1p(state.t)[..., None]
+    return jnp.where(nowhere | impossible, 0, slope)
 
 
 def sum_to(x: Array, shape: tuple[int, ...]) -> Array:
@@ -273,7 +314,8 @@ def row_losses(
     soft_targets: Array | None = None,
     class_mask: Array | None = None,
     *,
-    softcap: float | None = None,
+    top: tuple[Array, Array] | None = None,
+    scaling: Scaling | None = None,
     want: tuple[str, ...] = ("nll",),
     vocab_axes: _mesh.Axes = (),
 ) -> RowLosses:
@@ -281,62 +323,75 @@ def row_losses(
 
     ``kept[...]`` (int32) is the label, or C for a row without one, whose results are NaN; None
     keeps the first entry at the maximum out instead. ``soft_targets`` and ``class_mask`` broadcast
-    to ``logits``. Differentiable in ``logits`` and ``soft_targets``, in every mode.
+    to ``logits``; ``top``, an index[..., k] and what is there, is added to the soft targets.
+    Differentiable in ``logits`` and both kinds of soft targets, in every mode.
 
     ``vocab_axes``: the mesh axes over which the rows are split. C is then what stands here, as are
     ``soft_targets`` and ``class_mask``; a label has index C where another device holds it.
     """
 
-    def part_of(logits, soft_targets, kept, class_mask, share=False):
-        part = row_part(logits, kept, soft_targets, class_mask, softcap, want, share)
+    def part_of(logits, soft_targets, extra, kept, class_mask, index, share=False):
+        top = None if extra is None else (index, extra)
+        part = row_part(logits, kept, soft_targets, class_mask, scaling, want, top=top, share=share)
         return merge_shards(part, vocab_axes, kept is not None, logits.shape[-1])
 
     def losses(*args):
         return finish(part_of(*args), want)[0]
 
-    def forward(logits, soft_targets, kept, class_mask):
-        part = part_of(logits, soft_targets, kept, class_mask, share=True)
+    def forward(logits, soft_targets, extra, kept, class_mask, index):
+        part = part_of(logits, soft_targets, extra, kept, class_mask, index, share=True)
         out, state = finish(part, want)
-        return out, (logits, state, soft_targets, class_mask)
+        return out, (logits, state, soft_targets, extra, class_mask, index)
 
     def backward(residuals, ct):
-        logits, state, soft_targets, class_mask = residuals
+        logits, state, soft_targets, extra, class_mask, index = residuals
+        top = None if extra is None else (index, extra)
         if not _write_out(logits):
             # Without the barrier XLA:CPU shares the widened logits (and the broadcast of m) with
             # the forward pass, and holds them: a float32 copy of the logits.
             scalars = state._replace(kept=None)
             logits, scalars = lax.optimization_barrier((logits, scalars))
             state = scalars._replace(kept=state.kept)
-        dx = row_gradient(logits, state, soft_targets, class_mask, softcap, ct)
-        dq = None
+        dx = row_gradient(logits, state, soft_targets, class_mask, scaling, ct, top)
+        dq = d_extra = None
         if soft_targets is not None:
             each = ct.soft[..., None] * soft_gradient(
-                logits, state, soft_targets, class_mask, softcap
+                logits, state, soft_targets, class_mask, scaling
             )
             each = jnp.where(ct.soft[..., None] == 0, 0, each)
             dq = sum_to(each, soft_targets.shape).astype(soft_targets.dtype)
-        return narrowed(dx, logits.dtype), dq, None, None
+        if extra is not None:
+            each = ct.soft[..., None] * top_gradient(logits, state, class_mask, scaling, top)
+            d_extra = jnp.where(ct.soft[..., None] == 0, 0, each).astype(extra.dtype)
+        return narrowed(dx, logits.dtype), dq, d_extra, None, None, None
 
     def tangent(residuals, tangents):
         # Rows do not mix: the derivative of one number is the gradient at its unit cotangent.
-        logits, state, soft_targets, class_mask = residuals
-        d_logits, d_soft_targets = tangents[:2]
+        logits, state, soft_targets, extra, class_mask, index = residuals
+        top = None if extra is None else (index, extra)
+        d_logits, d_soft_targets, d_extra = tangents[:3]
         wide = accumulator_dtype(logits.dtype)
         none = RowLosses(None, None, None, None)
-        present = [*want, *(["soft"] if soft_targets is not None else [])]
+        present = [w for w in want if w != "confidence"]
+        present += [] if soft_targets is None and extra is None else ["soft"]
         out: dict[str, Any] = {}
         for name in present:
             out[name] = jnp.zeros_like(state.m)
             if d_logits is not None:
                 ct = none._replace(**{name: jnp.ones_like(state.m)})
-                slope = row_gradient(logits, state, soft_targets, class_mask, softcap, ct)
+                slope = row_gradient(logits, state, soft_targets, class_mask, scaling, ct, top)
                 out[name] += jnp.sum(slope * d_logits.astype(wide), axis=-1)
         if d_soft_targets is not None:
-            slope = soft_gradient(logits, state, soft_targets, class_mask, softcap)
+            slope = soft_gradient(logits, state, soft_targets, class_mask, scaling)
             out["soft"] += jnp.sum(slope * d_soft_targets.astype(wide), axis=-1)
+        if d_extra is not None:
+            slope = top_gradient(logits, state, class_mask, scaling, top)
+            out["soft"] += jnp.sum(slope * d_extra.astype(wide), axis=-1)
         return none._replace(**(_mesh.sums(out, vocab_axes) if vocab_axes else out))
 
-    given = (of_rank(soft_targets, logits.ndim), kept, of_rank(class_mask, logits.ndim))
+    index, extra = (None, None) if top is None else top
+    mask = of_rank(class_mask, logits.ndim)
+    given = (of_rank(soft_targets, logits.ndim), extra, kept, mask, index)
     rule = jax.custom_vjp(losses)
     rule.defvjp(forward, backward)
     return with_forward_mode(rule, tangent)(*_mesh.together(logits, *given))

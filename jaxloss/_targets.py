@@ -22,7 +22,8 @@ from jax.typing import ArrayLike
 
 from jaxloss import _check, _mesh
 from jaxloss._casts import accumulator_dtype
-from jaxloss._passes import of_rank, within
+from jaxloss._labels import TopKLabels
+from jaxloss._passes import entries, of_rank, within
 from jaxloss._rows import RowLosses
 
 
@@ -49,13 +50,33 @@ def existing(class_mask: Array | None, classes: Classes, rank: int) -> Array | N
     return real if class_mask is None else class_mask & real
 
 
+def is_probabilities(labels: Any) -> bool:
+    return not isinstance(labels, TopKLabels) and jnp.issubdtype(labels.dtype, jnp.floating)
+
+
 class Targets(NamedTuple):
-    """What the tokens ask for: ``label_weight * (1 - smoothing)`` at ``kept``, and ``soft``."""
+    """What the tokens ask for: ``label_weight * (1 - smoothing)`` at ``kept``, and soft targets.
+
+    The soft targets are a sum: ``(1 - smoothing) * probabilities`` and ``share`` at every class
+    that exists, both times the class weights, and ``extra`` at each ``column``. See soft_targets.
+    """
 
     kept: Array | None  # int32 column; as many as there are: none here; None for probabilities
-    soft: Array | None  # broadcastable to the logits: smoothing and weights are in it
     label_weight: Array | None  # w_y
     counts: Array  # bool
+    probabilities: Array | None = None  # [..., columns]
+    share: Array | None = None  # [1], or one a token [..., 1]
+    column: Array | None = None  # [..., k] int32 columns, as kept
+    extra: Array | None = None  # [..., k]: smoothing and weights are in it
+    rest: Array | None = None  # [...], the probability of all classes but those at column
+
+    @property
+    def top(self) -> tuple[Array, Array] | None:
+        return None if self.column is None or self.extra is None else (self.column, self.extra)
+
+    @property
+    def soft(self) -> bool:
+        return any(x is not None for x in (self.probabilities, self.share, self.extra))
 
 
 def class_indices(labels: Array, num_classes: int, ignore_index: int | None):
@@ -77,21 +98,21 @@ def class_indices(labels: Array, num_classes: int, ignore_index: int | None):
     return jnp.where(ignored, 0, index), ~ignored
 
 
-def uniform_share(label_smoothing, classes: Classes, class_mask, dtype) -> Any:
-    """``label_smoothing / C`` of the C classes that exist: a number a row; None: no smoothing.
+def _existing_columns(class_mask: Array, classes: Classes) -> Array:
+    mask = jnp.broadcast_to(class_mask, (*class_mask.shape[:-1], classes.size))
+    return cast(Array, existing(mask, classes, mask.ndim))
+
+
+def number_of_classes(classes: Classes, class_mask: Array | None, dtype) -> Array:
+    """How many exist, a row: ``[1]`` or ``[..., 1]``.
 
     ``class_mask``: those that the caller says exist; padding is known.
     """
-    if not label_smoothing or not classes.total:
-        return None
     if class_mask is None:
-        return jnp.full((1,), label_smoothing / classes.total, dtype)
-    mask = jnp.broadcast_to(class_mask, (*class_mask.shape[:-1], classes.size))
-    mask = cast(Array, existing(mask, classes, mask.ndim))
+        return jnp.full((1,), classes.total, dtype)
+    mask = _existing_columns(class_mask, classes)
     exist = jnp.sum(mask, axis=-1, keepdims=True, dtype=dtype)
-    if classes.axes:
-        exist = lax.psum(exist, classes.axes)
-    return label_smoothing / jnp.maximum(exist, 1)
+    return lax.psum(exist, classes.axes) if classes.axes else exist
 
 
 def soft_targets(
@@ -106,10 +127,10 @@ def soft_targets(
     """``w_c ((1 - eps) q_c + eps / C)`` of some classes, broadcastable to their logits, or None."""
     soft = None
     if share is not None:
-        shape = (*share.shape[:-1], num_classes)
-        soft = jnp.broadcast_to(share, shape)
+        soft = share  # as it is, one number a row, where it may: not an array of the logits' size
         if class_mask is not None:
-            soft = jnp.where(class_mask, soft, 0)
+            mask = jnp.broadcast_to(class_mask, (*class_mask.shape[:-1], num_classes))
+            soft = jnp.where(mask, of_rank(share, mask.ndim), 0)
     if probabilities is not None:
         scaled = probabilities
         if label_smoothing:
@@ -121,7 +142,7 @@ def soft_targets(
 
 
 def make_targets(
-    labels: Array,
+    labels: Any,
     classes: Classes,
     dtype: jnp.dtype,
     *,
@@ -132,42 +153,94 @@ def make_targets(
     ignore_index: int | None,
     label_smoothing: float = 0.0,
 ) -> Targets:
-    """Columns last: ``labels[...]`` are indices or ``labels[..., columns]`` probabilities.
+    """Columns last: ``labels`` are indices [...], probabilities [..., columns] or TopKLabels.
 
     ``weight[C]`` and indices speak of all classes, ``class_mask`` of the columns here.
     """
-    kept = probabilities = label_weight = None
-    if jnp.issubdtype(labels.dtype, jnp.integer):
+    share = None
+    if label_smoothing and classes.total:
+        share = label_smoothing / jnp.maximum(number_of_classes(classes, class_mask, dtype), 1)
+    if isinstance(labels, TopKLabels):
+        targets = _of_top(
+            labels, classes, dtype, weight, class_mask, ignore_index, label_smoothing, share
+        )
+    elif jnp.issubdtype(labels.dtype, jnp.integer):
         index, counts = class_indices(labels, classes.total, ignore_index)
-        inside = index < classes.total
+        label_weight = None
         if weight is not None and classes.total:
-            # 1 where there is no such class: its NaN must reach the loss.
-            # Under explicit sharding JAX wants to be told that the result is split as the labels.
-            split = jax.typeof(index).sharding
-            label_weight = weight.astype(dtype).at[jnp.where(inside, index, 0)]
-            label_weight = label_weight.get(out_sharding=split if any(split.spec) else None)
-            label_weight = jnp.where(inside, label_weight, 1)
-        kept = index
-        if classes.axes or classes.total != classes.size:
-            kept = within(index, classes.start, classes.size)
-            kept = jnp.where(inside, kept, classes.size)
+            label_weight = _weight_of(index, weight, classes, dtype)
+        targets = Targets(_column(index, classes), label_weight, counts, share=share)
     else:
-        counts, probabilities = jnp.ones(labels.shape[:-1], bool), labels
+        counts = jnp.ones(labels.shape[:-1], bool)
+        targets = Targets(None, None, counts, probabilities=labels, share=share)
+    counts = targets.counts
     if token_mask is not None:
         counts &= token_mask
     if sample_weight is not None:
         counts &= sample_weight.astype(bool)
-    share = uniform_share(label_smoothing, classes, class_mask, dtype)
-    soft = soft_targets(
-        probabilities,
-        share,
-        existing(class_mask, classes, labels.ndim + (probabilities is None)),
-        weight_here(weight, classes),
-        label_smoothing,
-        classes.size,
-        dtype,
+    return targets._replace(counts=counts)
+
+
+def _weight_of(index: Array, weight: Array, classes: Classes, dtype) -> Array:
+    """``w`` of each class index, 1 where there is no such class: its NaN must reach the loss."""
+    inside = index < classes.total
+    # Under explicit sharding JAX wants to be told that the result is split as the labels.
+    split = jax.typeof(index).sharding
+    found = weight.astype(dtype).at[jnp.where(inside, index, 0)]
+    found = found.get(out_sharding=split if any(split.spec) else None)
+    return jnp.where(inside, found, 1)
+
+
+def _column(index: Array, classes: Classes) -> Array:
+    if not classes.axes and classes.total == classes.size:
+        return index
+    column = within(index, classes.start, classes.size)
+    return jnp.where(index < classes.total, column, classes.size)
+
+
+def _of_top(
+    labels: TopKLabels,
+    classes: Classes,
+    dtype,
+    weight: Array | None,
+    class_mask: Array | None,
+    ignore_index: int | None,
+    label_smoothing: float,
+    share: Array | None,
+) -> Targets:
+    index, taken = class_indices(labels.indices, classes.total, ignore_index)
+    q = jnp.where(taken, labels.probabilities.astype(dtype), 0)
+    # A class that does not exist makes its row NaN, from class 0. An empty slot is at none.
+    q = jnp.where(index < classes.total, q, jnp.nan)
+    index = jnp.where(index < classes.total, index, 0)
+    index = jnp.where(taken, index, classes.total)
+    column = _column(index, classes)
+    extra = q if not label_smoothing else q * (1 - label_smoothing)
+    rest = None
+    if labels.rest != "drop" and classes.total:
+        real = taken
+        if class_mask is not None:
+            mask = _existing_columns(class_mask, classes)
+            mask = jnp.broadcast_to(mask, (*column.shape[:-1], classes.size))
+            real &= _anywhere((column < classes.size) & entries(mask, column), classes.axes)
+        others = number_of_classes(classes, class_mask, dtype)
+        others = of_rank(others, real.ndim) - jnp.sum(real, axis=-1, keepdims=True, dtype=dtype)
+        # Where there is no other class, what is left over is rounding.
+        rest = jnp.maximum(1 - jnp.sum(q, axis=-1), 0)
+        rest = jnp.where(others[..., 0] > 0, rest, 0)
+        if labels.rest == "uniform":
+            each = (1 - label_smoothing) * rest[..., None] / jnp.maximum(others, 1)
+            share = each if share is None else each + of_rank(share, each.ndim)
+            extra, rest = extra - jnp.where(real, each, 0), None
+    if weight is not None and classes.total:
+        extra = extra * _weight_of(index, weight, classes, dtype)
+    return Targets(
+        None, None, jnp.any(taken, axis=-1), share=share, column=column, extra=extra, rest=rest
     )
-    return Targets(kept, soft, label_weight, counts)
+
+
+def _anywhere(here: Array, axes: _mesh.Axes) -> Array:
+    return lax.psum(here.astype(jnp.int32), axes) > 0 if axes else here
 
 
 def weight_here(weight: Array | None, classes: Classes) -> Array | None:
@@ -182,7 +255,7 @@ def wanted(targets: Targets, label_smoothing: float, z_loss: float, stats: bool)
     """Which of ``RowLosses`` (beside ``soft``) the loss and the statistics are made of."""
     want = ("nll",) if targets.kept is not None and (label_smoothing < 1 or stats) else ()
     want += ("logsumexp",) if z_loss or stats else ()
-    return want + (("entropy",) if stats else ())
+    return want + (("entropy", "confidence") if stats else ())
 
 
 def token_losses(rows: RowLosses, targets: Targets, label_smoothing: float, z_loss: float) -> Array:
@@ -195,7 +268,7 @@ def token_losses(rows: RowLosses, targets: Targets, label_smoothing: float, z_lo
         losses = penalty if losses is None else losses + penalty
     if targets.label_weight is not None and losses is not None:
         losses = targets.label_weight * losses
-    if targets.soft is not None:
+    if targets.soft:
         losses = rows.soft if losses is None else losses + rows.soft
     return cast(Array, losses)
 

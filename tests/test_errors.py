@@ -374,8 +374,8 @@ def test_an_empty_batch_with_every_option(name, case, probabilities):
 def test_statistics_of_nothing(name, reduction):
     right = {k: v[:0] if k in ("logits", "labels", "hidden") else v for k, v in RIGHT[name].items()}
     _, stats = getattr(jaxloss, name)(**right, return_stats=True, reduction=reduction)
-    assert [v.shape for v in stats] == [(0,)] * 4
-    assert [v.dtype for v in stats] == [jnp.float32] * 3 + [jnp.int32]
+    assert [v.shape for v in stats] == [(0,)] * 6
+    assert [v.dtype for v in stats] == [*[jnp.float32] * 3, jnp.int32, jnp.float32, jnp.int32]
 
 
 def test_an_empty_batch_is_checked_too():

@@ -328,7 +328,8 @@ def predictions(x, **options):
 
 
 def kept_out(x, mask=None, softcap=None):
-    return _passes.near_max(x, _passes.row_max(x, mask, softcap), mask, softcap)
+    scaling = _passes.scaling_of(softcap)
+    return _passes.near_max(x, _passes.row_max(x, mask, scaling), mask, scaling)
 
 
 @pytest.mark.parametrize("way", WAYS)
