@@ -2,15 +2,17 @@
 
 from importlib.metadata import version as _version
 
-from jaxloss._cross_entropy import TokenStats as TokenStats
+from jaxloss._check_labels import check_labels as check_labels
 from jaxloss._cross_entropy import cross_entropy as cross_entropy
 from jaxloss._cross_entropy import log_softmax as log_softmax
 from jaxloss._cross_entropy import nll_loss as nll_loss
 from jaxloss._labels import TopKLabels as TopKLabels
 from jaxloss._linear_cross_entropy import linear_cross_entropy as linear_cross_entropy
-from jaxloss._linear_cross_entropy import linear_loss as linear_loss
-from jaxloss._targets import check_labels as check_labels
-from jaxloss._targets import total_weight as total_weight
+from jaxloss._linear_loss import linear_loss as linear_loss
+from jaxloss._terms import TokenStats as TokenStats
+from jaxloss._token_stats import linear_token_stats as linear_token_stats
+from jaxloss._token_stats import token_stats as token_stats
+from jaxloss._total_weight import total_weight as total_weight
 
 __version__ = _version("jaxloss")
 __all__ = [
@@ -20,7 +22,9 @@ __all__ = [
     "cross_entropy",
     "linear_cross_entropy",
     "linear_loss",
+    "linear_token_stats",
     "log_softmax",
     "nll_loss",
+    "token_stats",
     "total_weight",
 ]

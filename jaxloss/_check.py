@@ -370,6 +370,44 @@ def split(
             )
 
 
+def linear_operands(
+    function: str, hidden: Any, kernel: Any, bias: Any, vocab_axis: Any
+) -> tuple[Array, Array, Array | None, int]:
+    """Checked: hidden, kernel, bias and the vocab axis, counted from the front."""
+    hidden = floating(function, "hidden", hidden)
+    kernel = floating(function, "kernel", kernel)
+    if hidden.ndim == 0:
+        fail(function, "hidden must be [..., D]", describe(hidden))
+    if kernel.ndim != 2:
+        fail(function, "kernel must be [D, V], or [V, D] with vocab_axis=0", describe(kernel))
+    axes = class_axes(function, kernel, "kernel", vocab_axis, name_of="vocab_axis")
+    if len(axes) != 1:
+        fail(function, "vocab_axis must be one axis", f"{vocab_axis}")
+    vocab_axis = axes[0]
+    size, columns = kernel.shape[1 - vocab_axis], kernel.shape[vocab_axis]
+    if hidden.shape[-1] != size:
+        transposed = hidden.shape[-1] == columns
+        fail(
+            function,
+            f"kernel must have hidden's last dimension, D = {hidden.shape[-1]}, at axis "
+            f"{1 - vocab_axis}",
+            f"hidden {describe(hidden)}, kernel {describe(kernel)}",
+            f"For a kernel of this shape set vocab_axis={1 - vocab_axis}." if transposed else "",
+        )
+    if hidden.dtype != kernel.dtype:
+        fail(
+            function,
+            "hidden and kernel must have one dtype",
+            f"{hidden.dtype} and {kernel.dtype}",
+            "Cast one of them: a silent cast could copy the whole kernel.",
+            TypeError,
+        )
+    if bias is not None:
+        bias = floating(function, "bias", bias)
+        shape(function, "bias", bias, (columns,), "one entry a column of kernel")
+    return hidden, kernel, bias, vocab_axis
+
+
 class TokenArguments(NamedTuple):
     arrays: tuple[Any, ...]  # labels, weight, sample_weight, class mask, token mask
     static: dict[str, Any]

@@ -2,9 +2,8 @@
 
 import math
 import sys
-from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -13,35 +12,10 @@ from jax.typing import ArrayLike
 
 from jaxloss import _check, _passes, _rows, _targets
 from jaxloss._casts import accumulator_dtype
+from jaxloss._terms import rows_of_logits, token_terms
 
 Reduction = Literal["none", "mean", "sum"]
 AxisName = str | tuple[str, ...]
-
-
-class TokenStats(NamedTuple):
-    """What one token's logits say, from the pass that computed the loss; each shaped as the losses.
-
-    A token that does not count (its label is ignored, masked or weighed by 0) has 0 in each of the
-    floats and -1 in the integers; a label out of range has NaN in the first three.
-
-    Attributes:
-      log_prob: ``log p_y``, the label's log-probability (for probabilities ``q`` as labels, its
-        expectation ``sum_j q_j log p_j``), without weights, smoothing or z-loss. float32.
-      logsumexp: ``log sum_j exp(x_j)``. float32.
-      entropy: ``-sum_j p_j log p_j``, in nats. float32.
-      prediction: the first class at the maximum; -1 where the logits hold NaN or +inf. int32.
-      confidence: the prediction's probability. float32, without a derivative.
-      rank: the label's place in the order of predictions, by falling logit and then by index: 0
-        where it is the prediction, so that ``rank < k`` says whether it is among the first k. -1
-        where there is no prediction, or no one label. int32.
-    """
-
-    log_prob: Array
-    logsumexp: Array
-    entropy: Array
-    prediction: Array
-    confidence: Array
-    rank: Array
 
 
 def _classes_last(x: Array, axes: tuple[int, ...]) -> Array:
@@ -418,122 +392,3 @@ def _cross_entropy(
     if not return_stats:
         return loss
     return loss, stats if reduction == "none" else lax.stop_gradient(stats)
-
-
-def rows_of_logits(x: Array, scaling: _passes.Scaling | None):
-    """How :func:`token_terms` gets its rows where the logits ``x[..., columns]`` are there."""
-
-    def rows_of(targets, classes, class_mask, weight, label_smoothing, want, predict):
-        mask, axes = _targets.existing(class_mask, classes, x.ndim), classes.axes
-        soft = _targets.soft_targets(
-            targets.probabilities,
-            targets.share,
-            _targets.existing(class_mask, classes, targets.counts.ndim + 1),
-            _targets.weight_here(weight, classes),
-            label_smoothing,
-            classes.size,
-            accumulator_dtype(x.dtype),
-        )
-        losses = partial(_rows.row_losses, x, scaling=scaling, vocab_axes=axes)
-        if targets.rest is not None:
-            rows = losses(None, None, mask, want=want) if want else None
-            rows = _with_bucket(rows, x, targets, classes, mask, scaling)
-        else:
-            rows = losses(targets.kept, soft, mask, top=targets.top, want=want)
-        if not predict:
-            return rows, None, None
-        prediction = _passes.prediction(x, mask, classes.start, axes)
-        rank = None
-        if targets.kept is not None:
-            rank = _passes.rank(x, mask, targets.kept, classes.start, axes)
-        return rows, prediction, rank
-
-    return rows_of
-
-
-def _with_bucket(rows, x, targets, classes, mask, scaling) -> _rows.RowLosses:
-    """The loss over k + 1 classes: those named, and one of all others, whose logit is their lse."""
-    column, axes = targets.column, classes.axes
-    here = column < x.shape[-1]
-    named_here = _passes.added_at(jnp.zeros_like(x, jnp.int8), column, here.astype(jnp.int8))
-    others = named_here == 0 if mask is None else (named_here == 0) & mask
-    rest = _rows.row_losses(
-        x, None, None, others, scaling=scaling, want=("logsumexp",), vocab_axes=axes
-    )
-    named = _passes.widen(
-        _passes.entries(x, column),
-        None if mask is None else _passes.entries(jnp.broadcast_to(mask, x.shape), column),
-        scaling,
-    )
-    if axes:
-        held = lax.psum(here.astype(jnp.int32), axes) > 0
-        named = jnp.where(held, lax.psum(jnp.where(here, named, 0), axes), -jnp.inf)
-    else:
-        named = jnp.where(here, named, -jnp.inf)
-    few = jnp.concatenate([named, rest.logsumexp[..., None]], axis=-1)
-    asked = jnp.concatenate([targets.extra, targets.rest[..., None]], axis=-1)
-    soft = _rows.row_losses(few, None, asked, want=()).soft
-    return _rows.RowLosses(None, soft, None, None) if rows is None else rows._replace(soft=soft)
-
-
-def token_terms(
-    rows_of: Callable,
-    classes: _targets.Classes,
-    labels: Any,
-    weight: Array | None,
-    class_mask: Array | None,
-    sample_weight: Array | None = None,
-    token_mask: Array | None = None,
-    *,
-    dtype: jnp.dtype,
-    ignore_index: int | None,
-    label_smoothing: float,
-    z_loss: float,
-    with_stats: bool,
-) -> tuple[Array, TokenStats | None, _targets.Targets]:
-    """Each token's loss (not yet masked), its statistics (masked), and what it asked for."""
-    targets = _targets.make_targets(
-        labels,
-        classes,
-        dtype,
-        weight=weight,
-        sample_weight=sample_weight,
-        class_mask=class_mask,
-        token_mask=token_mask,
-        ignore_index=ignore_index,
-        label_smoothing=label_smoothing,
-    )
-    want = _targets.wanted(targets, label_smoothing, z_loss, with_stats)
-    rank = None
-    if classes.total == 0:
-        nan = jnp.full(targets.counts.shape, jnp.nan, dtype)
-        rows, prediction = _rows.RowLosses(*[nan] * 5), jnp.full_like(nan, -1, jnp.int32)
-    else:
-        given = (classes, class_mask, weight, label_smoothing)
-        rows, prediction, rank = rows_of(targets, *given, want, with_stats)
-    # Before anything multiplies them: lse^2 of a masked row's inf has a gradient of 0 * inf.
-    rows = _rows.RowLosses(*(v if v is None else jnp.where(targets.counts, v, 0) for v in rows))
-    losses = _targets.token_losses(rows, targets, label_smoothing, z_loss)
-    if not with_stats:
-        return losses, None, targets
-
-    if targets.kept is not None:
-        log_prob = -rows.nll
-    elif (not label_smoothing and weight is None) or classes.total == 0:
-        log_prob = -rows.soft
-    else:  # weighed or smoothed: the labels themselves take a pass of their own
-        plain = _targets.make_targets(
-            labels, classes, dtype, weight=None, class_mask=class_mask, ignore_index=ignore_index
-        )
-        own, *_ = rows_of(plain, classes, class_mask, None, 0.0, (), False)
-        log_prob = jnp.where(targets.counts, -own.soft, 0)
-    predicted = targets.counts & (prediction >= 0)
-    stats = TokenStats(
-        log_prob,
-        rows.logsumexp,
-        rows.entropy,
-        prediction=jnp.where(predicted, prediction, -1),
-        confidence=lax.stop_gradient(rows.confidence),
-        rank=jnp.where(predicted, -1 if rank is None else rank, -1),
-    )
-    return losses, stats, targets

@@ -1,8 +1,7 @@
-"""linear_cross_entropy and linear_loss: losses of ``hidden @ kernel`` without the logits."""
+"""linear_cross_entropy: the loss of ``hidden @ kernel`` without the logits."""
 
 import math
 import sys
-from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal, get_args
 
@@ -13,8 +12,9 @@ from jax.typing import ArrayLike
 
 from jaxloss import _blocks, _check, _layout, _linear, _mesh, _passes, _targets
 from jaxloss._casts import accumulator_dtype
-from jaxloss._cross_entropy import AxisName, Reduction, TokenStats, rows_of_logits, token_terms
+from jaxloss._cross_entropy import AxisName, Reduction
 from jaxloss._labels import TopKLabels
+from jaxloss._terms import TokenStats, rows_of_logits, token_terms
 
 Implementation = Literal["token_chunks", "vocab_blocks"]
 IMPLEMENTATIONS = get_args(Implementation)
@@ -25,44 +25,6 @@ FEW = 16  # tokens a chunk, too few for products that read the whole kernel
 def _default(tokens: int, columns: int) -> Implementation:
     few = _linear.default_chunk(tokens, columns) < min(FEW, tokens)
     return "vocab_blocks" if few else "token_chunks"
-
-
-def _operands(call, hidden, kernel, bias, vocab_axis):
-    """Checked: hidden, kernel, bias and the vocab axis."""
-    hidden = _check.floating(call, "hidden", hidden)
-    kernel = _check.floating(call, "kernel", kernel)
-    if hidden.ndim == 0:
-        _check.fail(call, "hidden must be [..., D]", _check.describe(hidden))
-    if kernel.ndim != 2:
-        _check.fail(
-            call, "kernel must be [D, V], or [V, D] with vocab_axis=0", _check.describe(kernel)
-        )
-    vocab_axis = _check.class_axes(call, kernel, "kernel", vocab_axis, name_of="vocab_axis")
-    if len(vocab_axis) != 1:
-        _check.fail(call, "vocab_axis must be one axis", f"{vocab_axis}")
-    vocab_axis = vocab_axis[0]
-    size, columns = kernel.shape[1 - vocab_axis], kernel.shape[vocab_axis]
-    if hidden.shape[-1] != size:
-        transposed = hidden.shape[-1] == columns
-        _check.fail(
-            call,
-            f"kernel must have hidden's last dimension, D = {hidden.shape[-1]}, at axis "
-            f"{1 - vocab_axis}",
-            f"hidden {_check.describe(hidden)}, kernel {_check.describe(kernel)}",
-            f"For a kernel of this shape set vocab_axis={1 - vocab_axis}." if transposed else "",
-        )
-    if hidden.dtype != kernel.dtype:
-        _check.fail(
-            call,
-            "hidden and kernel must have one dtype",
-            f"{hidden.dtype} and {kernel.dtype}",
-            "Cast one of them: a silent cast could copy the whole kernel.",
-            TypeError,
-        )
-    if bias is not None:
-        bias = _check.floating(call, "bias", bias)
-        _check.shape(call, "bias", bias, (columns,), "one entry a column of kernel")
-    return hidden, kernel, bias, vocab_axis
 
 
 def _rows_of(mask: Array | None, lead: tuple[int, ...]) -> tuple[Array | None, Array | None]:
@@ -233,7 +195,9 @@ def losses_of_product(
     """:func:`linear_cross_entropy` of the public function ``call``."""
     vocab_axes = _check.mesh_axes(call, "vocab_axis_name", vocab_axis_name)
     token_axes = _check.mesh_axes(call, "token_axis_name", token_axis_name)
-    hidden, kernel, bias, vocab_axis = _operands(call, hidden, kernel, bias, vocab_axis)
+    hidden, kernel, bias, vocab_axis = _check.linear_operands(
+        call, hidden, kernel, bias, vocab_axis
+    )
     layout = _layout.of_types(call, hidden, kernel, vocab_axis)
     columns = kernel.shape[vocab_axis]
     if vocab_axes:
@@ -410,123 +374,3 @@ def _by_vocab_blocks(
         return loss
     stats = TokenStats(*(v.reshape(lead) for v in stats))
     return loss, stats if reduction == "none" else lax.stop_gradient(stats)
-
-
-def linear_loss(
-    loss_fn: Callable[..., Array],
-    hidden: ArrayLike,
-    kernel: ArrayLike,
-    *per_token: ArrayLike,
-    bias: ArrayLike | None = None,
-    vocab_axis: int = -1,
-    sample_weight: ArrayLike | None = None,
-    reduction: Reduction = "mean",
-    chunk_size: int | None = None,
-    precision: Any = None,
-) -> Array:
-    r"""Any per-token loss of the logits ``hidden @ kernel + bias``, never holding them whole.
-
-    .. math:: l_n = \mathrm{loss\_fn}(h_n K + b,\ t_n), \qquad
-              \mathrm{mean} = \sum_n s_n l_n \Big/ \sum_n s_n
-
-    Args:
-      loss_fn: ``loss_fn(logits[n, V], *per_token[n, ...]) -> [n]``, of any n tokens at a time, each
-        alone: float32 logits (float64 for float64 operands). It may close over arrays.
-      hidden: ``[..., D]``, a floating dtype; N tokens in all.
-      kernel: ``[D, V]``, or ``[V, D]`` with ``vocab_axis=0``; the dtype of ``hidden``.
-      per_token: arrays ``[..., *rest]`` with hidden's leading shape: labels, a teacher's hidden.
-      bias: ``[V]``.
-      vocab_axis, precision, chunk_size: as in :func:`linear_cross_entropy`.
-      sample_weight: ``[...]``, a weight a token, or a boolean mask. Tokens of weight 0 are not
-        computed; their loss and gradient are exactly 0.
-      reduction: ``"none"``, ``"sum"`` or ``"mean"``. A mean over nothing is NaN, with gradient 0.
-
-    Returns:
-      A scalar, or ``[...]`` for ``"none"``, in the dtype of the logits.
-
-    Raises:
-      TypeError, ValueError: as :func:`linear_cross_entropy`; or an array of ``per_token`` has
-        another leading shape, or ``loss_fn`` does not return ``[n]``, floating.
-
-    Differentiable in ``hidden``, ``kernel``, ``bias``, floating ``per_token``, ``sample_weight``
-    and what ``loss_fn`` closes over, in every mode that ``loss_fn`` is; memory and products as
-    :func:`linear_cross_entropy`.
-
-    Example: the focal loss.
-
-      >>> import jax, jax.numpy as jnp
-      >>> import jaxloss
-      >>> def focal(logits, labels):
-      ...     loss = jaxloss.cross_entropy(logits, labels, reduction="none")
-      ...     return (1 - jnp.exp(-loss)) ** 2 * loss
-      >>> hidden = jax.random.normal(jax.random.key(0), (6, 4))
-      >>> kernel = jax.random.normal(jax.random.key(1), (4, 10))
-      >>> labels = jnp.arange(6)
-      >>> loss = jaxloss.linear_loss(focal, hidden, kernel, labels, chunk_size=2)
-      >>> bool(jnp.allclose(loss, focal(hidden @ kernel, labels).mean()))
-      True
-
-    Source: the engine of :func:`linear_cross_entropy`.
-    """
-    call = "linear_loss"
-    if not callable(loss_fn):
-        _check.fail(call, "loss_fn must be a function", type(loss_fn).__name__, kind=TypeError)
-    hidden, kernel, bias, vocab_axis = _operands(call, hidden, kernel, bias, vocab_axis)
-    columns = kernel.shape[vocab_axis]
-    if _layout.of_types(call, hidden, kernel, vocab_axis) is not None:
-        got = f"hidden {jax.typeof(hidden)}, kernel {jax.typeof(kernel)}"
-        way_out = "Call it inside of shard_map: jax.shard_map(loss, in_specs=..., out_specs=...)."
-        _check.fail(call, "operands of an explicit mesh must not be sharded", got, way_out)
-    lead, tokens = hidden.shape[:-1], math.prod(hidden.shape[:-1])
-    chunk = _linear.default_chunk(tokens, columns)
-    chunk = _check.integer(call, "chunk_size", chunk_size, 1, None, default=chunk)
-    chunk = min(chunk, max(1, tokens))
-    arrays = []
-    for i, x in enumerate(per_token):
-        x = _check.array(call, f"per_token[{i}]", x)
-        if x.shape[: len(lead)] != lead:
-            rule = f"per_token[{i}] must have hidden's leading shape, {lead}"
-            _check.fail(call, rule, f"{_check.describe(x)}, hidden {_check.describe(hidden)}")
-        arrays.append(x.reshape(tokens, *x.shape[len(lead) :]))
-    sample_weight = _check.check_sample_weight(call, sample_weight, lead)
-    _check.check_reduction(call, reduction)
-
-    wide = accumulator_dtype(hidden.dtype)
-
-    def examples(n):
-        logits = jax.ShapeDtypeStruct((n, columns), wide)
-        return logits, *(jax.ShapeDtypeStruct((n, *x.shape[1:]), x.dtype) for x in arrays)
-
-    out = jax.eval_shape(loss_fn, *examples(chunk))
-    one = isinstance(out, jax.ShapeDtypeStruct)
-    if not one or out.shape != (chunk,) or not jnp.issubdtype(out.dtype, jnp.floating):
-        rule = f"loss_fn must return one floating number a token, shape ({chunk},)"
-        got = _check.describe(out) if one else type(out).__name__
-        _check.fail(call, rule, f"{got} for logits {_check.describe(examples(chunk)[0])}")
-    # What the function closes over and JAX differentiates becomes an argument. A conversion holds
-    # for one shape: each size of the sweep's steps has its own.
-    converted = {n: jax.closure_convert(loss_fn, *examples(n)) for n in _linear.step_sizes(chunk)}
-    closed_over = {id(x): x for _, own in converted.values() for x in own}
-
-    def chunk_losses(x, per_token, shared):
-        pure, own = converted[x.shape[0]]
-        given = dict(zip(closed_over, shared, strict=True))
-        return (pure(x, *per_token, *(given[id(a)] for a in own)).astype(wide),), ()
-
-    counts = jnp.ones(lead, bool) if sample_weight is None else sample_weight.astype(bool)
-    targets = _targets.Targets(None, None, counts)
-    each, nothing = _targets.token_weights(targets, sample_weight, reduction, wide)
-    geometry = _linear.Geometry(vocab_axis, columns, chunk, precision)
-    operands = _linear.Operands(
-        hidden.reshape(tokens, hidden.shape[-1]),
-        kernel,
-        bias,
-        tuple(arrays),
-        tuple(closed_over.values()),
-    )
-    packing = _linear.pack(counts.reshape(tokens), geometry)
-    if reduction == "none":
-        (losses,), _ = _linear.losses_by_token(chunk_losses, geometry, operands, packing)
-        return jnp.where(counts, each * losses.reshape(lead), 0)
-    total, _ = _linear.weighted_sum(chunk_losses, geometry, each.reshape(tokens), operands, packing)
-    return jnp.where(nothing, jnp.nan, total)

@@ -16,12 +16,8 @@ from typing import Any, NamedTuple, cast
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.core import Tracer
-from jax.experimental import checkify
-from jax.typing import ArrayLike
 
-from jaxloss import _check, _mesh
-from jaxloss._casts import accumulator_dtype
+from jaxloss import _mesh
 from jaxloss._labels import TopKLabels
 from jaxloss._passes import entries, of_rank, within
 from jaxloss._rows import RowLosses
@@ -273,7 +269,7 @@ def token_losses(rows: RowLosses, targets: Targets, label_smoothing: float, z_lo
     return cast(Array, losses)
 
 
-def _terms(targets: Targets, sample_weight: Array | None, dtype: jnp.dtype) -> tuple[Array, Array]:
+def terms(targets: Targets, sample_weight: Array | None, dtype: jnp.dtype) -> tuple[Array, Array]:
     """``(weight, share)``: the mean is ``sum(weight * losses) / sum(share)``.
 
     Both are 0 where a token does not count.
@@ -299,7 +295,7 @@ def token_weights(
     With ``"none"`` there is no sum. ``weight`` is 0 where a token does not count. The sum is over
     the devices along ``token_axes`` too.
     """
-    weight, share = _terms(targets, sample_weight, dtype)
+    weight, share = terms(targets, sample_weight, dtype)
     if reduction != "mean":
         return weight, jnp.zeros((), bool)
     share = jnp.sum(share)
@@ -317,7 +313,7 @@ def reduce_losses(
     reduction: str,
     token_axes: _mesh.Axes = (),
 ) -> Array:
-    weight, share = _terms(targets, sample_weight, losses.dtype)
+    weight, share = terms(targets, sample_weight, losses.dtype)
     losses = jnp.where(targets.counts, weight * losses, 0)
     if reduction == "none":
         return losses
@@ -332,135 +328,3 @@ def reduce_losses(
     total, share = lax.psum(both, token_axes) if token_axes else both
     # The constant in place of a 0 keeps 0 / 0 out of the gradients.
     return jnp.where(share == 0, jnp.nan, total / jnp.where(share == 0, 1, share))
-
-
-def total_weight(
-    labels: ArrayLike,
-    *,
-    axis: int = -1,
-    weight: ArrayLike | None = None,
-    ignore_index: int | None = -100,
-    sample_weight: ArrayLike | None = None,
-    where: ArrayLike | None = None,
-    token_axis_name: str | tuple[str, ...] | None = None,
-) -> Array:
-    r"""What ``reduction="mean"`` divides by: the total weight of the tokens that count.
-
-    .. math:: W = \sum_n s_n w_{y_n} \quad\text{for class indices,}\qquad
-              W = \sum_n s_n \quad\text{for class probabilities}
-
-    A mean over microbatches, steps or devices that hold different numbers of tokens is the sum of
-    their ``reduction="sum"`` losses over the sum of their total weights. The mean of their means
-    is another number.
-
-    Args:
-      labels: class indices ``[...]``, or class probabilities with C at ``axis``.
-      axis: the class axis of probabilities.
-      weight, ignore_index, sample_weight, token_axis_name: as in :func:`cross_entropy`.
-      where: boolean, shaped as the losses: the tokens that count.
-
-    Returns:
-      A float32 scalar (float64 where a weight is float64).
-
-    Raises:
-      TypeError, ValueError: as :func:`cross_entropy`.
-
-    Differentiable in the weights.
-
-    Example: gradient accumulation over two microbatches, of 3 tokens and of 1.
-
-      >>> import jax, jax.numpy as jnp
-      >>> import jaxloss
-      >>> logits = jax.random.normal(jax.random.key(0), (2, 3, 5))
-      >>> labels = jnp.array([[1, 2, 3], [4, -100, -100]])
-      >>> total = jaxloss.total_weight(labels)
-      >>> parts = [jaxloss.cross_entropy(x, y, reduction="sum") / total
-      ...          for x, y in zip(logits, labels)]
-      >>> bool(jnp.allclose(sum(parts), jaxloss.cross_entropy(logits, labels)))
-      True
-
-    Source: the denominator of ``torch.nn.functional.cross_entropy``'s mean.
-    """
-    call = "total_weight"
-    labels = _check.array(call, "labels", labels)
-    batch = labels.shape
-    if not jnp.issubdtype(labels.dtype, jnp.integer):
-        labels = _check.floating(call, "labels", labels)
-        (axis,) = _check.class_axes(call, labels, "labels", axis)
-        batch = _check.batch_shape(labels, (axis,))
-    sample_weight = _check.check_sample_weight(call, sample_weight, batch)
-    mask = None if where is None else _check.boolean(call, where)
-    if mask is not None:
-        _check.shape(call, "where", mask, batch, "the shape of the losses")
-    token_axes = _check.mesh_axes(call, "token_axis_name", token_axis_name)
-    _check.split(call, "labels", labels, {"sample_weight": sample_weight}, (), token_axes)
-    classes = jnp.iinfo(jnp.int32).max
-    if weight is not None:
-        weight = _check.floating(call, "weight", weight)
-        _check.shape(call, "weight", weight, weight.shape[:1] or (1,), "one entry a class")
-        classes = weight.shape[0]
-    if len(batch) < labels.ndim:  # probabilities: one class of them says how many tokens there are
-        labels, weight = jnp.zeros(batch, jnp.int32), None
-    dtypes = [x.dtype for x in (weight, sample_weight) if x is not None]
-    dtype = accumulator_dtype(jnp.float64 if jnp.dtype("float64") in dtypes else jnp.float32)
-    targets = make_targets(
-        labels,
-        Classes(classes, classes),
-        dtype,
-        weight=weight,
-        sample_weight=sample_weight,
-        token_mask=mask,
-        ignore_index=_check.ignored(call, ignore_index),
-    )
-    total = jnp.sum(_terms(targets, sample_weight, dtype)[1])
-    return lax.psum(total, token_axes) if token_axes else total
-
-
-def check_labels(labels, num_classes: int, ignore_index: int | None = -100) -> None:
-    """Raises if a class index is neither in ``[0, num_classes)`` nor ``ignore_index``.
-
-    The losses answer such a label with NaN in its own row. This is the assertion for those who
-    want an error instead, the same labels being wrong.
-
-    Args:
-      labels: class indices, any shape, an integer dtype.
-      num_classes: C.
-      ignore_index: the one label outside of ``[0, C)`` that is allowed; None allows none.
-
-    Raises:
-      ValueError: eagerly, naming the first such label. Under ``jit`` the check is a
-        ``checkify.check``: transform the function with ``jax.experimental.checkify.checkify`` or
-        ``chex.chexify``, which report it.
-      TypeError: ``labels`` are no integers.
-
-    Example:
-
-      >>> import jax.numpy as jnp
-      >>> import jaxloss
-      >>> jaxloss.check_labels(jnp.array([0, 2, -100]), 3)
-      >>> jaxloss.check_labels(jnp.array([0, 3, -100]), 3)
-      Traceback (most recent call last):
-        ...
-      ValueError: check_labels: labels must be in [0, 3) or equal ignore_index, -100; got 3 at (1,).
-    """
-    labels = _check.array("check_labels", "labels", labels)
-    if not jnp.issubdtype(labels.dtype, jnp.integer):
-        rule = "labels must be class indices (an integer dtype)"
-        _check.fail("check_labels", rule, _check.describe(labels), kind=TypeError)
-    num_classes = _check.index("check_labels", "num_classes", num_classes)
-    ignore_index = _check.ignored("check_labels", ignore_index)
-    kept, not_ignored = class_indices(labels, num_classes, ignore_index)
-    wrong = (kept == num_classes) & not_ignored
-    rule = f"labels must be in [0, {num_classes}) or equal ignore_index, {ignore_index}"
-    first = jnp.argmax(wrong.ravel()) if labels.size else 0
-    if isinstance(wrong, Tracer):
-        if labels.size:
-            checkify.check(
-                ~jnp.any(wrong),
-                _check.message("check_labels", rule, "{label} at flat index {index}"),
-                label=labels.ravel()[first],
-                index=first,
-            )
-    elif labels.size and bool(jnp.any(wrong)):
-        index = tuple(int(i) for i in jnp.unravel_index(first, labels.shape))
-        _check.fail("check_labels", rule, f"{labels.ravel()[first]} at {index}")

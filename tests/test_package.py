@@ -63,15 +63,19 @@ def test_imports_run_one_way():
         imports[module] = found
     assert imports == {
         "_casts": set(),
-        "_check": {"_labels", "_mesh"},
-        "_forward_mode": set(),
         "_labels": set(),
         "_mesh": set(),
+        "_forward_mode": set(),
+        "_check": {"_labels", "_mesh"},
         "_passes": {"_casts", "_mesh"},
         "_rows": {"_casts", "_forward_mode", "_mesh", "_passes"},
-        "_targets": {"_casts", "_check", "_labels", "_mesh", "_passes", "_rows"},
-        "_cross_entropy": {"_casts", "_check", "_passes", "_rows", "_targets"},
+        "_targets": {"_labels", "_mesh", "_passes", "_rows"},
+        "_check_labels": {"_check", "_targets"},
+        "_total_weight": {"_casts", "_check", "_targets"},
+        "_terms": {"_casts", "_passes", "_rows", "_targets"},
+        "_cross_entropy": {"_casts", "_check", "_passes", "_rows", "_targets", "_terms"},
         "_linear": {"_casts", "_forward_mode", "_mesh"},
+        "_linear_loss": {"_casts", "_check", "_cross_entropy", "_layout", "_linear", "_targets"},
         "_blocks": {"_forward_mode", "_linear", "_mesh", "_passes", "_rows", "_targets"},
         "_layout": {"_check", "_labels", "_mesh"},
         "_linear_cross_entropy": {
@@ -85,5 +89,7 @@ def test_imports_run_one_way():
             "_mesh",
             "_passes",
             "_targets",
+            "_terms",
         },
+        "_token_stats": {"_cross_entropy", "_linear_cross_entropy", "_terms"},
     }

@@ -1,0 +1,90 @@
+"""total_weight: what a mean divides by."""
+
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.typing import ArrayLike
+
+from jaxloss import _check, _targets
+from jaxloss._casts import accumulator_dtype
+
+
+def total_weight(
+    labels: ArrayLike,
+    *,
+    axis: int = -1,
+    weight: ArrayLike | None = None,
+    ignore_index: int | None = -100,
+    sample_weight: ArrayLike | None = None,
+    where: ArrayLike | None = None,
+    token_axis_name: str | tuple[str, ...] | None = None,
+) -> Array:
+    r"""What ``reduction="mean"`` divides by: the total weight of the tokens that count.
+
+    .. math:: W = \sum_n s_n w_{y_n} \quad\text{for class indices,}\qquad
+              W = \sum_n s_n \quad\text{for class probabilities}
+
+    A mean over microbatches, steps or devices that hold different numbers of tokens is the sum of
+    their ``reduction="sum"`` losses over the sum of their total weights. The mean of their means
+    is another number.
+
+    Args:
+      labels: class indices ``[...]``, or class probabilities with C at ``axis``.
+      axis: the class axis of probabilities.
+      weight, ignore_index, sample_weight, token_axis_name: as in :func:`cross_entropy`.
+      where: boolean, shaped as the losses: the tokens that count.
+
+    Returns:
+      A float32 scalar (float64 where a weight is float64).
+
+    Raises:
+      TypeError, ValueError: as :func:`cross_entropy`.
+
+    Differentiable in the weights.
+
+    Example: gradient accumulation over two microbatches, of 3 tokens and of 1.
+
+      >>> import jax, jax.numpy as jnp
+      >>> import jaxloss
+      >>> logits = jax.random.normal(jax.random.key(0), (2, 3, 5))
+      >>> labels = jnp.array([[1, 2, 3], [4, -100, -100]])
+      >>> total = jaxloss.total_weight(labels)
+      >>> parts = [jaxloss.cross_entropy(x, y, reduction="sum") / total
+      ...          for x, y in zip(logits, labels)]
+      >>> bool(jnp.allclose(sum(parts), jaxloss.cross_entropy(logits, labels)))
+      True
+
+    Source: the denominator of ``torch.nn.functional.cross_entropy``'s mean.
+    """
+    call = "total_weight"
+    labels = _check.array(call, "labels", labels)
+    batch = labels.shape
+    if not jnp.issubdtype(labels.dtype, jnp.integer):
+        labels = _check.floating(call, "labels", labels)
+        (axis,) = _check.class_axes(call, labels, "labels", axis)
+        batch = _check.batch_shape(labels, (axis,))
+    sample_weight = _check.check_sample_weight(call, sample_weight, batch)
+    mask = None if where is None else _check.boolean(call, where)
+    if mask is not None:
+        _check.shape(call, "where", mask, batch, "the shape of the losses")
+    token_axes = _check.mesh_axes(call, "token_axis_name", token_axis_name)
+    _check.split(call, "labels", labels, {"sample_weight": sample_weight}, (), token_axes)
+    classes = jnp.iinfo(jnp.int32).max
+    if weight is not None:
+        weight = _check.floating(call, "weight", weight)
+        _check.shape(call, "weight", weight, weight.shape[:1] or (1,), "one entry a class")
+        classes = weight.shape[0]
+    if len(batch) < labels.ndim:  # probabilities: one class of them says how many tokens there are
+        labels, weight = jnp.zeros(batch, jnp.int32), None
+    dtypes = [x.dtype for x in (weight, sample_weight) if x is not None]
+    dtype = accumulator_dtype(jnp.float64 if jnp.dtype("float64") in dtypes else jnp.float32)
+    targets = _targets.make_targets(
+        labels,
+        _targets.Classes(classes, classes),
+        dtype,
+        weight=weight,
+        sample_weight=sample_weight,
+        token_mask=mask,
+        ignore_index=_check.ignored(call, ignore_index),
+    )
+    total = jnp.sum(_targets.terms(targets, sample_weight, dtype)[1])
+    return lax.psum(total, token_axes) if token_axes else total
