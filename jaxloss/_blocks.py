@@ -128,7 +128,8 @@ def _forward(options: Options, operands: Operands, constants: Constants):
         if options.predict:
             best = _passes.highest(b.logits, b.mask, start)
             if labelled:
-                of_label = _passes.entry_or_zero(_unscaled(b), b.kept)
+                of_label = _passes.entry(_unscaled(b), b.kept)
+                of_label = jnp.where(b.kept < size, of_label, 0)
         return part._replace(kept=part.kept + start), best, of_label
 
     def combine(state, new):

@@ -25,7 +25,8 @@ class TopKLabels:
     Attributes:
       indices: class indices ``[..., k]``, an integer dtype, distinct within a token. A slot whose
         index is ``ignore_index`` is empty: tokens may have fewer than k classes, and a token of
-        empty slots does not count. Any other index outside of ``[0, C)`` makes its row NaN.
+        empty slots does not count. Any other index outside of ``[0, C)``, or a class named twice,
+        makes its row NaN.
       probabilities: ``[..., k]``, floating: what the teacher gives these classes. Differentiable.
       rest: what becomes of ``R``, the probability of all other classes:
 

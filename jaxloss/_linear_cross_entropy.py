@@ -349,7 +349,7 @@ def _by_vocab_blocks(
                 bias,
                 targets.probabilities,
                 weight,
-                _passes.of_rank(targets.share, 2),
+                _mesh.spread(_passes.of_rank(targets.share, 2), {*varies, *axes}),
                 targets.extra,
             ),
             _blocks.Constants(

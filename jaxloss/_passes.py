@@ -121,6 +121,12 @@ def sum_exponentials(x: Array, m: Array, kept: Array) -> Array:
     return lax.platform_dependent(x, m, kept, cpu=_sum_of_others_in_blocks, default=_sum_of_others)
 
 
+def apart(x: Array, with_it: Array) -> tuple[Array, Array]:
+    """Both, for one more pass over ``x``: XLA:CPU would merge its conversion with another pass's,
+    and write a float32 copy out for the two. Barriers of the same operands would be merged too."""
+    return lax.optimization_barrier((x, with_it))
+
+
 def row_max(logits: Array, class_mask: Array | None, scaling: Scaling | None) -> Array:
     if class_mask is None and scaling is None:
         # In the logits' own dtype (a maximum does not round): no wide copy for two readers.
@@ -170,19 +176,22 @@ def ahead(x: Array, of_label: Array, label: Array) -> Array:
     """How many of the classes are predicted before the label's: those of larger logits, and of
     equal ones those of lower index. int32.
 
-    In numbers that are 0 or 1, as in ``near_max``: XLA:CPU writes integer summands out first.
+    In saturating arithmetic, as in ``near_max``: XLA:CPU writes out a summand that compares,
+    selects, clamps (so no minimum stands right upon a maximum) or is an integer.
     """
-    finite_label = jnp.maximum(of_label, jnp.finfo(x.dtype).min)[..., None]
+    wide = accumulator_dtype(x.dtype)
+    x, of_label = x.astype(wide), jnp.maximum(of_label, jnp.finfo(wide).min)[..., None]
     if not _index_is_exact(x):
         at = lax.broadcasted_iota(label.dtype, x.shape, x.ndim - 1) - label[..., None]
-        larger = (x > finite_label) | ((x == finite_label) & (at < 0))
+        larger = (x > of_label) | ((x == of_label) & (at < 0))
         return jnp.sum(larger & (at != 0), axis=-1, dtype=jnp.int32)
-    tiny = jnp.finfo(x.dtype).tiny
-    lower = label.astype(x.dtype)[..., None] - _class_index(x)
-    larger = jnp.minimum(jnp.maximum((x - finite_label) / tiny, -1) / tiny, 1)
-    larger = jnp.minimum(jnp.maximum(2 * larger + jnp.minimum(lower, 1), 0), 1)
+    tiny = jnp.finfo(wide).tiny
+    below = label.astype(wide)[..., None] - _class_index(x)
+    # 2^30 for a larger logit, 0 for an equal one, below -2^30 for a smaller one.
+    larger = jnp.minimum(jnp.maximum((x - of_label) / tiny, -1) / tiny, 2.0**30)
+    first = jnp.maximum(larger + jnp.minimum(below, 1), 0) * 2
     # The label's own logit may have been rounded otherwise than the one it is compared with.
-    return jnp.sum(larger * jnp.minimum(jnp.abs(lower), 1), axis=-1).astype(jnp.int32)
+    return jnp.sum(jnp.minimum(first, jnp.minimum(jnp.abs(below), 1)), axis=-1).astype(jnp.int32)
 
 
 def rank(
@@ -193,11 +202,13 @@ def rank(
     vocab_axes: _mesh.Axes = (),
 ) -> Array:
     """The label's place in the order of predictions, 0 for the first; -1: it has none. int32."""
-    x = widen(lax.optimization_barrier(lax.stop_gradient(logits)), class_mask, None)
-    label, of_label, found = found_label(
-        kept, entry_or_zero(x, kept), x.shape[-1], start, vocab_axes
-    )
-    before = ahead(x, of_label, label - start)
+    x = lax.stop_gradient(logits)
+    if class_mask is not None:
+        x = widen(lax.optimization_barrier(x), class_mask, None)
+    of_label = widened(entry(lax.optimization_barrier(x), kept))
+    of_label = jnp.where(kept < x.shape[-1], of_label, 0)
+    label, of_label, found = found_label(kept, of_label, x.shape[-1], start, vocab_axes)
+    before = ahead(*apart(x, of_label), label - start)
     return jnp.where(found, lax.psum(before, vocab_axes) if vocab_axes else before, -1)
 
 
@@ -228,15 +239,18 @@ def near_max(logits: Array, m: Array, class_mask: Array | None, scaling: Scaling
     at the maximum: where the logits are a product that XLA computes again for this pass, the
     subtraction sees it unrounded.
     """
-    x = widen(lax.stop_gradient(logits), class_mask, scaling)
+    x = lax.stop_gradient(logits)
+    as_read = class_mask is None and scaling is None
+    x = x.astype(m.dtype) if as_read else widen(x, class_mask, scaling)
     if not _index_is_exact(x):
         return jnp.argmax(x, axis=-1).astype(jnp.int32)
     info = jnp.finfo(x.dtype)
     # The barrier keeps XLA from materialising the broadcast of m that other readers share.
     low = lax.optimization_barrier(m - 4 * info.eps * jnp.abs(m) - info.tiny)
-    # The inner minimum keeps XLA from folding the two factors to inf: 0 * inf is NaN.
-    below = jnp.minimum(jnp.minimum((low[..., None] - x) / info.tiny, 1) / info.tiny, 1)
-    found = jnp.min(_class_index(x) + jnp.maximum(below, 0) * 2.0**30, axis=-1)
+    # The maximum stands between the factors, or XLA folds them to inf (0 * inf is NaN); right under
+    # the minimum it would make a clamp of both, which XLA:CPU writes out.
+    below = jnp.minimum(jnp.maximum((low[..., None] - x) / info.tiny, 0) / info.tiny, 1)
+    found = jnp.min(_class_index(x) + below * 2.0**30, axis=-1)
     # A row of -inf lies below the finite stand-in for its maximum, and NaN is no index.
     return jnp.where(found < x.shape[-1], found, 0).astype(jnp.int32)
 
@@ -263,24 +277,20 @@ def entries(x: Array, index: Array) -> Array:
     return jnp.take_along_axis(x, index, axis=-1, mode="promise_in_bounds")
 
 
-def added_at(x: Array, index: Array, values: Array) -> Array:
-    """``x`` with ``values[..., k]`` added at ``index[..., k]``; past the end: nowhere."""
+def put_at(x: Array, index: Array, values: Array) -> Array:
+    """``x`` with ``values[..., k]`` at the distinct ``index[..., k]``; past the end: nowhere."""
     if _classes_are_split(x):
-        return x + jnp.sum(
-            jnp.where(is_kept(x[..., None, :], index), values[..., None], 0), axis=-2
-        )
-
-    def add(x, index, values):
-        return x.at[index].add(values, mode="drop")
-
-    for _ in range(x.ndim - 1):
-        add = jax.vmap(add)
-    return add(x, index, values)
+        hit = is_kept(x[..., None, :], index)
+        placed = jnp.sum(jnp.where(hit, values[..., None], 0), axis=-2)
+        return jnp.where(jnp.any(hit, axis=-2), placed, x)
+    if x.dtype.itemsize == 2:  # XLA:CPU scatters narrow floats by way of a float32 copy
+        bits = (lax.bitcast_convert_type(v, jnp.uint16) for v in (x, values))
+        return lax.bitcast_convert_type(_overwritten(*bits, index), x.dtype)
+    return _overwritten(x, values, index)
 
 
-def entry_or_zero(x: Array, index: Array) -> Array:
-    """x[..., index], 0 where the index is past the end."""
-    return jnp.where(index < x.shape[-1], entry(x, index), 0)
+def _overwritten(x: Array, values: Array, index: Array) -> Array:
+    return jnp.put_along_axis(x, index, values, axis=-1, inplace=False, mode="drop")
 
 
 def entry_or_nan(x: Array, index: Array) -> Array:

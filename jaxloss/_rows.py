@@ -26,7 +26,7 @@ from jaxloss._casts import accumulator_dtype, narrowed, widened
 from jaxloss._forward_mode import with_forward_mode
 from jaxloss._passes import (
     Scaling,
-    added_at,
+    apart,
     entries,
     entry,
     finite,
@@ -34,6 +34,7 @@ from jaxloss._passes import (
     near_max,
     of_rank,
     other_exponentials,
+    put_at,
     row_max,
     sum_exponentials,
     widen,
@@ -111,27 +112,37 @@ def row_part(
         scaling,
     )
     x_kept = jnp.where(kept < x.shape[-1], x_kept, jnp.nan)
+    as_read = class_mask is None and scaling is None
     if share and _write_out(logits):
         # Written out once, to where the gradient will stand, and scaled there by the backward
         # pass: one exponential an entry instead of two.
         s = jnp.sum(other_exponentials(x, m, kept), axis=-1)
     else:
-        as_read = class_mask is None and scaling is None
         s = sum_exponentials(logits if as_read else x, m, kept)
 
     below = mass = other_mass = spread = None
     if soft_targets is not None:
-        q = soft_targets.astype(x.dtype)
-        at_kept = jnp.where(kept < x.shape[-1], entry(jnp.broadcast_to(q, x.shape), kept), 0)
-        other_mass = jnp.sum(jnp.where(is_kept(x, kept), 0, jnp.broadcast_to(q, x.shape)), axis=-1)
+        q, here = soft_targets.astype(x.dtype), kept < x.shape[-1]
+        if q.shape[-1] == 1:  # one number for all classes: nothing of the logits' size is selected
+            q = q[..., 0]
+            at_kept = jnp.where(here, q, 0)
+            other_mass = q * (x.shape[-1] - here.astype(x.dtype))
+            y, high = apart(logits if as_read else x, m)
+            below = jnp.sum(high[..., None] - y.astype(x.dtype), axis=-1)
+            below = jnp.where(q == 0, 0, q * below)
+        else:
+            at_kept = jnp.where(here, entry(jnp.broadcast_to(q, x.shape), kept), 0)
+            other_mass = jnp.where(is_kept(x, kept), 0, jnp.broadcast_to(q, x.shape))
+            other_mass = jnp.sum(other_mass, axis=-1)
+            # q_j = 0 asks for nothing, of a class at -inf either (0 * inf is NaN).
+            below = jnp.where(q == 0, 0, q * (m[..., None] - jnp.where(q == 0, 0, x)))
+            below = jnp.sum(below, axis=-1)
         mass = other_mass + at_kept
-        # q_j = 0 asks for nothing, of a class at -inf either (0 * inf is NaN).
-        below = jnp.where(q == 0, 0, q * (m[..., None] - jnp.where(q == 0, 0, x)))
-        below = jnp.sum(below, axis=-1)
     if top is not None:
         index, extra = top
         extra = jnp.where(index < x.shape[-1], extra.astype(x.dtype), 0)
-        below_top = jnp.where(extra == 0, 0, extra * _below(x, m, index, extra == 0))
+        x_top = widen(*_at(index, logits, class_mask), scaling)
+        below_top = jnp.where(extra == 0, 0, extra * _below(x_top, m, extra == 0))
         others = jnp.where(index == kept[..., None], 0, extra)
         some = (jnp.sum(v, axis=-1) for v in (below_top, extra, others))
         dense = (below, mass, other_mass)
@@ -139,14 +150,25 @@ def row_part(
             v if old is None else old + v for old, v in zip(dense, some, strict=True)
         )
     if "entropy" in want:
-        e = jnp.exp(x - m[..., None])
-        spread = jnp.sum(jnp.where(e > 0, e * (m[..., None] - jnp.where(e > 0, x, 0)), 0), axis=-1)
+        # Bounded, so that a class at -inf adds 0: XLA:CPU would write out a summand that selects.
+        y, high = apart(logits if as_read else x, m)
+        y, high = y.astype(x.dtype), high[..., None]
+        distance = jnp.minimum(high - y, jnp.finfo(x.dtype).max)
+        spread = jnp.sum(jnp.exp(y - high) * distance, axis=-1)
     return RowPart(highest, s, x_kept, kept, below, mass, other_mass, spread)
 
 
-def _below(x: Array, m: Array, index: Array, unless: Array) -> Array:
-    """m - x_i of several entries of a row, finite where nothing is asked for."""
-    return m[..., None] - jnp.where(unless, m[..., None], entries(x, index))
+def _at(index: Array, logits: Array, class_mask: Array | None) -> tuple[Array, Array | None]:
+    """The logits at ``index[..., k]``, and whether these classes exist: rows of k classes."""
+    if class_mask is not None:
+        class_mask = entries(jnp.broadcast_to(class_mask, logits.shape), index)
+    # The barrier as for x_kept.
+    return entries(lax.optimization_barrier(logits), index), class_mask
+
+
+def _below(x: Array, m: Array, unless: Array) -> Array:
+    """m - x, finite where nothing is asked for."""
+    return m[..., None] - jnp.where(unless, m[..., None], x)
 
 
 def _seen_from(part: RowPart, m: Array, keeps: Array) -> RowPart:
@@ -235,8 +257,28 @@ def finish(part: RowPart, want: tuple[str, ...]) -> tuple[RowLosses, RowState]:
     return losses, RowState(m, part.s, d, t, part.kept, part.mass, part.other_mass, spread)
 
 
-def row_gradient(logits, state, soft_targets, class_mask, scaling, ct, top=None):
-    """d(sum of ct * losses) / d(logits), in the accumulator's dtype, one pass.
+def row_gradient(logits, state, soft_targets, class_mask, scaling, ct, top=None, dtype=None):
+    """d(sum of ct * losses) / d(logits), in the accumulator's dtype or narrowed to ``dtype``."""
+    dx = narrowed(_dense_gradient(logits, state, soft_targets, class_mask, scaling, ct), dtype)
+    if top is None:
+        return dx
+    # At the k classes again, with all that is asked of them, and put in place: a sum there would
+    # round twice, and take a wide array.
+    index, extra = top
+    few, few_mask = _at(index, logits, class_mask)
+    if soft_targets is not None:
+        if soft_targets.shape[-1] > 1:
+            soft_targets = entries(jnp.broadcast_to(soft_targets, logits.shape), index)
+        extra = extra + soft_targets.astype(extra.dtype)
+    k = index.shape[-1]
+    place = lax.broadcasted_iota(jnp.int32, index.shape, index.ndim - 1)
+    place = jnp.min(jnp.where(index == state.kept[..., None], place, k), axis=-1, initial=k)
+    dx_few = _dense_gradient(few, state._replace(kept=place), extra, few_mask, scaling, ct)
+    return put_at(dx, index, narrowed(dx_few, dtype))
+
+
+def _dense_gradient(logits, state, soft_targets, class_mask, scaling, ct):
+    """In one pass.
 
     With ``p`` the softmax, ``q`` the soft targets of mass ``Q``, ``H`` the entropy:
     ``d nll = p - [j = k]``, ``d soft = Q p - q``, ``d logsumexp = p``,
@@ -274,11 +316,8 @@ def row_gradient(logits, state, soft_targets, class_mask, scaling, ct, top=None)
     if ct.entropy is not None:
         below = m[..., None] - jnp.where(e > 0, x, 0)
         dx += jnp.where(e > 0, e * (k * ct.entropy)[..., None] * (below - spread[..., None]), 0)
-    if ct.soft is not None:
-        if soft_targets is not None:
-            dx -= ct.soft[..., None] * soft_targets.astype(x.dtype)
-        if top is not None:
-            dx = added_at(dx, top[0], -ct.soft[..., None] * top[1].astype(x.dtype))
+    if ct.soft is not None and soft_targets is not None:
+        dx -= ct.soft[..., None] * soft_targets.astype(x.dtype)
     dx = jnp.where(is_kept(x, kept) | ~active[..., None], row[..., None], dx)
     if scaling is not None:
         dx = jnp.where(active[..., None], dx * _slope(logits, scaling), 0)
@@ -295,12 +334,10 @@ def soft_gradient(logits, state, soft_targets, class_mask, scaling):
 
 def top_gradient(logits, state, class_mask, scaling, top):
     """d(soft) / d(extra): the same at each index, and 0 past the end."""
-    x = widen(logits, class_mask, scaling)
     index, extra = top
-    nowhere = index >= x.shape[-1]
-    impossible = (entries(x, index) == -jnp.inf) & (extra == 0)
-    slope = _below(x, state.m, index, nowhere | impossible) + jnp.log1p(state.t)[..., None]
-    return jnp.where(nowhere | impossible, 0, slope)
+    x, nowhere = widen(*_at(index, logits, class_mask), scaling), index >= logits.shape[-1]
+    unless = nowhere | ((x == -jnp.inf) & (extra == 0))
+    return jnp.where(unless, 0, _below(x, state.m, unless) + jnp.log1p(state.t)[..., None])
 
 
 def sum_to(x: Array, shape: tuple[int, ...]) -> Array:
@@ -352,7 +389,7 @@ def row_losses(
             scalars = state._replace(kept=None)
             logits, scalars = lax.optimization_barrier((logits, scalars))
             state = scalars._replace(kept=state.kept)
-        dx = row_gradient(logits, state, soft_targets, class_mask, scaling, ct, top)
+        dx = row_gradient(logits, state, soft_targets, class_mask, scaling, ct, top, logits.dtype)
         dq = d_extra = None
         if soft_targets is not None:
             each = ct.soft[..., None] * soft_gradient(
@@ -363,7 +400,7 @@ def row_losses(
         if extra is not None:
             each = ct.soft[..., None] * top_gradient(logits, state, class_mask, scaling, top)
             d_extra = jnp.where(ct.soft[..., None] == 0, 0, each).astype(extra.dtype)
-        return narrowed(dx, logits.dtype), dq, d_extra, None, None, None
+        return dx, dq, d_extra, None, None, None
 
     def tangent(residuals, tangents):
         # Rows do not mix: the derivative of one number is the gradient at its unit cotangent.
@@ -414,8 +451,8 @@ def row_log_softmax(logits: Array, class_mask: Array | None = None) -> Array:
         state = state._replace(mass=-others - entry(wide, state.kept), other_mass=-others)
         asked = jnp.any(wide != 0, axis=-1).astype(wide.dtype)
         ct = RowLosses(None, asked, None, None)
-        dx = row_gradient(logits, state, -wide, class_mask, None, ct)
-        return narrowed(dx, logits.dtype), None
+        dx = row_gradient(logits, state, -wide, class_mask, None, ct, dtype=logits.dtype)
+        return dx, None
 
     def tangent(residuals, tangents):
         # (dx_j - dx_k) - sum_i p_i (dx_i - dx_k): the kept entry's 1 - p_k never forms.

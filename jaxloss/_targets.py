@@ -207,7 +207,12 @@ def _of_top(
     index, taken = class_indices(labels.indices, classes.total, ignore_index)
     q = jnp.where(taken, labels.probabilities.astype(dtype), 0)
     # A class that does not exist makes its row NaN, from class 0. An empty slot is at none.
-    q = jnp.where(index < classes.total, q, jnp.nan)
+    wrong = index >= classes.total
+    if index.shape[-1] > 1:  # one that is named twice: which of the two would the gradient hold?
+        ordered = jnp.sort(jnp.where(taken, index, classes.total), axis=-1)
+        twice = (ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] < classes.total)
+        wrong |= jnp.any(twice, axis=-1, keepdims=True)
+    q = jnp.where(wrong, jnp.nan, q)
     index = jnp.where(index < classes.total, index, 0)
     index = jnp.where(taken, index, classes.total)
     column = _column(index, classes)

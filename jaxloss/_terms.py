@@ -72,8 +72,8 @@ def _with_bucket(rows, x, targets, classes, mask, scaling) -> _rows.RowLosses:
     """The loss over k + 1 classes: those named, and one of all others, whose logit is their lse."""
     column, axes = targets.column, classes.axes
     here = column < x.shape[-1]
-    named_here = _passes.added_at(jnp.zeros_like(x, jnp.int8), column, here.astype(jnp.int8))
-    others = named_here == 0 if mask is None else (named_here == 0) & mask
+    others = _passes.put_at(jnp.ones_like(x, bool), column, jnp.zeros_like(here))
+    others = others if mask is None else others & mask
     rest = _rows.row_losses(
         x, None, None, others, scaling=scaling, want=("logsumexp",), vocab_axes=axes
     )

@@ -219,3 +219,23 @@ def hurting_logits(rng, shape, dtype=np.float32):
     x *= rng.choice([0.1, 1.0, 8.0], size=batch)
     x += rng.choice([0.0, 0.0, -40.0, 30.0], size=batch)
     return x.astype(dtype)
+
+
+def equations(f, *args):
+    """Every equation in the program of ``f``, loop bodies once."""
+
+    def walk(jaxpr):
+        for eqn in jaxpr.eqns:
+            yield eqn
+            for value in jax.tree.leaves(
+                list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "eqns")
+            ):
+                inner = getattr(value, "jaxpr", value)
+                if hasattr(inner, "eqns"):
+                    yield from walk(inner)
+
+    return walk(jax.make_jaxpr(f)(*args).jaxpr)
+
+
+def products(f, *args):
+    return sum(eqn.primitive.name == "dot_general" for eqn in equations(f, *args))

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import equations, products
 
 import jaxloss
 from jaxloss import _linear
@@ -21,26 +22,6 @@ def problem(n=7, d=4, v=11, dtype=jnp.float32, seed=0):
     labels = rng.integers(0, v, n)
     labels[rng.random(n) < 0.3] = -100
     return hidden, kernel, jnp.asarray(labels, jnp.int32)
-
-
-def equations(f, *args):
-    """Every equation in the program of ``f``, loop bodies once."""
-
-    def walk(jaxpr):
-        for eqn in jaxpr.eqns:
-            yield eqn
-            for value in jax.tree.leaves(
-                list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "eqns")
-            ):
-                inner = getattr(value, "jaxpr", value)
-                if hasattr(inner, "eqns"):
-                    yield from walk(inner)
-
-    return walk(jax.make_jaxpr(f)(*args).jaxpr)
-
-
-def products(f, *args):
-    return sum(eqn.primitive.name == "dot_general" for eqn in equations(f, *args))
 
 
 def random_case(seed):

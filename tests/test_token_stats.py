@@ -1,0 +1,226 @@
+"""token_stats and linear_token_stats, and the objectives that are built on them."""
+
+import os
+import subprocess
+import sys
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import EPS, assert_within, equations, hurting_logits, margins, products, reference
+
+import jaxloss
+from jaxloss import TokenStats
+
+FLOATS = TokenStats._fields[:3]  # that have a derivative
+SCHEDULES = ["token_chunks", "vocab_blocks"]
+
+
+def expected_rank(x, labels):
+    """By falling logit and then by index, one token after another."""
+    order = [np.lexsort((np.arange(row.size), -row)) for row in np.asarray(x, np.float64)]
+    return [
+        int(np.flatnonzero(o == y)[0]) if y >= 0 else -1 for o, y in zip(order, labels, strict=True)
+    ]
+
+
+def case(dtype=jnp.float32, n=9, c=13):
+    rng = np.random.default_rng(2)
+    x = hurting_logits(rng, (n, c))
+    x[3] = 1.0  # all tie
+    x[4, 5:8] = x[4].max() + 1  # the label is the second of three at the maximum
+    labels = rng.integers(0, c, n)
+    labels[1], labels[4] = -100, 6
+    return jnp.asarray(x, dtype), jnp.asarray(labels, jnp.int32)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("temperature", [1.0, 0.3, 4.0])
+def test_values(temperature, dtype):
+    x, labels = case(dtype)
+    got = jaxloss.token_stats(x, labels, temperature=temperature)
+    scaled = np.asarray(x, np.longdouble) / temperature
+    truth = reference(scaled, labels, reduction="none")
+    relative = (margins(scaled).max() + 16) * 4 * EPS
+    for name in FLOATS:
+        assert_within(getattr(got, name), getattr(truth, name), relative, 1)
+    counts = np.asarray(labels) != -100
+    best = np.take_along_axis(scaled, np.maximum(truth.prediction, 0)[:, None], -1)[:, 0]
+    confidence = np.where(counts, np.exp(best - truth.logsumexp), 0)
+    assert_within(got.confidence, confidence, relative)
+    np.testing.assert_array_equal(got.prediction, truth.prediction)
+    np.testing.assert_array_equal(got.rank, expected_rank(x, np.asarray(labels)))
+    assert got.rank[4] == 1
+
+
+def test_of_a_temperature_and_a_cap():
+    """The cap comes first."""
+    x, labels = case()
+    got = jaxloss.token_stats(x, labels, temperature=2.0, logit_softcap=3.0)
+    expected = jaxloss.token_stats(3 * jnp.tanh(x / 3) / 2, labels)
+    for name in FLOATS:
+        np.testing.assert_allclose(getattr(got, name), getattr(expected, name), rtol=1e-5)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_of_a_product(schedule, dtype):
+    """Equal to those of the materialised logits; padding and masked classes are not counted."""
+    rng = np.random.default_rng(0)
+    h, k, b = (jnp.asarray(rng.normal(size=s), dtype) for s in ((9, 4), (4, 16), (16,)))
+    labels = jnp.asarray(rng.integers(0, 13, 9).astype(np.int32)).at[2].set(-100)
+    where = (
+        jnp.asarray(rng.random((9, 13)) < 0.8).at[jnp.arange(9), jnp.maximum(labels, 0)].set(True)
+    )
+    options = {"temperature": 0.5, "where": jnp.asarray(where), "num_classes": 13}
+    got = jaxloss.linear_token_stats(
+        h, k, labels, bias=b, chunk_size=4, implementation=schedule, **options
+    )
+    x = jnp.dot(h, k, preferred_element_type=jnp.float32) + b.astype(jnp.float32)[None]
+    options.pop("num_classes")
+    expected = jaxloss.token_stats(x[:, :13], labels, **options)
+    for g, e in zip(got, expected, strict=True):
+        assert g.dtype == e.dtype
+        np.testing.assert_allclose(g, e, rtol=1e-5, atol=1e-6)
+
+
+def test_it_is_what_the_loss_returns_beside():
+    x, labels = case()
+    _, beside = jaxloss.cross_entropy(x, labels, return_stats=True)
+    for got, expected in zip(jaxloss.token_stats(x, labels), beside, strict=True):
+        np.testing.assert_array_equal(got, expected)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_products_and_memory_are_those_of_the_losses(schedule):
+    n, d, v = 64, 4, 96
+    h, k, labels = jnp.ones((n, d)), jnp.ones((d, v)), jnp.zeros(n, jnp.int32)
+
+    def stats(h, k):
+        s = jaxloss.linear_token_stats(h, k, labels, implementation=schedule, chunk_size=32)
+        return jnp.sum(s.log_prob + s.entropy)
+
+    def losses(h, k):
+        return jnp.sum(
+            jaxloss.linear_cross_entropy(
+                h, k, labels, implementation=schedule, chunk_size=32, reduction="none"
+            )
+        )
+
+    # The rank's sweep over blocks is there until the compiler sees that nobody reads it.
+    of_rank = 2 if schedule == "vocab_blocks" else 0
+    for f, g in ((stats, losses), (jax.grad(stats, (0, 1)), jax.grad(losses, (0, 1)))):
+        assert products(f, h, k) == products(g, h, k) + of_rank
+        text = [jax.jit(s).lower(h, k).compile().as_text() for s in (f, g)]
+        assert text[0].count(" dot(") == text[1].count(" dot(") > 0
+    chunk = 32 * (v if schedule == "token_chunks" else n)
+    sizes = [o.aval.size for e in equations(jax.grad(stats), h, k) for o in e.outvars]
+    assert max(sizes) <= chunk
+
+    def held(f):
+        return sorted(r.shape for r in jax.tree.leaves(jax.vjp(f, h, k)[1]) if r.size > n)
+
+    assert held(stats) == held(losses)
+    assert (n, v) not in held(stats)
+
+
+def test_no_statistic_takes_an_array_of_the_logits_size():
+    """Each pass fuses. On one device: what splits over several is written for that."""
+    program = """
+import jax, jax.numpy as jnp, jaxloss
+for dtype in (jnp.float32, jnp.bfloat16):
+    args = jax.ShapeDtypeStruct((1024, 8000), dtype), jax.ShapeDtypeStruct((1024,), jnp.int32)
+    for name in jaxloss.TokenStats._fields:
+        f = jax.jit(lambda x, y: getattr(jaxloss.token_stats(x, y), name))
+        held = f.lower(*args).compile().memory_analysis().temp_size_in_bytes
+        assert held <= 2**20, (dtype, name, held)  # float32 logits would be 31 MiB
+"""
+    environment = {**os.environ, "XLA_FLAGS": ""}
+    subprocess.run([sys.executable, "-W", "ignore", "-c", program], check=True, env=environment)
+
+
+# Policy gradients: GRPO's objective (Shao et al., "DeepSeekMath", 2024, equation 3), clipped as in
+# PPO, with its estimate of the KL divergence from a reference policy and a bonus for entropy.
+
+
+def clipped_objective(stats, old, of_reference, advantages, counts):
+    ratio = jnp.exp(stats.log_prob - old)
+    clipped = jnp.clip(ratio, 0.8, 1.2)
+    gain = jnp.minimum(ratio * advantages, clipped * advantages)
+    apart = of_reference - stats.log_prob
+    gain -= 0.04 * (jnp.exp(apart) - apart - 1) - 0.01 * stats.entropy
+    # The mean over each answer, then over the group.
+    return -jnp.mean(
+        jnp.sum(jnp.where(counts, gain, 0), axis=-1) / jnp.sum(counts, axis=-1, dtype=gain.dtype)
+    )
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_a_clipped_policy_objective(schedule):
+    group, length, d, v, temperature = 4, 6, 5, 17, 0.7
+    rng = np.random.default_rng(0)
+
+    def draw(*shape):
+        return jnp.asarray(rng.normal(size=shape), jnp.float32)
+
+    hidden, kernel = draw(group, length, d), draw(d, v)
+    old_kernel, reference_kernel = (kernel + 0.1 * draw(d, v) for _ in range(2))
+    answers = jnp.asarray(rng.integers(0, v, (group, length)), jnp.int32)
+    answers = answers.at[:, :2].set(-100).at[1, 4:].set(-100)  # the prompt, and padding
+    counts = answers != -100
+    reward = draw(group)
+    advantages = ((reward - jnp.mean(reward)) / jnp.std(reward))[:, None]
+    advantages = jnp.broadcast_to(advantages, answers.shape)
+
+    def fused(hidden, kernel):
+        stats = partial(
+            jaxloss.linear_token_stats, temperature=temperature, implementation=schedule,
+            chunk_size=8,
+        )  # fmt: skip
+        fixed = jax.lax.stop_gradient(hidden)
+        old, of_reference = (
+            stats(fixed, w, answers).log_prob for w in (old_kernel, reference_kernel)
+        )
+        return clipped_objective(
+            stats(hidden, kernel, answers), old, of_reference, advantages, counts
+        )
+
+    def plain(hidden, kernel):
+        def stats(hidden, kernel):
+            log_p = jax.nn.log_softmax(hidden @ kernel / temperature)
+            at = jnp.maximum(answers, 0)[..., None]
+            log_prob = jnp.take_along_axis(log_p, at, axis=-1)[..., 0]
+            entropy = -jnp.sum(jnp.exp(log_p) * log_p, axis=-1)
+            return TokenStats(log_prob, *[None] * 1, entropy, *[None] * 3)
+
+        fixed = jax.lax.stop_gradient(hidden)
+        old, of_reference = (stats(fixed, w).log_prob for w in (old_kernel, reference_kernel))
+        return clipped_objective(stats(hidden, kernel), old, of_reference, advantages, counts)
+
+    got = jax.jit(jax.value_and_grad(fused, (0, 1)))(hidden, kernel)
+    expected = jax.jit(jax.value_and_grad(plain, (0, 1)))(hidden, kernel)
+    ratio = jnp.exp(
+        jaxloss.linear_token_stats(hidden, kernel, answers, temperature=temperature).log_prob
+        - jaxloss.linear_token_stats(hidden, old_kernel, answers, temperature=temperature).log_prob
+    )
+    outside = counts & ((ratio < 0.8) | (ratio > 1.2))
+    assert 0 < int(jnp.sum(outside)) < int(jnp.sum(counts))  # both branches of the clip
+    for g, e in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(g, e, rtol=2e-5, atol=1e-6)
+
+
+def test_errors():
+    x, labels = case()
+    for bad, kind, text in (
+        (0.0, ValueError, "token_stats: temperature must be positive and finite; got 0.0"),
+        (np.inf, ValueError, "temperature must be positive and finite; got inf"),
+        (jnp.float32(1), TypeError, "temperature must be a Python number"),
+    ):
+        with pytest.raises(kind, match=text):
+            jaxloss.token_stats(x, labels, temperature=bad)
+        with pytest.raises(kind, match="linear_token_stats: temperature"):
+            jaxloss.linear_token_stats(x, jnp.eye(13), labels, temperature=bad)
+    with pytest.raises(ValueError, match="token_stats: labels must have the shape of logits"):
+        jaxloss.token_stats(x, labels[:4])
