@@ -284,12 +284,9 @@ def put_at(x: Array, index: Array, values: Array) -> Array:
         placed = jnp.sum(jnp.where(hit, values[..., None], 0), axis=-2)
         return jnp.where(jnp.any(hit, axis=-2), placed, x)
     if x.dtype.itemsize == 2:  # XLA:CPU scatters narrow floats by way of a float32 copy
-        bits = (lax.bitcast_convert_type(v, jnp.uint16) for v in (x, values))
-        return lax.bitcast_convert_type(_overwritten(*bits, index), x.dtype)
-    return _overwritten(x, values, index)
-
-
-def _overwritten(x: Array, values: Array, index: Array) -> Array:
+        bits, of_values = (lax.bitcast_convert_type(v, jnp.uint16) for v in (x, values))
+        bits = jnp.put_along_axis(bits, index, of_values, axis=-1, inplace=False, mode="drop")
+        return lax.bitcast_convert_type(bits, x.dtype)
     return jnp.put_along_axis(x, index, values, axis=-1, inplace=False, mode="drop")
 
 
