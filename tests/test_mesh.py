@@ -32,17 +32,17 @@ OPTIONS = {
 }
 
 
-def alternating(cases, of_float32):
-    """Each case in both dtypes, with the other value of a pair in turn.
+def alternating(cases, pair):
+    """Each case in both dtypes, with a value of the pair each, in turn.
 
     Of (case, dtype, value) every pair of two occurs. Options follow cases by threes and values by
     twos, so that six cases hold each triple of (options, dtype, value) too.
     """
-    first, second = of_float32
-    for i, case in enumerate(cases):
-        here = (first, second) if i % 2 == 0 else (second, first)
-        for dtype, value in zip(DTYPES, here, strict=True):
-            yield (*case, dtype, value)
+    return [
+        (*case, dtype, pair[(i + j) % 2])
+        for i, case in enumerate(cases)
+        for j, dtype in enumerate(DTYPES)
+    ]
 
 
 def build(name, kind=AxisType.Auto):
