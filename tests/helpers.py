@@ -15,6 +15,12 @@ import numpy as np
 EPS = float(np.finfo(np.float32).eps)
 
 
+def jit_quickly(f):
+    """``jax.jit``, whose LLVM does not optimise: for what is compiled once and run once on a few
+    numbers, and judged by no more than its values. A third of the time goes."""
+    return jax.jit(f, compiler_options={"xla_backend_optimization_level": 0})
+
+
 # The budget. A float32 loss is conditioned by its margin: its exponents |x_y - m| are known to
 # one rounding each; 16 covers the arithmetic.
 

@@ -1,14 +1,17 @@
 """Every transformation of every differentiable argument, against plain jnp that JAX differentiates.
 
-In float64, where both are good to 1e-12: what differs is a rule, and not its rounding.
+In float64, where both are good to 1e-12: what differs is a rule, and not its rounding. Compiling
+is nearly all of the time, and by far the cheapest in few large programs: one holds every transform.
 """
+
+from functools import cache, partial
 
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import plain
+from helpers import jit_quickly, plain
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -133,19 +136,37 @@ def check(got, expected):
     chex.assert_trees_all_close(got, expected, rtol=1e-9, atol=1e-10)
 
 
-@pytest.mark.parametrize("transform", TRANSFORMS)
+def every_transform(f, args, names):
+    return {name: TRANSFORMS[name](f, args) for name in names}
+
+
+def check_together(ours, expected, args, names=tuple(TRANSFORMS)):
+    def both(*args):
+        return every_transform(ours, args, names), every_transform(expected, args, names)
+
+    check(*jit_quickly(both)(*map(jnp.asarray, args)))
+
+
 @pytest.mark.parametrize("case", CASES)
-def test_transforms(case, transform):
+def test_transforms(case):
+    loss, call, args = CASES[case]
+    check_together(partial(call, loss=loss), partial(call, loss=plain), args)
+
+
+# Each transform once and each case at least once: under jit they have met one another above.
+@pytest.mark.parametrize(
+    ("case", "transform"),
+    [(list(CASES)[i % len(CASES)], transform) for i, transform in enumerate(TRANSFORMS)],
+)
+def test_transforms_eagerly(case, transform):
     loss, call, args = CASES[case]
     args = tuple(map(jnp.asarray, args))
-    ours = TRANSFORMS[transform](lambda *a: call(*a, loss=loss), args)
-    expected = TRANSFORMS[transform](lambda *a: call(*a, loss=plain), args)
-    check(ours, expected)
+    ours = TRANSFORMS[transform](partial(call, loss=loss), args)
+    check(ours, jit_quickly(partial(TRANSFORMS[transform], partial(call, loss=plain)))(args))
 
 
 @pytest.mark.parametrize("name", ["log_prob", "logsumexp", "entropy"])
-@pytest.mark.parametrize("transform", ["grad", "jvp", "hessian"])
-def test_statistics(name, transform):
+def test_statistics(name):
     def ours(x):
         stats = jaxloss.cross_entropy(x, Y, reduction="none", return_stats=True)[1]
         return getattr(stats, name)
@@ -160,12 +181,10 @@ def test_statistics(name, transform):
         }
         return jnp.where(Y >= 0, values[name], 0)
 
-    args = (jnp.asarray(X),)
-    check(TRANSFORMS[transform](ours, args), TRANSFORMS[transform](expected, args))
+    check_together(ours, expected, (X,), ("grad", "jvp", "hessian"))
 
 
-@pytest.mark.parametrize("transform", ["grad", "jvp", "hessian"])
-def test_masked_classes(transform):
+def test_masked_classes():
     mask = jnp.arange(C)[None] != 1
 
     def expected(x):
@@ -175,9 +194,10 @@ def test_masked_classes(transform):
         return jaxloss.log_softmax(x, where=mask)[0]
 
     def of_existing(f):
-        return TRANSFORMS[transform](lambda x: jnp.where(mask[0], f(x), 0), (jnp.asarray(X),))
+        return lambda x: jnp.where(mask[0], f(x), 0)
 
-    check(of_existing(ours), of_existing(expected))
+    names = ("grad", "jvp", "hessian")
+    check_together(of_existing(ours), of_existing(expected), (X,), names)
 
 
 @pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
@@ -198,30 +218,45 @@ def test_weight_of_zero_has_its_gradient(reduction, smoothing):
 AXES = [(0, None), (0, 0), (None, 0), (1, 0), (2, 1), (-1, None)]
 
 
-@pytest.mark.parametrize("in_axes", AXES)
-@pytest.mark.parametrize("kind", ["value", "grad", "jvp", "hessian"])
-def test_vmap(in_axes, kind):
+KINDS = {
+    "value": lambda f: f,
+    "grad": jax.grad,
+    "jvp": lambda f: lambda x, y: jax.jvp(lambda x: f(x, y), (x,), (jnp.sin(x),)),
+    "hessian": jax.hessian,
+}
+
+
+def every_kind(x, y):
+    def f(x, y):
+        return jaxloss.cross_entropy(x, y, ignore_index=-1, z_loss=0.1)
+
+    return {name: kind(f)(x, y) for name, kind in KINDS.items()}
+
+
+@cache
+def one_of_the_batch():
+    return jit_quickly(every_kind)
+
+
+@pytest.mark.parametrize(
+    ("in_axes", "jitted"), [*((axes, True) for axes in AXES), ((2, 1), False), ((None, 0), False)]
+)
+def test_vmap(in_axes, jitted):
     rng = np.random.default_rng(1)
     b = 3
     x = jnp.asarray(rng.normal(size=(b, N, C)))
     y = jnp.asarray(rng.integers(-1, C, (b, N)), jnp.int32)
-    functions = {
-        "value": lambda f: f,
-        "grad": jax.grad,
-        "jvp": lambda f: lambda x, y: jax.jvp(lambda x: f(x, y), (x,), (jnp.sin(x),)),
-        "hessian": jax.hessian,
-    }
-    f = functions[kind](lambda x, y: jaxloss.cross_entropy(x, y, ignore_index=-1, z_loss=0.1))
     expected = [
-        f(x[0 if in_axes[0] is None else i], y[0 if in_axes[1] is None else i]) for i in range(b)
+        one_of_the_batch()(x[0 if in_axes[0] is None else i], y[0 if in_axes[1] is None else i])
+        for i in range(b)
     ]
     stacked = jax.tree.map(lambda *v: jnp.stack(v), *expected)
     args = [
         v[0] if axis is None else jnp.moveaxis(v, 0, axis)
         for v, axis in zip((x, y), in_axes, strict=True)
     ]
-    check(jax.vmap(f, in_axes)(*args), stacked)
-    check(jax.jit(jax.vmap(f, in_axes))(*args), stacked)
+    batched = jax.vmap(every_kind, in_axes)
+    check((jit_quickly(batched) if jitted else batched)(*args), stacked)
 
 
 def test_transformations_of_vmap():
@@ -233,8 +268,8 @@ def test_transformations_of_vmap():
     def expected(x):
         return plain(x, jnp.asarray(Y % C), z_loss=0.1, reduction="none")
 
-    for name in ("grad", "jvp", "grad of jvp", "hessian", "jacfwd", "linear_transpose"):
-        check(TRANSFORMS[name](rows, (x,)), TRANSFORMS[name](expected, (x,)))
+    names = ("grad", "jvp", "grad of jvp", "hessian", "jacfwd", "linear_transpose")
+    check_together(rows, expected, (x,), names)
     nested = jax.vmap(jax.vmap(jax.grad(jaxloss.cross_entropy)))(x[None], jnp.asarray(Y[None] % C))
     check(nested[0], jax.vmap(jax.grad(plain))(x, jnp.asarray(Y % C)))
 
@@ -248,8 +283,7 @@ def test_scan():
     def expected(x):
         return ours(x, plain)
 
-    for name in ("grad", "jvp", "jvp of grad", "checkpoint"):
-        check(TRANSFORMS[name](ours, (x,)), TRANSFORMS[name](expected, (x,)))
+    check_together(ours, expected, (x,), ("grad", "jvp", "jvp of grad", "checkpoint"))
 
 
 def test_other_control_flow():
@@ -262,8 +296,7 @@ def test_other_control_flow():
     def expected(x):
         return ours(x, plain)
 
-    for name in ("grad", "jvp"):
-        check(TRANSFORMS[name](ours, (x,)), TRANSFORMS[name](expected, (x,)))
+    check_together(ours, expected, (x,), ("grad", "jvp"))
 
 
 # Meshes
@@ -276,9 +309,12 @@ def batch(n=16):
     return jnp.asarray(rng.normal(size=(n, C))), jnp.asarray(y, jnp.int32)
 
 
-@pytest.mark.parametrize("jitted", [False, True], ids=["eager", "jit"])
-@pytest.mark.parametrize("transform", ["grad", "jvp", "jvp of grad", "grad of jvp", "linearize"])
-def test_shard_map(transform, jitted):
+SHARDED = ("grad", "jvp", "jvp of grad", "grad of jvp", "linearize")
+
+
+@cache
+def in_shard_map():
+    """(function of x, what every transform of it is in plain jnp)"""
     x, y = batch()
     mesh = jax.make_mesh((8,), ("t",), axis_types=(AxisType.Auto,))
     losses = jax.shard_map(
@@ -287,12 +323,20 @@ def test_shard_map(transform, jitted):
         in_specs=(P("t"), P("t")),
         out_specs=P("t"),
     )
+    expected = partial(every_transform, lambda x: plain(x, y, reduction="none", z_loss=0.1))
+    return lambda x: losses(x, y), jit_quickly(partial(expected, names=SHARDED))((x,))
 
-    def run(f):
-        return TRANSFORMS[transform](lambda x: f(x, y), (x,))
 
-    ours = jax.jit(lambda: run(losses))() if jitted else run(losses)
-    check(ours, run(lambda x, y: plain(x, y, reduction="none", z_loss=0.1)))
+@pytest.mark.parametrize("transform", SHARDED)
+def test_shard_map_eagerly(transform):
+    losses, expected = in_shard_map()
+    check(TRANSFORMS[transform](losses, (batch()[0],)), expected[transform])
+
+
+def test_shard_map_under_jit():
+    losses, expected = in_shard_map()
+    program = jit_quickly(partial(every_transform, losses, names=SHARDED))
+    check(program((batch()[0],)), expected)
 
 
 def test_gradients_inside_shard_map():
@@ -308,7 +352,7 @@ def test_gradients_inside_shard_map():
 
     q = jnp.sin(x)
     specs = (P(), P("t"), P("t"))
-    got = jax.shard_map(local, mesh=mesh, in_specs=P("t"), out_specs=specs)(x, y, q)
+    got = jit_quickly(jax.shard_map(local, mesh=mesh, in_specs=P("t"), out_specs=specs))(x, y, q)
     expected = jax.value_and_grad(lambda x: plain(x, y, reduction="sum"))(x)
     check(got, (*expected, jax.jvp(jax.nn.log_softmax, (x,), (q,))[1]))
 
@@ -318,12 +362,11 @@ SPECS = [P("t"), P(None, "t"), P("t", "u"), P(("t", "u"))]
 
 @pytest.mark.parametrize("spec", SPECS, ids=str)
 @pytest.mark.parametrize("kind", ["explicit", "auto"])
-@pytest.mark.parametrize("loss", ["labels", "probabilities", "log_softmax", "two steps"])
-def test_sharded_logits(spec, kind, loss):
+def test_sharded_logits(spec, kind):
     n, c = 16, 8
     rng = np.random.default_rng(4)
     x = rng.normal(size=(n, c)) * 3
-    y, q = rng.integers(0, c, n), rng.dirichlet(np.ones(c), n)
+    y, q = rng.integers(0, c, n).astype(np.int32), rng.dirichlet(np.ones(c), n)
     y[::5] = -100
     axis_type = AxisType.Explicit if kind == "explicit" else AxisType.Auto
     mesh = jax.make_mesh((4, 2), ("t", "u"), axis_types=(axis_type,) * 2)
@@ -332,29 +375,32 @@ def test_sharded_logits(spec, kind, loss):
     def put(v, spec):
         return jax.device_put(v, NamedSharding(mesh, spec))
 
-    def f(x, y, q):
-        if loss == "log_softmax":
-            return jnp.sum(jaxloss.log_softmax(x) * q)
-        if loss == "two steps":
-            return jaxloss.nll_loss(jaxloss.log_softmax(x), y)
-        return jaxloss.cross_entropy(x, q if loss == "probabilities" else y)
+    losses = {
+        "labels": lambda x, y, q: jaxloss.cross_entropy(x, y),
+        "probabilities": lambda x, y, q: jaxloss.cross_entropy(x, q),
+        "log_softmax": lambda x, y, q: jnp.sum(jaxloss.log_softmax(x) * q),
+        "two steps": lambda x, y, q: jaxloss.nll_loss(jaxloss.log_softmax(x), y),
+    }
+    expected = {
+        "labels": lambda x, y, q: plain(x, y),
+        "probabilities": lambda x, y, q: plain(x, q),
+        "log_softmax": lambda x, y, q: jnp.sum(jax.nn.log_softmax(x) * q),
+    }
+    expected["two steps"] = expected["labels"]
 
-    def expected(x):
-        if loss == "log_softmax":
-            return jnp.sum(jax.nn.log_softmax(x) * q)
-        return plain(x, jnp.asarray(q) if loss == "probabilities" else jnp.asarray(y))
+    def every_loss(functions):
+        def both(f, x, dx, y, q):
+            return jax.value_and_grad(f)(x, y, q), jax.jvp(partial(f, y=y, q=q), (x,), (dx,))[1]
 
-    want = jax.value_and_grad(expected)(jnp.asarray(x))
-    want_tangent = jax.jvp(expected, (jnp.asarray(x),), (jnp.asarray(np.sin(x)),))[1]
+        return jit_quickly(lambda *args: {name: both(f, *args) for name, f in functions.items()})
+
+    want = every_loss(expected)(x, np.sin(x), y, q)
     with jax.set_mesh(mesh):
-        args = put(x, spec), put(y, rows), put(q, spec)
-        got = jax.jit(jax.value_and_grad(f))(*args)
-        tangent = jax.jit(lambda x, dx, y, q: jax.jvp(lambda x: f(x, y, q), (x,), (dx,))[1])(
-            args[0], put(np.sin(x), spec), *args[1:]
-        )
-    assert got[1].sharding.is_equivalent_to(args[0].sharding, 2)
+        args = put(x, spec), put(np.sin(x), spec), put(y, rows), put(q, spec)
+        got = every_loss(losses)(*args)
+    for name in losses:
+        assert got[name][0][1].sharding.is_equivalent_to(args[0].sharding, 2)
     check(jax.device_get(got), jax.device_get(want))
-    check(jax.device_get(tangent), jax.device_get(want_tangent))
 
 
 # Tracing
@@ -394,8 +440,7 @@ def no_forward_mode(monkeypatch):
 def test_reverse_mode_does_without(no_forward_mode, case):
     loss, call, args = CASES[case]
     args = tuple(map(jnp.asarray, args))
-    for name in ("grad", "jit grad", "jacrev", "checkpoint"):
-        ours = TRANSFORMS[name](lambda *a: call(*a, loss=loss), args)
-        check(ours, TRANSFORMS[name](lambda *a: call(*a, loss=plain), args))
+    names = ("grad", "jit grad", "jacrev", "checkpoint")
+    check_together(partial(call, loss=loss), partial(call, loss=plain), args, names)
     with pytest.raises(TypeError, match="forward-mode autodiff"):
         jax.jvp(lambda *a: call(*a, loss=loss), args, args)

@@ -49,9 +49,18 @@ def test_temporary_memory(shape, dtype):
         assert memory.temp_size_in_bytes <= 32 * shape[0] + 2 * 2**20
 
 
-@pytest.mark.parametrize("spec", [P("a"), P(None, "b"), P("a", "b"), P(None, ("a", "b"))])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+SPECS = [P("a"), P(None, "b"), P("a", "b"), P(None, ("a", "b"))]
+
+
+# The dtypes take turns: each meets every kind of axes and every spec.
+@pytest.mark.parametrize(
+    ("spec", "dtype", "kind"),
+    [
+        (spec, DTYPES[(i + j) % 2], kind)
+        for i, spec in enumerate(SPECS)
+        for j, kind in enumerate([AxisType.Auto, AxisType.Explicit])
+    ],
+)
 def test_sharded_logits_are_not_gathered(spec, dtype, kind):
     mesh = jax.make_mesh((2, 4), ("a", "b"), axis_types=(kind,) * 2)
     x = jax.ShapeDtypeStruct((64, 4096), dtype, sharding=NamedSharding(mesh, spec))

@@ -1,13 +1,13 @@
 """Losses whose tokens, classes or kernels are split over the devices of a mesh."""
 
 import re
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import reference
+from helpers import jit_quickly, reference
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -22,6 +22,7 @@ MESHES = {
     "2x2x2 two of classes": ((2, 2, 2), ("t", "v", "w"), ("t",), ("w", "v")),
     "2x2x2 two of tokens": ((2, 2, 2), ("t", "u", "v"), ("t", "u"), ("v",)),
 }
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 N, D, C, V = 16, 6, 27, 32  # 27 classes, 32 columns: the last devices hold padding alone
 
 OPTIONS = {
@@ -29,6 +30,19 @@ OPTIONS = {
     "every option": {"label_smoothing": 0.1, "z_loss": 0.01, "logit_softcap": 4.0},
     "stats": {"label_smoothing": 0.1, "reduction": "none", "return_stats": True},
 }
+
+
+def alternating(cases, pair):
+    """Each case in both dtypes, with a value of the pair each, in turn.
+
+    Of (case, dtype, value) every pair of two occurs. Options follow cases by threes and values by
+    twos, so that six cases hold each triple of (options, dtype, value) too.
+    """
+    return [
+        (*case, dtype, pair[(i + j) % 2])
+        for i, case in enumerate(cases)
+        for j, dtype in enumerate(DTYPES)
+    ]
 
 
 def build(name, kind=AxisType.Auto):
@@ -140,23 +154,29 @@ def manual_cross_entropy(mesh, tokens, vocab, labels, options):
     return f, sharded
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("labels", ["indices", "probabilities"])
+MANUAL = [(name, list(OPTIONS)[i % 3]) for i, name in enumerate(MESHES)]
+
+
+@cache
+def step_of_cross_entropy(options, labels, dtype, mesh=None):
+    plain, sharded = manual_cross_entropy(*build(mesh or "2x4"), labels, OPTIONS[options])
+    given, y, w, s = problem(DTYPES[dtype], labels)
+
+    def step(x, w, s):
+        return (sharded if mesh else plain)(x, y, w, s)
+
+    return jit_quickly(jax.value_and_grad(total(step), argnums=(0, 1, 2), has_aux=True))(
+        given["x"], w, s
+    )
+
+
 @pytest.mark.parametrize(
-    ("mesh", "options"),
-    [(name, list(OPTIONS)[i % 3]) for i, name in enumerate(MESHES)]
-    + [("2x4", name) for name in ("mean", "every option")],
+    ("mesh", "options", "dtype", "labels"),
+    alternating([*MANUAL, ("2x4", "mean"), ("2x4", "every option")], ("indices", "probabilities")),
 )
 def test_cross_entropy_in_shard_map(mesh, options, labels, dtype):
-    plain, sharded = manual_cross_entropy(*build(mesh), labels, OPTIONS[options])
-    given, y, w, s = problem(dtype, labels)
-
-    def run(f):
-        return jax.value_and_grad(
-            total(lambda x, w, s: f(x, y, w, s)), argnums=(0, 1, 2), has_aux=True
-        )(given["x"], w, s)
-
-    assert_close(jax.jit(lambda: run(sharded))(), run(plain), dtype)
+    got = step_of_cross_entropy(options, labels, dtype, mesh)
+    assert_close(got, step_of_cross_entropy(options, labels, dtype), DTYPES[dtype])
 
 
 @pytest.mark.parametrize("labels", ["indices", "probabilities"])
@@ -179,7 +199,7 @@ def test_every_mode_in_shard_map(labels):
             jax.vmap(loss)(jnp.stack([x, 2 * x])),
         )
 
-    assert_close(jax.jit(lambda: run(sharded))(), run(plain), jnp.float32)
+    assert_close(*jit_quickly(lambda: (run(sharded), run(plain)))(), jnp.float32)
 
 
 def test_a_confident_row_keeps_its_loss():
@@ -228,9 +248,19 @@ def test_one_maximum_and_one_sum():
 # Sharded logits under plain jit
 
 
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
-@pytest.mark.parametrize("spec", [P("t"), P(None, "v"), P("t", "v"), P(("t", "v"))], ids=str)
-@pytest.mark.parametrize("options", list(OPTIONS))
+SPECS = [P("t"), P(None, "v"), P("t", "v"), P(("t", "v"))]
+
+
+# The kinds of axes take turns: each meets every spec and every set of options.
+@pytest.mark.parametrize(
+    ("options", "spec", "kind"),
+    [
+        (options, spec, [AxisType.Auto, AxisType.Explicit][(i + j) % 2])
+        for i, options in enumerate(OPTIONS)
+        for j, spec in enumerate(SPECS)
+    ],
+    ids=str,
+)
 def test_no_collective_but_sums_of_rows(options, spec, kind):
     mesh, *_ = build("2x4", kind)
     given, y, w, s = problem(jnp.bfloat16)
@@ -249,7 +279,7 @@ def test_no_collective_but_sums_of_rows(options, spec, kind):
         nll = jax.value_and_grad(lambda x: jaxloss.nll_loss(jaxloss.log_softmax(x), y))(x)
         return grad, out, nll
 
-    expected = run(given["x"], y, w, s)
+    expected = jit_quickly(run)(given["x"], y, w, s)
     with jax.set_mesh(mesh):
         put = [
             jax.device_put(a, NamedSharding(mesh, p))
@@ -288,21 +318,23 @@ def manual_linear(mesh, tokens, vocab, options, schedule):
 SCHEDULES = ["token_chunks", "vocab_blocks"]
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize(
-    ("mesh", "options"), [(name, list(OPTIONS)[i % 3]) for i, name in enumerate(MESHES)]
-)
+@cache
+def step_of_linear(options, dtype, schedule, mesh=None):
+    plain, sharded = manual_linear(*build(mesh or "2x4"), OPTIONS[options], schedule)
+    given, y, w, s = problem(DTYPES[dtype])
+
+    def step(h, k, b, w, s):
+        return (sharded if mesh else plain)(h, k, b, y, w, s)
+
+    return jit_quickly(jax.value_and_grad(total(step), argnums=range(5), has_aux=True))(
+        given["h"], given["k"], given["b"].astype(DTYPES[dtype]), w, s
+    )
+
+
+@pytest.mark.parametrize(("mesh", "options", "dtype", "schedule"), alternating(MANUAL, SCHEDULES))
 def test_linear_in_shard_map(mesh, options, dtype, schedule):
-    plain, sharded = manual_linear(*build(mesh), OPTIONS[options], schedule)
-    given, y, w, s = problem(dtype)
-
-    def run(f):
-        return jax.value_and_grad(
-            total(lambda h, k, b, w, s: f(h, k, b, y, w, s)), argnums=range(5), has_aux=True
-        )(given["h"], given["k"], given["b"].astype(dtype), w, s)
-
-    assert_close(jax.jit(lambda: run(sharded))(), run(plain), dtype)
+    got = step_of_linear(options, dtype, schedule, mesh)
+    assert_close(got, step_of_linear(options, dtype, schedule), DTYPES[dtype])
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -341,7 +373,7 @@ def test_linear_sums_that_the_caller_takes(schedule):
             jax.jvp(jax.grad(f, (0, 1)), args, directions)[1],
         )
 
-    assert_close(jax.jit(lambda: run(sharded))(), run(plain), jnp.float32)
+    assert_close(*jit_quickly(lambda: (run(sharded), run(plain)))(), jnp.float32)
 
 
 def test_linear_loss_in_shard_map():
@@ -361,8 +393,10 @@ def test_linear_loss_in_shard_map():
         in_specs=(P("t"), P(), P(), P("t")),
         out_specs=P(),
     )
-    got = jax.jit(jax.value_and_grad(sharded, (0, 1, 2)))(*args, y)
-    assert_close(got, jax.value_and_grad(loss, (0, 1, 2))(*args, y), jnp.float32)
+    got, expected = (
+        jit_quickly(jax.value_and_grad(f, (0, 1, 2)))(*args, y) for f in (sharded, loss)
+    )
+    assert_close(got, expected, jnp.float32)
 
 
 EXPLICIT = [
@@ -409,20 +443,21 @@ def explicit(mesh, spec, dtype, schedule, options, vocab_axis=1):
     return mesh, f, put, arrays
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize(
-    ("mesh", "spec", "options"),
-    [(mesh, spec, list(OPTIONS)[i % 3]) for i, (mesh, spec) in enumerate(EXPLICIT)],
+    ("mesh", "spec", "options", "dtype", "schedule"),
+    alternating(
+        [(mesh, spec, list(OPTIONS)[i % 3]) for i, (mesh, spec) in enumerate(EXPLICIT)], SCHEDULES
+    ),
     ids=str,
 )
 def test_linear_on_an_explicit_mesh(mesh, spec, options, dtype, schedule):
+    dtype = DTYPES[dtype]
     mesh, f, put, arrays = explicit(mesh, spec, dtype, schedule, OPTIONS[options])
     with jax.set_mesh(mesh):
-        got = jax.jit(f)(*put)
+        got = jit_quickly(f)(*put)
     for g, x in zip(got[1], (*put[:3], *put[4:]), strict=True):
         assert g.sharding.is_equivalent_to(x.sharding, g.ndim)
-    assert_close(got, f(*arrays), dtype)
+    assert_close(got, jit_quickly(f)(*arrays), dtype)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -445,17 +480,17 @@ def test_probabilities_and_masks_on_an_explicit_mesh(schedule):
     args = (given["h"], given["k"], y, where, s)
     specs = (P("t"), P(None, "v"), P("t"), P("t"), P("t"))
     with jax.set_mesh(mesh):
-        got = jax.jit(run)(
+        got = jit_quickly(run)(
             *(jax.device_put(a, NamedSharding(mesh, p)) for a, p in zip(args, specs, strict=True))
         )
-    assert_close(got, run(*args), jnp.float32)
+    assert_close(got, jit_quickly(run)(*args), jnp.float32)
 
 
 def test_linear_with_a_tied_table_on_an_explicit_mesh():
     mesh, f, put, arrays = explicit("2x4", P("t", "v"), jnp.float32, "token_chunks", {}, 0)
     with jax.set_mesh(mesh):
-        got = jax.jit(f)(*put)
-    assert_close(got, f(*arrays), jnp.float32)
+        got = jit_quickly(f)(*put)
+    assert_close(got, jit_quickly(f)(*arrays), jnp.float32)
 
 
 D_HIDDEN = ("all-reduce", 8 * 128)  # its sum over the vocabulary
@@ -549,7 +584,8 @@ def test_accumulated_microbatches_are_the_mean(labels):
         parts = [a.reshape(4, N // 4, *a.shape[1:]) for a in (x, y, s)]
         return jax.lax.scan(step, jnp.float32(0), tuple(parts))[0] / weight
 
-    assert_close(jax.value_and_grad(accumulated)(x), jax.value_and_grad(whole)(x), jnp.float32)
+    got, expected = (jit_quickly(jax.value_and_grad(f))(x) for f in (accumulated, whole))
+    assert_close(got, expected, jnp.float32)
     if labels == "probabilities":
         return
     y = jnp.where(y == -100, 0, y).at[1:4].set(-100)  # 1, 4, 4 and 4 tokens that count
@@ -668,9 +704,8 @@ def test_padding_never_enters_the_sum(labels, axis):
         return a if axis == 1 or a.ndim == 1 else a.T
 
     def run(x, y, **more):
-        return jax.value_and_grad(
-            lambda x: jaxloss.cross_entropy(turned(x), turned(y), **options, **more)
-        )(x)
+        f = lambda x: jaxloss.cross_entropy(turned(x), turned(y), **options, **more)  # noqa: E731
+        return jit_quickly(jax.value_and_grad(f))(x)
 
     loss, grad = run(x, y, num_classes=C)
     expected, slope = run(x[:, :C], y[:, :C] if y.ndim == 2 else y)

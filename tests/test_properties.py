@@ -5,13 +5,13 @@ the logits themselves: where that may happen the offsets are integers and the lo
 1/8, so that every shifted logit is exact and only the loss's own arithmetic is judged.
 """
 
-from functools import partial
+from functools import cache, partial
 
 import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
-from helpers import EPS, assert_within, margins, relative_budget
+from helpers import EPS, assert_within, jit_quickly, margins, relative_budget
 from hypothesis import given
 
 import jaxloss
@@ -21,6 +21,8 @@ OFFSETS = [0.0, 1.0, -1000.0, 4096.0]
 ONE_LOSS = partial(jaxloss.cross_entropy, reduction="none")
 VALUE = jax.jit(ONE_LOSS)
 GRADIENT = jax.jit(jax.grad(lambda x, y: ONE_LOSS(x, y).sum()))
+TWO_STEPS = jax.jit(lambda x, y: jaxloss.nll_loss(jaxloss.log_softmax(x), y, reduction="none"))
+OF_ROWS = jax.jit(jax.vmap(ONE_LOSS)), jax.jit(jax.vmap(jax.grad(ONE_LOSS)))
 
 
 @st.composite
@@ -85,8 +87,7 @@ def test_losses_are_not_negative_and_gradients_are_bounded(case):
 @given(rows())
 def test_two_steps(case):
     x, y = case
-    two = jax.jit(lambda x, y: jaxloss.nll_loss(jaxloss.log_softmax(x), y, reduction="none"))
-    assert_within(two(x, y), VALUE(x, y), 2 * budget(x))
+    assert_within(TWO_STEPS(x, y), VALUE(x, y), 2 * budget(x))
 
 
 @given(rows())
@@ -102,8 +103,9 @@ def test_vmap_is_the_batch(case):
     x, y = case
     # The same sums in other loops: vector lanes may add in another order.
     close = x.shape[1] * EPS
-    assert_within(jax.vmap(ONE_LOSS)(x, y), VALUE(x, y), close)
-    assert_within(jax.vmap(jax.grad(ONE_LOSS))(x, y), GRADIENT(x, y), close)
+    value, gradient = OF_ROWS
+    assert_within(value(x, y), VALUE(x, y), close)
+    assert_within(gradient(x, y), GRADIENT(x, y), close)
 
 
 @given(rows(), st.lists(st.sampled_from([0.0, 0.25, 1.0, 3.0]), min_size=4, max_size=4))
@@ -126,13 +128,26 @@ def test_masked_classes_are_absent(case, removed):
     exists = np.arange(more.shape[1]) >= removed
     y_more = y + np.int32(removed)
     close = more.shape[1] * EPS
-    losses = jaxloss.cross_entropy(more, y_more, where=exists[None], reduction="none")
+    losses = VALUE(more, y_more, where=exists[None])
     assert_within(losses, VALUE(x, y), close)
     more[:, :removed] = -np.inf
     assert_within(VALUE(more, y_more), VALUE(x, y), close)
     grad = np.asarray(GRADIENT(more, y_more))
     assert np.all(grad[:, :removed] == 0)
     assert_within(grad[:, removed:], GRADIENT(x, y), close)
+
+
+@cache
+def of_kernel(chunk, schedule):
+    """The losses, undifferentiated, and the gradient of their sum."""
+
+    def loss(kernel, labels):
+        return jaxloss.linear_cross_entropy(
+            jnp.eye(len(labels)), kernel, labels, chunk_size=chunk, implementation=schedule,
+            reduction="none", precision="highest",
+        )  # fmt: skip
+
+    return jit_quickly(lambda k, y: (loss(k, y), jax.grad(lambda k: loss(k, y).sum())(k)))
 
 
 @given(
@@ -143,16 +158,6 @@ def test_masked_classes_are_absent(case, removed):
 def test_linear_cross_entropy(case, chunk, schedule):
     """The identity as hidden states: the products are exact, the chunks must not show."""
     x, y = case
-    n = len(y)
-    loss = partial(
-        jaxloss.linear_cross_entropy,
-        labels=y,
-        chunk_size=chunk,
-        implementation=schedule,
-        reduction="none",
-        precision="highest",
-    )
-    eye = jnp.eye(n)
-    assert_within(loss(eye, x), VALUE(x, y), 2 * budget(x))
-    grad = jax.grad(lambda k: loss(eye, k).sum())(jnp.asarray(x))
+    losses, grad = of_kernel(chunk, schedule)(x, y)
+    assert_within(losses, VALUE(x, y), 2 * budget(x))
     assert_within(grad, GRADIENT(x, y), 4 * budget(x)[:, None])

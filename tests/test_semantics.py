@@ -200,15 +200,25 @@ def test_axis(shape, axis, probabilities):
         labels = rng.dirichlet(np.ones(x.size)).reshape(shape).astype(np.float32)
     weight = (0.01 + np.arange(c, dtype=np.float32)) / c
     options = {"axis": axis, "weight": weight}
-    for reduction in ("none", "mean"):
-        expected = reference(x, labels, reduction=reduction, **options).loss
-        got = jaxloss.cross_entropy(x, labels, reduction=reduction, **options)
-        assert_within(got, expected, 64 * EPS)
+
+    @jax.jit
+    def ours(x):
         out = jaxloss.log_softmax(x, axis)
-        assert out.shape == shape
-        got = jaxloss.nll_loss(out, labels, reduction=reduction, **options)
-        assert_within(got, expected, 64 * EPS)
-    grad = jax.grad(lambda x: jaxloss.cross_entropy(x, labels, **options))(x)
+        losses = {
+            reduction: (
+                jaxloss.cross_entropy(x, labels, reduction=reduction, **options),
+                jaxloss.nll_loss(out, labels, reduction=reduction, **options),
+            )
+            for reduction in ("none", "mean")
+        }
+        return losses, out, jax.grad(lambda x: jaxloss.cross_entropy(x, labels, **options))(x)
+
+    losses, out, grad = ours(x)
+    for reduction, got in losses.items():
+        expected = reference(x, labels, reduction=reduction, **options).loss
+        for loss in got:
+            assert_within(loss, expected, 64 * EPS)
+    assert out.shape == shape
     assert grad.shape == shape
     expected = differences(lambda x: reference(x, labels, **options).loss, x)
     assert_within(grad, expected, 64 * EPS, floor=np.max(np.abs(expected)))
@@ -421,7 +431,7 @@ def test_options_together(seed):
     # All terms of a loss are positive; logsumexp, not its square's root, is known to eps |x|.
     floor = both.get("z_loss", 0) * float(np.max(np.abs(x)) ** 2) * 10
     relative = (float(margins(x).max()) + 16) * 2 * EPS
-    value, grads = jax.value_and_grad(ours)(moving)
+    value, grads = jax.jit(jax.value_and_grad(ours))(moving)
     assert_within(value, expected(moving), relative, floor)
     if np.isnan(value):  # a mean over nothing
         return
