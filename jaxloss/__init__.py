@@ -6,9 +6,12 @@ from jaxloss._cross_entropy import TokenStats as TokenStats
 from jaxloss._cross_entropy import cross_entropy as cross_entropy
 from jaxloss._cross_entropy import log_softmax as log_softmax
 from jaxloss._cross_entropy import nll_loss as nll_loss
+from jaxloss._focal import focal_loss as focal_loss
 from jaxloss._labels import TopKLabels as TopKLabels
 from jaxloss._linear_cross_entropy import linear_cross_entropy as linear_cross_entropy
 from jaxloss._linear_cross_entropy import linear_loss as linear_loss
+from jaxloss._sigmoid import sigmoid_cross_entropy as sigmoid_cross_entropy
+from jaxloss._sigmoid import sigmoid_focal_loss as sigmoid_focal_loss
 from jaxloss._targets import check_labels as check_labels
 from jaxloss._targets import total_weight as total_weight
 
@@ -18,9 +21,12 @@ __all__ = [
     "TopKLabels",
     "check_labels",
     "cross_entropy",
+    "focal_loss",
     "linear_cross_entropy",
     "linear_loss",
     "log_softmax",
     "nll_loss",
+    "sigmoid_cross_entropy",
+    "sigmoid_focal_loss",
     "total_weight",
 ]

@@ -71,6 +71,8 @@ def test_imports_run_one_way():
         "_rows": {"_casts", "_forward_mode", "_mesh", "_passes"},
         "_targets": {"_casts", "_check", "_labels", "_mesh", "_passes", "_rows"},
         "_cross_entropy": {"_casts", "_check", "_passes", "_rows", "_targets"},
+        "_focal": {"_casts", "_check", "_cross_entropy", "_labels", "_targets"},
+        "_sigmoid": {"_casts", "_check", "_cross_entropy", "_focal", "_passes", "_targets"},
         "_linear": {"_casts", "_forward_mode", "_mesh"},
         "_blocks": {"_forward_mode", "_linear", "_mesh", "_passes", "_rows", "_targets"},
         "_layout": {"_check", "_labels", "_mesh"},
