@@ -207,7 +207,7 @@ def boolean(function: str, mask: Any) -> Array:
     return mask
 
 
-def _fits(mask: Array, logits: Array) -> bool:
+def fits(mask: Array, logits: Array) -> bool:
     pairs = zip(mask.shape[::-1], logits.shape[::-1], strict=False)
     return mask.ndim <= logits.ndim and all(m in (1, n) for m, n in pairs)
 
@@ -219,10 +219,10 @@ def _where(
     if mask is None:
         return None, None
     mask = boolean(function, mask)
-    fits = _fits(mask, logits)
+    fitting = fits(mask, logits)
     tokens = mask.shape == batch_shape(logits, axes)
-    padded = mask.reshape((1,) * (logits.ndim - mask.ndim) + mask.shape) if fits else mask
-    if tokens and fits and num_classes(padded, axes) > 1:
+    padded = mask.reshape((1,) * (logits.ndim - mask.ndim) + mask.shape) if fitting else mask
+    if tokens and fitting and num_classes(padded, axes) > 1:
         fail(
             function,
             "where must be either classes that exist or tokens that count",
@@ -231,7 +231,7 @@ def _where(
         )
     if tokens:
         return None, mask
-    if not fits:
+    if not fitting:
         fail(
             function,
             f"where must broadcast to {name} (classes that exist) or have the shape of the losses,"
@@ -246,7 +246,7 @@ def class_mask(function: str, name: str, mask: Any, logits: Array) -> Array | No
     if mask is None:
         return None
     mask = boolean(function, mask)
-    if not _fits(mask, logits):
+    if not fits(mask, logits):
         fail(
             function,
             f"where must broadcast to {name}",

@@ -1,0 +1,368 @@
+"""Losses of logits that are binary decisions, each entry its own: yes or no, many labels at once.
+
+With ``y`` the probability that is asked for and ``z = 1 - y``, an entry's loss is
+``a softplus(-x) + b softplus(x)``, ``a`` and ``b`` being ``y`` and ``z`` times weights. Nothing
+here is subtracted from 1 but ``y``: a sigmoid near 1 has lost what it lacks.
+"""
+
+import sys
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+
+from jaxloss import _check, _targets
+from jaxloss._casts import accumulator_dtype, widened
+from jaxloss._cross_entropy import Reduction
+from jaxloss._focal import check_gamma, modulated
+from jaxloss._passes import of_rank
+
+
+@jax.custom_jvp
+def _sigmoids(x: Array) -> tuple[Array, Array]:
+    """``sigmoid(-x)`` and ``sigmoid(x)``."""
+    e = jnp.exp(-jnp.abs(x))
+    large = 1 / (1 + e)
+    small = e * large
+    return jnp.where(x > 0, small, large), jnp.where(x > 0, large, small)
+
+
+@_sigmoids.defjvp
+def _sigmoids_jvp(primals, tangents):
+    down, up = _sigmoids(*primals)
+    slope = down * up * tangents[0]
+    return (down, up), (-slope, slope)
+
+
+@jax.custom_jvp
+def _softplus(x: Array) -> tuple[Array, Array]:
+    """``softplus(-x)`` and ``softplus(x)``.
+
+    Their own rule: JAX's second derivative of ``max(x, 0) + log1p(exp(-|x|))`` is 0 at 0.
+    """
+    above = jnp.log1p(jnp.exp(-jnp.abs(x)))
+    return jnp.maximum(-x, 0) + above, jnp.maximum(x, 0) + above
+
+
+@_softplus.defjvp
+def _softplus_jvp(primals, tangents):
+    down, up = _sigmoids(*primals)
+    return _softplus(*primals), (-down * tangents[0], up * tangents[0])
+
+
+def _asked(weight: Array, penalty: Array) -> Array:
+    # What weighs 0 asks for nothing, at an infinite logit either (0 * inf is NaN).
+    return weight * jnp.where((weight == 0) & jnp.isinf(penalty), 0, penalty)
+
+
+def _targets_of(labels: Array, ignore_index: int | None, dtype) -> tuple[Array, Array]:
+    """Returns (the positive class's probability, NaN where a label is none; counts)."""
+    if not jnp.issubdtype(labels.dtype, jnp.integer):
+        return labels.astype(dtype), jnp.ones_like(labels, bool)
+    index, counts = _targets.class_indices(labels, 2, ignore_index)
+    return jnp.where(index < 2, index.astype(dtype), jnp.nan), counts
+
+
+@partial(
+    jax.jit, static_argnames=("ignore_index", "label_smoothing", "alpha", "gamma", "reduction")
+)
+def _losses(
+    logits,
+    labels,
+    weight,
+    pos_weight,
+    sample_weight,
+    where,
+    *,
+    ignore_index,
+    label_smoothing,
+    alpha,
+    gamma,
+    reduction,
+):
+    dtype, rank = accumulator_dtype(logits.dtype), logits.ndim
+
+    # The backward pass computes it again from the arguments, instead of keeping what would be half
+    # a dozen arrays of the logits' size, in float32 whatever their dtype.
+    @jax.checkpoint
+    def terms(logits, labels, weight, pos_weight, sample_weight, where):
+        y, counts = _targets_of(labels, ignore_index, dtype)
+        if where is not None:
+            counts &= where
+        if sample_weight is not None:
+            counts &= sample_weight.astype(bool)
+        # Selected away before anything multiplies them, and once more behind it.
+        x, y = jnp.where(counts, widened(logits), 0), jnp.where(counts, y, 0)
+        z = 1 - y
+        if label_smoothing:
+            # As z (1 - eps) + eps / 2, XLA adds a small eps / 2 to the 1 of 1 - y, and loses it.
+            y, z = (v + label_smoothing * (0.5 - v) for v in (y, z))
+        a, b = y, z
+        if pos_weight is not None:
+            a = a * of_rank(pos_weight.astype(dtype), rank)
+        if alpha is not None:
+            balance = alpha * y + (1 - alpha) * z
+            a, b = a * balance, b * balance
+        if weight is not None:
+            w = of_rank(weight.astype(dtype), rank)
+            a, b = a * w, b * w
+        down, up = _softplus(x)
+        losses = _asked(a, down) + _asked(b, up)
+        if gamma:
+            no, yes = _sigmoids(x)
+            wrong = y * no + z * yes
+            losses = modulated(losses, wrong, gamma, (-jnp.abs(x), jnp.where(x > 0, a, b)))
+        losses = jnp.where(counts, losses, 0)
+        share = jnp.ones_like(losses)
+        if sample_weight is not None and sample_weight.dtype != jnp.bool_:
+            share = sample_weight.astype(dtype)
+            losses = jnp.where(counts, share * losses, 0)
+        if reduction == "none":
+            return losses, None
+        return jnp.sum(losses), jnp.sum(jnp.where(counts, share, 0))
+
+    losses, share = terms(logits, labels, weight, pos_weight, sample_weight, where)
+    if reduction != "mean":
+        return losses
+    # The constant in place of a 0 keeps 0 / 0 out of the gradients.
+    return jnp.where(share == 0, jnp.nan, losses / jnp.where(share == 0, 1, share))
+
+
+def _labels(function: str, labels: Any, logits: Array) -> Array:
+    labels = _check.array(function, "labels", labels)
+    kinds = (jnp.integer, jnp.floating, jnp.bool_)
+    if not any(jnp.issubdtype(labels.dtype, kind) for kind in kinds):
+        rule = "labels must be 0 and 1 (integer or boolean) or probabilities (floating)"
+        _check.fail(function, rule, _check.describe(labels), kind=TypeError)
+    given, shape = labels.shape, logits.shape
+    way_out = ""
+    if shape == (*given, 1):
+        way_out = "Drop the size-1 axis: logits.squeeze(-1)."
+    elif given == (*shape, 1):
+        way_out = "Drop the size-1 axis: labels.squeeze(-1)."
+    elif given == shape[:-1] and jnp.issubdtype(labels.dtype, jnp.integer):
+        way_out = "One class of C: cross_entropy, or jax.nn.one_hot(labels, C) for C decisions."
+    _check.shape(function, "labels", labels, shape, "the shape of logits", way_out)
+    return labels
+
+
+def _entry_weight(function: str, name: str, weight: Any, logits: Array, scalar=False) -> Any:
+    if weight is None:
+        return None
+    weight = _check.floating(function, name, weight)
+    shape, last = logits.shape, logits.shape[-1:]
+    if weight.shape not in (shape, last) and not (scalar and weight.ndim == 0):
+        rule = f"{name} must have the shape of logits, {shape}, or one entry a class, {last}"
+        broadcast = f"Broadcast it: jnp.broadcast_to({name}, logits.shape)."
+        way_out = broadcast if _check.fits(weight, logits) else ""
+        _check.fail(function, rule, _check.describe(weight), way_out)
+    return weight
+
+
+def _pos_weight(function: str, weight: Any, logits: Array) -> Any:
+    if isinstance(weight, int | float):
+        weight = _check.number(function, "pos_weight", weight, 0, sys.float_info.max)
+        weight = jnp.asarray(weight, accumulator_dtype(logits.dtype))
+    return _entry_weight(function, "pos_weight", weight, logits, scalar=True)
+
+
+def _alpha(function: str, alpha: Any) -> float | None:
+    if alpha is None:
+        return None
+    if isinstance(alpha, int | float) and alpha < 0:
+        rule = "alpha must be in [0, 1], or None"
+        _check.fail(function, rule, repr(alpha), "torchvision's alpha=-1 is alpha=None.")
+    return _check.number(function, "alpha", alpha, 0, 1)
+
+
+def _loss_of(
+    function: str,
+    logits: Any,
+    labels: Any,
+    weight: Any,
+    pos_weight: Any,
+    ignore_index: Any,
+    label_smoothing: Any,
+    sample_weight: Any,
+    where: Any,
+    reduction: Any,
+    alpha: Any = None,
+    gamma: Any = 0,
+) -> Array:
+    logits = _check.floating(function, "logits", logits)
+    labels = _labels(function, labels, logits)
+    weight = _entry_weight(function, "weight", weight, logits)
+    pos_weight = _pos_weight(function, pos_weight, logits)
+    sample_weight = _check.check_sample_weight(function, sample_weight, logits.shape)
+    if where is not None:
+        where = _check.boolean(function, where)
+        _check.shape(function, "where", where, logits.shape, "the shape of logits")
+    _check.check_reduction(function, reduction)
+    return _losses(
+        logits,
+        labels,
+        weight,
+        pos_weight,
+        sample_weight,
+        where,
+        ignore_index=_check.ignored(function, ignore_index),
+        label_smoothing=_check.number(function, "label_smoothing", label_smoothing, 0, 1),
+        alpha=_alpha(function, alpha),
+        gamma=check_gamma(function, gamma),
+        reduction=reduction,
+    )
+
+
+def sigmoid_cross_entropy(
+    logits: ArrayLike,
+    labels: ArrayLike,
+    *,
+    weight: ArrayLike | None = None,
+    pos_weight: ArrayLike | None = None,
+    ignore_index: int | None = -100,
+    label_smoothing: float = 0.0,
+    sample_weight: ArrayLike | None = None,
+    where: ArrayLike | None = None,
+    reduction: Reduction = "mean",
+) -> Array:
+    r"""Binary cross-entropy of logits: each entry is a yes or no of its own.
+
+    .. math:: l = w\left(p\,y'\,\mathrm{softplus}(-x) + (1 - y')\,\mathrm{softplus}(x)\right),
+              \qquad y' = (1-\epsilon)\,y + \frac{\epsilon}{2},
+              \qquad \mathrm{softplus}(x) = \log(1 + e^x) = -\log \mathrm{sigmoid}(-x)
+
+    Args:
+      logits: any shape ``[..., C]``, or a scalar; a floating dtype. float16 and bfloat16 are read
+        as they are and computed in float32.
+      labels: the shape of ``logits``. Integer: 0 or 1. Boolean. Floating: the probability of a yes,
+        differentiable.
+      weight: ``[C]``, one weight a class, or the shape of ``logits``: ``w``. It scales losses, and
+        is not in the mean's denominator. Differentiable.
+      pos_weight: ``[C]``, or the shape of ``logits``, or one number: ``p``, what a yes weighs.
+        Differentiable.
+      ignore_index: the label of entries that do not count; None: there is none. Integers only.
+      label_smoothing: ``eps`` in [0, 1], mixes in a probability of 1/2.
+      sample_weight: the shape of ``logits``, ``s``: a weight an entry, or a boolean mask.
+        Differentiable.
+      where: boolean, the shape of ``logits``: the entries that count.
+      reduction: ``"none"``: ``s_n l_n``, one an entry. ``"sum"``. ``"mean"``:
+        ``sum(s_n l_n) / sum(s_n)`` over the entries that count, so PyTorch's where all do and s is
+        1. A mean over nothing is NaN, with gradient 0.
+
+    Returns:
+      float32 (float64 for float64 logits); gradients have their inputs' dtypes. An entry that does
+      not count has loss 0 and gradient 0, whatever its logit holds; an integer that is no label has
+      NaN, in its own entry alone; so has a logit of NaN. A logit of +inf or -inf has loss 0 where
+      it is right, and inf where it is wrong.
+
+    Raises:
+      TypeError: an argument has the wrong dtype, or an option is no Python number.
+      ValueError: a shape or an option's value is wrong. Nothing else is ever broadcast.
+
+    Differentiable in ``logits``, probabilities and the weights, in forward and reverse mode to any
+    order. The backward pass keeps the arguments and nothing else. The gradient,
+    ``w ((1 - y') sigmoid(x) - p y' sigmoid(-x))``, is exact for labels of 0 and 1; between them it
+    is a difference, to a few roundings of its larger term: near y' = sigmoid(x) that is all that
+    rounded logits say. ``sigmoid(x) - y`` has an error of a rounding of 1.
+
+    Example:
+
+      >>> import jax.numpy as jnp
+      >>> import jaxloss
+      >>> logits = jnp.array([[30.0, -2.0], [0.0, jnp.nan]])
+      >>> labels = jnp.array([[1, 1], [0, -100]])
+      >>> print(jaxloss.sigmoid_cross_entropy(logits, labels, reduction="none"))
+      [[9.357623e-14 2.126928e+00]
+       [6.931472e-01 0.000000e+00]]
+
+    Source: ``torch.nn.functional.binary_cross_entropy_with_logits`` for ``weight``, ``pos_weight``
+    and the mean; ``optax.sigmoid_binary_cross_entropy``; smoothing as in TensorFlow's
+    ``BinaryCrossentropy``.
+    """
+    return _loss_of(
+        "sigmoid_cross_entropy",
+        logits,
+        labels,
+        weight,
+        pos_weight,
+        ignore_index,
+        label_smoothing,
+        sample_weight,
+        where,
+        reduction,
+    )
+
+
+def sigmoid_focal_loss(
+    logits: ArrayLike,
+    labels: ArrayLike,
+    *,
+    alpha: float | None = None,
+    gamma: float = 2.0,
+    weight: ArrayLike | None = None,
+    pos_weight: ArrayLike | None = None,
+    ignore_index: int | None = -100,
+    label_smoothing: float = 0.0,
+    sample_weight: ArrayLike | None = None,
+    where: ArrayLike | None = None,
+    reduction: Reduction = "mean",
+) -> Array:
+    r"""Focal loss of binary decisions: what is right already counts less.
+
+    .. math:: l = \alpha_t\,(1 - p_t)^\gamma\,\mathrm{bce}(x, y'), \qquad
+              1 - p_t = (1 - y')\,\mathrm{sigmoid}(x) + y'\,\mathrm{sigmoid}(-x), \qquad
+              \alpha_t = \alpha y' + (1 - \alpha)(1 - y')
+
+    with ``bce`` and ``y'`` from :func:`sigmoid_cross_entropy`, weights included. ``1 - p_t`` is
+    that sum of positive terms, never a difference, and its power is taken of its logarithm: the
+    gradient is exact for any ``gamma``, below 1 too, and where ``1 - p_t`` underflows.
+
+    Args:
+      logits: any shape ``[..., C]``, or a scalar; a floating dtype.
+      labels: the shape of ``logits``: 0 and 1, booleans, or probabilities (floating).
+      alpha: a Python number in [0, 1]: positives weigh ``alpha``, negatives ``1 - alpha``; None:
+        both weigh 1.
+      gamma: a Python number, at least 0. With 0 and no ``alpha`` it is
+        :func:`sigmoid_cross_entropy`.
+      weight, pos_weight, ignore_index, label_smoothing, sample_weight, where, reduction: as in
+        :func:`sigmoid_cross_entropy`. Detectors often divide the ``"sum"`` by the number of
+        positives instead of taking the ``"mean"``.
+
+    Returns:
+      As :func:`sigmoid_cross_entropy`.
+
+    Raises:
+      TypeError, ValueError: as :func:`sigmoid_cross_entropy`; or ``alpha`` or ``gamma`` is out of
+        range.
+
+    Differentiable in ``logits``, probabilities and the weights, in every mode. The backward pass
+    keeps the arguments and nothing else.
+
+    Example:
+
+      >>> import jax.numpy as jnp
+      >>> import jaxloss
+      >>> logits, labels = jnp.array([20.0, -2.0, 0.0]), jnp.array([1, 1, 0])
+      >>> print(jaxloss.sigmoid_focal_loss(logits, labels, alpha=0.25, reduction="none"))
+      [2.1891277e-27 4.1251951e-01 1.2996510e-01]
+
+    Source: T.-Y. Lin et al., "Focal Loss for Dense Object Detection" (2017);
+    ``torchvision.ops.sigmoid_focal_loss``; for probabilities ``optax.sigmoid_focal_loss``.
+    """
+    return _loss_of(
+        "sigmoid_focal_loss",
+        logits,
+        labels,
+        weight,
+        pos_weight,
+        ignore_index,
+        label_smoothing,
+        sample_weight,
+        where,
+        reduction,
+        alpha,
+        gamma,
+    )
