@@ -9,6 +9,11 @@ from jaxloss._cross_entropy import nll_loss as nll_loss
 from jaxloss._labels import TopKLabels as TopKLabels
 from jaxloss._linear_cross_entropy import linear_cross_entropy as linear_cross_entropy
 from jaxloss._linear_loss import linear_loss as linear_loss
+from jaxloss._metrics import MetricSums as MetricSums
+from jaxloss._metrics import metric_sums as metric_sums
+from jaxloss._metrics import metrics as metrics
+from jaxloss._sequences import next_token_labels as next_token_labels
+from jaxloss._sequences import sequence_weight as sequence_weight
 from jaxloss._terms import TokenStats as TokenStats
 from jaxloss._token_stats import linear_token_stats as linear_token_stats
 from jaxloss._token_stats import token_stats as token_stats
@@ -16,6 +21,7 @@ from jaxloss._total_weight import total_weight as total_weight
 
 __version__ = _version("jaxloss")
 __all__ = [
+    "MetricSums",
     "TokenStats",
     "TopKLabels",
     "check_labels",
@@ -24,7 +30,11 @@ __all__ = [
     "linear_loss",
     "linear_token_stats",
     "log_softmax",
+    "metric_sums",
+    "metrics",
+    "next_token_labels",
     "nll_loss",
+    "sequence_weight",
     "token_stats",
     "total_weight",
 ]

@@ -1,0 +1,303 @@
+"""Metrics of a whole evaluation, from sums that add over steps and devices."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jax.typing import ArrayLike
+
+from jaxloss import _check
+from jaxloss._casts import accumulator_dtype
+from jaxloss._cross_entropy import AxisName
+from jaxloss._terms import TokenStats
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("weight", "nll", "entropy", "hits", "bin_weight", "bin_confidence", "bin_hits"),
+    meta_fields=("top_k",),
+)
+@dataclass(frozen=True)
+class MetricSums:
+    """Sums over tokens, from :func:`metric_sums`: a pytree of arrays that add.
+
+    Each sum is two numbers, on the first axis of its array: its leading 8 bits, and the rest. The
+    sum of both is the sum. One float32 stops counting single tokens at 2^24; these two, added
+    separately, count them past 10^10.
+
+    Attributes:
+      weight: ``[2]``, the number of tokens that count, or their total weight.
+      nll: ``[2]``, of ``-log_prob``.
+      entropy: ``[2]``, of ``entropy``.
+      hits: ``[2, K]``: the tokens whose label is among the first k, for each k of ``top_k``.
+      bin_weight: ``[2, bins]``: the tokens whose confidence lies in each bin.
+      bin_confidence: ``[2, bins]``: of their ``confidence``.
+      bin_hits: ``[2, bins]``: those of them whose label is the prediction.
+      top_k: the k's, 1 first. Static: sums of different k's do not add.
+    """
+
+    weight: Any
+    nll: Any
+    entropy: Any
+    hits: Any
+    bin_weight: Any
+    bin_confidence: Any
+    bin_hits: Any
+    top_k: tuple[int, ...] = (1,)
+
+
+def _positive(call: str, name: str, x: Any) -> int:
+    x = _check.index(call, name, x)
+    if x < 1:
+        _check.fail(call, f"{name} must be at least 1", repr(x))
+    return x
+
+
+def _top_k(call: str, top_k: Any) -> tuple[int, ...]:
+    if not isinstance(top_k, tuple | list):
+        _check.fail(call, "top_k must be a tuple of ints", repr(top_k), kind=TypeError)
+    ks = tuple(_positive(call, "each of top_k", k) for k in top_k)
+    if len(set(ks)) != len(ks):
+        _check.fail(call, "top_k must name each k once", repr(top_k))
+    return (1, *(k for k in ks if k != 1))
+
+
+def _stats(call: str, stats: Any) -> TokenStats:
+    if not isinstance(stats, TokenStats):
+        way_out = ""
+        if isinstance(stats, tuple) and any(isinstance(x, TokenStats) for x in stats):
+            way_out = "return_stats=True returns (loss, stats)."
+        rule = "stats must be jaxloss.TokenStats"
+        _check.fail(call, rule, type(stats).__name__, way_out, TypeError)
+    names = ("log_prob", "entropy", "confidence")
+    found = {name: _check.floating(call, f"stats.{name}", getattr(stats, name)) for name in names}
+    found["rank"] = _check.array(call, "stats.rank", stats.rank)
+    shape = found["log_prob"].shape
+    for name, x in found.items():
+        _check.shape(call, f"stats.{name}", x, shape, "the shape of stats.log_prob")
+    return stats._replace(**found)
+
+
+def metric_sums(
+    stats: TokenStats,
+    *,
+    top_k: Sequence[int] = (1, 5),
+    bins: int = 15,
+    sample_weight: ArrayLike | None = None,
+    token_axis_name: AxisName | None = None,
+) -> MetricSums:
+    r"""What :func:`metrics` needs of some tokens, as sums: those of more tokens are their sum.
+
+    .. math:: \sum_n s_n, \quad \sum_n s_n (-\log p_{y_n}), \quad \sum_n s_n H_n, \quad
+              \sum_n s_n [\mathrm{rank}_n < k]
+
+    and, for each bin ``b`` of ``bins`` equal ones, ``((b - 1) / bins, b / bins]``, the sums of
+    ``s_n``, of ``s_n confidence_n`` and of ``s_n [rank_n = 0]`` over the tokens whose confidence
+    lies in it. Over steps add them with ``jax.tree.map(jnp.add, a, b)``, over devices with
+    ``jax.lax.psum``: ratios and the exponential come after, in :func:`metrics`, since a mean of
+    perplexities or of calibration errors is none.
+
+    Args:
+      stats: from :func:`token_stats` or :func:`linear_token_stats`, or what ``return_stats=True``
+        returns beside a loss.
+      top_k: for which k the tokens are counted whose label is among the first k. 1 is always one
+        of them.
+      bins: of the calibration error.
+      sample_weight: ``s``, shaped as the statistics: a weight a token, or a boolean mask of the
+        tokens that count, for metrics of one kind of tokens.
+      token_axis_name: inside ``shard_map``, the mesh axis, or axes, that the tokens are split over:
+        the sums are over all of them.
+
+    Returns:
+      :class:`MetricSums`, float32 (float64 for float64 statistics).
+
+      The tokens that count are those that counted there (their confidence is above 0, and
+      that of the others exactly 0) and whose ``sample_weight`` is not 0. A row without a prediction
+      (of NaN or +inf, or of nothing but -inf) and a label out of range count and are NaN: they make
+      the metrics NaN and do not vanish. So do hits where there is no one label, with probabilities
+      as labels.
+
+    Raises:
+      TypeError: ``stats`` are no :class:`TokenStats`, or an argument has the wrong type.
+      ValueError: shapes differ, a k or ``bins`` is less than 1, or an axis name is none of the
+        surrounding ``shard_map``.
+
+    After the addition of n steps a sum is off by less than ``n 2^-34`` of itself beside the
+    rounding of each step's own (6e-7 for 10^4 steps; a float32 by up to ``n 2^-25``, 3e-4), as long
+    as no step has less than ``2^-17`` of it. Differentiable where the statistics are.
+
+    Example: an evaluation loop.
+
+      >>> from functools import partial, reduce
+      >>> import jax, jax.numpy as jnp
+      >>> import jaxloss
+      >>> @jax.jit
+      ... def step(logits, labels):
+      ...     return jaxloss.metric_sums(jaxloss.token_stats(logits, labels), top_k=(1, 3))
+      >>> logits = 3 * jax.random.normal(jax.random.key(0), (4, 2, 6, 10))  # four batches
+      >>> labels = jnp.argmax(logits, axis=-1).at[:, :, 4].set(7).at[:, :, 5].set(-100)
+      >>> sums = reduce(partial(jax.tree.map, jnp.add), map(step, logits, labels))
+      >>> for name, value in jaxloss.metrics(sums).items():
+      ...     print(f"{name:18} {value:.2f}")
+      weight             40.00
+      nll                1.51
+      perplexity         4.53
+      entropy            1.03
+      accuracy           0.82
+      top_3_accuracy     0.90
+      calibration_error  0.24
+
+    Source: the bins as in C. Guo et al., "On Calibration of Modern Neural Networks" (ICML 2017).
+    """
+    call = "metric_sums"
+    stats = _stats(call, stats)
+    sample_weight = _check.check_sample_weight(call, sample_weight, stats.log_prob.shape)
+    token_axes = _check.mesh_axes(call, "token_axis_name", token_axis_name)
+    of_tokens = {"sample_weight": sample_weight}
+    _check.split(call, "stats", stats.confidence, of_tokens, (), token_axes)
+    return _metric_sums(
+        stats,
+        sample_weight,
+        top_k=_top_k(call, top_k),
+        bins=_positive(call, "bins", bins),
+        token_axes=token_axes,
+    )
+
+
+@partial(jax.jit, static_argnames=("top_k", "bins", "token_axes"))
+def _metric_sums(stats, sample_weight, *, top_k, bins, token_axes):
+    dtype = accumulator_dtype(stats.log_prob.dtype)
+    confidence = stats.confidence.astype(dtype)
+    counts = confidence != 0  # that of a prediction is at least 1 / C, or NaN
+    weight = jnp.ones_like(confidence)
+    if sample_weight is not None:
+        counts &= sample_weight.astype(bool)
+        if sample_weight.dtype != jnp.bool_:
+            weight = sample_weight.astype(dtype)
+    # A row of nothing but -inf has a rank, for its entries are all at the maximum.
+    ranked = (stats.rank >= 0) & ~jnp.isnan(confidence)
+
+    def weighted(x):
+        return jnp.where(counts, weight * x.astype(dtype), 0)
+
+    def hits(k):
+        return weighted(jnp.where(ranked, (stats.rank < k).astype(dtype), jnp.nan))
+
+    of_tokens = [jnp.where(counts, weight, 0), weighted(-stats.log_prob), weighted(stats.entropy)]
+    of_tokens = jnp.stack([*of_tokens, *map(hits, top_k)])
+    tokens = tuple(range(1, of_tokens.ndim))
+    sums = _in_two(jnp.sum(of_tokens, axis=tokens))
+
+    of_bins = jnp.stack([of_tokens[0], weighted(confidence), of_tokens[3]])
+    edges = (np.arange(bins + 1) / bins).astype(dtype)
+    binned = jnp.where(jnp.isnan(confidence), 1, confidence)  # its NaN must reach some bin
+
+    def in_bin(edge):
+        low, high = edge
+        return jnp.sum(jnp.where((binned > low) & (binned <= high), of_bins, 0), axis=tokens)
+
+    # One bin at a time: XLA:CPU writes [tokens, bins] out where they are one reduction.
+    bin_sums = _in_two(jnp.moveaxis(lax.map(in_bin, (edges[:-1], edges[1:])), 0, 1))
+    if token_axes:
+        sums, bin_sums = lax.psum((sums, bin_sums), token_axes)
+    return MetricSums(
+        weight=sums[:, 0],
+        nll=sums[:, 1],
+        entropy=sums[:, 2],
+        hits=sums[:, 3:],
+        bin_weight=bin_sums[:, 0],
+        bin_confidence=bin_sums[:, 1],
+        bin_hits=bin_sums[:, 2],
+        top_k=top_k,
+    )
+
+
+def _in_two(x: Array) -> Array:
+    """``x`` as its leading 8 bits and the rest, ``[2, ...]``.
+
+    Numbers of 8 bits and of about one size add exactly in float32, 2^16 of them. The rest is 2^-9
+    of ``x`` or less, and so is what its additions lose. The plain ``jax.tree.map`` and ``psum`` do
+    it; Kahan's summation would need an addition of its own.
+    """
+    exponent = jnp.finfo(x.dtype).nexp
+    # Not astype(bfloat16): XLA may drop a conversion and its reverse.
+    leading = lax.reduce_precision(x, exponent, mantissa_bits=7)
+    leading = jnp.where(jnp.isfinite(leading), leading, 0)  # inf - inf
+    return jnp.stack([leading, x - leading])
+
+
+def metrics(sums: MetricSums) -> dict[str, Array]:
+    r"""The metrics of all tokens that went into the sums.
+
+    .. math:: \mathrm{nll} = \frac{1}{N} \sum_n s_n (-\log p_{y_n}), \qquad
+              \mathrm{perplexity} = e^{\mathrm{nll}}, \qquad
+              \mathrm{ECE} = \sum_b \frac{N_b}{N} |\mathrm{acc}_b - \mathrm{conf}_b|
+
+    with ``N`` the total weight of the tokens that count, and ``N_b``, ``acc_b``, ``conf_b`` weight,
+    accuracy and mean confidence of those in bin ``b``.
+
+    Args:
+      sums: from :func:`metric_sums`, one or the sum of several.
+
+    Returns:
+      A dict of scalars, float32 (float64 for float64 sums): ``"weight"`` (N), ``"nll"`` (nats),
+      ``"perplexity"``, ``"entropy"``, ``"accuracy"``, ``"top_{k}_accuracy"`` for each other k, and
+      ``"calibration_error"``. Without any token that counts, all but the weight are NaN.
+
+    Raises:
+      TypeError: ``sums`` are no :class:`MetricSums`.
+      ValueError: they are several, stacked.
+
+    Example: inside of a ``scan``, whose stacked sums are added afterwards.
+
+      >>> import jax, jax.numpy as jnp
+      >>> import jaxloss
+      >>> def step(kernel, batch):
+      ...     hidden, labels = batch
+      ...     stats = jaxloss.linear_token_stats(hidden, kernel, labels)
+      ...     return kernel, jaxloss.metric_sums(stats)
+      >>> kernel = jax.random.normal(jax.random.key(0), (8, 50))
+      >>> hidden = jax.random.normal(jax.random.key(1), (3, 16, 8))
+      >>> labels = jax.random.randint(jax.random.key(2), (3, 16), 0, 50)
+      >>> _, stacked = jax.lax.scan(step, kernel, (hidden, labels))
+      >>> found = jaxloss.metrics(jax.tree.map(lambda x: x.sum(axis=0), stacked))
+      >>> loss = jaxloss.linear_cross_entropy(hidden, kernel, labels)
+      >>> bool(jnp.allclose(found["nll"], loss))
+      True
+
+    Source: C. Guo et al., "On Calibration of Modern Neural Networks" (ICML 2017), equation 3, for
+    the expected calibration error.
+    """
+    call = "metrics"
+    if not isinstance(sums, MetricSums):
+        rule = "sums must be jaxloss.MetricSums"
+        way_out = "Make them: metric_sums(stats)." if isinstance(sums, TokenStats) else ""
+        _check.fail(call, rule, type(sums).__name__, way_out, TypeError)
+    sums = jax.tree.map(jnp.asarray, sums)
+    way_out = "Add them: jax.tree.map(lambda x: x.sum(axis=0), sums)." if sums.weight.ndim else ""
+    _check.shape(call, "sums.weight", sums.weight, (2,), "two numbers", way_out)
+
+    total = sums.weight[0] + sums.weight[1]
+
+    def mean(x):
+        return jnp.where(total == 0, jnp.nan, x / jnp.where(total == 0, 1, total))
+
+    nll, entropy = mean(sums.nll[0] + sums.nll[1]), mean(sums.entropy[0] + sums.entropy[1])
+    hits = sums.hits[0] + sums.hits[1]
+    gap = sums.bin_hits - sums.bin_confidence  # part by part: the two are nearly equal
+    return {
+        "weight": total,
+        "nll": nll,
+        "perplexity": jnp.exp(nll),
+        "entropy": entropy,
+        **{
+            "accuracy" if k == 1 else f"top_{k}_accuracy": mean(hits[i])
+            for i, k in enumerate(sums.top_k)
+        },
+        "calibration_error": mean(jnp.sum(jnp.abs(gap[0] + gap[1]))),
+    }
