@@ -1,10 +1,12 @@
 """Labels that are more than one array."""
 
+import json
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, get_args
 
 import jax
+from jax import export
 
 Rest = Literal["drop", "uniform", "bucket"]
 RESTS = get_args(Rest)
@@ -61,3 +63,12 @@ class TopKLabels:
     indices: Any
     probabilities: Any
     rest: Rest = "drop"
+
+
+# A program that takes them can be stored, and run where jaxloss is imported.
+export.register_pytree_node_serialization(
+    TopKLabels,
+    serialized_name="jaxloss.TopKLabels",
+    serialize_auxdata=lambda meta_fields: json.dumps(meta_fields).encode(),
+    deserialize_auxdata=lambda data: tuple(json.loads(data)),
+)

@@ -50,6 +50,11 @@ class Packing(NamedTuple):
     size: Array  # how many count
 
 
+def size_to_plan_for(num_tokens: Any) -> int:
+    """The tokens' number, or where jax.export leaves it open, the largest."""
+    return num_tokens if isinstance(num_tokens, int) else 2**31 - 1
+
+
 def default_chunk(num_tokens: int, num_columns: int) -> int:
     """Tokens a chunk: a power of two, by the bytes of their float32 logits."""
 
@@ -72,7 +77,7 @@ def pack(counts: Array, geometry: Geometry) -> Packing:
     order = jnp.argsort(~counts, stable=True).astype(jnp.int32)
     # Where no token counts, none is named: its hidden may hold NaN, and NaN * 0 is NaN.
     order = jnp.where(jnp.arange(tokens, dtype=jnp.int32) < size, order, tokens)
-    room = max(1, -(-tokens // chunk)) * chunk - tokens
+    room = (-(-tokens // chunk) or 1) * chunk - tokens
     return Packing(jnp.pad(order, (0, room), constant_values=tokens), size)
 
 
@@ -157,7 +162,7 @@ def _sweep(packing: Packing, chunk: int, part, update, blank, dynamic: bool):
     # The first chunk stands alone: inside of the branch XLA sees that nothing was there before, and
     # writes where it would add.
     state = lax.cond(whole > 0, lambda: step(blank(), 0, chunk), blank)
-    if chunks > 1:
+    if chunks != 1:  # not '>': of an open number JAX knows no order
         state = lax.fori_loop(1, whole, lambda i, state: step(state, i * chunk, chunk), state)
     if quarter < chunk:
         trips = (packing.size - whole * chunk + quarter - 1) // quarter

@@ -217,7 +217,7 @@ def losses_of_product(
     )
 
     def schedule(hidden, kernel, bias, *arrays, **mesh):
-        tokens = math.prod(hidden.shape[:-1])
+        tokens = _linear.size_to_plan_for(math.prod(hidden.shape[:-1]))
         here = local if not layout else layout.columns
         name = implementation or ("token_chunks" if bucket else _default(tokens, here))
         _check.word(call, "implementation", name, IMPLEMENTATIONS)

@@ -52,7 +52,8 @@ def linear_loss(
 
     Differentiable in ``hidden``, ``kernel``, ``bias``, floating ``per_token``, ``sample_weight``
     and what ``loss_fn`` closes over, in every mode that ``loss_fn`` is; memory and products as
-    :func:`linear_cross_entropy`.
+    :func:`linear_cross_entropy`. Call it under ``jit``: outside of it, every call traces
+    ``loss_fn`` and compiles its loops anew.
 
     Example: the focal loss.
 
@@ -82,9 +83,10 @@ def linear_loss(
         way_out = "Call it inside of shard_map: jax.shard_map(loss, in_specs=..., out_specs=...)."
         _check.fail(call, "operands of an explicit mesh must not be sharded", got, way_out)
     lead, tokens = hidden.shape[:-1], math.prod(hidden.shape[:-1])
-    chunk = _linear.default_chunk(tokens, columns)
+    most = _linear.size_to_plan_for(tokens)
+    chunk = _linear.default_chunk(most, columns)
     chunk = _check.integer(call, "chunk_size", chunk_size, 1, None, default=chunk)
-    chunk = min(chunk, max(1, tokens))
+    chunk = min(chunk, max(1, most))
     arrays = []
     for i, x in enumerate(per_token):
         x = _check.array(call, f"per_token[{i}]", x)

@@ -88,8 +88,10 @@ def _slope(x: Array, scaling: Scaling) -> Any:
 def _write_out(logits: Array) -> bool:
     """Whether to hold the exponentials: a wide copy of narrow logits only where it is small."""
     wide = accumulator_dtype(logits.dtype)
-    small = logits.shape[-1] < 256 and logits.size * wide.itemsize <= 2**20
-    return logits.dtype == wide or small
+    if logits.dtype == wide:
+        return True
+    known = isinstance(logits.size, int)  # a batch that jax.export leaves open has no size
+    return known and logits.shape[-1] < 256 and logits.size * wide.itemsize <= 2**20
 
 
 def row_part(

@@ -5,7 +5,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array, export, lax
 
 from jaxloss import _passes, _rows, _targets
 from jaxloss._casts import accumulator_dtype
@@ -35,6 +35,10 @@ class TokenStats(NamedTuple):
     prediction: Array
     confidence: Array
     rank: Array
+
+
+# A program that returns them can be stored, and run where jaxloss is imported.
+export.register_namedtuple_serialization(TokenStats, serialized_name="jaxloss.TokenStats")
 
 
 def rows_of_logits(x: Array, scaling: _passes.Scaling | None):
