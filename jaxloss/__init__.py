@@ -6,6 +6,8 @@ from jaxloss._cross_entropy import TokenStats as TokenStats
 from jaxloss._cross_entropy import cross_entropy as cross_entropy
 from jaxloss._cross_entropy import log_softmax as log_softmax
 from jaxloss._cross_entropy import nll_loss as nll_loss
+from jaxloss._divergence import kl_divergence as kl_divergence
+from jaxloss._divergence import linear_kl_divergence as linear_kl_divergence
 from jaxloss._labels import TopKLabels as TopKLabels
 from jaxloss._linear_cross_entropy import linear_cross_entropy as linear_cross_entropy
 from jaxloss._linear_cross_entropy import linear_loss as linear_loss
@@ -18,7 +20,9 @@ __all__ = [
     "TopKLabels",
     "check_labels",
     "cross_entropy",
+    "kl_divergence",
     "linear_cross_entropy",
+    "linear_kl_divergence",
     "linear_loss",
     "log_softmax",
     "nll_loss",

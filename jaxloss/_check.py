@@ -212,8 +212,8 @@ def _fits(mask: Array, logits: Array) -> bool:
     return mask.ndim <= logits.ndim and all(m in (1, n) for m, n in pairs)
 
 
-def _where(
-    function: str, name: str, mask: Any, logits: Array, axes: tuple[int, ...]
+def masks(
+    function: str, name: str, mask: Any, logits: Any, axes: tuple[int, ...]
 ) -> tuple[Array | None, Array | None]:
     """Returns (classes that exist, of logits' rank; tokens that count, shaped like the losses)."""
     if mask is None:
@@ -359,13 +359,14 @@ def split(
                 rule = f"{other} must be the same on all devices along vocab_axis_name"
                 fail(function, rule, f"{other} that varies over {axis!r}")
     arrays = (split_array, *of_tokens.values())
+    names = [other for other, x in of_tokens.items() if x is not None]
     given = frozenset().union(*map(_mesh.varies_over, arrays))
     for axis in token_axes:
         if axis not in given:
             fail(
                 function,
                 "the tokens must be split over token_axis_name",
-                f"{name} and labels the same on all devices along {axis!r}",
+                f"{', '.join((name, *names))} the same on all devices along {axis!r}",
                 way_out,
             )
 
@@ -401,7 +402,7 @@ def token_arguments(
     labels = _labels(function, name, logits, axes, labels)
     weight = _class_weight(function, weight, classes)
     sample_weight = check_sample_weight(function, sample_weight, batch_shape(logits, axes))
-    class_mask, token_mask = _where(function, name, where, logits, axes)
+    class_mask, token_mask = masks(function, name, where, logits, axes)
     of_tokens = None
     if isinstance(labels, TopKLabels):
         of_tokens = labels.indices

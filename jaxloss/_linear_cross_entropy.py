@@ -27,45 +27,45 @@ def _default(tokens: int, columns: int) -> Implementation:
     return "vocab_blocks" if few else "token_chunks"
 
 
-def _operands(call, hidden, kernel, bias, vocab_axis):
-    """Checked: hidden, kernel, bias and the vocab axis."""
-    hidden = _check.floating(call, "hidden", hidden)
-    kernel = _check.floating(call, "kernel", kernel)
+def product_operands(call, hidden, kernel, bias, vocab_axis, of=""):
+    """Checked: hidden, kernel, bias and the vocab axis; ``of`` goes before each of their names."""
+    hidden = _check.floating(call, f"{of}hidden", hidden)
+    kernel = _check.floating(call, f"{of}kernel", kernel)
     if hidden.ndim == 0:
-        _check.fail(call, "hidden must be [..., D]", _check.describe(hidden))
+        _check.fail(call, f"{of}hidden must be [..., D]", _check.describe(hidden))
     if kernel.ndim != 2:
-        _check.fail(
-            call, "kernel must be [D, V], or [V, D] with vocab_axis=0", _check.describe(kernel)
-        )
-    vocab_axis = _check.class_axes(call, kernel, "kernel", vocab_axis, name_of="vocab_axis")
+        rule = f"{of}kernel must be [D, V], or [V, D] with {of}vocab_axis=0"
+        _check.fail(call, rule, _check.describe(kernel))
+    name_of = f"{of}vocab_axis"
+    vocab_axis = _check.class_axes(call, kernel, f"{of}kernel", vocab_axis, name_of=name_of)
     if len(vocab_axis) != 1:
-        _check.fail(call, "vocab_axis must be one axis", f"{vocab_axis}")
+        _check.fail(call, f"{name_of} must be one axis", f"{vocab_axis}")
     vocab_axis = vocab_axis[0]
     size, columns = kernel.shape[1 - vocab_axis], kernel.shape[vocab_axis]
     if hidden.shape[-1] != size:
         transposed = hidden.shape[-1] == columns
         _check.fail(
             call,
-            f"kernel must have hidden's last dimension, D = {hidden.shape[-1]}, at axis "
+            f"{of}kernel must have {of}hidden's last dimension, D = {hidden.shape[-1]}, at axis "
             f"{1 - vocab_axis}",
-            f"hidden {_check.describe(hidden)}, kernel {_check.describe(kernel)}",
-            f"For a kernel of this shape set vocab_axis={1 - vocab_axis}." if transposed else "",
+            f"{of}hidden {_check.describe(hidden)}, {of}kernel {_check.describe(kernel)}",
+            f"For a kernel of this shape set {name_of}={1 - vocab_axis}." if transposed else "",
         )
     if hidden.dtype != kernel.dtype:
         _check.fail(
             call,
-            "hidden and kernel must have one dtype",
+            f"{of}hidden and {of}kernel must have one dtype",
             f"{hidden.dtype} and {kernel.dtype}",
             "Cast one of them: a silent cast could copy the whole kernel.",
             TypeError,
         )
     if bias is not None:
-        bias = _check.floating(call, "bias", bias)
-        _check.shape(call, "bias", bias, (columns,), "one entry a column of kernel")
+        bias = _check.floating(call, f"{of}bias", bias)
+        _check.shape(call, f"{of}bias", bias, (columns,), f"one entry a column of {of}kernel")
     return hidden, kernel, bias, vocab_axis
 
 
-def _rows_of(mask: Array | None, lead: tuple[int, ...]) -> tuple[Array | None, Array | None]:
+def rows_of_mask(mask: Array | None, lead: tuple[int, ...]) -> tuple[Array | None, Array | None]:
     """A mask broadcastable to [*lead, C] as its own rows [R, C], and each token's row [N]."""
     if mask is None:
         return None, None
@@ -233,7 +233,7 @@ def losses_of_product(
     """:func:`linear_cross_entropy` of the public function ``call``."""
     vocab_axes = _check.mesh_axes(call, "vocab_axis_name", vocab_axis_name)
     token_axes = _check.mesh_axes(call, "token_axis_name", token_axis_name)
-    hidden, kernel, bias, vocab_axis = _operands(call, hidden, kernel, bias, vocab_axis)
+    hidden, kernel, bias, vocab_axis = product_operands(call, hidden, kernel, bias, vocab_axis)
     layout = _layout.of_types(call, hidden, kernel, vocab_axis)
     columns = kernel.shape[vocab_axis]
     if vocab_axes:
@@ -308,7 +308,7 @@ def _by_token_chunks(
         token_mask=token_mask,
         ignore_index=options["ignore_index"],
     )
-    mask_rows, mask_index = _rows_of(class_mask, lead)
+    mask_rows, mask_index = rows_of_mask(class_mask, lead)
     scalar, with_stats = reduction != "none", options["with_stats"]
 
     def loss_fn(x, per_token, shared):
@@ -363,7 +363,7 @@ def _by_vocab_blocks(
     classes = _targets.classes_here(num_classes, geometry.num_classes, axes)
     lead, wide = hidden.shape[:-1], accumulator_dtype(hidden.dtype)
     tokens = math.prod(lead)
-    mask, mask_row = _rows_of(class_mask, lead)
+    mask, mask_row = rows_of_mask(class_mask, lead)
     if mask is not None:
         mask = jnp.broadcast_to(mask, (mask.shape[0], classes.size))
     labels = _joined(*_flat_labels(labels, lead))
@@ -471,12 +471,9 @@ def linear_loss(
     call = "linear_loss"
     if not callable(loss_fn):
         _check.fail(call, "loss_fn must be a function", type(loss_fn).__name__, kind=TypeError)
-    hidden, kernel, bias, vocab_axis = _operands(call, hidden, kernel, bias, vocab_axis)
+    hidden, kernel, bias, vocab_axis = product_operands(call, hidden, kernel, bias, vocab_axis)
     columns = kernel.shape[vocab_axis]
-    if _layout.of_types(call, hidden, kernel, vocab_axis) is not None:
-        got = f"hidden {jax.typeof(hidden)}, kernel {jax.typeof(kernel)}"
-        way_out = "Call it inside of shard_map: jax.shard_map(loss, in_specs=..., out_specs=...)."
-        _check.fail(call, "operands of an explicit mesh must not be sharded", got, way_out)
+    _layout.refuse(call, hidden, kernel, vocab_axis)
     lead, tokens = hidden.shape[:-1], math.prod(hidden.shape[:-1])
     chunk = _linear.default_chunk(tokens, columns)
     chunk = _check.integer(call, "chunk_size", chunk_size, 1, None, default=chunk)

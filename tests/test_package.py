@@ -64,6 +64,16 @@ def test_imports_run_one_way():
     assert imports == {
         "_casts": set(),
         "_check": {"_labels", "_mesh"},
+        "_divergence": {
+            "_check",
+            "_cross_entropy",
+            "_divergence_rows",
+            "_layout",
+            "_linear",
+            "_linear_cross_entropy",
+            "_targets",
+        },
+        "_divergence_rows": {"_casts", "_forward_mode", "_mesh", "_passes"},
         "_forward_mode": set(),
         "_labels": set(),
         "_mesh": set(),
