@@ -73,34 +73,66 @@ def _series(d: Array) -> Array:
 
 def _near(d: Array) -> tuple[Array, Array, Array]:
     near = d < NEAR
-    inside = jnp.where(near, d, 0)  # what is selected away must be finite, for its derivatives
+    inside = jnp.where(near, d, 0)
     return near, inside, _series(inside)
 
 
+def _finite(d: Array) -> Array:
+    return jnp.where(d == jnp.inf, 0, d)
+
+
+def _over(x: Array, y: Array) -> Array:
+    """x / y, 0 where y is 0 or subnormal: its reciprocal may be inf."""
+    normal = y >= jnp.finfo(y.dtype).tiny
+    return jnp.where(normal, x / jnp.where(normal, y, 1), 0)
+
+
+# Of the smaller probability s, the larger b and d = log(b / s). As d follows from the other two,
+# the derivatives are those of the left sides above, by s and b alone: no series' own derivative.
+
+
+@jax.custom_jvp
 def _gap(s: Array, b: Array, d: Array) -> Array:
     """b - s."""
     near, e, g = _near(d)
     return jnp.where(near, s * e * (1 + e * g), b - s)
 
 
+@_gap.defjvp
+def _gap_jvp(primals, tangents):
+    ds, db, _ = tangents
+    return _gap(*primals), db - ds
+
+
+@jax.custom_jvp
 def _down(s: Array, b: Array, d: Array) -> Array:
     """s log(s / b) - s + b; b for s = 0."""
     near, e, g = _near(d)
-    return jnp.where(near, s * e * e * g, b - s * (1 + jnp.where(d == jnp.inf, 0, d)))
+    return jnp.where(near, s * e * e * g, b - s * (1 + _finite(d)))
 
 
+@_down.defjvp
+def _down_jvp(primals, tangents):
+    (_, b, d), (ds, db, _) = primals, tangents
+    return _down(*primals), _over(_gap(*primals), b) * db - _finite(d) * ds
+
+
+@jax.custom_jvp
 def _up(s: Array, b: Array, d: Array) -> Array:
     """b log(b / s) - b + s; inf for s = 0, and where b is less than the smallest float too."""
     near, e, g = _near(d)
-    far = b * (jnp.where(d == jnp.inf, 0, d) - 1) + s
-    return jnp.where(near, s * e * e * (1 + (e - 1) * g), jnp.where(d == jnp.inf, jnp.inf, far))
+    far = jnp.where(d == jnp.inf, jnp.inf, b * (_finite(d) - 1) + s)
+    return jnp.where(near, s * e * e * (1 + (e - 1) * g), far)
+
+
+@_up.defjvp
+def _up_jvp(primals, tangents):
+    (s, _, d), (ds, db, _) = primals, tangents
+    return _up(*primals), _finite(d) * db - _over(_gap(*primals), s) * ds
 
 
 def _sides(pair: Pair) -> tuple[Array, Array, Array, Array]:
-    """(whether the teacher's is the larger probability, the smaller, the larger, distance).
-
-    Not |a|: its derivative at 0 is 0, and with it were every Hessian of a student at its teacher.
-    """
+    """(whether the teacher's is the larger probability, the smaller, the larger, distance)."""
     p, q, a = pair
     more = a >= 0
     return more, jnp.where(more, q, p), jnp.where(more, p, q), jnp.where(more, a, -a)
@@ -177,10 +209,10 @@ def _mixture(pair: Pair, beta: float) -> Mixture:
     of_b, of_s = jnp.where(more, beta, 1 - beta), jnp.where(more, 1 - beta, beta)
     gap, m = _gap(s, b, d), of_b * b + of_s * s
     # b / m = 1 + of_s (b - s) / m and m / s = 1 + of_b (b - s) / s.
-    above = jnp.log1p(of_s * gap / jnp.where(m == 0, 1, m))
-    # So small an s weighs nothing, but its logarithm must not be inf: at most log(b / s).
-    normal = s >= 4 * jnp.finfo(s.dtype).tiny
-    below = jnp.where(normal, jnp.log1p(of_b * gap / jnp.where(normal, s, 1)), d)
+    above = jnp.log1p(of_s * _over(gap, m))
+    # An s that is no normal float weighs nothing, but its logarithm must not be inf.
+    normal = s >= jnp.finfo(s.dtype).tiny
+    below = jnp.where(normal, jnp.log1p(of_b * _over(gap, s)), d)
     return Mixture(m, above, below)
 
 
