@@ -6,6 +6,9 @@ from jaxloss._check_labels import check_labels as check_labels
 from jaxloss._cross_entropy import cross_entropy as cross_entropy
 from jaxloss._cross_entropy import log_softmax as log_softmax
 from jaxloss._cross_entropy import nll_loss as nll_loss
+from jaxloss._divergence import kl_divergence as kl_divergence
+from jaxloss._divergence import linear_kl_divergence as linear_kl_divergence
+from jaxloss._focal import focal_loss as focal_loss
 from jaxloss._labels import TopKLabels as TopKLabels
 from jaxloss._linear_cross_entropy import linear_cross_entropy as linear_cross_entropy
 from jaxloss._linear_loss import linear_loss as linear_loss
@@ -14,6 +17,8 @@ from jaxloss._metrics import metric_sums as metric_sums
 from jaxloss._metrics import metrics as metrics
 from jaxloss._sequences import next_token_labels as next_token_labels
 from jaxloss._sequences import sequence_weight as sequence_weight
+from jaxloss._sigmoid import sigmoid_cross_entropy as sigmoid_cross_entropy
+from jaxloss._sigmoid import sigmoid_focal_loss as sigmoid_focal_loss
 from jaxloss._terms import TokenStats as TokenStats
 from jaxloss._token_stats import linear_token_stats as linear_token_stats
 from jaxloss._token_stats import token_stats as token_stats
@@ -26,7 +31,10 @@ __all__ = [
     "TopKLabels",
     "check_labels",
     "cross_entropy",
+    "focal_loss",
+    "kl_divergence",
     "linear_cross_entropy",
+    "linear_kl_divergence",
     "linear_loss",
     "linear_token_stats",
     "log_softmax",
@@ -35,6 +43,8 @@ __all__ = [
     "next_token_labels",
     "nll_loss",
     "sequence_weight",
+    "sigmoid_cross_entropy",
+    "sigmoid_focal_loss",
     "token_stats",
     "total_weight",
 ]

@@ -212,8 +212,8 @@ def fits(mask: Array, logits: Array) -> bool:
     return mask.ndim <= logits.ndim and all(m in (1, n) for m, n in pairs)
 
 
-def _where(
-    function: str, name: str, mask: Any, logits: Array, axes: tuple[int, ...]
+def masks(
+    function: str, name: str, mask: Any, logits: Any, axes: tuple[int, ...]
 ) -> tuple[Array | None, Array | None]:
     """Returns (classes that exist, of logits' rank; tokens that count, shaped like the losses)."""
     if mask is None:
@@ -359,52 +359,55 @@ def split(
                 rule = f"{other} must be the same on all devices along vocab_axis_name"
                 fail(function, rule, f"{other} that varies over {axis!r}")
     arrays = (split_array, *of_tokens.values())
+    names = [other for other, x in of_tokens.items() if x is not None]
     given = frozenset().union(*map(_mesh.varies_over, arrays))
     for axis in token_axes:
         if axis not in given:
             fail(
                 function,
                 "the tokens must be split over token_axis_name",
-                f"{name} and labels the same on all devices along {axis!r}",
+                f"{', '.join((name, *names))} the same on all devices along {axis!r}",
                 way_out,
             )
 
 
-def linear_operands(
-    function: str, hidden: Any, kernel: Any, bias: Any, vocab_axis: Any
+def product_operands(
+    function: str, hidden: Any, kernel: Any, bias: Any, vocab_axis: Any, of: str = ""
 ) -> tuple[Array, Array, Array | None, int]:
-    """Checked: hidden, kernel, bias and the vocab axis, counted from the front."""
-    hidden = floating(function, "hidden", hidden)
-    kernel = floating(function, "kernel", kernel)
+    """Checked: hidden, kernel, bias and the vocab axis; ``of`` goes before each of their names."""
+    hidden = floating(function, f"{of}hidden", hidden)
+    kernel = floating(function, f"{of}kernel", kernel)
     if hidden.ndim == 0:
-        fail(function, "hidden must be [..., D]", describe(hidden))
+        fail(function, f"{of}hidden must be [..., D]", describe(hidden))
     if kernel.ndim != 2:
-        fail(function, "kernel must be [D, V], or [V, D] with vocab_axis=0", describe(kernel))
-    axes = class_axes(function, kernel, "kernel", vocab_axis, name_of="vocab_axis")
+        rule = f"{of}kernel must be [D, V], or [V, D] with {of}vocab_axis=0"
+        fail(function, rule, describe(kernel))
+    name_of = f"{of}vocab_axis"
+    axes = class_axes(function, kernel, f"{of}kernel", vocab_axis, name_of=name_of)
     if len(axes) != 1:
-        fail(function, "vocab_axis must be one axis", f"{vocab_axis}")
+        fail(function, f"{name_of} must be one axis", f"{vocab_axis}")
     vocab_axis = axes[0]
     size, columns = kernel.shape[1 - vocab_axis], kernel.shape[vocab_axis]
     if hidden.shape[-1] != size:
         transposed = hidden.shape[-1] == columns
         fail(
             function,
-            f"kernel must have hidden's last dimension, D = {hidden.shape[-1]}, at axis "
+            f"{of}kernel must have {of}hidden's last dimension, D = {hidden.shape[-1]}, at axis "
             f"{1 - vocab_axis}",
-            f"hidden {describe(hidden)}, kernel {describe(kernel)}",
-            f"For a kernel of this shape set vocab_axis={1 - vocab_axis}." if transposed else "",
+            f"{of}hidden {describe(hidden)}, {of}kernel {describe(kernel)}",
+            f"For a kernel of this shape set {name_of}={1 - vocab_axis}." if transposed else "",
         )
     if hidden.dtype != kernel.dtype:
         fail(
             function,
-            "hidden and kernel must have one dtype",
+            f"{of}hidden and {of}kernel must have one dtype",
             f"{hidden.dtype} and {kernel.dtype}",
             "Cast one of them: a silent cast could copy the whole kernel.",
             TypeError,
         )
     if bias is not None:
-        bias = floating(function, "bias", bias)
-        shape(function, "bias", bias, (columns,), "one entry a column of kernel")
+        bias = floating(function, f"{of}bias", bias)
+        shape(function, f"{of}bias", bias, (columns,), f"one entry a column of {of}kernel")
     return hidden, kernel, bias, vocab_axis
 
 
@@ -439,7 +442,7 @@ def token_arguments(
     labels = _labels(function, name, logits, axes, labels)
     weight = _class_weight(function, weight, classes)
     sample_weight = check_sample_weight(function, sample_weight, batch_shape(logits, axes))
-    class_mask, token_mask = _where(function, name, where, logits, axes)
+    class_mask, token_mask = masks(function, name, where, logits, axes)
     of_tokens = None
     if isinstance(labels, TopKLabels):
         of_tokens = labels.indices

@@ -18,7 +18,7 @@ Reduction = Literal["none", "mean", "sum"]
 AxisName = str | tuple[str, ...]
 
 
-def _classes_last(x: Array, axes: tuple[int, ...]) -> Array:
+def classes_last(x: Array, axes: tuple[int, ...]) -> Array:
     batch = [i for i in range(x.ndim) if i not in axes]
     if [*batch, *axes] != list(range(x.ndim)):
         x = x.transpose([*batch, *axes])
@@ -28,14 +28,14 @@ def _classes_last(x: Array, axes: tuple[int, ...]) -> Array:
     )
 
 
-def _mask_classes_last(mask: Array | None, like: Array, axes: tuple[int, ...]) -> Array | None:
+def mask_classes_last(mask: Array | None, like: Array, axes: tuple[int, ...]) -> Array | None:
     if mask is not None and len(axes) > 1:  # a flattened axis has no dimension left to broadcast
         shape = [
             n if i in axes else m
             for i, (m, n) in enumerate(zip(mask.shape, like.shape, strict=True))
         ]
         mask = jnp.broadcast_to(mask, shape)
-    return None if mask is None else _classes_last(mask, axes)
+    return None if mask is None else classes_last(mask, axes)
 
 
 def log_softmax(logits: ArrayLike, axis: int | tuple[int, ...] = -1, *, where=None) -> Array:
@@ -87,10 +87,10 @@ def log_softmax(logits: ArrayLike, axis: int | tuple[int, ...] = -1, *, where=No
 
 @partial(jax.jit, static_argnames=("axes",))
 def _log_softmax(logits, class_mask, *, axes):
-    class_mask = _mask_classes_last(class_mask, logits, axes)
+    class_mask = mask_classes_last(class_mask, logits, axes)
     batch = [i for i in range(logits.ndim) if i not in axes]
     order = [*batch, *axes]
-    out = _rows.row_log_softmax(_classes_last(logits, axes), class_mask)
+    out = _rows.row_log_softmax(classes_last(logits, axes), class_mask)
     out = out.reshape([logits.shape[i] for i in order])
     return out.transpose([order.index(i) for i in range(logits.ndim)])
 
@@ -159,10 +159,10 @@ def _nll_loss(
     ignore_index,
     reduction,
 ):
-    class_mask = _mask_classes_last(class_mask, log_probs, axes)
-    x = _passes.widen(_classes_last(log_probs, axes), class_mask, None)
+    class_mask = mask_classes_last(class_mask, log_probs, axes)
+    x = _passes.widen(classes_last(log_probs, axes), class_mask, None)
     if not jnp.issubdtype(labels.dtype, jnp.integer):
-        labels = _classes_last(labels, axes)
+        labels = classes_last(labels, axes)
     targets = _targets.make_targets(
         labels,
         _targets.Classes(num_classes, num_classes),
@@ -372,8 +372,8 @@ def _cross_entropy(
     return_stats,
 ):
     if _targets.is_probabilities(labels):
-        labels = _classes_last(labels, axes)
-    x, class_mask = _classes_last(logits, axes), _mask_classes_last(class_mask, logits, axes)
+        labels = classes_last(labels, axes)
+    x, class_mask = classes_last(logits, axes), mask_classes_last(class_mask, logits, axes)
     losses, stats, targets = token_terms(
         rows_of_logits(x, scaling),
         _targets.classes_here(num_classes, x.shape[-1], vocab_axes),

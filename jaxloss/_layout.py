@@ -73,6 +73,14 @@ def of_types(call: str, hidden: Array, kernel: Array, vocab_axis: int) -> Layout
     return Layout(mesh, tuple(tokens), of_kernel, vocab_axis, vocab, tuple(gathered), columns)
 
 
+def refuse(call: str, hidden: Array, kernel: Array, vocab_axis: int, of: str = "") -> None:
+    """Sharded operands of an explicit mesh; ``of`` goes before each of their names."""
+    if of_types(call, hidden, kernel, vocab_axis) is not None:
+        got = f"{of}hidden {jax.typeof(hidden)}, {of}kernel {jax.typeof(kernel)}"
+        way_out = "Call it inside of shard_map: jax.shard_map(loss, in_specs=..., out_specs=...)."
+        _check.fail(call, "operands of an explicit mesh must not be sharded", got, way_out)
+
+
 def over_mesh(
     schedule: Callable, layout: Layout, arrays: tuple, reduction: str, return_stats: bool
 ) -> Any:

@@ -7,6 +7,9 @@ A weighted sum of the losses takes its gradients along in the forward pass: thre
 d_hidden, d_kernel), scaled later by the cotangent. Losses a token wait for their cotangents, and
 the backward pass computes the logits again: four.
 
+A loss may compare with the logits of a second product, a teacher's ``hidden @ kernel``, chunked
+likewise: one product more, and one for each of its operands that is differentiated.
+
 Letters: N tokens, n of them in a chunk, D features, V columns of the kernel, C classes.
 """
 
@@ -24,7 +27,8 @@ from jaxloss._casts import accumulator_dtype
 from jaxloss._forward_mode import with_forward_mode
 
 # loss_fn(logits[n, C], per_token, shared) -> (losses to differentiate, others), tuples of [n].
-# ``per_token`` are arrays [n, ...], ``shared`` arrays that no token owns.
+# ``per_token`` are arrays [n, ...], ``shared`` arrays that no token owns. Where there is a teacher,
+# its logits are the first of ``per_token``.
 LossFn = Callable[[Array, tuple, tuple], tuple[tuple, tuple]]
 
 
@@ -35,6 +39,7 @@ class Geometry(NamedTuple):
     num_classes: int  # C <= V
     chunk: int  # n
     precision: Any
+    teacher_axis: int = 1  # the vocabulary's, of a teacher's kernel
     # On a mesh, inside of shard_map, whose types say what the gradients are sums over:
     vocab_axes: _mesh.Axes = ()  # the columns are split over; the loops' steps then communicate
     token_axes: _mesh.Axes = ()  # the tokens are split over, and a sum is over all of them
@@ -94,6 +99,11 @@ def product(hidden: Array, kernel: Array, bias: Array | None, geometry: Geometry
     return x[:, : geometry.num_classes]
 
 
+def of_teacher(geometry: Geometry) -> Geometry:
+    """The geometry of its product."""
+    return geometry._replace(vocab_axis=geometry.teacher_axis)
+
+
 def gathered(kernel: Array, geometry: Geometry) -> Array:
     for axis, names in geometry.gathered:
         kernel = lax.all_gather(kernel, names, axis=axis, tiled=True)
@@ -114,6 +124,22 @@ def d_hidden(dx: Array, kernel: Array, geometry: Geometry) -> Array:
 def d_kernel(dx: Array, hidden: Array, geometry: Geometry) -> Array:
     first, second = (hidden, dx) if geometry.vocab_axis == 1 else (dx, hidden)
     return _dot(first, second, 0, 0, geometry)
+
+
+def product_gradients(dx: Array, real: Array, hidden: Array, kernel: Array, active, geometry):
+    """Those of the ``active`` of (hidden, kernel, bias), from the logits'; ``real[n]``: a token."""
+    # No token, no gradient: a loss that is not finite at hidden = 0 must not leak.
+    dx = jnp.where(real[:, None], dx, 0)
+    dx = jnp.pad(dx, ((0, 0), (0, kernel.shape[geometry.vocab_axis] - dx.shape[1])))
+    of_hidden, of_kernel, of_bias = active
+    d_bias = jnp.sum(dx, axis=0) if of_bias else None
+    # Formed in float32, narrowed once: the products take the operands' dtype.
+    dx = dx.astype(hidden.dtype)
+    return (
+        d_hidden(dx, kernel, geometry) if of_hidden else None,
+        d_kernel(dx, hidden, geometry) if of_kernel else None,
+        d_bias,
+    )
 
 
 def _take(x: Any, at: Array) -> Any:
@@ -185,6 +211,7 @@ class Operands(NamedTuple):
     bias: Any  # [V]
     per_token: tuple  # [N, ...] each
     shared: tuple  # what no token owns
+    teacher: tuple = ()  # (hidden, kernel, bias) of the second product
 
 
 def _map(function, first: Operands, *rest: Operands) -> Operands:
@@ -202,17 +229,27 @@ def _map(function, first: Operands, *rest: Operands) -> Operands:
         one(first.bias, *(r.bias for r in rest)),
         many(first.per_token, *(r.per_token for r in rest)),
         many(first.shared, *(r.shared for r in rest)),
+        many(first.teacher, *(r.teacher for r in rest)),
     )
+
+
+def _teacher_logits(operands: Operands, at: Array, geometry: Geometry) -> tuple:
+    """Those of the tokens, where there is a teacher."""
+    if not operands.teacher:
+        return ()
+    hidden, kernel, bias = operands.teacher
+    return (product(_take(hidden, at), kernel, bias, of_teacher(geometry)),)
 
 
 def _losses(loss_fn: LossFn, geometry: Geometry, dynamic: bool, operands: Operands, packing):
     """(losses, others), each [N], 0 where a token does not count. One product."""
-    hidden, kernel, bias, per_token, shared = operands
+    hidden, kernel, bias, per_token, shared, _ = operands
     kernel = gathered(kernel, geometry)
 
     def part(at):
         x = product(_take(hidden, at), kernel, bias, geometry)
-        return loss_fn(x, tuple(_take(a, at) for a in per_token), shared)
+        y = _teacher_logits(operands, at, geometry)
+        return loss_fn(x, (*y, *(_take(a, at) for a in per_token)), shared)
 
     def update(state, at, values):
         return jax.tree.map(partial(_put, at), state, values)
@@ -237,10 +274,10 @@ def _gradients(
 ):
     """(losses, others, gradients of sum(ct * losses)), the gradients of ``active`` operands alone.
 
-    One product for the logits, one for d_hidden, one for d_kernel. On a mesh, the gradients are
-    this device's part.
+    One product for the logits, one for d_hidden, one for d_kernel; as many for a teacher's. On a
+    mesh, the gradients are this device's part.
     """
-    hidden, kernel, bias, per_token, shared = operands
+    hidden, kernel, bias, per_token, shared, teacher = operands
     kernel = gathered(kernel, geometry)
     size = hidden.shape[0]
     # A gradient of what no token owns is summed over the devices after the loop, not in it.
@@ -252,7 +289,10 @@ def _gradients(
     def part(at):
         h = _take(hidden, at)
         x = product(h, kernel, bias, geometry)
-        tokens = tuple(_take(a, at) for a in per_token)
+        # A teacher's logits go the way of what the tokens own, and then on to its operands.
+        y = _teacher_logits(operands, at, geometry)
+        tokens = (*y, *(_take(a, at) for a in per_token))
+        active_tokens = (*(any(active.teacher) for _ in y), *active.per_token)
 
         def merged(some, flags, every):
             return tuple(s if a else e for s, a, e in zip(some, flags, every, strict=True))
@@ -263,11 +303,11 @@ def _gradients(
         def of_active(x, some_tokens, some_shared):
             return loss_fn(
                 x,
-                merged(some_tokens, active.per_token, tokens),
+                merged(some_tokens, active_tokens, tokens),
                 merged(some_shared, active.shared, shared),
             )
 
-        some = (chosen(active.per_token, tokens), chosen(active.shared, shared))
+        some = (chosen(active_tokens, tokens), chosen(active.shared, shared))
         losses, pullback, others = jax.vjp(of_active, x, *some, has_aux=True)
         ct = tuple(
             jnp.zeros_like(loss)
@@ -276,20 +316,15 @@ def _gradients(
             for c, loss in zip(cts, losses, strict=True)
         )
         dx, d_tokens, d_shared = pullback(ct)
-        # No token, no gradient: a loss that is not finite at hidden = 0 must not leak.
-        dx = jnp.where((at < size)[:, None], dx, 0)
-        dx = jnp.pad(dx, ((0, 0), (0, kernel.shape[geometry.vocab_axis] - dx.shape[1])))
-        d_bias = jnp.sum(dx, axis=0) if active.bias else None
-        # Formed in float32, narrowed once: the products take the operands' dtype.
-        dx = dx.astype(hidden.dtype)
-        new = Operands(
-            d_hidden(dx, kernel, geometry) if active.hidden else None,
-            d_kernel(dx, h, geometry) if active.kernel else None,
-            d_bias,
-            d_tokens,
-            d_shared,
-        )
-        return losses, others, new
+        dy, d_tokens = d_tokens[: len(y)], d_tokens[len(y) :]
+        d_teacher = (None,) * len(teacher)
+        if any(active.teacher):
+            h_teacher, k_teacher = _take(teacher[0], at), teacher[1]
+            d_teacher = product_gradients(
+                dy[0], at < size, h_teacher, k_teacher, active.teacher, of_teacher(geometry)
+            )
+        of_product = product_gradients(dx, at < size, h, kernel, active[:3], geometry)
+        return losses, others, Operands(*of_product, d_tokens, d_shared, d_teacher)
 
     def update(state, at, values):
         def put(total, x):
@@ -306,6 +341,10 @@ def _gradients(
             add(total.bias, new.bias),
             tuple(map(put, total.per_token, new.per_token)),
             tuple(map(add, total.shared, new.shared)),
+            (
+                *map(put, total.teacher[:1], new.teacher[:1]),
+                *map(add, total.teacher[1:], new.teacher[1:]),
+            ),
         )
         return losses, others, total
 
@@ -322,7 +361,11 @@ def _gradients(
 
     def blank():
         some, total = _map(rows, rows_like, operands), _map(sums, rows_like, operands)
-        total = Operands(some.hidden, total.kernel, total.bias, some.per_token, total.shared)
+        total = total._replace(
+            hidden=some.hidden,
+            per_token=some.per_token,
+            teacher=(*some.teacher[:1], *total.teacher[1:]),
+        )
         return *_blank_rows(size, like), total
 
     losses, others, total = _sweep(packing, geometry.chunk, part, update, blank, dynamic)
@@ -338,13 +381,14 @@ def _settled(grads: Operands, operands: Operands, keep=frozenset()) -> Operands:
 
 
 def _flat(operands: Operands) -> tuple:
-    return (*operands[:3], *operands.per_token, *operands.shared)
+    return (*operands[:3], *operands.per_token, *operands.shared, *operands.teacher)
 
 
 def _nested(flat, like: Operands) -> Operands:
     hidden, kernel, bias, *rest = flat
-    tokens = len(like.per_token)
-    return Operands(hidden, kernel, bias, tuple(rest[:tokens]), tuple(rest[tokens:]))
+    i = len(like.per_token)
+    j = i + len(like.shared)
+    return Operands(hidden, kernel, bias, tuple(rest[:i]), tuple(rest[i:j]), tuple(rest[j:]))
 
 
 def losses_by_token(

@@ -27,7 +27,7 @@ def _default(tokens: int, columns: int) -> Implementation:
     return "vocab_blocks" if few else "token_chunks"
 
 
-def _rows_of(mask: Array | None, lead: tuple[int, ...]) -> tuple[Array | None, Array | None]:
+def rows_of_mask(mask: Array | None, lead: tuple[int, ...]) -> tuple[Array | None, Array | None]:
     """A mask broadcastable to [*lead, C] as its own rows [R, C], and each token's row [N]."""
     if mask is None:
         return None, None
@@ -195,7 +195,7 @@ def losses_of_product(
     """:func:`linear_cross_entropy` of the public function ``call``."""
     vocab_axes = _check.mesh_axes(call, "vocab_axis_name", vocab_axis_name)
     token_axes = _check.mesh_axes(call, "token_axis_name", token_axis_name)
-    hidden, kernel, bias, vocab_axis = _check.linear_operands(
+    hidden, kernel, bias, vocab_axis = _check.product_operands(
         call, hidden, kernel, bias, vocab_axis
     )
     layout = _layout.of_types(call, hidden, kernel, vocab_axis)
@@ -272,7 +272,7 @@ def _by_token_chunks(
         token_mask=token_mask,
         ignore_index=options["ignore_index"],
     )
-    mask_rows, mask_index = _rows_of(class_mask, lead)
+    mask_rows, mask_index = rows_of_mask(class_mask, lead)
     scalar, with_stats = reduction != "none", options["with_stats"]
 
     def loss_fn(x, per_token, shared):
@@ -327,7 +327,7 @@ def _by_vocab_blocks(
     classes = _targets.classes_here(num_classes, geometry.num_classes, axes)
     lead, wide = hidden.shape[:-1], accumulator_dtype(hidden.dtype)
     tokens = math.prod(lead)
-    mask, mask_row = _rows_of(class_mask, lead)
+    mask, mask_row = rows_of_mask(class_mask, lead)
     if mask is not None:
         mask = jnp.broadcast_to(mask, (mask.shape[0], classes.size))
     labels = _joined(*_flat_labels(labels, lead))

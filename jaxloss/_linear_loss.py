@@ -74,14 +74,11 @@ def linear_loss(
     call = "linear_loss"
     if not callable(loss_fn):
         _check.fail(call, "loss_fn must be a function", type(loss_fn).__name__, kind=TypeError)
-    hidden, kernel, bias, vocab_axis = _check.linear_operands(
+    hidden, kernel, bias, vocab_axis = _check.product_operands(
         call, hidden, kernel, bias, vocab_axis
     )
     columns = kernel.shape[vocab_axis]
-    if _layout.of_types(call, hidden, kernel, vocab_axis) is not None:
-        got = f"hidden {jax.typeof(hidden)}, kernel {jax.typeof(kernel)}"
-        way_out = "Call it inside of shard_map: jax.shard_map(loss, in_specs=..., out_specs=...)."
-        _check.fail(call, "operands of an explicit mesh must not be sharded", got, way_out)
+    _layout.refuse(call, hidden, kernel, vocab_axis)
     lead, tokens = hidden.shape[:-1], math.prod(hidden.shape[:-1])
     most = _linear.size_to_plan_for(tokens)
     chunk = _linear.default_chunk(most, columns)

@@ -1,0 +1,304 @@
+"""kl_divergence and linear_kl_divergence: a student compared with its teacher, for distillation."""
+
+import math
+from functools import partial
+from typing import Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+
+from jaxloss import _check, _layout, _linear, _targets
+from jaxloss._cross_entropy import AxisName, Reduction, classes_last, mask_classes_last
+from jaxloss._divergence_rows import accumulator_of, row_divergences
+from jaxloss._linear_cross_entropy import rows_of_mask
+
+Divergence = Literal["forward", "reverse", "jensen_shannon"]
+DIVERGENCES = get_args(Divergence)
+
+
+def _options(call: str, divergence: Any, beta: Any, temperature: Any) -> tuple:
+    """Those of ``row_divergences``, hashable."""
+    _check.word(call, "divergence", divergence, DIVERGENCES)
+    if not 0 < _check.number(call, "beta", beta) < 1:
+        way_out = "At its ends the divergences are 'forward' and 'reverse', times 0."
+        _check.fail(call, "beta must be in (0, 1)", repr(beta), way_out)
+    temperature = _check.temperature(call, temperature)
+    return (("divergence", divergence), ("beta", float(beta)), ("temperature", temperature))
+
+
+def _counts(sample_weight: Array | None, token_mask: Array | None) -> Array | None:
+    """Which tokens count; None: all of them."""
+    if sample_weight is None:
+        return token_mask
+    counts = sample_weight.astype(bool)
+    return counts if token_mask is None else counts & token_mask
+
+
+def kl_divergence(
+    logits: ArrayLike,
+    teacher_logits: ArrayLike,
+    *,
+    axis: int | tuple[int, ...] = -1,
+    divergence: Divergence = "forward",
+    beta: float = 0.5,
+    temperature: float = 1.0,
+    sample_weight: ArrayLike | None = None,
+    where: ArrayLike | None = None,
+    reduction: Reduction = "mean",
+) -> Array:
+    r"""Divergence of a student's softmax from its teacher's, exact however close they are.
+
+    With ``q = softmax(logits / T)`` the student, ``p = softmax(teacher_logits / T)`` the teacher,
+    and ``m = beta p + (1 - beta) q``,
+
+    .. math:: \mathrm{KL}(p \| q) = \sum_c p_c \log \frac{p_c}{q_c}, \qquad
+              \mathrm{KL}(q \| p), \qquad
+              \beta\,\mathrm{KL}(p \| m) + (1 - \beta)\,\mathrm{KL}(q \| m)
+
+    are ``"forward"``, ``"reverse"`` and ``"jensen_shannon"``.
+
+    Args:
+      logits: the student's, ``[..., C]``, C at ``axis``; a floating dtype. float16 and bfloat16 are
+        read as they are and computed in float32.
+      teacher_logits: the shape of ``logits``; its dtype may be another.
+      axis: the class axis, or a tuple of axes over which the probabilities sum to 1.
+      divergence: ``"forward"``, which covers all the teacher's modes; ``"reverse"``, which keeps
+        to some; ``"jensen_shannon"``, bounded, between the two.
+      beta: of ``"jensen_shannon"`` alone, in (0, 1).
+      temperature: ``T > 0``, divides both logits. Nothing is multiplied by ``T**2``: Hinton et al.
+        do, to keep the gradient's size; ``T**2 * loss`` is yours to write.
+      sample_weight: shaped as the losses, ``s``: a weight a token, or a boolean mask.
+        Differentiable.
+      where: boolean. Broadcastable to ``logits``: the classes that exist, on both sides. Shaped as
+        the losses: the tokens that count.
+      reduction: ``"none"``: ``s_n l_n``, one a token. ``"sum"``. ``"mean"``:
+        ``sum(s_n l_n) / sum(s_n)``. A mean over nothing is NaN, with gradient 0.
+
+    Returns:
+      The loss, float32 (float64 where an argument is); gradients have their inputs' dtypes. Never
+      negative, 0 for equal logits. A token that does not count has loss 0 and gradient 0, whatever
+      its logits hold. A class at -inf on both sides is none. At -inf on one side, it makes KL
+      inf (and its gradient not finite) where the other side is the first; ``"jensen_shannon"`` is
+      always finite. A row that holds NaN or +inf, or nothing but -inf on one side, is NaN, it
+      alone.
+
+    Raises:
+      TypeError: an argument has the wrong dtype, or an option is no Python number.
+      ValueError: a shape, an axis, or an option's value is wrong. Nothing is ever broadcast.
+
+    Differentiable in both logits and ``sample_weight``, in forward and reverse mode to any order: a
+    teacher that shares parameters with the student wants ``jax.lax.stop_gradient``. The backward
+    pass keeps both logits and a few numbers a row. Its ``q - p`` has no cancellation: a student at
+    a distance of 1e-6 has a gradient of six digits.
+
+    Example:
+
+      >>> import jax.numpy as jnp
+      >>> import jaxloss
+      >>> teacher = jnp.array([[1.0, 2.0, 3.0], [30.0, 0.0, 0.0]])
+      >>> student = teacher + jnp.array([[2.0**-10, 0.0, 0.0], [-1.0, 0.0, 0.0]])
+      >>> print(jaxloss.kl_divergence(student, teacher, reduction="none"))
+      [3.9075346e-08 1.3442822e-13]
+
+    Source: G. Hinton et al., "Distilling the Knowledge in a Neural Network" (2015); the generalised
+    Jensen-Shannon divergence as in R. Agarwal et al., "On-Policy Distillation of Language Models"
+    (ICLR 2024). All terms positive, as ``scipy.special.kl_div`` has them.
+    """
+    call, name = "kl_divergence", "logits"
+    logits = _check.floating(call, name, logits)
+    teacher_logits = _check.floating(call, "teacher_logits", teacher_logits)
+    axes = _check.class_axes(call, logits, name, axis)
+    rule = "the shape of logits"
+    _check.shape(call, "teacher_logits", teacher_logits, logits.shape, rule)
+    options = _options(call, divergence, beta, temperature)
+    _check.check_reduction(call, reduction)
+    batch = _check.batch_shape(logits, axes)
+    sample_weight = _check.check_sample_weight(call, sample_weight, batch)
+    class_mask, token_mask = _check.masks(call, name, where, logits, axes)
+    return _kl_divergence(
+        logits, teacher_logits, sample_weight, class_mask, token_mask,
+        axes=axes, reduction=reduction, options=options,
+    )  # fmt: skip
+
+
+@partial(jax.jit, static_argnames=("axes", "reduction", "options"))
+def _kl_divergence(
+    logits, teacher_logits, sample_weight, class_mask, token_mask, *, axes, reduction, options
+):
+    mask = mask_classes_last(class_mask, logits, axes)
+    x, t = classes_last(logits, axes), classes_last(teacher_logits, axes)
+    counts = _counts(sample_weight, token_mask)
+    losses = row_divergences(x, t, mask, counts, **dict(options))
+    counts = jnp.ones_like(losses, bool) if counts is None else counts
+    targets = _targets.Targets(None, None, counts)
+    return _targets.reduce_losses(losses, targets, sample_weight, reduction)
+
+
+def linear_kl_divergence(
+    hidden: ArrayLike,
+    kernel: ArrayLike,
+    teacher_hidden: ArrayLike,
+    teacher_kernel: ArrayLike,
+    *,
+    bias: ArrayLike | None = None,
+    teacher_bias: ArrayLike | None = None,
+    vocab_axis: int = -1,
+    teacher_vocab_axis: int | None = None,
+    num_classes: int | None = None,
+    divergence: Divergence = "forward",
+    beta: float = 0.5,
+    temperature: float = 1.0,
+    sample_weight: ArrayLike | None = None,
+    where: ArrayLike | None = None,
+    reduction: Reduction = "mean",
+    token_axis_name: AxisName | None = None,
+    chunk_size: int | None = None,
+    precision: Any = None,
+) -> Array:
+    r""":func:`kl_divergence` of ``hidden @ kernel`` and a teacher's, never holding either's logits.
+
+    .. math:: l_n = \mathrm{KL}(\mathrm{softmax}((g_n L + c) / T) \,\|\,
+              \mathrm{softmax}((h_n K + b) / T))
+
+    for a teacher ``g, L, c``, or another divergence, with the numerics of :func:`kl_divergence`.
+
+    Args:
+      hidden: ``[..., D]``, a floating dtype; N tokens in all.
+      kernel: ``[D, V]``, or ``[V, D]`` with ``vocab_axis=0``; the dtype of ``hidden``.
+      teacher_hidden: ``[..., D2]``, with the leading shape of ``hidden``; its dtype may be another.
+      teacher_kernel: ``[D2, V2]``, or ``[V2, D2]`` with ``teacher_vocab_axis=0``; the dtype of
+        ``teacher_hidden``.
+      bias, teacher_bias: ``[V]``, ``[V2]``.
+      vocab_axis, teacher_vocab_axis: the axes of the kernels that hold the columns; None: the
+        teacher's is the student's.
+      num_classes: C. Columns of either kernel at and past it are padding and never enter the sums.
+        By default all columns, V = V2.
+      divergence, beta, temperature, sample_weight, where, reduction: as in :func:`kl_divergence`.
+      token_axis_name: inside ``shard_map``, the mesh axis, or axes, that the tokens are split over:
+        ``"sum"`` and ``"mean"`` are over all of them.
+      chunk_size: tokens whose logits are held at a time, of both sides; None takes 256 MiB of
+        float32 logits, on a CPU at most 512 tokens, or 1024 where their logits take 64 MiB; what is
+        made of them takes three times as much there (``"jensen_shannon"``: six).
+      precision: of the products, as in :func:`jax.lax.dot_general`.
+
+    Returns:
+      The loss, as :func:`kl_divergence`. Gradients have their inputs' dtypes.
+
+    Raises:
+      TypeError: as :func:`kl_divergence`; or a hidden and its kernel differ in dtype.
+      ValueError: as :func:`kl_divergence`; or the operands do not fit together, ``chunk_size`` is
+        less than 1, an axis name is none of the surrounding ``shard_map``, or operands of an
+        explicit mesh are sharded. The classes cannot be split over devices.
+
+    A scalar loss takes its gradients along in the forward pass: three products for the student's
+    side (logits and two gradients) and one for the teacher's; two more where the teacher is
+    differentiated (``jax.lax.stop_gradient`` says that it is not), two in all where nothing is.
+    Products take the operands' dtype and accumulate in float32. ``reduction="none"`` computes each
+    chunk's logits again in the backward pass. Tokens that do not count are not computed.
+    Differentiable in all floating arguments, in every mode.
+
+    Example:
+
+      >>> import jax, jax.numpy as jnp
+      >>> import jaxloss
+      >>> normal = lambda seed, *shape: jax.random.normal(jax.random.key(seed), shape)
+      >>> hidden, kernel, teacher, its_kernel = (
+      ...     normal(0, 6, 4), normal(1, 4, 10), normal(2, 6, 8), normal(3, 8, 10))
+      >>> fused = jaxloss.linear_kl_divergence(hidden, kernel, teacher, its_kernel, chunk_size=2)
+      >>> bool(jnp.allclose(fused, jaxloss.kl_divergence(hidden @ kernel, teacher @ its_kernel)))
+      True
+
+    Source: the engine of :func:`linear_cross_entropy`; ``LigerFusedLinearJSD`` (P.-L. Hsu et al.,
+    "Liger Kernel", 2024) for the teacher's own product.
+    """
+    call = "linear_kl_divergence"
+    token_axes = _check.mesh_axes(call, "token_axis_name", token_axis_name)
+    hidden, kernel, bias, vocab_axis = _check.product_operands(
+        call, hidden, kernel, bias, vocab_axis
+    )
+    its_axis = vocab_axis if teacher_vocab_axis is None else teacher_vocab_axis
+    teacher_hidden, teacher_kernel, teacher_bias, its_axis = _check.product_operands(
+        call, teacher_hidden, teacher_kernel, teacher_bias, its_axis, of="teacher_"
+    )
+    _layout.refuse(call, hidden, kernel, vocab_axis)
+    _layout.refuse(call, teacher_hidden, teacher_kernel, its_axis, of="teacher_")
+    lead = hidden.shape[:-1]
+    if teacher_hidden.shape[:-1] != lead:
+        got = f"hidden {_check.describe(hidden)}, teacher_hidden {_check.describe(teacher_hidden)}"
+        _check.fail(call, f"teacher_hidden must have hidden's leading shape, {lead}", got)
+    columns, its_columns = kernel.shape[vocab_axis], teacher_kernel.shape[its_axis]
+    if num_classes is None and columns != its_columns:
+        got = f"kernel {_check.describe(kernel)}, teacher_kernel {_check.describe(teacher_kernel)}"
+        way_out = "If one of them is padded, say how many are classes: num_classes=..."
+        _check.fail(call, "both kernels must have as many columns", got, way_out)
+    few = min(columns, its_columns)
+    classes = _check.integer(call, "num_classes", num_classes, 0, few, default=columns)
+    options = _options(call, divergence, beta, temperature)
+    _check.check_reduction(call, reduction)
+    sample_weight = _check.check_sample_weight(call, sample_weight, lead)
+    logits = jax.ShapeDtypeStruct((*lead, classes), hidden.dtype)
+    axes = (len(lead),)
+    class_mask, token_mask = _check.masks(call, "hidden @ kernel", where, logits, axes)
+    of_tokens = {
+        "hidden": hidden,
+        "teacher_hidden": teacher_hidden,
+        "sample_weight": sample_weight,
+        "where": token_mask,
+    }
+    _check.split(call, "kernel", kernel, of_tokens, (), token_axes)
+    tokens = math.prod(lead)
+    chunk = _linear.default_chunk(tokens, columns + its_columns)
+    chunk = _check.integer(call, "chunk_size", chunk_size, 1, None, default=chunk)
+    geometry = _linear.Geometry(
+        vocab_axis,
+        classes,
+        min(chunk, max(1, tokens)),
+        precision,
+        teacher_axis=its_axis,
+        token_axes=token_axes if reduction != "none" else (),
+    )
+    return _linear_kl_divergence(
+        hidden, kernel, bias, teacher_hidden, teacher_kernel, teacher_bias, sample_weight,
+        class_mask, token_mask, geometry=geometry, reduction=reduction, options=options,
+    )  # fmt: skip
+
+
+@partial(jax.jit, static_argnames=("geometry", "reduction", "options"))
+def _linear_kl_divergence(
+    hidden, kernel, bias, teacher_hidden, teacher_kernel, teacher_bias, sample_weight, class_mask,
+    token_mask, *, geometry, reduction, options,
+):  # fmt: skip
+    lead, tokens = hidden.shape[:-1], math.prod(hidden.shape[:-1])
+    mask_rows, mask_index = rows_of_mask(class_mask, lead)
+
+    def rows(x):
+        return x.reshape(tokens, x.shape[-1])
+
+    def loss_fn(x, per_token, shared):
+        (t, index), (mask,) = per_token, shared
+        mask = mask if index is None else mask[index]
+        return (row_divergences(x, t, mask, **dict(options)),), ()
+
+    counts = _counts(sample_weight, token_mask)
+    counts = jnp.ones(lead, bool) if counts is None else counts
+    targets = _targets.Targets(None, None, counts)
+    wide = accumulator_of(hidden, teacher_hidden)
+    each, nothing = _targets.token_weights(
+        targets, sample_weight, reduction, wide, geometry.token_axes
+    )
+    operands = _linear.Operands(
+        rows(hidden),
+        kernel,
+        bias,
+        (mask_index,),
+        (mask_rows,),
+        (rows(teacher_hidden), teacher_kernel, teacher_bias),
+    )
+    packing = _linear.pack(counts.reshape(tokens), geometry)
+    if reduction == "none":
+        (losses,), _ = _linear.losses_by_token(loss_fn, geometry, operands, packing)
+        return jnp.where(counts, each * losses.reshape(lead), 0)
+    total, _ = _linear.weighted_sum(loss_fn, geometry, each.reshape(tokens), operands, packing)
+    return jnp.where(nothing, jnp.nan, total)

@@ -1,0 +1,331 @@
+"""Divergences of two softmaxes, row by row, and their exact gradients.
+
+A teacher's ``p = softmax(t / T)``, a student's ``q = softmax(x / T)``, ``a_j = log p_j - log q_j``.
+Two distributions that are close differ in ``a`` by little and in the divergence by its square: the
+textbook's ``sum p a`` cancels to noise of either sign. Since ``sum p = sum q = 1``,
+
+    KL(p || q) = sum_j (p_j a_j - p_j + q_j)
+
+whose terms are all >= 0: nothing cancels between classes, and an error ``e`` that all ``a_j`` share
+enters as ``e^2 / 2``. Within a class, ``s`` is the smaller probability, ``b`` the larger and
+``d = |a_j| = log(b / s)``. With ``G(d) = (e^d - 1 - d) / d^2 = sum_k d^k / (k + 2)!``::
+
+    b - s                             = s d (1 + d G)
+    s log(s / b) - s + b              = s d^2 G                   the class's part of KL(s || b)
+    b log(b / s) - b + s              = s d^2 (1 + (d - 1) G)     and of KL(b || s)
+
+The right sides have no cancellation for small ``d``, the left ones none for large.
+
+``a`` itself is ``((t_j - x_j) - (t_max - x_max)) / T - shift``: differences of logits first, exact
+whatever their offsets, and ``shift``, the log-sum-exps' difference, from the sum of differences.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from jaxloss import _mesh
+from jaxloss._casts import accumulator_dtype, narrowed, widened
+from jaxloss._forward_mode import with_forward_mode
+from jaxloss._passes import finite
+
+NEAR = 2.0  # the distance below which the series serves
+
+
+def accumulator_of(*logits: Array) -> jnp.dtype:
+    """float64 where one of them is, else float32."""
+    wide = {accumulator_dtype(x.dtype) for x in logits}
+    return max(wide, key=lambda dtype: dtype.itemsize)
+
+
+class Pair(NamedTuple):
+    """Of each class [..., C]."""
+
+    p: Array
+    q: Array
+    a: Array  # log(p / q)
+
+
+class Row(NamedTuple):
+    """What the backward pass needs beside the logits: scalars of a row."""
+
+    x_max: Array
+    t_max: Array
+    x_sum: Array  # sum_j exp((x_j - x_max) / T)
+    t_sum: Array
+    shift: Array  # log(t_sum / x_sum)
+    of_teacher: Any  # KL(p || q), or KL(p || m) with m = beta p + (1 - beta) q
+    of_student: Any  # KL(q || p), or KL(q || m)
+
+
+def _series(d: Array) -> Array:
+    """G(d) for 0 <= d <= NEAR, where G >= 1/2: the terms that are left out are below eps / 16."""
+    eps = float(jnp.finfo(d.dtype).eps)
+    last = next(k for k in range(99) if NEAR**k / math.factorial(k + 2) < eps / 64)
+    total = jnp.full_like(d, 1 / math.factorial(last + 2))
+    for k in reversed(range(last)):
+        total = total * d + 1 / math.factorial(k + 2)
+    return total
+
+
+def _near(d: Array) -> tuple[Array, Array, Array]:
+    near = d < NEAR
+    inside = jnp.where(near, d, 0)
+    return near, inside, _series(inside)
+
+
+def _finite(d: Array) -> Array:
+    return jnp.where(d == jnp.inf, 0, d)
+
+
+def _over(x: Array, y: Array) -> Array:
+    """x / y, 0 where y is 0 or subnormal: its reciprocal may be inf."""
+    normal = y >= jnp.finfo(y.dtype).tiny
+    return jnp.where(normal, x / jnp.where(normal, y, 1), 0)
+
+
+# Of the smaller probability s, the larger b and d = log(b / s). As d follows from the other two,
+# the derivatives are those of the left sides above, by s and b alone: no series' own derivative.
+
+
+@jax.custom_jvp
+def _gap(s: Array, b: Array, d: Array) -> Array:
+    """b - s."""
+    near, e, g = _near(d)
+    return jnp.where(near, s * e * (1 + e * g), b - s)
+
+
+@_gap.defjvp
+def _gap_jvp(primals, tangents):
+    ds, db, _ = tangents
+    return _gap(*primals), db - ds
+
+
+@jax.custom_jvp
+def _down(s: Array, b: Array, d: Array) -> Array:
+    """s log(s / b) - s + b; b for s = 0."""
+    near, e, g = _near(d)
+    return jnp.where(near, s * e * e * g, b - s * (1 + _finite(d)))
+
+
+@_down.defjvp
+def _down_jvp(primals, tangents):
+    (_, b, d), (ds, db, _) = primals, tangents
+    return _down(*primals), _over(_gap(*primals), b) * db - _finite(d) * ds
+
+
+@jax.custom_jvp
+def _up(s: Array, b: Array, d: Array) -> Array:
+    """b log(b / s) - b + s; inf for s = 0, and where b is less than the smallest float too."""
+    near, e, g = _near(d)
+    far = jnp.where(d == jnp.inf, jnp.inf, b * (_finite(d) - 1) + s)
+    return jnp.where(near, s * e * e * (1 + (e - 1) * g), far)
+
+
+@_up.defjvp
+def _up_jvp(primals, tangents):
+    (s, _, d), (ds, db, _) = primals, tangents
+    return _up(*primals), _finite(d) * db - _over(_gap(*primals), s) * ds
+
+
+def _sides(pair: Pair) -> tuple[Array, Array, Array, Array]:
+    """(whether the teacher's is the larger probability, the smaller, the larger, distance)."""
+    p, q, a = pair
+    more = a >= 0
+    return more, jnp.where(more, q, p), jnp.where(more, p, q), jnp.where(more, a, -a)
+
+
+def _p_minus_q(pair: Pair) -> Array:
+    more, *sides = _sides(pair)
+    gap = _gap(*sides)
+    return jnp.where(more, gap, -gap)
+
+
+def _difference(x: Array, y: Array) -> tuple[Array, Array]:
+    """(s, e) with s + e = x - y exactly, s being its rounding (Knuth's TwoSum)."""
+    s = x - y
+    minus_y = s - x
+    e = (x - (s - minus_y)) - (minus_y + y)
+    return s, lax.stop_gradient(jnp.where(jnp.abs(s) < jnp.inf, e, 0))
+
+
+def _prepared(x: Array, mask: Array | None, counts: Array | None, dtype) -> Array:
+    x = widened(x).astype(dtype)
+    if mask is not None:
+        x = jnp.where(mask, x, -jnp.inf)
+    # A row that does not count may hold NaN, which would return from behind any later select.
+    return x if counts is None else jnp.where(counts[..., None], x, 0)
+
+
+def _distances(x: Array, t: Array, x_max: Array, t_max: Array, temperature: float) -> Array:
+    """((t_j - x_j) - (t_max - x_max)) / T, one rounding of it whatever the logits' offsets."""
+    nowhere = (x == -jnp.inf) & (t == -jnp.inf)
+    s, e = _difference(jnp.where(nowhere, 0, t), jnp.where(nowhere, 0, x))
+    of_row, e_of_row = _difference(t_max, x_max)
+    # The quotient last: x / T - t / T would be a product and a sum, which compilers fuse, and then
+    # equal logits differ by a rounding.
+    return ((s - of_row[..., None]) + (e - e_of_row[..., None])) / temperature
+
+
+def _exponentials(x: Array, x_max: Array, temperature: float) -> Array:
+    return jnp.exp((x - x_max[..., None]) / temperature)
+
+
+def _row(x: Array, t: Array, temperature: float) -> Row:
+    x_max, t_max = (lax.stop_gradient(finite(jnp.max(v, axis=-1))) for v in (x, t))
+    e_x, e_t = _exponentials(x, x_max, temperature), _exponentials(t, t_max, temperature)
+    x_sum, t_sum = jnp.sum(e_x, axis=-1), jnp.sum(e_t, axis=-1)
+    distances = _distances(x, t, x_max, t_max, temperature)
+    apart = jnp.sum(_p_minus_q(lax.stop_gradient(Pair(e_t, e_x, distances))), axis=-1) / x_sum
+    plain = jnp.log(t_sum / x_sum)
+    # The sums' rounding is all there is to log(t_sum / x_sum) where they are nearly equal.
+    shift = lax.stop_gradient(jnp.where(jnp.abs(apart) < 0.5, jnp.log1p(apart), plain))
+    shift += plain - lax.stop_gradient(plain)  # 0, with the derivative
+    return Row(x_max, t_max, x_sum, t_sum, shift, None, None)
+
+
+def _pair(x: Array, t: Array, row: Row, temperature: float) -> Pair:
+    return Pair(
+        _exponentials(t, row.t_max, temperature) / row.t_sum[..., None],
+        _exponentials(x, row.x_max, temperature) / row.x_sum[..., None],
+        _distances(x, t, row.x_max, row.t_max, temperature) - row.shift[..., None],
+    )
+
+
+class Mixture(NamedTuple):
+    """``m = beta p + (1 - beta) q`` of each class, which lies between the two."""
+
+    m: Array
+    above: Array  # log(b / m)
+    below: Array  # log(m / s)
+
+
+def _mixture(pair: Pair, beta: float) -> Mixture:
+    more, s, b, d = _sides(pair)
+    # Both selected: 1 - 0.99 is 0.01 to six digits.
+    of_b, of_s = jnp.where(more, beta, 1 - beta), jnp.where(more, 1 - beta, beta)
+    gap, m = _gap(s, b, d), of_b * b + of_s * s
+    # b / m = 1 + of_s (b - s) / m and m / s = 1 + of_b (b - s) / s.
+    above = jnp.log1p(of_s * _over(gap, m))
+    # An s that is no normal float weighs nothing, but its logarithm must not be inf.
+    normal = s >= jnp.finfo(s.dtype).tiny
+    below = jnp.where(normal, jnp.log1p(of_b * _over(gap, s)), d)
+    return Mixture(m, above, below)
+
+
+def _divergences(pair: Pair, divergence: str, beta: float) -> tuple[Any, Any]:
+    """(the teacher's, the student's) from the other, or from the mixture."""
+    more, s, b, d = _sides(pair)
+
+    def total(x):
+        return jnp.sum(x, axis=-1)
+
+    if divergence == "forward":
+        return total(jnp.where(more, _up(s, b, d), _down(s, b, d))), None
+    if divergence == "reverse":
+        return None, total(jnp.where(more, _down(s, b, d), _up(s, b, d)))
+    m, above, below = _mixture(pair, beta)
+    of_b, of_s = _up(m, b, above), _down(s, m, below)
+    return total(jnp.where(more, of_b, of_s)), total(jnp.where(more, of_s, of_b))
+
+
+def _loss(row: Row, divergence: str, beta: float) -> Array:
+    if divergence == "forward":
+        return row.of_teacher
+    if divergence == "reverse":
+        return row.of_student
+    return beta * row.of_teacher + (1 - beta) * row.of_student
+
+
+def _weighed(p: Array, x: Array) -> Array:
+    """p x, 0 for p = 0 of an infinite x too."""
+    none = p == 0
+    return _balanced(p, jnp.where(none, 0, p * jnp.where(none, 0, x)))
+
+
+def _balanced(p: Array, slopes: Array) -> Array:
+    """``slopes``, which sum to 0, made exact at a class of more than 1/2.
+
+    There ``a - KL`` is the difference of nearly equal numbers, and less the sum of the others.
+    """
+    others = jnp.where(p > 0.5, 0, slopes)
+    return jnp.where(p > 0.5, -jnp.sum(others, axis=-1, keepdims=True), others)
+
+
+def _slopes(pair: Pair, row: Row, divergence: str, beta: float) -> tuple[Array, Array]:
+    """The derivatives of a row's loss with respect to ``x_j / T`` and ``t_j / T``.
+
+    Of ``f(q)`` by ``x_j / T``: ``q_j (df/dq_j - sum_i q_i df/dq_i)``, and so for ``p`` and ``t``.
+
+    - ``KL(p || q)``: ``df/dq = -p / q`` gives ``q - p``, ``df/dp = a + 1`` gives ``p (a - KL)``;
+    - ``KL(q || p)``: the same with ``p`` and ``q`` exchanged and ``-a``;
+    - mixed: ``df/dp = beta log(p / m)`` gives ``beta p (log(p / m) - KL(p || m))``, because the
+      mixture's own share, ``-beta (beta p + (1 - beta) q) / m``, is constant; so for ``q``.
+    """
+    if divergence == "forward":
+        return -_p_minus_q(pair), _weighed(pair.p, pair.a - row.of_teacher[..., None])
+    if divergence == "reverse":
+        return _weighed(pair.q, -pair.a - row.of_student[..., None]), _p_minus_q(pair)
+    more = pair.a >= 0
+    _, above, below = _mixture(pair, beta)
+    of_p = jnp.where(more, above, -below) - row.of_teacher[..., None]
+    of_q = jnp.where(more, -below, above) - row.of_student[..., None]
+    return (1 - beta) * _weighed(pair.q, of_q), beta * _weighed(pair.p, of_p)
+
+
+def row_divergences(
+    logits: Array,
+    teacher_logits: Array,
+    class_mask: Array | None = None,
+    counts: Array | None = None,
+    *,
+    divergence: str,
+    beta: float,
+    temperature: float,
+) -> Array:
+    """The divergences of rows ``[..., C]``, one number a row; 0 for one that does not count.
+
+    ``class_mask`` broadcasts to the logits, ``counts`` has one entry a row. Differentiable in both
+    logits, in every mode.
+    """
+    wide = accumulator_of(logits, teacher_logits)
+    if logits.shape[-1] == 0:
+        nan = jnp.full(logits.shape[:-1], jnp.nan, wide)
+        return nan if counts is None else jnp.where(counts, nan, 0)
+
+    def both(logits, teacher_logits, mask, counts):
+        x, t = (_prepared(v, mask, counts, wide) for v in (logits, teacher_logits))
+        return x, t
+
+    def forward(logits, teacher_logits, mask, counts):
+        x, t = both(logits, teacher_logits, mask, counts)
+        row = _row(x, t, temperature)
+        pair = _pair(x, t, row, temperature)
+        of_teacher, of_student = _divergences(pair, divergence, beta)
+        row = row._replace(of_teacher=of_teacher, of_student=of_student)
+        return _loss(row, divergence, beta), (logits, teacher_logits, mask, counts, row)
+
+    def slopes(residuals):
+        logits, teacher_logits, mask, counts, row = residuals
+        pair = _pair(*both(logits, teacher_logits, mask, counts), row, temperature)
+        return _slopes(pair, row, divergence, beta)
+
+    def backward(residuals, ct):
+        # A row that asks for nothing gets 0, whatever its logits hold: 0 * NaN would be NaN.
+        active, scaled = (ct != 0)[..., None], (ct / temperature)[..., None]
+        dx, dt = (jnp.where(active, scaled * slope, 0) for slope in slopes(residuals))
+        return narrowed(dx, logits.dtype), narrowed(dt, teacher_logits.dtype), None, None
+
+    def tangent(residuals, tangents):
+        # Rows do not mix: the derivative of one number is the gradient at its unit cotangent.
+        moving = zip(slopes(residuals), tangents, strict=False)
+        moved = [jnp.sum(s * d.astype(wide), axis=-1) for s, d in moving if d is not None]
+        return sum(moved[1:], start=moved[0]) / temperature
+
+    rule = jax.custom_vjp(lambda *args: forward(*args)[0])
+    rule.defvjp(forward, backward)
+    given = _mesh.together(logits, teacher_logits, class_mask, counts)
+    return with_forward_mode(rule, tangent)(*given)
