@@ -180,7 +180,9 @@ def ahead(x: Array, of_label: Array, label: Array) -> Array:
     selects, clamps (so no minimum stands right upon a maximum) or is an integer.
     """
     wide = accumulator_dtype(x.dtype)
-    x, of_label = x.astype(wide), jnp.maximum(of_label, jnp.finfo(wide).min)[..., None]
+    # Classes at -inf tie, and subtract.
+    least = jnp.finfo(wide).min
+    x, of_label = jnp.maximum(x.astype(wide), least), jnp.maximum(of_label, least)[..., None]
     if not _index_is_exact(x):
         at = lax.broadcasted_iota(label.dtype, x.shape, x.ndim - 1) - label[..., None]
         larger = (x > of_label) | ((x == of_label) & (at < 0))

@@ -15,7 +15,7 @@ class TokenStats(NamedTuple):
     """What one token's logits say, from the pass that computed the loss; each shaped as the losses.
 
     A token that does not count (its label is ignored, masked or weighed by 0) has 0 in each of the
-    floats and -1 in the integers; a label out of range has NaN in the first three.
+    floats and -1 in the integers; a label out of range has NaN in the floats.
 
     Attributes:
       log_prob: ``log p_y``, the label's log-probability (for probabilities ``q`` as labels, its

@@ -30,9 +30,10 @@ def case(dtype=jnp.float32, n=9, c=13):
     rng = np.random.default_rng(2)
     x = hurting_logits(rng, (n, c))
     x[3] = 1.0  # all tie
+    x[5, :4] = -np.inf  # classes that are impossible, the label's among them
     x[4, 5:8] = x[4].max() + 1  # the label is the second of three at the maximum
     labels = rng.integers(0, c, n)
-    labels[1], labels[4] = -100, 6
+    labels[1], labels[4], labels[5] = -100, 6, 2
     return jnp.asarray(x, dtype), jnp.asarray(labels, jnp.int32)
 
 
