@@ -489,6 +489,22 @@ def test_a_teacher_in_chunks(loss, chunk):
         np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
 
 
+def test_a_loss_that_is_not_finite_at_zero():
+    """What fills the last chunk up is a token of zeros, whose gradient here is not finite."""
+    hidden, kernel, _ = problem()
+
+    def loss(logits):
+        return jnp.log(jnp.sum(logits**2, axis=-1))
+
+    def fused(h, k):
+        return jaxloss.linear_loss(loss, h, k, chunk_size=5)
+
+    got = jax.jit(jax.grad(fused, A))(hidden, kernel)
+    expected = jax.grad(lambda h, k: jnp.mean(loss(h @ k)), A)(hidden, kernel)
+    for g, e in zip(got, expected, strict=True):
+        np.testing.assert_allclose(g, e, rtol=1e-4, atol=1e-6)
+
+
 H, K, Y = np.zeros((6, 4), np.float32), np.zeros((4, 10), np.float32), np.zeros(6, np.int32)
 
 
