@@ -30,10 +30,9 @@ def case(dtype=jnp.float32, n=9, c=13):
     rng = np.random.default_rng(2)
     x = hurting_logits(rng, (n, c))
     x[3] = 1.0  # all tie
-    x[5, :4] = -np.inf  # classes that are impossible, the label's among them
     x[4, 5:8] = x[4].max() + 1  # the label is the second of three at the maximum
     labels = rng.integers(0, c, n)
-    labels[1], labels[4], labels[5] = -100, 6, 2
+    labels[1], labels[4] = -100, 6
     return jnp.asarray(x, dtype), jnp.asarray(labels, jnp.int32)
 
 
@@ -54,6 +53,13 @@ def test_values(temperature, dtype):
     np.testing.assert_array_equal(got.prediction, truth.prediction)
     np.testing.assert_array_equal(got.rank, expected_rank(x, np.asarray(labels)))
     assert got.rank[4] == 1
+
+
+def test_ranks_of_impossible_classes():
+    """They tie behind all others."""
+    x = jnp.array([[-jnp.inf, 2.0, -jnp.inf, -jnp.inf, -3e38]])
+    got = [int(jaxloss.token_stats(x, jnp.array([y])).rank[0]) for y in range(5)]
+    assert got == [2, 0, 3, 4, 1]
 
 
 def test_of_a_temperature_and_a_cap():
