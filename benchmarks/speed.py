@@ -126,6 +126,6 @@ def plot(data: dict[str, Any], path: Path) -> None:
     for ax in columns:
         ax.set_yticks(list(at), labels, fontsize=8)
         ax.invert_yaxis()
-        ax.legend(framealpha=1, fontsize=8)
+        ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=3, fontsize=8)
     columns[0].get_figure().set_size_inches(14, 1 + 0.55 * len(labels))  # pyright: ignore
     report.save_figure(columns[0], path)
