@@ -199,7 +199,6 @@ def _gradients(
     geometry, given = options.geometry, operands
     operands = operands._replace(kernel=_linear.gathered(operands.kernel, geometry))
     hidden = operands.hidden
-    summed = ("hidden", "share", "extra")  # over blocks; of the others each block has its own
 
     def step(start, size):
         b = _block(options, operands, constants, start, size)
@@ -233,17 +232,15 @@ def _gradients(
 
     def combine(total, new):
         start, new = new
+        summed = (new.hidden, new.share, new.extra)  # of the others each block has its own
         if total is None:
             blank = (
                 None if g is None else jnp.zeros_like(x) for g, x in zip(new, operands, strict=True)
             )
             total = Operands(*blank)
-            total = total._replace(**{name: getattr(new, name) for name in summed})
         else:
-            added = {name: getattr(new, name) for name in summed}
-            total = total._replace(
-                **{n: None if g is None else getattr(total, n) + g for n, g in added.items()}
-            )
+            summed = map(_rows.added, (total.hidden, total.share, total.extra), summed)
+        hidden, share, extra = summed
 
         def put(x, g, axis=-1):
             if x is None:
@@ -251,13 +248,13 @@ def _gradients(
             return lax.dynamic_update_slice_in_dim(x, g.astype(x.dtype), start, axis)
 
         return Operands(
-            total.hidden,
+            hidden,
             put(total.kernel, new.kernel, geometry.vocab_axis),
             put(total.bias, new.bias),
             put(total.probabilities, new.probabilities),
             put(total.weight, new.weight),
-            total.share,
-            total.extra,
+            share,
+            extra,
         )
 
     total = _over_blocks(geometry.num_classes, geometry.chunk, step, combine)
@@ -291,9 +288,7 @@ def _tangents(options: Options, residuals, tangents) -> _rows.RowLosses:
         (x, soft, extra), (dx, d_soft, d_extra) = out, moved
         here = _at_block(state, start, size)
         out = {}
-        names = [name for name in options.want if name != "confidence"]
-        names += [] if soft is None and extra is None else ["soft"]
-        for name in names:
+        for name in _rows.with_derivative(options.want, soft, extra):
             ct = none._replace(**{name: one})
             slope = _rows.row_gradient(x, here, soft, mask, options.scaling, ct, top)
             out[name] = jnp.sum(slope * dx, axis=-1)

@@ -51,7 +51,5 @@ def widened(x: Array) -> Array:
 
 
 def narrowed(x: Array, dtype) -> Array:
-    if dtype is None:
-        return x
     both = x.dtype == jnp.float32 and dtype == jnp.bfloat16
     return _narrow_bfloat16(x) if both else x.astype(dtype)

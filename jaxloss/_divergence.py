@@ -285,9 +285,7 @@ def _linear_kl_divergence(
     counts = jnp.ones(lead, bool) if counts is None else counts
     targets = _targets.Targets(None, None, counts)
     wide = accumulator_of(hidden, teacher_hidden)
-    each, nothing = _targets.token_weights(
-        targets, sample_weight, reduction, wide, geometry.token_axes
-    )
+    weights = _targets.token_weights(targets, sample_weight, reduction, wide, geometry.token_axes)
     operands = _linear.Operands(
         rows(hidden),
         kernel,
@@ -296,9 +294,4 @@ def _linear_kl_divergence(
         (mask_rows,),
         (rows(teacher_hidden), teacher_kernel, teacher_bias),
     )
-    packing = _linear.pack(counts.reshape(tokens), geometry)
-    if reduction == "none":
-        (losses,), _ = _linear.losses_by_token(loss_fn, geometry, operands, packing)
-        return jnp.where(counts, each * losses.reshape(lead), 0)
-    total, _ = _linear.weighted_sum(loss_fn, geometry, each.reshape(tokens), operands, packing)
-    return jnp.where(nothing, jnp.nan, total)
+    return _linear.reduced(loss_fn, geometry, operands, counts, weights, reduction != "none")[0]

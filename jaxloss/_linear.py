@@ -489,3 +489,23 @@ def weighted_sum(
     rule = jax.custom_vjp(function)
     rule.defvjp(forward, backward, symbolic_zeros=True)
     return with_forward_mode(rule, tangent)(weight, *_flat(operands), *packing)
+
+
+def reduced(
+    loss_fn: LossFn,
+    geometry: Geometry,
+    operands: Operands,
+    counts: Array,
+    weights: tuple[Array, Array],
+    scalar: bool,
+) -> tuple[Array, tuple]:
+    """``(loss, the losses past the first and the others)``, of ``counts[...]``' shape or a scalar.
+
+    ``weights`` are from ``_targets.token_weights``.
+    """
+    (each, nothing), packing = weights, pack(counts.reshape(-1), geometry)
+    if scalar:
+        total, others = weighted_sum(loss_fn, geometry, each.reshape(-1), operands, packing)
+        return jnp.where(nothing, jnp.nan, total), others
+    (losses, *rest), others = losses_by_token(loss_fn, geometry, operands, packing)
+    return jnp.where(counts, each * losses.reshape(counts.shape), 0), (*rest, *others)

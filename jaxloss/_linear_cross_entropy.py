@@ -297,19 +297,8 @@ def _by_token_chunks(
         (*labels, mask_index),
         (weight, mask_rows),
     )
-    packing = _linear.pack(targets.counts.reshape(tokens), geometry)
-    each, nothing = _targets.token_weights(
-        targets, sample_weight, reduction, wide, geometry.token_axes
-    )
-    if scalar:
-        total, others = _linear.weighted_sum(
-            loss_fn, geometry, each.reshape(tokens), operands, packing
-        )
-        loss, stats = jnp.where(nothing, jnp.nan, total), others
-    else:
-        losses, others = _linear.losses_by_token(loss_fn, geometry, operands, packing)
-        loss, stats = each * losses[0].reshape(lead), (*losses[1:], *others)
-        loss = jnp.where(targets.counts, loss, 0)
+    weights = _targets.token_weights(targets, sample_weight, reduction, wide, geometry.token_axes)
+    loss, stats = _linear.reduced(loss_fn, geometry, operands, targets.counts, weights, scalar)
     if not with_stats:
         return loss
     stats = TokenStats(*(v.reshape(lead) for v in stats))

@@ -118,7 +118,7 @@ def linear_loss(
 
     counts = jnp.ones(lead, bool) if sample_weight is None else sample_weight.astype(bool)
     targets = _targets.Targets(None, None, counts)
-    each, nothing = _targets.token_weights(targets, sample_weight, reduction, wide)
+    weights = _targets.token_weights(targets, sample_weight, reduction, wide)
     geometry = _linear.Geometry(vocab_axis, columns, chunk, precision)
     operands = _linear.Operands(
         hidden.reshape(tokens, hidden.shape[-1]),
@@ -127,9 +127,5 @@ def linear_loss(
         tuple(arrays),
         tuple(closed_over.values()),
     )
-    packing = _linear.pack(counts.reshape(tokens), geometry)
-    if reduction == "none":
-        (losses,), _ = _linear.losses_by_token(chunk_losses, geometry, operands, packing)
-        return jnp.where(counts, each * losses.reshape(lead), 0)
-    total, _ = _linear.weighted_sum(chunk_losses, geometry, each.reshape(tokens), operands, packing)
-    return jnp.where(nothing, jnp.nan, total)
+    scalar = reduction != "none"
+    return _linear.reduced(chunk_losses, geometry, operands, counts, weights, scalar)[0]

@@ -11,7 +11,7 @@ import numpy as np
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from jaxloss import _check
+from jaxloss import _check, _targets
 from jaxloss._casts import accumulator_dtype
 from jaxloss._cross_entropy import AxisName
 from jaxloss._terms import TokenStats
@@ -285,7 +285,7 @@ def metrics(sums: MetricSums) -> dict[str, Array]:
     total = sums.weight[0] + sums.weight[1]
 
     def mean(x):
-        return jnp.where(total == 0, jnp.nan, x / jnp.where(total == 0, 1, total))
+        return _targets.mean_of(x, total)
 
     nll, entropy = mean(sums.nll[0] + sums.nll[1]), mean(sums.entropy[0] + sums.entropy[1])
     hits = sums.hits[0] + sums.hits[1]

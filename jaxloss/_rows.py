@@ -122,6 +122,9 @@ def row_part(
     else:
         s = sum_exponentials(logits if as_read else x, m, kept)
 
+    # x and m again, for the reductions below.
+    y, high = apart(logits if as_read else x, m)
+    y, high = y.astype(x.dtype), high[..., None]
     below = mass = other_mass = spread = None
     if soft_targets is not None:
         q, here = soft_targets.astype(x.dtype), kept < x.shape[-1]
@@ -129,8 +132,7 @@ def row_part(
             q = q[..., 0]
             at_kept = jnp.where(here, q, 0)
             other_mass = q * (x.shape[-1] - here.astype(x.dtype))
-            y, high = apart(logits if as_read else x, m)
-            below = jnp.sum(high[..., None] - y.astype(x.dtype), axis=-1)
+            below = jnp.sum(high - y, axis=-1)
             below = jnp.where(q == 0, 0, q * below)
         else:
             at_kept = jnp.where(here, entry(jnp.broadcast_to(q, x.shape), kept), 0)
@@ -153,8 +155,6 @@ def row_part(
         )
     if "entropy" in want:
         # Bounded, so that a class at -inf adds 0: XLA:CPU would write out a summand that selects.
-        y, high = apart(logits if as_read else x, m)
-        y, high = y.astype(x.dtype), high[..., None]
         distance = jnp.minimum(high - y, jnp.finfo(x.dtype).max)
         spread = jnp.sum(jnp.exp(y - high) * distance, axis=-1)
     return RowPart(highest, s, x_kept, kept, below, mass, other_mass, spread)
@@ -193,6 +193,10 @@ def _seen_from(part: RowPart, m: Array, keeps: Array) -> RowPart:
     return part._replace(m=m, s=s, below=below, other_mass=other_mass, spread=spread)
 
 
+def added(x: Any, y: Any) -> Any:
+    return None if x is None else x + y
+
+
 def merge(a: RowPart, b: RowPart, labelled: bool) -> RowPart:
     """The part of the classes of both: keep the larger ``m``, scale the other's sums.
 
@@ -202,10 +206,6 @@ def merge(a: RowPart, b: RowPart, labelled: bool) -> RowPart:
     m = jnp.maximum(a.m, b.m)
     keep_b = jnp.isnan(a.x_kept) if labelled else b.m > a.m
     a, b = _seen_from(a, m, ~keep_b), _seen_from(b, m, keep_b)
-
-    def added(x, y):
-        return None if x is None else x + y
-
     return RowPart(
         m,
         a.s + b.s,
@@ -261,6 +261,7 @@ def finish(part: RowPart, want: tuple[str, ...]) -> tuple[RowLosses, RowState]:
 
 def row_gradient(logits, state, soft_targets, class_mask, scaling, ct, top=None, dtype=None):
     """d(sum of ct * losses) / d(logits), in the accumulator's dtype or narrowed to ``dtype``."""
+    dtype = dtype or accumulator_dtype(logits.dtype)
     dx = narrowed(_dense_gradient(logits, state, soft_targets, class_mask, scaling, ct), dtype)
     if top is None:
         return dx
@@ -342,6 +343,12 @@ def top_gradient(logits, state, class_mask, scaling, top):
     return jnp.where(unless, 0, _below(x, state.m, unless) + jnp.log1p(state.t)[..., None])
 
 
+def with_derivative(want: tuple[str, ...], soft_targets: Any, extra: Any) -> tuple[str, ...]:
+    """The numbers of ``RowLosses`` that are there and have one."""
+    some = tuple(name for name in want if name != "confidence")
+    return some if soft_targets is None and extra is None else (*some, "soft")
+
+
 def sum_to(x: Array, shape: tuple[int, ...]) -> Array:
     spread = tuple(i for i, n in enumerate(shape) if n != x.shape[i])
     return jnp.sum(x, axis=spread, keepdims=True)
@@ -411,10 +418,8 @@ def row_losses(
         d_logits, d_soft_targets, d_extra = tangents[:3]
         wide = accumulator_dtype(logits.dtype)
         none = RowLosses(None, None, None, None)
-        present = [w for w in want if w != "confidence"]
-        present += [] if soft_targets is None and extra is None else ["soft"]
         out: dict[str, Any] = {}
-        for name in present:
+        for name in with_derivative(want, soft_targets, extra):
             out[name] = jnp.zeros_like(state.m)
             if d_logits is not None:
                 ct = none._replace(**{name: jnp.ones_like(state.m)})

@@ -125,10 +125,7 @@ def _losses(
         return jnp.sum(losses), jnp.sum(jnp.where(counts, share, 0))
 
     losses, share = terms(logits, labels, weight, pos_weight, sample_weight, where)
-    if reduction != "mean":
-        return losses
-    # The constant in place of a 0 keeps 0 / 0 out of the gradients.
-    return jnp.where(share == 0, jnp.nan, losses / jnp.where(share == 0, 1, share))
+    return losses if reduction != "mean" else _targets.mean_of(losses, share)
 
 
 def _labels(function: str, labels: Any, logits: Array) -> Array:

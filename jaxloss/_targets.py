@@ -331,5 +331,10 @@ def reduce_losses(
     both = jnp.stack([losses, share])  # not raveled: that would gather sharded tokens
     both = jnp.sum(both, axis=tuple(range(1, both.ndim)))
     total, share = lax.psum(both, token_axes) if token_axes else both
+    return mean_of(total, share)
+
+
+def mean_of(total: Array, share: Array) -> Array:
+    """``total / share``, NaN with gradient 0 where ``share`` is 0."""
     # The constant in place of a 0 keeps 0 / 0 out of the gradients.
     return jnp.where(share == 0, jnp.nan, total / jnp.where(share == 0, 1, share))

@@ -77,7 +77,7 @@ def test_imports_run_one_way():
         "_focal": {"_casts", "_check", "_cross_entropy", "_labels", "_targets"},
         "_sigmoid": {"_casts", "_check", "_cross_entropy", "_focal", "_passes", "_targets"},
         "_sequences": {"_casts", "_check", "_targets"},
-        "_metrics": {"_casts", "_check", "_cross_entropy", "_terms"},
+        "_metrics": {"_casts", "_check", "_cross_entropy", "_targets", "_terms"},
         "_linear": {"_casts", "_forward_mode", "_mesh"},
         "_layout": {"_check", "_labels", "_mesh"},
         "_linear_loss": {"_casts", "_check", "_cross_entropy", "_layout", "_linear", "_targets"},
