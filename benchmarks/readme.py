@@ -9,7 +9,7 @@ import re
 import sys
 from pathlib import Path
 
-from benchmarks import linear, precision, report, scaling, speed, train_lm
+from benchmarks import compiled, linear, peers, precision, report, scaling, speed, train_lm
 from benchmarks.environment import describe
 
 RESULTS, README = Path("benchmarks/results"), Path("README.md")
@@ -20,6 +20,8 @@ MODULES = {
     "precision": precision,
     "scaling": scaling,
     "speed": speed,
+    "compiled": compiled,
+    "peers": peers,
 }
 
 

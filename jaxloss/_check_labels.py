@@ -1,6 +1,10 @@
 """check_labels: an error for a label out of range, where the losses answer with NaN."""
 
+from functools import partial
+
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
 from jax.experimental import checkify
 
@@ -40,18 +44,25 @@ def check_labels(labels, num_classes: int, ignore_index: int | None = -100) -> N
         _check.fail("check_labels", rule, _check.describe(labels), kind=TypeError)
     num_classes = _check.index("check_labels", "num_classes", num_classes)
     ignore_index = _check.ignored("check_labels", ignore_index)
-    kept, not_ignored = _targets.class_indices(labels, num_classes, ignore_index)
-    wrong = (kept == num_classes) & not_ignored
     rule = f"labels must be in [0, {num_classes}) or equal ignore_index, {ignore_index}"
-    first = jnp.argmax(wrong.ravel()) if labels.size else 0
-    if isinstance(wrong, Tracer):
-        if labels.size:
-            checkify.check(
-                ~jnp.any(wrong),
-                _check.message("check_labels", rule, "{label} at flat index {index}"),
-                label=labels.ravel()[first],
-                index=first,
-            )
-    elif labels.size and bool(jnp.any(wrong)):
-        index = tuple(int(i) for i in jnp.unravel_index(first, labels.shape))
-        _check.fail("check_labels", rule, f"{labels.ravel()[first]} at {index}")
+    if labels.size == 0:
+        return
+    found = _first_wrong(labels, num_classes, ignore_index)
+    if isinstance(labels, Tracer):
+        wrong, label, index = found
+        text = _check.message("check_labels", rule, "{label} at flat index {index}")
+        checkify.check(~wrong, text, label=label, index=index)
+        return
+    wrong, label, index = jax.device_get(found)
+    if wrong:
+        at = tuple(int(i) for i in np.unravel_index(index, labels.shape))
+        _check.fail("check_labels", rule, f"{label} at {at}")
+
+
+@partial(jax.jit, static_argnums=(1, 2))
+def _first_wrong(labels, num_classes, ignore_index):
+    """(whether a label is wrong, the first such, its flat index)"""
+    kept, not_ignored = _targets.class_indices(labels.ravel(), num_classes, ignore_index)
+    wrong = (kept == num_classes) & not_ignored
+    first = jnp.argmax(wrong)
+    return wrong[first], labels.ravel()[first], first

@@ -29,6 +29,7 @@ from jax import Array, lax
 
 from jaxloss import _mesh
 from jaxloss._casts import accumulator_dtype, narrowed, widened
+from jaxloss._elementary import exp, log, log1p
 from jaxloss._forward_mode import with_forward_mode
 from jaxloss._passes import finite
 
@@ -171,7 +172,7 @@ def _distances(x: Array, t: Array, x_max: Array, t_max: Array, temperature: floa
 
 
 def _exponentials(x: Array, x_max: Array, temperature: float) -> Array:
-    return jnp.exp((x - x_max[..., None]) / temperature)
+    return exp((x - x_max[..., None]) / temperature)
 
 
 def _row(x: Array, t: Array, temperature: float) -> Row:
@@ -180,9 +181,9 @@ def _row(x: Array, t: Array, temperature: float) -> Row:
     x_sum, t_sum = jnp.sum(e_x, axis=-1), jnp.sum(e_t, axis=-1)
     distances = _distances(x, t, x_max, t_max, temperature)
     apart = jnp.sum(_p_minus_q(lax.stop_gradient(Pair(e_t, e_x, distances))), axis=-1) / x_sum
-    plain = jnp.log(t_sum / x_sum)
+    plain = log(t_sum / x_sum)
     # The sums' rounding is all there is to log(t_sum / x_sum) where they are nearly equal.
-    shift = lax.stop_gradient(jnp.where(jnp.abs(apart) < 0.5, jnp.log1p(apart), plain))
+    shift = lax.stop_gradient(jnp.where(jnp.abs(apart) < 0.5, log1p(apart), plain))
     shift += plain - lax.stop_gradient(plain)  # 0, with the derivative
     return Row(x_max, t_max, x_sum, t_sum, shift, None, None)
 
@@ -209,10 +210,10 @@ def _mixture(pair: Pair, beta: float) -> Mixture:
     of_b, of_s = jnp.where(more, beta, 1 - beta), jnp.where(more, 1 - beta, beta)
     gap, m = _gap(s, b, d), of_b * b + of_s * s
     # b / m = 1 + of_s (b - s) / m and m / s = 1 + of_b (b - s) / s.
-    above = jnp.log1p(of_s * _over(gap, m))
+    above = log1p(of_s * _over(gap, m))
     # An s that is no normal float weighs nothing, but its logarithm must not be inf.
     normal = s >= jnp.finfo(s.dtype).tiny
-    below = jnp.where(normal, jnp.log1p(of_b * _over(gap, s)), d)
+    below = jnp.where(normal, log1p(of_b * _over(gap, s)), d)
     return Mixture(m, above, below)
 
 
@@ -316,8 +317,9 @@ def row_divergences(
     def backward(residuals, ct):
         # A row that asks for nothing gets 0, whatever its logits hold: 0 * NaN would be NaN.
         active, scaled = (ct != 0)[..., None], (ct / temperature)[..., None]
-        dx, dt = (jnp.where(active, scaled * slope, 0) for slope in slopes(residuals))
-        return narrowed(dx, logits.dtype), narrowed(dt, teacher_logits.dtype), None, None
+        moved = (jnp.where(active, scaled * slope, 0) for slope in slopes(residuals))
+        narrow = (narrowed(g, x.dtype) for g, x in zip(moved, residuals, strict=False))
+        return (*narrow, None, None)
 
     def tangent(residuals, tangents):
         # Rows do not mix: the derivative of one number is the gradient at its unit cotangent.

@@ -12,6 +12,7 @@ from jax.typing import ArrayLike
 from jaxloss import _check, _targets
 from jaxloss._casts import accumulator_dtype
 from jaxloss._cross_entropy import Reduction, cross_entropy
+from jaxloss._elementary import exp, expm1, log
 from jaxloss._labels import TopKLabels
 
 
@@ -24,9 +25,9 @@ def modulated(losses: Array, u: Array, gamma: float, at_zero: tuple[Any, Any]) -
         return losses
     # A negative u (of a "probability" past 1) has no logarithm, and stays NaN.
     underflows = (u < jnp.finfo(u.dtype).tiny) & (u >= 0)
-    log_u = jnp.log(jnp.where(underflows, 1, u))
+    log_u = log(jnp.where(underflows, 1, u))
     # Where the loss is inf, u is 1 and does not move. Not losses / u: its derivative squares u.
-    ratio = jnp.where(jnp.isinf(losses), 0, losses) * jnp.exp(-log_u)
+    ratio = jnp.where(jnp.isinf(losses), 0, losses) * exp(-log_u)
     log_u, ratio = (
         jnp.where(underflows, zero, x) for zero, x in zip(at_zero, (log_u, ratio), strict=True)
     )
@@ -35,7 +36,7 @@ def modulated(losses: Array, u: Array, gamma: float, at_zero: tuple[Any, Any]) -
 
 @partial(jax.custom_jvp, nondiff_argnums=(4,))
 def _times_power(losses, u, log_u, ratio, gamma):
-    return jnp.exp(gamma * log_u) * losses
+    return exp(gamma * log_u) * losses
 
 
 @_times_power.defjvp
@@ -45,7 +46,7 @@ def _times_power_jvp(gamma, primals, tangents):
     # in the derivative of this rule, not in the rule.
     losses, _, log_u, ratio = primals
     d_losses, du, *_ = tangents
-    power = jnp.exp(gamma * log_u)
+    power = exp(gamma * log_u)
     return power * losses, power * d_losses + gamma * (power * ratio) * du
 
 
@@ -155,7 +156,7 @@ def _focal_loss(
         where=class_mask,
         reduction="none",
     )
-    losses = modulated(nll, -jnp.expm1(-nll), gamma, (-jnp.inf, 1))
+    losses = modulated(nll, -expm1(-nll), gamma, (-jnp.inf, 1))
     if targets.label_weight is not None:
         losses = targets.label_weight * losses
     return _targets.reduce_losses(losses, targets, sample_weight, reduction)

@@ -5,22 +5,30 @@ as one primitive: evaluated (forward mode) it runs the tangent function; transpo
 it runs the custom_vjp function's own backward pass; differentiated again, it is ordinary JAX code.
 """
 
-from functools import partial
+from functools import cache, partial
 from itertools import compress, zip_longest
-from typing import Any, cast
+from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import tree
 from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 
-try:
-    from jax.extend.core import Primitive, jaxpr_as_fun
-    from jax.interpreters import ad, batching, mlir
-except ImportError:  # a JAX that moved them: reverse mode alone, and custom_vjp's error for jvp
-    Primitive: Any = None
-    jaxpr_as_fun: Any = None
-    ad = batching = mlir = cast(Any, None)
+
+@cache
+def _internals() -> Any:
+    """What forward mode is made of; None: this JAX has moved it. Then there is reverse mode alone,
+    and ``custom_vjp``'s own error for ``jvp``.
+
+    Imported by the first loss: ``jax.extend`` brings Pallas, which takes longer than all the rest.
+    """
+    try:
+        import jax.extend.core as core
+        from jax.interpreters import ad, batching, mlir
+    except ImportError:
+        return None
+    return SimpleNamespace(core=core, ad=ad, batching=batching, mlir=mlir)
 
 
 def with_forward_mode(rule, tangent):
@@ -31,7 +39,7 @@ def with_forward_mode(rule, tangent):
     others do not move). It must be linear in the tangents, and the rule's backward pass its
     transpose; that one gets None for cotangents that are zero.
     """
-    if Primitive is None:
+    if _tangent_map() is None:
         return rule
 
     shell = jax.custom_jvp(rule.fun)
@@ -45,6 +53,8 @@ def with_forward_mode(rule, tangent):
         out_leaves, out_tree = tree.flatten(out)
         residual_leaves, residual_tree = tree.flatten(residuals)
         n = len(residual_leaves)
+        # The program outlives this trace, and with it all that transposed refers to: no arrays.
+        inexact = [jnp.issubdtype(o.dtype, jnp.inexact) for o in out_leaves]
         moving = list(compress(tangents, active))
 
         def forward(*args):
@@ -53,25 +63,20 @@ def with_forward_mode(rule, tangent):
             result = tree.leaves(tangent(tree.unflatten(residual_tree, args[:n]), full))
             return [
                 jnp.zeros_like(o) if r is None else r
-                for o, r in zip_longest(out_leaves, result)
-                if jnp.issubdtype(o.dtype, jnp.inexact)  # integers have no tangent
+                for o, r, moves in zip_longest(out_leaves, result, inexact)
+                if moves  # integers have no tangent
             ]
 
         def transposed(present, *args):
             some, flags = iter(args[n:]), iter(present)
-            ct = [
-                next(some) if jnp.issubdtype(o.dtype, jnp.inexact) and next(flags) else None
-                for o in out_leaves
-            ]
+            ct = [next(some) if moves and next(flags) else None for moves in inexact]
             residuals = tree.unflatten(residual_tree, args[:n])
             return list(compress(rule.bwd(residuals, tree.unflatten(out_tree, ct)), active))
 
         moved = iter(_bind(forward, transposed, n, residual_leaves, moving))
         out_tangents = [
-            next(moved)
-            if jnp.issubdtype(o.dtype, jnp.inexact)
-            else SymbolicZero(jax.typeof(o).to_tangent_aval())
-            for o in out_leaves
+            next(moved) if moves else SymbolicZero(jax.typeof(o).to_tangent_aval())
+            for o, moves in zip(out_leaves, inexact, strict=True)
         ]
         return out, tree.unflatten(out_tree, out_tangents)
 
@@ -82,11 +87,11 @@ def with_forward_mode(rule, tangent):
 def _bind(forward, transposed, n, residuals, tangents):
     # Traced here, the program carries the outputs' sharding and varying axes.
     program = jax.make_jaxpr(forward)(*residuals, *tangents)
-    return tangent_map_p.bind(*residuals, *tangents, program=program, transposed=transposed, n=n)
+    return _tangent_map().bind(*residuals, *tangents, program=program, transposed=transposed, n=n)
 
 
 def _evaluate(*args, program, **_):
-    return jaxpr_as_fun(program)(*args)
+    return _internals().core.jaxpr_as_fun(program)(*args)
 
 
 def _abstract(*_, program, **__):
@@ -94,17 +99,18 @@ def _abstract(*_, program, **__):
 
 
 def _jvp(primals, tangents, *, program, transposed, n):
-    out = tangent_map_p.bind(*primals, program=program, transposed=transposed, n=n)
+    ad = _internals().ad
+    out = _tangent_map().bind(*primals, program=program, transposed=transposed, n=n)
     moving = [not isinstance(t, ad.Zero) for t in tangents]
     if not any(moving[:n]):
         d_linear = [ad.instantiate_zeros(t) for t in tangents[n:]]
-        return out, tangent_map_p.bind(
+        return out, _tangent_map().bind(
             *primals[:n], *d_linear, program=program, transposed=transposed, n=n
         )
 
     def of_moving(*some):
         some = iter(some)
-        return jaxpr_as_fun(program)(
+        return _internals().core.jaxpr_as_fun(program)(
             *(next(some) if m else p for m, p in zip(moving, primals, strict=True))
         )
 
@@ -116,6 +122,7 @@ def _jvp(primals, tangents, *, program, transposed, n):
 
 
 def _transpose(cts, *args, program, transposed, n):
+    ad = _internals().ad
     present = tuple(not isinstance(ct, ad.Zero) for ct in cts)
     results = transposed(present, *args[:n], *compress(cts, present))
     linear = [ad.is_undefined_primal(a) for a in args[n:]]
@@ -138,24 +145,23 @@ def _batch(args, axes, *, program, transposed, n):
             out_axes=axes[n:],
         )(*operands)
 
-    forward = jax.vmap(jaxpr_as_fun(program), in_axes=axes)
+    forward = jax.vmap(_internals().core.jaxpr_as_fun(program), in_axes=axes)
     out = _bind(forward, backward, n, args[:n], args[n:])
     return out, [0] * len(out)
 
 
-def _make_primitive():
-    """bind(*residuals, *tangents) -> the outputs' tangents."""
-    if Primitive is None:
+@cache
+def _tangent_map() -> Any:
+    """The primitive: bind(*residuals, *tangents) -> the outputs' tangents."""
+    using = _internals()
+    if using is None:
         return None
-    primitive = Primitive("jaxloss_tangent_map")
+    primitive = using.core.Primitive("jaxloss_tangent_map")
     primitive.multiple_results = True
     primitive.def_impl(_evaluate)
     primitive.def_abstract_eval(_abstract)
-    ad.primitive_jvps[primitive] = _jvp
-    ad.primitive_transposes[primitive] = _transpose
-    batching.primitive_batchers[primitive] = _batch
-    mlir.register_lowering(primitive, mlir.lower_fun(_evaluate, multiple_results=True))
+    using.ad.primitive_jvps[primitive] = _jvp
+    using.ad.primitive_transposes[primitive] = _transpose
+    using.batching.primitive_batchers[primitive] = _batch
+    using.mlir.register_lowering(primitive, using.mlir.lower_fun(_evaluate, multiple_results=True))
     return primitive
-
-
-tangent_map_p: Any = _make_primitive()

@@ -384,22 +384,28 @@ def _flat(operands: Operands) -> tuple:
     return (*operands[:3], *operands.per_token, *operands.shared, *operands.teacher)
 
 
-def _nested(flat, like: Operands) -> Operands:
-    hidden, kernel, bias, *rest = flat
+def _nesting(like: Operands):
+    """The inverse of ``_flat``. It holds no array of ``like``'s: a derivative rule, which outlives
+    the trace that it is made in, may refer to it."""
     i = len(like.per_token)
     j = i + len(like.shared)
-    return Operands(hidden, kernel, bias, tuple(rest[:i]), tuple(rest[i:j]), tuple(rest[j:]))
+
+    def nested(flat) -> Operands:
+        hidden, kernel, bias, *rest = flat
+        return Operands(hidden, kernel, bias, tuple(rest[:i]), tuple(rest[i:j]), tuple(rest[j:]))
+
+    return nested
 
 
 def losses_by_token(
     loss_fn: LossFn, geometry: Geometry, operands: Operands, packing: Packing
 ) -> tuple[tuple, tuple]:
     """``(losses, others)``, tuples of [N]. The backward pass computes the logits again."""
-    count = len(_flat(operands))
+    count, nested = len(_flat(operands)), _nesting(operands)
     compute = _differentiable(partial(_losses, loss_fn, geometry))
 
     def function(*args):
-        return compute(_nested(args[:count], operands), Packing(*args[count:]))
+        return compute(nested(args[:count]), Packing(*args[count:]))
 
     def forward(*args):
         values = [None if a is None else a.value for a in args]
@@ -409,9 +415,9 @@ def losses_by_token(
 
     def backward(residuals, ct):
         values, flags = residuals
-        active = _nested([f is not None for f in flags[:count]], operands)
+        active = nested([f is not None for f in flags[:count]])
         gradients = _differentiable(partial(_gradients, loss_fn, geometry, active))
-        given = _nested(values[:count], operands)
+        given = nested(values[:count])
         *_, grads = gradients(given, Packing(*values[count:]), ct[0])
         return (*_flat(_settled(grads, given)), None, None)
 
@@ -423,8 +429,7 @@ def losses_by_token(
             full = list(values)
             for i, x in zip(moving, some, strict=True):
                 full[i] = x
-            nested = _nested(full[:count], operands)
-            return _losses(loss_fn, geometry, False, nested, Packing(*full[count:]))
+            return _losses(loss_fn, geometry, False, nested(full[:count]), Packing(*full[count:]))
 
         primals = [values[i] for i in moving]
         return jax.jvp(of_moving, primals, [tangents[i] for i in moving])[1]
@@ -441,9 +446,10 @@ def weighted_sum(
 
     ``loss_fn`` has one loss; ``weight[N]`` is 0 where a token does not count.
     """
-    count = len(_flat(operands))
+    count, nested = len(_flat(operands)), _nesting(operands)
     compute = _differentiable(partial(_losses, loss_fn, geometry))
 
+    wide = weight.dtype
     homes = [_mesh.varies_over(x) for x in (weight, *_flat(operands))]
     summed = {*geometry.vocab_axes, *geometry.token_axes}
     varies = frozenset().union(*homes, *map(_mesh.varies_over, packing)) - summed
@@ -454,16 +460,14 @@ def weighted_sum(
         return _mesh.spread(here, varies)
 
     def function(weight, *args):
-        (losses,), others = compute(_nested(args[:count], operands), Packing(*args[count:]))
+        (losses,), others = compute(nested(args[:count]), Packing(*args[count:]))
         return total(weight, losses), others
 
     def forward(weight, *args):
         values: list[Any] = [None if a is None else a.value for a in args]
         flags = [a is not None and a.perturbed for a in args[:count]]
-        gradients = _differentiable(
-            partial(_gradients, loss_fn, geometry, _nested(flags, operands))
-        )
-        given = _nested(values[:count], operands)
+        gradients = _differentiable(partial(_gradients, loss_fn, geometry, nested(flags)))
+        given = nested(values[:count])
         (losses,), others, grads = gradients(given, Packing(*values[count:]), (weight.value,))
         # Summed over devices now where they all have the same cotangent to scale by.
         grads = _settled(grads, given, varies)
@@ -479,10 +483,10 @@ def weighted_sum(
         return (*map(scale, residuals, homes), None, None)
 
     def tangent(residuals, tangents):
-        out = jnp.zeros((), weight.dtype)
+        out = jnp.zeros((), wide)
         for g, t in zip(residuals, tangents, strict=False):
             if g is not None and t is not None:
-                moved = jnp.sum(g.astype(weight.dtype) * t.astype(weight.dtype))
+                moved = jnp.sum(g.astype(wide) * t.astype(wide))
                 out += _mesh.settle(moved, varies)
         return _mesh.spread(out, varies)
 

@@ -14,6 +14,7 @@ from jax.typing import ArrayLike
 from jaxloss import _check, _targets
 from jaxloss._casts import accumulator_dtype
 from jaxloss._cross_entropy import AxisName
+from jaxloss._elementary import exp
 from jaxloss._terms import TokenStats
 
 
@@ -282,6 +283,11 @@ def metrics(sums: MetricSums) -> dict[str, Array]:
     way_out = "Add them: jax.tree.map(lambda x: x.sum(axis=0), sums)." if sums.weight.ndim else ""
     _check.shape(call, "sums.weight", sums.weight, (2,), "two numbers", way_out)
 
+    return _metrics(sums)
+
+
+@jax.jit
+def _metrics(sums):
     total = sums.weight[0] + sums.weight[1]
 
     def mean(x):
@@ -293,7 +299,7 @@ def metrics(sums: MetricSums) -> dict[str, Array]:
     return {
         "weight": total,
         "nll": nll,
-        "perplexity": jnp.exp(nll),
+        "perplexity": exp(nll),
         "entropy": entropy,
         **{
             "accuracy" if k == 1 else f"top_{k}_accuracy": mean(hits[i])

@@ -8,6 +8,7 @@ from jax import Array, lax
 
 from jaxloss import _mesh
 from jaxloss._casts import accumulator_dtype, widened
+from jaxloss._elementary import exp, tanh
 
 
 class Scaling(NamedTuple):
@@ -29,7 +30,7 @@ def widen(x: Array, class_mask: Array | None, scaling: Scaling | None) -> Array:
     x = widened(x)
     if scaling is not None:
         if scaling.softcap is not None:
-            x = scaling.softcap * jnp.tanh(x / scaling.softcap)
+            x = scaling.softcap * tanh(x / scaling.softcap)
         if scaling.temperature != 1:
             x = x / scaling.temperature
     return x if class_mask is None else jnp.where(class_mask, x, -jnp.inf)
@@ -56,14 +57,14 @@ def _index_is_exact(x: Array) -> bool:
 
 def _selected_exponentials(x: Array, m: Array, kept: Array) -> Array:
     """exp(x_j - m), and 0 at the kept entry."""
-    return jnp.where(is_kept(x, kept), 0, jnp.exp(x - m[..., None]))
+    return jnp.where(is_kept(x, kept), 0, exp(x - m[..., None]))
 
 
 def other_exponentials(x: Array, m: Array, kept: Array) -> Array:
     """The same, in the form that an array of them is best written in."""
 
     def overwritten(x, m, kept):
-        e, at = jnp.exp(x - m[..., None]), kept[..., None]
+        e, at = exp(x - m[..., None]), kept[..., None]
         return jnp.put_along_axis(e, at, 0, axis=-1, inplace=False, mode="drop")
 
     # The select costs XLA:CPU up to a quarter of the loss's time, the scatter 10 ns a row.
@@ -89,7 +90,7 @@ def _sum_of_others(x: Array, m: Array, kept: Array) -> Array:
     if not _index_is_exact(x):
         return jnp.sum(_selected_exponentials(x.astype(wide), m, kept), axis=-1)
     other = jnp.minimum(jnp.abs(_class_index(x) - kept.astype(wide)[..., None]), 1)
-    return jnp.sum(other * jnp.exp(x.astype(wide) - m[..., None]), axis=-1)
+    return jnp.sum(other * exp(x.astype(wide) - m[..., None]), axis=-1)
 
 
 def _sum_of_others_in_blocks(x: Array, m: Array, kept: Array) -> Array:

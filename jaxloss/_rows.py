@@ -23,6 +23,7 @@ from jax import Array, lax
 
 from jaxloss import _mesh
 from jaxloss._casts import accumulator_dtype, narrowed, widened
+from jaxloss._elementary import exp, expm1, log1p
 from jaxloss._forward_mode import with_forward_mode
 from jaxloss._passes import (
     Scaling,
@@ -81,7 +82,7 @@ def _slope(x: Array, scaling: Scaling) -> Any:
     if scaling.softcap is None:
         return 1 / scaling.temperature
     # sech^2, not 1 - tanh^2: the latter is 0 past |x| = 9 cap where the slope is still 6e-8.
-    e = jnp.exp(-2 * jnp.abs(widened(x) / scaling.softcap))
+    e = exp(-2 * jnp.abs(widened(x) / scaling.softcap))
     return 4 * e / ((1 + e) ** 2 * scaling.temperature)
 
 
@@ -156,7 +157,7 @@ def row_part(
     if "entropy" in want:
         # Bounded, so that a class at -inf adds 0: XLA:CPU would write out a summand that selects.
         distance = jnp.minimum(high - y, jnp.finfo(x.dtype).max)
-        spread = jnp.sum(jnp.exp(y - high) * distance, axis=-1)
+        spread = jnp.sum(exp(y - high) * distance, axis=-1)
     return RowPart(highest, s, x_kept, kept, below, mass, other_mass, spread)
 
 
@@ -182,8 +183,8 @@ def _seen_from(part: RowPart, m: Array, keeps: Array) -> RowPart:
     def lifted(x, weight):  # sum of weights * (part.m - x_j), seen from m
         return x + jnp.where(weight == 0, 0, (m - part.m) * weight)
 
-    whole = part.s + jnp.where(jnp.isnan(part.x_kept), 0, jnp.exp(part.x_kept - finite(part.m)))
-    scale = jnp.exp(part.m - finite(m))
+    whole = part.s + jnp.where(jnp.isnan(part.x_kept), 0, exp(part.x_kept - finite(part.m)))
+    scale = exp(part.m - finite(m))
     below, other_mass, spread = part.below, part.other_mass, part.spread
     if part.mass is not None:
         below, other_mass = lifted(below, part.mass), jnp.where(keeps, other_mass, part.mass)
@@ -228,7 +229,7 @@ def merge_shards(part: RowPart, axes: _mesh.Axes, labelled: bool, size: int) -> 
     x_kept = jnp.where(keeps, part.x_kept, 0)
     sums = {"part": (here.s, *here[4:]), "x_kept": x_kept, "keepers": keeps.astype(m.dtype)}
     if not labelled:
-        sums["e_kept"] = jnp.where(keeps, jnp.exp(part.x_kept - finite(m)), 0)
+        sums["e_kept"] = jnp.where(keeps, exp(part.x_kept - finite(m)), 0)
     sums = _mesh.sums(sums, axes)
     (s, *rest), x_kept, keepers = sums["part"], sums["x_kept"], sums["keepers"]
     if labelled:
@@ -245,8 +246,8 @@ def finish(part: RowPart, want: tuple[str, ...]) -> tuple[RowLosses, RowState]:
     """What the part of all classes gives."""
     m = finite(part.m)
     d = m - part.x_kept
-    t = part.s + jnp.expm1(-d)
-    r = jnp.log1p(t)
+    t = part.s + expm1(-d)
+    r = log1p(t)
     spread = None if part.spread is None else part.spread / (1 + t)
     losses = RowLosses(
         nll=d + r if "nll" in want else None,
@@ -291,7 +292,7 @@ def _dense_gradient(logits, state, soft_targets, class_mask, scaling, ct):
     x = widen(logits, class_mask, scaling)
     k = 1 / (1 + t)
     kept_minus_1 = -s * k
-    p_kept = jnp.exp(-d) * k
+    p_kept = exp(-d) * k
     zero = jnp.zeros_like(m)
     of_p, at_kept, active = zero, zero, zero != 0
     if ct.nll is not None:
@@ -314,7 +315,7 @@ def _dense_gradient(logits, state, soft_targets, class_mask, scaling, ct):
     row = jnp.where(active, at_kept, 0)
     # Where the forward pass wrote its summand out, this is it.
     written = _write_out(logits)
-    e = other_exponentials(x, m, kept) if written else jnp.exp(x - m[..., None])
+    e = other_exponentials(x, m, kept) if written else exp(x - m[..., None])
     dx = e * (k * of_p)[..., None]
     if ct.entropy is not None:
         below = m[..., None] - jnp.where(e > 0, x, 0)
@@ -331,7 +332,7 @@ def soft_gradient(logits, state, soft_targets, class_mask, scaling):
     """d(soft) / d(soft_targets): -log p, and 0 for a class at -inf that has no mass."""
     x = widen(logits, class_mask, scaling)
     impossible = (x == -jnp.inf) & (soft_targets == 0)
-    r = jnp.log1p(state.t)[..., None]
+    r = log1p(state.t)[..., None]
     return jnp.where(impossible, 0, (state.m[..., None] - jnp.where(impossible, 0, x)) + r)
 
 
@@ -340,7 +341,7 @@ def top_gradient(logits, state, class_mask, scaling, top):
     index, extra = top
     x, nowhere = widen(*_at(index, logits, class_mask), scaling), index >= logits.shape[-1]
     unless = nowhere | ((x == -jnp.inf) & (extra == 0))
-    return jnp.where(unless, 0, _below(x, state.m, unless) + jnp.log1p(state.t)[..., None])
+    return jnp.where(unless, 0, _below(x, state.m, unless) + log1p(state.t)[..., None])
 
 
 def with_derivative(want: tuple[str, ...], soft_targets: Any, extra: Any) -> tuple[str, ...]:
@@ -447,7 +448,7 @@ def row_log_softmax(logits: Array, class_mask: Array | None = None) -> Array:
     def forward(logits, class_mask):
         _, state = finish(row_part(logits, None, None, class_mask, None, ()), ())
         x = widen(logits, class_mask, None)
-        out = (x - state.m[..., None]) - jnp.log1p(state.t)[..., None]
+        out = (x - state.m[..., None]) - log1p(state.t)[..., None]
         return narrowed(out, logits.dtype), (logits, state, class_mask)
 
     def backward(residuals, g):

@@ -1,5 +1,8 @@
 """total_weight: what a mean divides by."""
 
+from functools import partial
+
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
@@ -73,18 +76,33 @@ def total_weight(
         weight = _check.floating(call, "weight", weight)
         _check.shape(call, "weight", weight, weight.shape[:1] or (1,), "one entry a class")
         classes = weight.shape[0]
-    if len(batch) < labels.ndim:  # probabilities: one class of them says how many tokens there are
-        labels, weight = jnp.zeros(batch, jnp.int32), None
+    indices = len(batch) == labels.ndim
+    return _total_weight(
+        labels if indices else None,  # of probabilities nothing but the number of tokens matters
+        weight if indices else None,
+        sample_weight,
+        mask,
+        batch=batch,
+        num_classes=classes,
+        ignore_index=_check.ignored(call, ignore_index),
+        token_axes=token_axes,
+    )
+
+
+@partial(jax.jit, static_argnames=("batch", "num_classes", "ignore_index", "token_axes"))
+def _total_weight(
+    labels, weight, sample_weight, token_mask, *, batch, num_classes, ignore_index, token_axes
+):
     dtypes = [x.dtype for x in (weight, sample_weight) if x is not None]
     dtype = accumulator_dtype(jnp.float64 if jnp.dtype("float64") in dtypes else jnp.float32)
     targets = _targets.make_targets(
-        labels,
-        _targets.Classes(classes, classes),
+        jnp.zeros(batch, jnp.int32) if labels is None else labels,
+        _targets.Classes(num_classes, num_classes),
         dtype,
         weight=weight,
         sample_weight=sample_weight,
-        token_mask=mask,
-        ignore_index=_check.ignored(call, ignore_index),
+        token_mask=token_mask,
+        ignore_index=ignore_index,
     )
     total = jnp.sum(_targets.terms(targets, sample_weight, dtype)[1])
     return lax.psum(total, token_axes) if token_axes else total

@@ -1,5 +1,11 @@
-"""Sloppiness is loud here: no implicit promotion of dtypes or ranks, 8 devices, warnings raise."""
+"""Sloppiness is loud here: no implicit promotion of dtypes or ranks, 8 devices, warnings raise.
 
+The suite also passes under JAX's stricter settings, each an environment variable: JAX_ENABLE_X64,
+JAX_CHECK_TRACER_LEAKS, JAX_DEBUG_NANS, JAX_TRANSFER_GUARD (`.ci/settings` runs them all).
+"""
+
+import contextlib
+import functools
 import os
 
 # Both are read when JAX starts; subprocesses that tests start inherit the promotion rules too.
@@ -7,8 +13,15 @@ os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("JAX_NUMPY_DTYPE_PROMOTION", "strict")
 os.environ.setdefault("JAX_NUMPY_RANK_PROMOTION", "raise")
+# The tests hand numpy arrays to JAX at will: the guard is for what the library itself does.
+os.environ["GUARD"] = os.environ.pop("JAX_TRANSFER_GUARD", "")
 
 import hypothesis
+import jax
+import numpy as np
+import pytest
+
+import jaxloss
 
 hypothesis.settings.register_profile(
     "suite",
@@ -18,4 +31,70 @@ hypothesis.settings.register_profile(
     database=None,
     suppress_health_check=[hypothesis.HealthCheck.too_slow],
 )
+hypothesis.settings.register_profile(
+    "soak",
+    deadline=None,
+    max_examples=int(os.environ.get("JAXLOSS_SOAK_EXAMPLES", "50")),
+    database=None,
+    phases=[hypothesis.Phase.generate],  # each step of shrinking would be a compilation
+    suppress_health_check=list(hypothesis.HealthCheck),
+)
 hypothesis.settings.load_profile("suite")
+
+
+# pytest -m soak: thousands of random cases, which nothing else runs.
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "nan_is_meant: a NaN is what is tested; JAX_DEBUG_NANS off")
+    config.addinivalue_line("markers", "soak: random cases for as long as one likes; -m soak")
+    if "soak" in config.option.markexpr:
+        hypothesis.settings.load_profile("soak")
+
+
+def pytest_collection_modifyitems(config, items):
+    if "soak" not in config.option.markexpr:
+        config.hook.pytest_deselected(items=[i for i in items if i.get_closest_marker("soak")])
+        items[:] = [i for i in items if not i.get_closest_marker("soak")]
+
+
+def pytest_terminal_summary(terminalreporter):
+    reports = [r for kind in ("passed", "failed") for r in terminalreporter.stats.get(kind, [])]
+    properties = [dict(getattr(r, "user_properties", ())) for r in reports if r.when == "call"]
+    cases = sum(p.get("cases", 0) for p in properties)
+    if cases:
+        terminalreporter.write_line(f"soak: {cases} cases")
+
+
+@pytest.fixture(autouse=True)
+def _nans(request):
+    meant = jax.config.jax_debug_nans and request.node.get_closest_marker("nan_is_meant")
+    with jax.debug_nans(False) if meant else contextlib.nullcontext():
+        yield
+
+
+def guarded(function):
+    """Calls with concrete arrays run under the guard, their operands on the device beforehand."""
+
+    def put(x):
+        return jax.device_put(x) if isinstance(x, np.ndarray) else x
+
+    @functools.wraps(function)
+    def call(*args, **kwargs):
+        operands = jax.tree.leaves(args)
+        concrete = all(isinstance(x, np.ndarray | jax.Array) for x in operands)
+        traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((args, kwargs)))
+        if not operands or not concrete or traced or jax.config.jax_disable_jit:
+            return function(*args, **kwargs)
+        args, kwargs = jax.tree.map(put, (args, kwargs))
+        with jax.transfer_guard(GUARD):
+            return function(*args, **kwargs)
+
+    return call
+
+
+GUARD = os.environ.pop("GUARD")
+if GUARD:
+    for name in jaxloss.__all__:
+        if not isinstance(vars(jaxloss)[name], type):
+            setattr(jaxloss, name, guarded(vars(jaxloss)[name]))

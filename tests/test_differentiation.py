@@ -4,6 +4,7 @@ In float64, where both are good to 1e-12: what differs is a rule, and not its ro
 is nearly all of the time, and by far the cheapest in few large programs: one holds every transform.
 """
 
+import sys
 from functools import cache, partial
 
 import chex
@@ -430,10 +431,16 @@ def test_options_are_static_under_jit():
 
 @pytest.fixture
 def no_forward_mode(monkeypatch):
-    jax.clear_caches()
-    monkeypatch.setattr(_forward_mode, "Primitive", None)
-    yield
-    jax.clear_caches()
+    def forget():
+        jax.clear_caches()
+        _forward_mode._internals.cache_clear()
+        _forward_mode._tangent_map.cache_clear()
+
+    forget()
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "jax.extend.core", None)
+        yield
+    forget()
 
 
 @pytest.mark.parametrize("case", ["mean", "weights", "probabilities", "two steps", "log_softmax"])

@@ -293,7 +293,7 @@ def test_tokens_that_do_not_count_may_hold_anything(divergence, by):
 @pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
 def test_reductions_and_weights(reduction):
     x, t = random_pair((3, 6, 2))
-    s = jnp.array([[0.5, 0.0], [2.0, 1.0], [0.0, 3.0]])
+    s = jnp.array([[0.5, 0.0], [2.0, 1.0], [0.0, 3.0]], jnp.float32)
 
     def plain(x, t, s):
         log_p, log_q = (jax.nn.log_softmax(v / 2, axis=1) for v in (t, x))
@@ -486,7 +486,8 @@ def test_every_option_equals_the_materialised_loss(seed):
     def step(f):
         def total(given):
             out = f(given)
-            return jnp.sum(jnp.sin(out * jnp.arange(1.0, 1 + out.size).reshape(out.shape))), out
+            number = jnp.arange(1, 1 + out.size, dtype=out.dtype).reshape(out.shape)
+            return jnp.sum(jnp.sin(out * number)), out
 
         return jax.jit(jax.value_and_grad(total, has_aux=True))(given)
 

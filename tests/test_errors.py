@@ -75,9 +75,9 @@ def token_rows(x):
         ({"labels": Y.astype(np.complex64)}, TypeError, rf"{kinds}; got complex64\(4,\)"),
         ({"weight": X[0, :1]}, ValueError, r"weight must .* a class, \(3,\); got float32\(1,\)"),
         ({"weight": X}, ValueError, r"weight must .* a class, \(3,\); got float32\(4, 3\)"),
-        ({"weight": 1.0}, ValueError, r"weight must .* a class, \(3,\); got float32\(\)"),
+        ({"weight": 1.0}, ValueError, r"weight must .* a class, \(3,\); got float\d+\(\)"),
         (
-            {"weight": np.arange(3)},
+            {"weight": Y[:3]},
             TypeError,
             r"weight must have a real floating dtype; got int32\(3,\).*weight.astype",
         ),
@@ -88,7 +88,7 @@ def token_rows(x):
             r"sample_weight must have the shape of the losses, \(4,\); got float32\(3,\)",
         ),
         ({"sample_weight": X[:, :1]}, ValueError, r"sample_weight must .*; got float32\(4, 1\)"),
-        ({"sample_weight": 1.0}, ValueError, r"sample_weight must .*; got float32\(\)"),
+        ({"sample_weight": 1.0}, ValueError, r"sample_weight must .*; got float\d+\(\)"),
         (
             {"sample_weight": np.ones(4, np.complex64)},
             TypeError,
@@ -199,9 +199,9 @@ def linear_rows():
         ),
         ({"kernel": K, "vocab_axis": 0}, ValueError, "kernel must .* D = 2, at axis 1; got .*=1"),
         ({"bias": X}, ValueError, rf"{columns} float32\(4, 3\)"),
-        ({"bias": 1.0}, ValueError, rf"{columns} float32\(\)"),
+        ({"bias": 1.0}, ValueError, rf"{columns} float\d+\(\)"),
         (
-            {"bias": np.arange(3)},
+            {"bias": Y[:3]},
             TypeError,
             r"bias must have a real floating dtype; got int32\(3,\)",
         ),
@@ -342,6 +342,7 @@ EMPTY_CALLS = [
 ]
 
 
+@pytest.mark.nan_is_meant
 @pytest.mark.parametrize("probabilities", [False, True])
 @pytest.mark.parametrize(("name", "case"), EMPTY_CALLS)
 def test_an_empty_batch_with_every_option(name, case, probabilities):
@@ -369,7 +370,9 @@ def test_an_empty_batch_with_every_option(name, case, probabilities):
             np.testing.assert_array_equal(g, np.zeros(x.shape))
 
 
-@pytest.mark.parametrize("reduction", ["none", "mean"])
+@pytest.mark.parametrize(
+    "reduction", ["none", pytest.param("mean", marks=pytest.mark.nan_is_meant)]
+)
 @pytest.mark.parametrize("name", ["cross_entropy", "linear_cross_entropy"])
 def test_statistics_of_nothing(name, reduction):
     right = {k: v[:0] if k in ("logits", "labels", "hidden") else v for k, v in RIGHT[name].items()}
@@ -415,6 +418,7 @@ def test_numbers_are_finite(name, x):
         jaxloss.cross_entropy(X, Y, **{name: x})
 
 
+@pytest.mark.nan_is_meant
 def test_no_classes_that_exist():
     loss = jaxloss.linear_cross_entropy(H, K, Y, num_classes=0, where=np.ones((4, 0), bool))
     assert np.isnan(loss)

@@ -12,7 +12,11 @@ import pytest
 def test_example(library):
     example = importlib.import_module(f"benchmarks.examples.with_{library}")
     # Its reader has JAX's defaults.
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+    with (
+        jax.numpy_dtype_promotion("standard"),
+        jax.numpy_rank_promotion("allow"),
+        jax.enable_x64(False),
+    ):
         results = example.main(steps=80)
     losses, accuracies = np.asarray(jax.device_get(results["digits"])).T
     assert abs(losses[0] - math.log(10)) < 0.3

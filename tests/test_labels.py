@@ -13,7 +13,7 @@ LOSSES = {
     "cross_entropy": jaxloss.cross_entropy,
     "two steps": lambda x, y, **options: jaxloss.nll_loss(jaxloss.log_softmax(x), y, **options),
     "linear": lambda x, y, **options: jaxloss.linear_cross_entropy(
-        x, jnp.eye(x.shape[-1]), y, chunk_size=2, **options
+        x, jnp.eye(x.shape[-1], dtype=x.dtype), y, chunk_size=2, **options
     ),
 }
 X = np.random.default_rng(0).normal(size=(5, 4)).astype(np.float32)
@@ -60,6 +60,7 @@ def test_what_does_not_count_is_exactly_zero(loss, reduction, how):
             )
 
 
+@pytest.mark.nan_is_meant
 @pytest.mark.parametrize("weighted", [False, True])
 def test_a_label_out_of_range_is_nan_in_its_row(loss, weighted):
     options = {"weight": jnp.array([1.0, 0.0, 2.0, 3.0])} if weighted else {}
@@ -85,12 +86,14 @@ def test_any_integer_dtype(dtype):
     np.testing.assert_array_equal(jaxloss.cross_entropy(x, y, reduction="none"), expected)
 
 
+@pytest.mark.nan_is_meant
 def test_labels_do_not_wrap():
     with jax.enable_x64(True):
         y = jnp.array([3, 2**32 + 3], jnp.int64)
         assert np.isnan(jaxloss.cross_entropy(jnp.zeros((2, 5)), y, reduction="none"))[1]
 
 
+@pytest.mark.nan_is_meant
 @pytest.mark.parametrize(
     ("index", "zero"), [(-100, [3]), (None, []), (2, [1]), (-1, [2]), (10**12, [])]
 )
@@ -103,6 +106,7 @@ def test_ignore_index(loss, index, zero):
     assert np.flatnonzero(np.isnan(losses)).tolist() == expected
 
 
+@pytest.mark.nan_is_meant
 def test_nothing_counts(loss):
     y = jnp.full(5, -100)
     assert np.isnan(loss(X, y))
@@ -111,23 +115,6 @@ def test_nothing_counts(loss):
         assert np.all(np.asarray(f(X)) == 0)
     weight = jax.grad(lambda s: loss(X, y, sample_weight=s))(jnp.ones(5))
     assert np.all(np.asarray(weight) == 0)
-
-
-def test_empty(loss):
-    x, y = jnp.zeros((0, 4)), jnp.zeros(0, jnp.int32)
-    assert loss(x, y, reduction="none").shape == (0,)
-    assert loss(x, y, reduction="sum") == 0
-    assert np.isnan(loss(x, y))
-    assert jax.grad(lambda x: loss(x, y))(x).shape == (0, 4)
-
-
-def test_no_classes():
-    x = jnp.zeros((2, 0))
-    assert jaxloss.log_softmax(x).shape == (2, 0)
-    losses = jaxloss.cross_entropy(x, jnp.array([0, -100]), reduction="none")
-    assert np.isnan(losses[0])
-    assert losses[1] == 0
-    assert np.isnan(jaxloss.cross_entropy(x, x))
 
 
 def test_check_labels_eagerly():
@@ -140,7 +127,7 @@ def test_check_labels_eagerly():
     with pytest.raises(ValueError, match="got -100 at"):
         jaxloss.check_labels(jnp.array([-100]), 5, ignore_index=None)
     with pytest.raises(TypeError, match=r"an integer dtype.*got float32\(1,\)"):
-        jaxloss.check_labels(jnp.array([1.0]), 5)
+        jaxloss.check_labels(jnp.array([1.0], jnp.float32), 5)
 
 
 def test_check_labels_under_jit():

@@ -97,7 +97,8 @@ def test_every_option_equals_the_materialised_loss(seed):
         def of(given):
             out = f(given)
             loss, stats = out if constants["return_stats"] else (out, None)
-            value = jnp.sum(jnp.sin(loss * jnp.arange(1.0, 1 + loss.size).reshape(loss.shape)))
+            number = jnp.arange(1, 1 + loss.size, dtype=loss.dtype).reshape(loss.shape)
+            value = jnp.sum(jnp.sin(loss * number))
             if stats is not None and constants["reduction"] == "none":
                 value += jnp.sum(jnp.cos(stats.log_prob) + stats.entropy * stats.logsumexp)
             return value, out
@@ -439,7 +440,7 @@ def jensen_shannon(logits, teacher_logits):
 @pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
 def test_focal_loss(reduction, chunk):
     hidden, kernel, _ = problem()
-    labels, weight = jnp.arange(7), jnp.array([1.0, 0, 2, 0.5, 1, 0, 3])
+    labels, weight = jnp.arange(7), jnp.array([1, 0, 2, 0.5, 1, 0, 3], jnp.float32)
     reduce = {
         "none": lambda x: x,
         "sum": jnp.sum,

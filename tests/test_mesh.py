@@ -342,7 +342,7 @@ def test_linear_sums_that_the_caller_takes(schedule):
     """Without token_axis_name each device returns its own sum, whose cotangents may differ."""
     mesh, *_ = build("2x4")
     given, y, *_ = problem(jnp.float32)
-    scale = jnp.array([1.0, 3.0])
+    scale = jnp.array([1.0, 3.0], jnp.float32)
 
     def loss(h, k, y):
         return jaxloss.linear_cross_entropy(
@@ -379,7 +379,7 @@ def test_linear_sums_that_the_caller_takes(schedule):
 def test_linear_loss_in_shard_map():
     mesh, *_ = build("8 tokens")
     given, y, *_ = problem(jnp.float32)
-    args = given["h"], given["k"], jnp.arange(1.0, 1 + V)
+    args = given["h"], given["k"], jnp.arange(1, 1 + V, dtype=jnp.float32)
 
     def loss(h, k, scale, y):
         def each(x, y):

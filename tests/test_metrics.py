@@ -77,7 +77,7 @@ def sums_of(x, y, **options):
 def of_linear(implementation):
     def losses(x, y, **options):
         return jaxloss.linear_cross_entropy(
-            x, jnp.eye(C), y, implementation=implementation, chunk_size=8, **options
+            x, jnp.eye(C, dtype=x.dtype), y, implementation=implementation, chunk_size=8, **options
         )
 
     return losses
@@ -367,7 +367,7 @@ SUMS, METRICS = jaxloss.metric_sums, jaxloss.metrics
     ("call", "arguments", "error", "text"),
     [
         (SUMS, ((1.0, STATS),), TypeError, r"must be jaxloss.TokenStats; got tuple\. return_st"),
-        (SUMS, (np.ones(3),), TypeError, r"stats must be jaxloss.TokenStats; got ndarray\.$"),
+        (SUMS, (np.ones(3),), TypeError, r"be jaxloss.TokenStats; got (ndarray|ArrayImpl)\.$"),
         (
             SUMS,
             (STATS._replace(confidence=np.ones(4, np.float32)),),

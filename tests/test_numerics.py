@@ -80,7 +80,7 @@ def test_every_margin(form, offset, position, compiled):
 @pytest.mark.parametrize("form", FORMS)
 def test_value_and_gradient_together(form):
     x, y, margin = at_margins(0.0)
-    ct = np.float32(10) ** (np.arange(len(y)) % 9 - 4)
+    ct = (10.0 ** (np.arange(len(y)) % 9 - 4)).astype(np.float32)
 
     def weighed(x):
         losses = FORMS[form](x, y, reduction="none")
@@ -194,21 +194,6 @@ def test_narrow_logits_are_computed_in_float32(dtype, compiled):
     tiny = float(jnp.finfo(dtype).smallest_subnormal)
     want = exact_gradient(exact, y)
     assert_within(grad, want, half_ulp * 1.02, floor=tiny / half_ulp)
-
-
-def test_float16_sums_past_its_range():
-    x = jnp.zeros((2, 2**17), jnp.float16)
-    losses, vjp = jax.vjp(
-        lambda x: jaxloss.cross_entropy(x, jnp.array([0, 9]), reduction="none"), x
-    )
-    assert_within(losses, [17 * np.log(2)] * 2, 8 * EPS)
-    grad = vjp(jnp.ones(2))[0]
-    assert np.all(np.isfinite(grad))
-    np.testing.assert_array_equal(grad[0, 0], -1)
-    assert_within(jaxloss.log_softmax(x)[0, :3], [-17 * np.log(2)] * 3, 2**-11)
-    many = jnp.full((70000, 2), 3, jnp.float16)
-    total = jaxloss.cross_entropy(many, jnp.zeros(70000, jnp.int32), reduction="sum")
-    assert_within(total, 70000 * np.log(2), 1e-5)
 
 
 def test_float64():

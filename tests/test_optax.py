@@ -104,7 +104,7 @@ def test_gradient(dtype):
 def test_smoothing(smoothing):
     x, y, _, margin = case((6, 5), -1, jnp.float32)
     ours = jaxloss.cross_entropy(x, y, label_smoothing=smoothing, reduction="none")
-    smooth = optax.smooth_labels(jax.nn.one_hot(y, 5), smoothing)
+    smooth = optax.smooth_labels(jax.nn.one_hot(y, 5, dtype=x.dtype), smoothing)
     truth = reference(x, y, label_smoothing=smoothing, reduction="none").loss
     no_worse(ours, optax.softmax_cross_entropy(x, smooth), truth, relative_budget(margin))
 

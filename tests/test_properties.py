@@ -11,8 +11,11 @@ import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
-from helpers import EPS, assert_within, jit_quickly, margins, relative_budget
+import pytest
+from helpers import EPS, assert_within, exact_gradient, jit_quickly, margins, relative_budget
 from hypothesis import given
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 import jaxloss
 
@@ -143,7 +146,7 @@ def of_kernel(chunk, schedule):
 
     def loss(kernel, labels):
         return jaxloss.linear_cross_entropy(
-            jnp.eye(len(labels)), kernel, labels, chunk_size=chunk, implementation=schedule,
+            jnp.eye(len(labels), dtype=kernel.dtype), kernel, labels, chunk_size=chunk, implementation=schedule,
             reduction="none", precision="highest",
         )  # fmt: skip
 
@@ -161,3 +164,97 @@ def test_linear_cross_entropy(case, chunk, schedule):
     losses, grad = of_kernel(chunk, schedule)(x, y)
     assert_within(losses, VALUE(x, y), 2 * budget(x))
     assert_within(grad, GRADIENT(x, y), 4 * budget(x)[:, None])
+
+
+# What may not change a loss and its gradients: the schedule, chunks, devices, the order of tokens
+# and of classes. Logits are exact (small integers times eighths), so that all there is to see is
+# the rounding of sums in another order.
+
+N, D, C = 8, 3, 12
+
+
+@st.composite
+def operands(draw):
+    """hidden, kernel, labels (a few of them ignored), and an order of tokens and one of classes."""
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    hidden = rng.integers(-3, 4, (N, D)).astype(np.float32)
+    kernel = (rng.integers(-24, 25, (D, C)) / 8 * draw(st.sampled_from([0, 1, 8]))).astype(
+        np.float32
+    )
+    y = rng.integers(0, C, N).astype(np.int32)
+    y[rng.random(N) < draw(st.sampled_from([0.0, 0.3, 1.0]))] = -100
+    return hidden, kernel, y, rng.permutation(N), rng.permutation(C)
+
+
+def loss_of(form, chunk=None, **mesh):
+    """``(hidden, kernel, labels) -> loss``."""
+    if form == "cross_entropy":
+        return lambda h, k, y: jaxloss.cross_entropy(
+            jnp.dot(h, k, precision="highest"), y, reduction="sum", **mesh
+        )
+    return lambda h, k, y: jaxloss.linear_cross_entropy(
+        h, k, y, chunk_size=chunk, implementation=form, reduction="sum", **mesh
+    )
+
+
+def on_a_mesh(form):
+    """The tokens over two devices, the classes over three."""
+    mesh = jax.make_mesh((2, 3), ("t", "v"), axis_types=(AxisType.Auto,) * 2)
+    local = loss_of(form, 2, token_axis_name="t", vocab_axis_name="v")
+    specs = P("t"), P(None, "v"), P("t")
+    return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=P())
+
+
+@cache
+def step_of(form, chunk):
+    loss = on_a_mesh(form) if chunk == "mesh" else loss_of(form, chunk)
+    return jit_quickly(jax.value_and_grad(loss, (0, 1)))
+
+
+FORMS = ["cross_entropy", "token_chunks", "vocab_blocks"]
+
+
+@pytest.mark.parametrize("form", FORMS)
+@given(operands())
+def test_what_changes_nothing(form, case):
+    h, k, y, tokens, classes = case
+    value, (dh, dk) = step_of(form, None)(h, k, y)
+
+    # Each slope is to its budget, and then one of the terms of a sum.
+    counts, x = y >= 0, (h @ k).astype(np.float64)
+    slopes = np.abs(np.where(counts[:, None], exact_gradient(x, np.maximum(y, 0)), 0))
+    budget = 4 * relative_budget(margins(x).max()) + (N + C) * EPS
+    of_h, of_k = slopes @ np.abs(k).T, np.abs(h).T @ slopes
+
+    def same(other, token_order=slice(None), class_order=slice(None)):
+        got, (of_hidden, of_kernel) = other
+        assert_within(got, value, budget)
+        for g, e, size in (
+            (of_hidden, np.asarray(dh)[token_order], of_h[token_order]),
+            (of_kernel, np.asarray(dk)[:, class_order], of_k[:, class_order]),
+        ):
+            error = np.abs(np.asarray(g, np.float64) - np.asarray(e, np.float64))
+            assert np.all(error <= 2 * budget * size + N * np.finfo(np.float32).tiny)
+
+    place = np.where(counts, np.argsort(classes)[np.maximum(y, 0)], -100).astype(np.int32)
+    same(step_of(form, None)(h[tokens], k, y[tokens]), token_order=tokens)
+    same(step_of(form, None)(h, k[:, classes], place), class_order=classes)
+    for split in ["mesh"] if form == "cross_entropy" else [1, 5, "mesh"]:
+        same(step_of(form, split)(h, k, y))
+    if form != "cross_entropy":
+        same(step_of("cross_entropy", None)(h, k, y))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_gradients_are_the_same_to_the_bit(form):
+    """Run again, and compiled again: what an optimiser is given does not depend on the weather."""
+    rng = np.random.default_rng(0)
+    h, k = (rng.normal(size=s).astype(np.float32) for s in ((64, 8), (8, 300)))
+    y = rng.integers(0, 300, 64).astype(np.int32)
+    first, second = (jax.jit(jax.value_and_grad(loss_of(form, 32), (0, 1))) for _ in range(2))
+    expected = jax.tree.leaves(first(h, k, y))
+    same_program = first(h, k, y)
+    jax.clear_caches()
+    for again in (same_program, second(h, k, y)):
+        for got, e in zip(jax.tree.leaves(again), expected, strict=True):
+            np.testing.assert_array_equal(got, e)

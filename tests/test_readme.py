@@ -14,7 +14,11 @@ def test_block(block):
     import jax
 
     # The README's reader has JAX's defaults.
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+    with (
+        jax.numpy_dtype_promotion("standard"),
+        jax.numpy_rank_promotion("allow"),
+        jax.enable_x64(False),
+    ):
         exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
 
 

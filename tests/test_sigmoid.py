@@ -529,7 +529,7 @@ def test_vmap_and_scan():
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize(("reduction", "gamma"), [("none", 2.0), ("sum", 0.0), ("mean", 2.0)])
 def test_residuals_are_the_arguments(dtype, reduction, gamma):
-    x, y, w = jnp.zeros((8, 100), dtype), jnp.zeros((8, 100), jnp.int8), jnp.ones((8, 100))
+    x, y, w = (jnp.zeros((8, 100), t) for t in (dtype, jnp.int8, jnp.float32))
     loss = partial(jaxloss.sigmoid_focal_loss, gamma=gamma, reduction=reduction)
 
     def large(f, *args):
@@ -596,7 +596,7 @@ BOTH = [
         ValueError,
         rf"weight {SHAPES}; got float32\(4, 1\)\. Broadcast it: jnp\.broadcast_to\(weight, logits",
     ),
-    ({"weight": 2.0}, ValueError, rf"weight {SHAPES}; got float32\(\)\. Broadcast it"),
+    ({"weight": 2.0}, ValueError, rf"weight {SHAPES}; got float\d+\(\)\. Broadcast it"),
     ({"weight": S[:3, 0][:, None]}, ValueError, rf"weight {SHAPES}; got float32\(3, 1\)\.\]?$"),
     ({"weight": Y[0, :3]}, TypeError, r"weight must have a real floating dtype; got int32\(3,\)"),
     ({"pos_weight": S[:4, :1]}, ValueError, rf"pos_weight {SHAPES}; got float32\(4, 1\)\. Broad"),
@@ -638,7 +638,7 @@ CLASSES = [
     ({"labels": LOGITS[0]}, TypeError, rf"{INDICES} float32\(7, 5\)"),
     ({"labels": jaxloss.TopKLabels(INDEX[0][:, None], LOGITS[0][:, :1])}, TypeError, INDICES),
     ({"labels": INDEX}, ValueError, r"labels must have the shape of logits without axis 1"),
-    ({"weight": 1.0}, ValueError, r"weight must have one entry a class, \(5,\); got float32\(\)"),
+    ({"weight": 1.0}, ValueError, r"weight must have one entry a class, \(5,\); got float\d+\(\)"),
 ]
 REFUSED = [
     *(("sigmoid_cross_entropy", SIGMOID, *row) for row in BOTH),

@@ -228,6 +228,6 @@ def test_errors():
         with pytest.raises(kind, match=text):
             jaxloss.token_stats(x, labels, temperature=bad)
         with pytest.raises(kind, match="linear_token_stats: temperature"):
-            jaxloss.linear_token_stats(x, jnp.eye(13), labels, temperature=bad)
+            jaxloss.linear_token_stats(x, jnp.eye(13, dtype=x.dtype), labels, temperature=bad)
     with pytest.raises(ValueError, match="token_stats: labels must have the shape of logits"):
         jaxloss.token_stats(x, labels[:4])

@@ -200,7 +200,7 @@ def test_the_contract(schedule):
 
 def test_the_mean_is_over_the_tokens_that_count():
     x, index, q = case()
-    labels, s = TopKLabels(index, q), jnp.linspace(0.5, 2, N)
+    labels, s = TopKLabels(index, q), jnp.linspace(0.5, 2, N, dtype=jnp.float32)
     losses = jaxloss.cross_entropy(x, labels, reduction="none")
     counts = np.arange(N) != 4
     expected = np.sum(np.asarray(losses * s, np.float64)) / np.sum(np.asarray(s)[counts])

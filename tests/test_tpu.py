@@ -107,6 +107,32 @@ def test_products_are_of_bfloat16_into_float32(schedule):
         assert re.findall(r"x([a-z]\w*)>", result) == ["f32"]
 
 
+ELEMENTARY = re.compile(r" (exponential|exponential-minus-one|log|log-plus-one|tanh|logistic)\(")
+ROWS, ROW_LABELS = ((16, 256), jnp.float32), ((16,), jnp.int32)
+ACCURATE = {
+    "cross_entropy": (partial(jaxloss.cross_entropy, logit_softcap=30.0), (ROWS, ROW_LABELS)),
+    "token_stats": (lambda x, y: jaxloss.token_stats(x, y).entropy.sum(), (ROWS, ROW_LABELS)),
+    "log_softmax": (lambda x: jaxloss.log_softmax(x)[:, 0].sum(), (ROWS,)),
+    "kl_divergence": (partial(jaxloss.kl_divergence, divergence="jensen_shannon"), (ROWS, ROWS)),
+    "focal_loss": (jaxloss.focal_loss, (ROWS, ROW_LABELS)),
+    "sigmoid_cross_entropy": (jaxloss.sigmoid_cross_entropy, (ROWS, ROWS)),
+    "linear_cross_entropy": (
+        jaxloss.linear_cross_entropy,
+        (((16, 128), jnp.bfloat16), ((128, 256), jnp.bfloat16), ROW_LABELS),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", list(ACCURATE))
+def test_elementary_functions_are_the_accurate_ones(name):
+    """By default a TPU's exp and its relatives are shorter programs of fewer digits."""
+    loss, shapes = ACCURATE[name]
+    lines = compiled("v5e", jax.value_and_grad(loss), *shapes).as_text().splitlines()
+    found = {line for line in lines if ELEMENTARY.search(line)}
+    assert found
+    assert not [line for line in found if "result_accuracy={mode=highest}" not in line]
+
+
 # Each pair of (chip, schedule), (chip, spec) and (schedule, spec): a program takes 10 to 25 s.
 @pytest.mark.parametrize(
     ("name", "schedule", "spec"),

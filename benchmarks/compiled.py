@@ -1,0 +1,255 @@
+"""``python -m benchmarks.compiled``: the linear loss and its peers as TPU compilers see them.
+
+Value and both gradients, compiled for chips that are not there, and never run. The memory plan is
+what a chip would hold. The cycles are the compiler's own estimates, summed over the program with
+each loop's body as often as it runs when every label counts: a model of the chip, no measurement.
+It knows nothing of what is inside a hand-written kernel.
+"""
+
+import argparse
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from benchmarks import hlo, report
+
+TOPOLOGIES = {"v5e": "v5e:2x2", "v6e": "v6e:2x2", "v5p": "v5p:2x2x1", "tpu7x": "tpu7x:2x2x1"}
+SHAPES = ((8192, 2048, 128256), (4096, 4096, 128256), (8192, 2304, 256000))  # N, D, V
+CASES = (
+    *((chip, shape) for chip in ("v5e", "v6e") for shape in SHAPES),
+    *((chip, SHAPES[0]) for chip in ("v5p", "tpu7x")),
+)
+CHUNKS = (256, 512, 1024, 2048, 4096)  # tokens, for the first shape
+NAMES = {
+    "optax": "optax",
+    "jaxloss": "jaxloss",
+    "blocks": "jaxloss vocab_blocks",
+    "tokamax mosaic_tpu": "tokamax mosaic_tpu",
+    "tokamax chunked_xla": "tokamax chunked_xla",
+    "tokamax xla": "tokamax xla",
+}
+MIB = 2**20
+
+
+def quiet() -> None:
+    """Read when libtpu starts: no machine to ask about itself, no logs, several processes."""
+    os.environ.update(
+        JAX_PLATFORMS="cpu",
+        TPU_SKIP_MDS_QUERY="1",
+        TPU_WORKER_HOSTNAMES="localhost",
+        TPU_ACCELERATOR_TYPE="v5litepod-4",
+        TPU_LOG_DIR="disabled",
+        ALLOW_MULTIPLE_LIBTPU_LOAD="1",
+    )
+
+
+def _chunk_loops(tokens: int, chunk: int) -> list[int]:
+    """Steps of the loops over chunks and over quarters of one, where every label counts."""
+    chunks, left = divmod(tokens, chunk)
+    quarter = chunk // 4 if chunk % 4 == 0 else chunk
+    whole = chunks + (left + quarter - 1) // chunk
+    left = max(0, -(-(tokens - whole * chunk) // quarter))
+    return [whole - 1] * (-(-tokens // chunk) != 1) + [left] * (quarter < chunk)
+
+
+def _method(name: str, shape: tuple[int, int, int], chunk: int | None) -> tuple[Callable, list]:
+    """(its value and gradients, the steps of its open loops); imported only where it is used."""
+    import jax
+    import jax.numpy as jnp
+
+    import jaxloss
+
+    tokens, _, columns = shape
+    steps = []
+    if name == "products":
+
+        def function(h, k, y):
+            logits = h @ k
+            return logits @ k.T, h.T @ logits
+
+        return function, steps
+    if name == "jaxloss":
+        from jaxloss import _linear
+
+        loss = partial(jaxloss.linear_cross_entropy, chunk_size=chunk)
+        steps = _chunk_loops(tokens, chunk or _linear.default_chunk(tokens, columns))
+    elif name == "blocks":
+        options = {"implementation": "vocab_blocks", "chunk_size": chunk}
+        loss = partial(jaxloss.linear_cross_entropy, **options)
+    elif name == "optax":
+        import optax
+
+        def loss(h, k, y):
+            logits = jnp.matmul(h, k, preferred_element_type=jnp.float32)
+            return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
+
+    else:
+        import tokamax
+
+        options = {"reduction": "mean", "implementation": name.removeprefix("tokamax ")}
+
+        def loss(h, k, y):
+            return tokamax.linear_softmax_cross_entropy_loss(h, y, k, **options)
+
+    return jax.value_and_grad(loss, (0, 1)), steps
+
+
+def compiled(
+    chip: str, name: str, shape: tuple[int, int, int], chunk: int | None = None
+) -> dict[str, Any]:
+    """What the program holds and costs, or ``{"refused": the exception's text}``."""
+    import jax
+    import jax.numpy as jnp
+    from jax.experimental import topologies
+    from jax.sharding import SingleDeviceSharding
+
+    topology = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[chip])
+    device = topology.devices[0]
+    n, d, v = shape
+    arrays = ((n, d), jnp.bfloat16), ((d, v), jnp.bfloat16), ((n,), jnp.int32)
+    args = [jax.ShapeDtypeStruct(*array, sharding=SingleDeviceSharding(device)) for array in arrays]
+    try:
+        # Both, so that everyone chooses what they would on the chip.
+        with (
+            mock.patch.object(jax, "default_backend", return_value="tpu"),
+            jax.default_device(device),
+        ):
+            function, steps = _method(name, shape, chunk)
+            program = jax.jit(function).lower(*args).compile()
+    except Exception as error:
+        text = " ".join(str(error).split())
+        return {"refused": f"{type(error).__name__}: {text[:300]}"}
+    memory, analysis = program.memory_analysis(), program.cost_analysis()
+    cost = hlo.cost(program.as_text(), steps)
+    return {
+        "peak_mib": memory.peak_memory_in_bytes / MIB,
+        "temp_mib": memory.temp_size_in_bytes / MIB,
+        "arguments_mib": memory.argument_size_in_bytes / MIB,
+        "results_mib": memory.output_size_in_bytes / MIB,
+        "kernels": cost.kernels,
+        "product_flops": None if cost.kernels else cost.flops,
+        "cycles": None if cost.kernels else cost.cycles,
+        "loops": cost.loops,
+        # As the compiler gives it, a loop's body counted once.
+        "cost_analysis": {
+            key: analysis.get(key) for key in ("flops", "bytes accessed", "optimal_seconds")
+        },
+    }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def run(tick: Callable[[str], None]) -> dict[str, Any]:
+    from benchmarks.environment import environment
+
+    rows = []
+    for chip, shape in CASES:
+        programs = {}
+        for name in ("products", *NAMES):
+            tick(f"{chip} {shape} {name}")
+            programs[name] = compiled(chip, name, shape)
+        rows.append({"chip": chip, "shape": list(shape), "programs": programs})
+    sweep = []
+    for chip in ("v5e", "v6e"):
+        programs = {}
+        for chunk in CHUNKS:
+            tick(f"{chip} chunk_size={chunk}")
+            programs[str(chunk)] = compiled(chip, "jaxloss", SHAPES[0], chunk)
+        sweep.append({"chip": chip, "shape": list(SHAPES[0]), "programs": programs})
+    peers = {name: _version(name) for name in ("libtpu", "tokamax")}
+    return {"environment": {**environment(), **peers}, "rows": rows, "chunk_size": sweep}
+
+
+def _cell(program: dict[str, Any], key: str, unit: float, form: str) -> str:
+    value = program.get(key)
+    return "refused" if "refused" in program else "-" if value is None else f"{value / unit:{form}}"
+
+
+def _of_products(program: dict[str, Any], products: dict[str, Any]) -> str:
+    return _cell(program, "cycles", products["cycles"], ".2f")
+
+
+def tables(data: dict[str, Any]) -> list[report.Table]:
+    peers = ", ".join(f"{name} {data['environment'][name]}" for name in ("tokamax", "libtpu"))
+    names = [name for name in NAMES if any("peak_mib" in r["programs"][name] for r in data["rows"])]
+    case = ["chip", "tokens x features\nx classes"]
+    columns = [NAMES[name].replace(" ", "\n") for name in names]
+    memory, cycles, refused = [], [], {}
+    for row in data["rows"]:
+        programs = row["programs"]
+        here = [row["chip"], "{} x {} x {}".format(*row["shape"])]
+        least = programs["jaxloss"]["arguments_mib"] + programs["jaxloss"]["results_mib"]
+        peaks = [_cell(programs[name], "peak_mib", 1, ".0f") for name in names]
+        memory.append([*here, f"{least:.0f}", *peaks])
+        bare = programs["products"]
+        times = [_of_products(programs[name], bare) for name in names]
+        cycles.append([*here, f"{bare['cycles'] / 1e6:.0f}", *times])
+        for name, program in programs.items():
+            if "refused" in program:
+                where = refused.setdefault((NAMES[name], program["refused"]), [])
+                where.append(here)
+    out = [
+        report.Table(
+            f"bfloat16, value and both gradients: peak MiB of one chip ({peers})",
+            [*case, "inputs and\ngradients", *columns],
+            memory,
+        ),
+        report.Table(
+            "The compiler's estimated cycles / those of three bare products ('-': kernels of which"
+            " it has no estimate)",
+            [*case, "products,\nMcycles", *columns],
+            cycles,
+        ),
+    ]
+    bare = {
+        r["chip"]: r["programs"]["products"] for r in data["rows"] if r["shape"] == [*SHAPES[0]]
+    }
+    rows = []
+    for row in data["chunk_size"]:
+        for title, each in (
+            ("peak MiB", lambda p: _cell(p, "peak_mib", 1, ".0f")),
+            ("cycles / products", lambda p, c=row["chip"]: _of_products(p, bare[c])),
+        ):
+            rows.append([row["chip"], title, *(each(row["programs"][str(c)]) for c in CHUNKS)])
+    name = "{} x {} x {}".format(*SHAPES[0])
+    out.append(
+        report.Table(f"jaxloss by `chunk_size`, {name}", ["chip", "", *map(str, CHUNKS)], rows)
+    )
+    if refused:
+        rows = []
+        for (name, text), where in refused.items():
+            everywhere = len(where) == len(data["rows"])
+            cases = "everywhere" if everywhere else "; ".join(" ".join(w) for w in where)
+            rows.append([name, cases, text])
+        out.append(report.Table("Refused", ["method", "where", "exception"], rows))
+    return out
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.compiled", description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    out = parser.parse_args().out
+    sys.argv = sys.argv[:1]  # tokamax reads the command line too, and refuses what it does not know
+    quiet()
+    import rich
+
+    warnings.simplefilter("ignore")
+    data = run(lambda text: print(text, flush=True))
+    report.save(out, "compiled", data)
+    for table in tables(data):
+        rich.print(report.to_rich(table))
+
+
+if __name__ == "__main__":
+    main()

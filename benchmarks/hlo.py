@@ -1,0 +1,98 @@
+"""What an optimised program says of its own cost, a loop's body counted as often as it runs."""
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from math import prod, sqrt
+from typing import Any, NamedTuple
+
+
+class Instruction(NamedTuple):
+    name: str
+    dims: tuple[int, ...]  # of its first result
+    opcode: str
+    operands: list[str]
+    attributes: str
+
+
+@dataclass
+class Cost:
+    """Of one run of a program, or of one step of a loop."""
+
+    flops: float = 0.0  # of matrix products alone
+    cycles: float = 0.0  # the compiler's own estimate; XLA:TPU alone writes it into its programs
+    kernels: int = 0  # calls of hand-written kernels, which it knows nothing of
+    loops: list[dict[str, Any]] = field(default_factory=list)  # each with the cost of a step
+
+    def add(self, other: "Cost", times: int = 1) -> None:
+        self.flops += times * other.flops
+        self.cycles += times * other.cycles
+        self.kernels += times * other.kernels
+        self.loops += other.loops
+
+
+def computations(text: str) -> dict[str, list[Instruction]]:
+    out: dict[str, list[Instruction]] = {}
+    body: list[Instruction] = []
+    for line in text.splitlines():
+        if head := re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{$", line):
+            body = out["ENTRY" if head[1] else head[2]] = []
+        elif found := re.match(r"\s+(?:ROOT )?%?([\w.\-]+) = (.*?)\s([a-z][\w\-]*)\((.*)", line):
+            name, kind, opcode, rest = found.groups()
+            dims = re.search(r"\[([\d,]*)\]", kind)
+            sizes = tuple(int(n) for n in dims[1].split(",") if n) if dims else ()
+            operands = re.findall(r"%([\w.\-]+)", rest.split(")", 1)[0])
+            body.append(Instruction(name, sizes, opcode, operands, rest))
+    return out
+
+
+def _called(attributes: str, *names: str) -> list[str]:
+    found = re.findall(rf"\b(?:{'|'.join(names)})=\{{?((?:%[\w.\-]+(?:, )?)+)", attributes)
+    return [name.strip(" %") for group in found for name in group.split(",") if name.strip()]
+
+
+def _steps(condition: list[Instruction]) -> int | None:
+    """``i < constant``, with ``i`` from 0 on, as XLA leaves a scan; None where it is computed."""
+    constants = {i.name: i.attributes for i in condition if i.opcode == "constant"}
+    for instruction in condition:
+        bounds = [constants[name] for name in instruction.operands if name in constants]
+        if instruction.opcode in ("compare", "fusion") and bounds:
+            return int(bounds[0].split(")")[0])
+    return None
+
+
+def cost(text: str, steps: Iterable[int] = ()) -> Cost:
+    """``steps``: of those loops, in the program's order, whose number is computed when it runs."""
+    bodies, open_loops = computations(text), iter(steps)
+    out = _cost(bodies, "ENTRY", open_loops)
+    if left := list(open_loops):
+        raise ValueError(f"The program has no more loops of an open number of steps; left: {left}.")
+    return out
+
+
+def _cost(bodies: dict[str, list[Instruction]], name: str, open_loops: Iterator[int]) -> Cost:
+    out, sizes = Cost(), {i.name: prod(i.dims) for i in bodies[name]}
+    for i in bodies[name]:
+        if cycles := re.search(r'"estimated_cycles":"(\d+)"', i.attributes):
+            out.cycles += int(cycles[1])
+        if i.opcode in ("convolution", "dot"):
+            # m x k by k x n: the product of the three arrays' sizes is (m k n)^2.
+            out.flops += 2 * sqrt(prod(sizes[x] for x in (i.name, *i.operands[:2])))
+        elif i.opcode == "custom-call" and '"tpu_custom_call"' in i.attributes:
+            out.kernels += 1
+        elif i.opcode == "while":
+            (condition,), (body,) = (_called(i.attributes, x) for x in ("condition", "body"))
+            steps = _steps(bodies[condition])
+            steps = next(open_loops) if steps is None else steps
+            step = _cost(bodies, body, open_loops)
+            out.add(step, steps)
+            out.loops.append({"steps": steps, "flops": step.flops, "cycles": step.cycles})
+        elif i.opcode == "conditional":
+            names = "branch_computations", "true_computation", "false_computation"
+            branches = [_cost(bodies, b, open_loops) for b in _called(i.attributes, *names)]
+            out.add(max(branches, key=lambda c: (c.cycles, c.flops)))
+        else:
+            for called in _called(i.attributes, "calls"):
+                # A fusion's cycles are its own, and no instruction within it has any.
+                out.add(_cost(bodies, called, open_loops))
+    return out

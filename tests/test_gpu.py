@@ -1,0 +1,103 @@
+"""What the GPU compiler makes of the linear loss for an H200, on a machine without one."""
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from functools import partial
+from math import prod
+from pathlib import Path
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.experimental import topologies
+from jax.sharding import SingleDeviceSharding
+
+import jaxloss
+
+pytestmark = pytest.mark.skipif(
+    not any(importlib.util.find_spec(f"jax_cuda{n}_plugin") for n in (12, 13)),
+    reason="JAX's CUDA plug-in is not installed: pip install -e '.[gpu-compile]'",
+)
+
+N, D, V = 8192, 2048, 128256
+MIB = 2**20
+CHUNKS, BLOCKS = {"chunk_size": 1024}, {"implementation": "vocab_blocks"}
+BOTH = {"gradients": True}
+
+
+def _compile(gradients=False, materialised=False, **options):
+    """Prints what the tests below ask, as JSON."""
+    config = Path(__file__).with_name("h200.txtpb").read_text()
+    topology = topologies.get_topology_desc(platform="cuda", target_config=config, topology="1x1x1")
+    one = SingleDeviceSharding(topology.devices[0])
+    shapes = ((N, D), jnp.bfloat16), ((D, V), jnp.bfloat16), ((N,), jnp.int32)
+    loss = partial(jaxloss.linear_cross_entropy, **options)
+    if materialised:
+        loss = lambda h, k, y: jaxloss.cross_entropy(h @ k, y)  # noqa: E731
+    function = jax.value_and_grad(loss, (0, 1)) if gradients else loss
+    with mock.patch.object(jax, "default_backend", return_value="gpu"):  # what chunks go by
+        args = [jax.ShapeDtypeStruct(*shape, sharding=one) for shape in shapes]
+        program = jax.jit(function).lower(*args).compile()
+    text, memory = program.as_text(), program.memory_analysis()
+    types = dict(re.findall(r"%?([\w.\-]+) = ([a-z]+\d+)\[", text))
+    arrays = re.findall(r"\b[a-z]+\d+\[([\d,]+)\]", text)
+    copied = re.findall(r"= [a-z]+\d+\[([\d,]*)\]\S* copy\(", text)
+    found = {
+        "peak": memory.peak_memory_in_bytes,
+        "temporaries": memory.temp_size_in_bytes,
+        "least": memory.argument_size_in_bytes + memory.output_size_in_bytes,
+        "products": [[types[x], types[y]] for x, y in re.findall(r" dot\(%(\S+), %(\S+)\)", text)],
+        "logits": any(sorted(map(int, dims.split(","))) == sorted((N, V)) for dims in arrays),
+        "copied": max((prod(int(n) for n in dims.split(",") if n) for dims in copied), default=0),
+    }
+    print(json.dumps(found))
+
+
+def compiled(**options):
+    # In a process of its own: a program that the compiler cannot do may end it.
+    done = subprocess.run(
+        [sys.executable, __file__, json.dumps(options)],
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize(
+    ("options", "peak"), [(BOTH | CHUNKS, 2390), (BOTH | BLOCKS, 1420)], ids=str
+)
+def test_value_and_gradients_fit(options, peak):
+    """The arguments and the gradients alone are 1066 MiB."""
+    found = compiled(**options)
+    assert not found["logits"]
+    assert found["least"] < found["peak"] <= peak * MIB
+    assert found["copied"] <= N
+    assert len(found["products"]) >= 3
+    assert {name for pair in found["products"] for name in pair} == {"bf16"}
+
+
+@pytest.mark.parametrize("options", [{}, BLOCKS], ids=str)
+def test_the_value_alone_fits(options):
+    found = compiled(**options)
+    assert not found["logits"]
+    assert found["temporaries"] <= 320 * MIB
+    assert found["copied"] <= N
+
+
+def test_the_walk_finds_materialised_logits():
+    """The assertions above must be able to fail."""
+    found = compiled(**BOTH, materialised=True)
+    assert found["logits"]
+    assert found["peak"] > 2390 * MIB
+
+
+if __name__ == "__main__":
+    _compile(**json.loads(sys.argv[1]))
