@@ -9,7 +9,17 @@ import re
 import sys
 from pathlib import Path
 
-from benchmarks import compiled, linear, peers, precision, report, scaling, speed, train_lm
+from benchmarks import (
+    compiled,
+    linear,
+    overhead,
+    peers,
+    precision,
+    report,
+    scaling,
+    speed,
+    train_lm,
+)
 from benchmarks.environment import describe
 
 RESULTS, README = Path("benchmarks/results"), Path("README.md")
@@ -20,6 +30,7 @@ MODULES = {
     "precision": precision,
     "scaling": scaling,
     "speed": speed,
+    "overhead": overhead,
     "compiled": compiled,
     "peers": peers,
 }

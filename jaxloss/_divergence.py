@@ -178,9 +178,9 @@ def linear_kl_divergence(
       divergence, beta, temperature, sample_weight, where, reduction: as in :func:`kl_divergence`.
       token_axis_name: inside ``shard_map``, the mesh axis, or axes, that the tokens are split over:
         ``"sum"`` and ``"mean"`` are over all of them.
-      chunk_size: tokens whose logits are held at a time, of both sides; None takes 256 MiB of
-        float32 logits, on a CPU at most 512 tokens, or 1024 where their logits take 64 MiB; what is
-        made of them takes three times as much there (``"jensen_shannon"``: six).
+      chunk_size: tokens whose logits are held at a time, of both sides; None as for
+        :func:`linear_cross_entropy`. On a CPU, what is made of them takes three times as much
+        (``"jensen_shannon"``: six).
       precision: of the products, as in :func:`jax.lax.dot_general`.
 
     Returns:

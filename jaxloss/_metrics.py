@@ -283,11 +283,22 @@ def metrics(sums: MetricSums) -> dict[str, Array]:
     way_out = "Add them: jax.tree.map(lambda x: x.sum(axis=0), sums)." if sums.weight.ndim else ""
     _check.shape(call, "sums.weight", sums.weight, (2,), "two numbers", way_out)
 
-    return _metrics(sums)
+    total, nll, perplexity, entropy, hits, calibration_error = _means(sums)
+    return {
+        "weight": total,
+        "nll": nll,
+        "perplexity": perplexity,
+        "entropy": entropy,
+        **{
+            "accuracy" if k == 1 else f"top_{k}_accuracy": share
+            for k, share in zip(sums.top_k, hits, strict=True)
+        },
+        "calibration_error": calibration_error,
+    }
 
 
 @jax.jit
-def _metrics(sums):
+def _means(sums):
     total = sums.weight[0] + sums.weight[1]
 
     def mean(x):
@@ -296,14 +307,5 @@ def _metrics(sums):
     nll, entropy = mean(sums.nll[0] + sums.nll[1]), mean(sums.entropy[0] + sums.entropy[1])
     hits = sums.hits[0] + sums.hits[1]
     gap = sums.bin_hits - sums.bin_confidence  # part by part: the two are nearly equal
-    return {
-        "weight": total,
-        "nll": nll,
-        "perplexity": exp(nll),
-        "entropy": entropy,
-        **{
-            "accuracy" if k == 1 else f"top_{k}_accuracy": mean(hits[i])
-            for i, k in enumerate(sums.top_k)
-        },
-        "calibration_error": mean(jnp.sum(jnp.abs(gap[0] + gap[1]))),
-    }
+    calibration_error = mean(jnp.sum(jnp.abs(gap[0] + gap[1])))
+    return total, nll, exp(nll), entropy, [mean(x) for x in hits], calibration_error

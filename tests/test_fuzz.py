@@ -45,6 +45,7 @@ KNOWN = {
     "entropy",
     "impossible label",
     "uniform",
+    "empty blocks",
     "total_weight",
 }
 
@@ -544,7 +545,7 @@ def check_softmax_loss(config, asked, truth, ct, at, loss, grads, c, nan_rows=Tr
     factor = factor[:, None]
     want = np.where(asked.counts[:, None], truth.slopes, 0)
     # NaN somewhere in a bad row, and in no other.
-    bad = truth.bad & ~nothing
+    bad = truth.bad & (not nothing)
     has_nan = np.isnan(g).any(-1)
     keep = ~truth.skip
     if nan_rows:
@@ -599,13 +600,11 @@ def sanitized(config):
     config = dict(config)
     if config.get("labels") == "bucket":
         config |= {"weight": False, "label_smoothing": 0.0}
-        if "bucket" in KNOWN:
-            config["logit_softcap"] = None
         if "implementation" in config:
             config["implementation"] = "token_chunks"
-    if "empty blocks" in KNOWN and config.get("implementation") == "vocab_blocks":
-        if config["labels"] != "index" and config["where"] == "classes":
-            config["where"] = None
+    by_blocks = config.get("implementation") == "vocab_blocks" and config["labels"] != "index"
+    if "empty blocks" in KNOWN and by_blocks and config["where"] == "classes":
+        config["where"] = None
     if config.get("layout") == "two" and config["c"] % 2:
         config["layout"] = "last"
     if config.get("layout") in ("first", "middle", "two") and config.get("where") == "tokens":
