@@ -174,7 +174,7 @@ def _nll_loss(
     )
     nll = soft = None
     if targets.kept is not None:
-        nll = -_passes.entry_or_nan(x, targets.kept)
+        nll = 0 - _passes.entry_or_nan(x, targets.kept)  # -0 is no loss
     else:
         q = _targets.soft_targets(
             targets.probabilities, None, None, weight, 0.0, num_classes, x.dtype

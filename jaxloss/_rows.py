@@ -50,6 +50,7 @@ class RowLosses(NamedTuple):
     logsumexp: Any
     entropy: Any
     confidence: Any = None  # max_j p_j; without a derivative
+    above: Any = None  # logsumexp(x) - max_j x_j; without a derivative
 
 
 class RowState(NamedTuple):
@@ -114,6 +115,11 @@ def row_part(
         None if class_mask is None else entry(jnp.broadcast_to(class_mask, x.shape), kept),
         scaling,
     )
+    if scaling is not None:
+        # Scaled by other instructions than the maximum, it may lie above it, or below its equal.
+        raw, raw_mask = _at(kept[..., None], logits, class_mask)
+        first = widen(raw, raw_mask, None)[..., 0] == row_max(logits, class_mask, None)
+        x_kept = jnp.where(first, highest, jnp.minimum(x_kept, highest))
     x_kept = jnp.where(kept < x.shape[-1], x_kept, jnp.nan)
     as_read = class_mask is None and scaling is None
     if share and _write_out(logits):
@@ -156,7 +162,8 @@ def row_part(
         )
     if "entropy" in want:
         # Bounded, so that a class at -inf adds 0: XLA:CPU would write out a summand that selects.
-        distance = jnp.minimum(high - y, jnp.finfo(x.dtype).max)
+        distance = high - y if scaling is None else jnp.abs(high - y)  # which rounds either way
+        distance = jnp.minimum(distance, jnp.finfo(x.dtype).max)
         spread = jnp.sum(exp(y - high) * distance, axis=-1)
     return RowPart(highest, s, x_kept, kept, below, mass, other_mass, spread)
 
@@ -181,7 +188,8 @@ def _seen_from(part: RowPart, m: Array, keeps: Array) -> RowPart:
     """
 
     def lifted(x, weight):  # sum of weights * (part.m - x_j), seen from m
-        return x + jnp.where(weight == 0, 0, (m - part.m) * weight)
+        # Two parts of classes at -inf: their maxima are no distance apart.
+        return x + jnp.where((weight == 0) | (m == part.m), 0, (m - part.m) * weight)
 
     whole = part.s + jnp.where(jnp.isnan(part.x_kept), 0, exp(part.x_kept - finite(part.m)))
     scale = exp(part.m - finite(m))
@@ -256,6 +264,7 @@ def finish(part: RowPart, want: tuple[str, ...]) -> tuple[RowLosses, RowState]:
         entropy=None if spread is None else spread + r,
         # No class at all, no confidence: 1 + t is 0.
         confidence=jnp.where(t > -1, 1 / (1 + t), jnp.nan) if "confidence" in want else None,
+        above=r if "above" in want else None,
     )
     return losses, RowState(m, part.s, d, t, part.kept, part.mass, part.other_mass, spread)
 
@@ -308,7 +317,8 @@ def _dense_gradient(logits, state, soft_targets, class_mask, scaling, ct):
         at_kept = at_kept + ct.soft * soft_at_kept
         active |= ct.soft != 0
     if ct.entropy is not None:
-        at_kept = at_kept + ct.entropy * p_kept * (d - spread)
+        # A label at -inf: p (log p + H) is 0 there, and not 0 * inf.
+        at_kept += ct.entropy * p_kept * jnp.where(p_kept > 0, d - spread, 0)
         active |= ct.entropy != 0
 
     # A row that asks for nothing gets 0, whatever its logits hold: 0 * NaN would be NaN.
@@ -346,7 +356,7 @@ def top_gradient(logits, state, class_mask, scaling, top):
 
 def with_derivative(want: tuple[str, ...], soft_targets: Any, extra: Any) -> tuple[str, ...]:
     """The numbers of ``RowLosses`` that are there and have one."""
-    some = tuple(name for name in want if name != "confidence")
+    some = tuple(name for name in want if name not in ("confidence", "above"))
     return some if soft_targets is None and extra is None else (*some, "soft")
 
 

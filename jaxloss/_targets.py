@@ -306,8 +306,8 @@ def token_weights(
     share = jnp.sum(share)
     if token_axes:
         share = lax.psum(share, token_axes)
-    # The constant in place of a 0 keeps 0 / 0 out of the weights' gradients.
-    weight = jnp.where(targets.counts, weight / jnp.where(share == 0, jnp.nan, share), 0)
+    # In place of a 0 it makes all weights 0, and with them all gradients.
+    weight = jnp.where(targets.counts, weight / jnp.where(share == 0, jnp.inf, share), 0)
     return weight, share == 0
 
 

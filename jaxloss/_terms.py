@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax import Array, export, lax
 
-from jaxloss import _passes, _rows, _targets
+from jaxloss import _mesh, _passes, _rows, _targets
 from jaxloss._casts import accumulator_dtype
 
 
@@ -78,20 +78,25 @@ def _with_bucket(rows, x, targets, classes, mask, scaling) -> _rows.RowLosses:
     here = column < x.shape[-1]
     others = _passes.put_at(jnp.ones_like(x, bool), column, jnp.zeros_like(here))
     others = others if mask is None else others & mask
-    rest = _rows.row_losses(
-        x, None, None, others, scaling=scaling, want=("logsumexp",), vocab_axes=axes
-    )
-    named = _passes.widen(
-        _passes.entries(x, column),
-        None if mask is None else _passes.entries(jnp.broadcast_to(mask, x.shape), column),
-        scaling,
-    )
+    want = "logsumexp", "above"
+    rest = _rows.row_losses(x, None, None, others, scaling=scaling, want=want, vocab_axes=axes)
+    named, exists = _passes.entries(x, column), None
+    if mask is not None:
+        exists = _passes.entries(jnp.broadcast_to(mask, x.shape), column)
+        named = jnp.where(exists, named, 0)  # a soft cap's slope at NaN is NaN, and so is 0 * NaN
+    named = _passes.widen(named, exists, scaling)
     if axes:
         held = lax.psum(here.astype(jnp.int32), axes) > 0
         named = jnp.where(held, lax.psum(jnp.where(here, named, 0), axes), -jnp.inf)
     else:
         named = jnp.where(here, named, -jnp.inf)
-    few = jnp.concatenate([named, rest.logsumexp[..., None]], axis=-1)
+    # Relative to the others' maximum: their log-sum-exp is rounded where the logits lie, and not
+    # where they differ. Adding 0 gives it its derivative.
+    m = _mesh.largest(_passes.row_max(x, others, scaling), axes)
+    rounded = lax.stop_gradient(rest.logsumexp)
+    lse = lax.stop_gradient(rest.above) + (rest.logsumexp - rounded)
+    lse = jnp.where(rounded == -jnp.inf, -jnp.inf, lse)
+    few = jnp.concatenate([named - _passes.finite(m)[..., None], lse[..., None]], axis=-1)
     asked = jnp.concatenate([targets.extra, targets.rest[..., None]], axis=-1)
     soft = _rows.row_losses(few, None, asked, want=()).soft
     return _rows.RowLosses(None, soft, None, None) if rows is None else rows._replace(soft=soft)

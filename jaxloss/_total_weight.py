@@ -84,7 +84,7 @@ def total_weight(
         mask,
         batch=batch,
         num_classes=classes,
-        ignore_index=_check.ignored(call, ignore_index),
+        ignore_index=_check.ignored(call, ignore_index) if indices else None,
         token_axes=token_axes,
     )
 

@@ -111,6 +111,7 @@ def test_vmap_is_the_batch(case):
     assert_within(gradient(x, y), GRADIENT(x, y), close)
 
 
+@pytest.mark.nan_is_meant
 @given(rows(), st.lists(st.sampled_from([0.0, 0.25, 1.0, 3.0]), min_size=4, max_size=4))
 def test_reductions(case, weights):
     x, y = case
@@ -146,8 +147,8 @@ def of_kernel(chunk, schedule):
 
     def loss(kernel, labels):
         return jaxloss.linear_cross_entropy(
-            jnp.eye(len(labels), dtype=kernel.dtype), kernel, labels, chunk_size=chunk, implementation=schedule,
-            reduction="none", precision="highest",
+            jnp.eye(len(labels), dtype=kernel.dtype), kernel, labels, chunk_size=chunk,
+            implementation=schedule, reduction="none", precision="highest",
         )  # fmt: skip
 
     return jit_quickly(lambda k, y: (loss(k, y), jax.grad(lambda k: loss(k, y).sum())(k)))

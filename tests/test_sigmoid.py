@@ -249,6 +249,7 @@ LOSSES = [
 ]
 
 
+@pytest.mark.nan_is_meant
 @pytest.mark.parametrize("loss", LOSSES)
 def test_what_does_not_count_is_exactly_0(loss):
     """Whatever logit, probability, weight and sample weight hold there, in every derivative."""
@@ -286,6 +287,7 @@ def test_what_does_not_count_is_exactly_0(loss):
             assert np.all((got[3:] != 0) & np.isfinite(got[3:]))
 
 
+@pytest.mark.nan_is_meant
 @pytest.mark.parametrize(
     ("y", "ignore_index", "wrong"),
     [
@@ -308,6 +310,7 @@ def test_a_label_that_is_none_is_nan_in_its_entry_alone(y, ignore_index, wrong):
     assert np.all(np.asarray(losses)[~ignored & ~np.isin(np.arange(5), wrong)] > 0)
 
 
+@pytest.mark.nan_is_meant
 def test_infinite_logits():
     inf = np.inf
     x = np.array([inf, -inf, inf, -inf, inf, -inf, np.nan], np.float32)
@@ -331,6 +334,7 @@ def test_infinite_logits():
     assert zero == 0
 
 
+@pytest.mark.nan_is_meant
 def test_mean_over_nothing():
     loss = LOSSES[1]
     for x, y in ((np.ones(3), -np.full(3, 100)), (np.ones((0, 3)), np.ones((0, 3)))):
@@ -405,6 +409,7 @@ def test_gradient_of_focal_loss(gamma):
     assert np.all(np.isfinite(second))
 
 
+@pytest.mark.nan_is_meant
 def test_focal_loss_masks():
     x = LOGITS.copy()
     x[0, :2] = np.nan
@@ -529,7 +534,7 @@ def test_vmap_and_scan():
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize(("reduction", "gamma"), [("none", 2.0), ("sum", 0.0), ("mean", 2.0)])
 def test_residuals_are_the_arguments(dtype, reduction, gamma):
-    x, y, w = (jnp.zeros((8, 100), t) for t in (dtype, jnp.int8, jnp.float32))
+    x, y, w = (jnp.ones((8, 100), t) for t in (dtype, jnp.int8, jnp.float32))
     loss = partial(jaxloss.sigmoid_focal_loss, gamma=gamma, reduction=reduction)
 
     def large(f, *args):
