@@ -117,9 +117,11 @@ def row_part(
     )
     if scaling is not None:
         # Scaled by other instructions than the maximum, it may lie above it, or below its equal.
-        raw, raw_mask = _at(kept[..., None], logits, class_mask)
-        first = widen(raw, raw_mask, None)[..., 0] == row_max(logits, class_mask, None)
-        x_kept = jnp.where(first, highest, jnp.minimum(x_kept, highest))
+        raw, exists = _at(kept[..., None], logits, class_mask)
+        first = widen(raw, exists, None) == row_max(logits, class_mask, None)[..., None]
+        if exists is not None:  # a cap lifts -inf, but not of a class that is masked
+            first &= exists
+        x_kept = jnp.where(first[..., 0], highest, jnp.minimum(x_kept, highest))
     x_kept = jnp.where(kept < x.shape[-1], x_kept, jnp.nan)
     as_read = class_mask is None and scaling is None
     if share and _write_out(logits):

@@ -28,6 +28,7 @@ def loss(request):
     return LOSSES[request.param]
 
 
+@pytest.mark.nan_is_meant
 @pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
 @pytest.mark.parametrize("how", ["ignore_index", "sample_weight", "boolean", "where"])
 def test_what_does_not_count_is_exactly_zero(loss, reduction, how):

@@ -1,7 +1,7 @@
 """No trace leaks: what a derivative rule refers to outlives the trace that the rule was made in.
 
 JAX's leak checker forgets every cache, so that the whole suite takes ten times as long under it:
-here is each function once, through each transformation.
+here is each derivative rule once, through each transformation.
 """
 
 from functools import partial
@@ -31,24 +31,18 @@ def own_loss(logits, labels):
 # A scalar function, and where.
 CASES = {
     "log_softmax": (lambda x: jnp.sum(jaxloss.log_softmax(x)), X),
-    "nll_loss": (lambda x: jaxloss.nll_loss(x, Y, weight=W), X),
     "cross_entropy": (lambda x: jaxloss.cross_entropy(x, Y, label_smoothing=0.1, z_loss=0.1), X),
     "probabilities": (lambda q: jaxloss.cross_entropy(X, q, logit_softcap=3.0), jax.nn.softmax(T)),
     "top k": (lambda x: jaxloss.cross_entropy(x, TOP), X),
-    "token_stats": (lambda x: jnp.sum(jaxloss.token_stats(x, Y).entropy), X),
-    "token chunks": (lambda k: LINEAR(k, Y, implementation="token_chunks"), K),
     "sample_weight": (lambda s: LINEAR(K, Y, weight=W, sample_weight=s), S),
     "vocab_blocks": (lambda k: LINEAR(k, Y, implementation="vocab_blocks"), K),
     "reduction none": (lambda k: jnp.sum(LINEAR(k, Y, reduction="none")), K),
-    "linear_token_stats": (lambda k: jnp.sum(jaxloss.linear_token_stats(H, k, Y).entropy), K),
     "linear_loss": (lambda k: jaxloss.linear_loss(own_loss, H, k, jnp.abs(Y) % C), K),
     "kl_divergence": (lambda x: jaxloss.kl_divergence(x, T), X),
     "linear_kl_divergence": (lambda k: jaxloss.linear_kl_divergence(H, k, H, K), K),
     "sigmoid_cross_entropy": (lambda x: jaxloss.sigmoid_cross_entropy(x, jax.nn.sigmoid(T)), X),
-    "sigmoid_focal_loss": (lambda x: jaxloss.sigmoid_focal_loss(x, jax.nn.sigmoid(T)), X),
     "focal_loss": (lambda x: jaxloss.focal_loss(x, Y), X),
     "sequence_weight": (lambda s: jnp.sum(jaxloss.sequence_weight(Y, sample_weight=s)), S),
-    "total_weight": (lambda s: jaxloss.total_weight(Y, sample_weight=s), S),
 }
 
 
@@ -61,8 +55,7 @@ def transformed(f, x):
 def test_no_tracer_leaks(case):
     f, x = CASES[case]
     with jax.checking_leaks():
-        jax.make_jaxpr(partial(transformed, f))(x)
-        jax.make_jaxpr(jax.vmap(f))(x[None])
+        jax.make_jaxpr(jax.vmap(partial(transformed, f)))(x[None])
 
 
 def test_the_checker_sees_a_leak():
