@@ -121,7 +121,9 @@ def row_part(
         first = widen(raw, exists, None) == row_max(logits, class_mask, None)[..., None]
         if exists is not None:  # a cap lifts -inf, but not of a class that is masked
             first &= exists
-        x_kept = jnp.where(first[..., 0], highest, jnp.minimum(x_kept, highest))
+        shift = jnp.where(first[..., 0], highest, jnp.minimum(x_kept, highest)) - x_kept
+        # A rounding, and exact: the entry keeps its derivative.
+        x_kept += lax.stop_gradient(jnp.where(jnp.isfinite(shift), shift, 0))
     x_kept = jnp.where(kept < x.shape[-1], x_kept, jnp.nan)
     as_read = class_mask is None and scaling is None
     if share and _write_out(logits):
