@@ -154,12 +154,14 @@ def token_terms(
         own, *_ = rows_of(plain, classes, class_mask, None, 0.0, (), False)
         log_prob = jnp.where(targets.counts, -own.soft, 0)
     predicted = targets.counts & (prediction >= 0)
+    if rank is None:
+        rank = jnp.full_like(prediction, -1)
     stats = TokenStats(
         log_prob,
         rows.logsumexp,
         rows.entropy,
         prediction=jnp.where(predicted, prediction, -1),
         confidence=lax.stop_gradient(rows.confidence),
-        rank=jnp.where(predicted, -1 if rank is None else rank, -1),
+        rank=jnp.where(predicted, rank, -1),
     )
     return losses, stats, targets

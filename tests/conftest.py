@@ -68,8 +68,9 @@ def pytest_terminal_summary(terminalreporter):
 
 @pytest.fixture(autouse=True)
 def _nans(request):
-    meant = jax.config.jax_debug_nans and request.node.get_closest_marker("nan_is_meant")
-    with jax.debug_nans(False) if meant else contextlib.nullcontext():
+    # By a context: leaving one of debug_nans(False), as JAX does inside, would end the check.
+    on, meant = jax.config.jax_debug_nans, request.node.get_closest_marker("nan_is_meant")
+    with jax.debug_nans(not meant) if on else contextlib.nullcontext():
         yield
 
 
