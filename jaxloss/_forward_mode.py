@@ -21,7 +21,7 @@ def _internals() -> Any:
     """What forward mode is made of; None: this JAX has moved it. Then there is reverse mode alone,
     and ``custom_vjp``'s own error for ``jvp``.
 
-    Imported by the first loss: ``jax.extend`` brings Pallas, which takes longer than all the rest.
+    Imported by the first loss: ``jax.extend`` brings Pallas, a third of the whole import.
     """
     try:
         import jax.extend.core as core
