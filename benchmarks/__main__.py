@@ -4,7 +4,6 @@ import argparse
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from benchmarks import digits, linear, precision, report, speed
 from benchmarks.environment import describe, environment
@@ -81,22 +80,12 @@ def main() -> None:
         "linear": (linear, lambda tick: linear.run(2 * args.seconds, tick)),
         "speed": (speed, lambda tick: speed.run(args.shape, args.dtype, args.seconds, tick)),
     }
-    columns = (TextColumn("{task.description:>10}"), BarColumn(), TimeElapsedColumn())
-    # No refresh thread: it would take turns with what is being timed.
-    with Progress(*columns, console=console, auto_refresh=False, transient=True) as progress:
-        bars = {name: progress.add_task(name, total=1, start=False) for name in args.only}
-        results = {}
-        for name in args.only:
-            module, run = jobs[name]
-            progress.start_task(bars[name])
-
-            def tick(share: float, bar=bars[name]) -> None:
-                progress.update(bar, completed=share, refresh=console.is_terminal)
-
-            tick(0)
-            results[name] = {"environment": env, **run(tick)}
-            report.save(args.out, name, results[name])
-            module.plot(results[name], args.out / f"{name}.png")
+    results = {}
+    for name, tick in report.in_turn(console, args.only):
+        module, run = jobs[name]
+        results[name] = {"environment": env, **run(tick)}
+        report.save(args.out, name, results[name])
+        module.plot(results[name], args.out / f"{name}.png")
 
     for name, data in results.items():
         for table in jobs[name][0].tables(data):

@@ -12,7 +12,6 @@ import sys
 import warnings
 from collections.abc import Callable
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -123,8 +122,7 @@ def compiled(
             function, steps = _method(name, shape, chunk)
             program = jax.jit(function).lower(*args).compile()
     except Exception as error:
-        text = " ".join(str(error).split())
-        return {"refused": f"{type(error).__name__}: {text[:300]}"}
+        return {"refused": report.refusal(error)}
     memory, analysis = program.memory_analysis(), program.cost_analysis()
     cost = hlo.cost(program.as_text(), steps)
     return {
@@ -143,15 +141,8 @@ def compiled(
     }
 
 
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
-
-
 def run(tick: Callable[[str], None]) -> dict[str, Any]:
-    from benchmarks.environment import environment
+    from benchmarks.environment import environment, installed
 
     rows = []
     for chip, shape in CASES:
@@ -167,7 +158,7 @@ def run(tick: Callable[[str], None]) -> dict[str, Any]:
             tick(f"{chip} chunk_size={chunk}")
             programs[str(chunk)] = compiled(chip, "jaxloss", SHAPES[0], chunk)
         sweep.append({"chip": chip, "shape": list(SHAPES[0]), "programs": programs})
-    peers = {name: _version(name) for name in ("libtpu", "tokamax")}
+    peers = {name: installed(name) for name in ("libtpu", "tokamax")}
     return {"environment": {**environment(), **peers}, "rows": rows, "chunk_size": sweep}
 
 

@@ -2,7 +2,7 @@
 
 import os
 import platform
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,14 @@ def _cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def installed(name: str) -> str | None:
+    """Its version; None: it is not here."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
 
 
 def environment() -> dict[str, Any]:

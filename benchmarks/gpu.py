@@ -11,7 +11,6 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks import calls, measure, on_device, report
-from benchmarks.environment import describe, environment
+from benchmarks.environment import describe, environment, installed
 
 PACKAGES = ("jax-cuda13-plugin", "jax-cuda12-plugin", "tokamax", "torch", "liger-kernel")
 PACKAGES = (*PACKAGES, "cut-cross-entropy")
@@ -125,15 +124,8 @@ def targets(data: dict[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
-
-
 def run(cases: Cases, seconds: float, tick: Callable[[str], None]) -> dict[str, Any]:
-    env = {**environment(), **{name: _version(name) for name in PACKAGES}}
+    env = {**environment(), **{name: installed(name) for name in PACKAGES}}
     tick("ceilings")
     data = {"environment": env, "ceilings": ceilings(cases.side, seconds), "linear": []}
     for shape in cases.linear:

@@ -9,11 +9,7 @@ import jax.numpy as jnp
 
 import jaxloss
 from benchmarks import calls, measure
-
-
-def refusal(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:300]}"
+from benchmarks.report import refusal
 
 
 def operands(shape: tuple[int, int, int], seed: int = 0) -> tuple[jax.Array, ...]:

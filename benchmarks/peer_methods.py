@@ -11,7 +11,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import jax
@@ -20,7 +19,7 @@ import numpy as np
 import optax
 
 import jaxloss
-from benchmarks.environment import environment
+from benchmarks.environment import environment, installed
 
 PACKAGES = ("jaxloss", "jax", "optax", "torch", "tokamax", "jax-cce", "levanter", "haliax")
 ROWS = 128  # rows a chunk where torch is told how many; by itself it takes a few
@@ -187,13 +186,7 @@ def load() -> tuple[dict[str, Peer], dict[str, str]]:
 
 
 def versions() -> dict[str, str | None]:
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = None
-    return found
+    return {name: installed(name) for name in PACKAGES}
 
 
 # Logits as a product that changes no bit of them: one row as 1 x row; several as rows x identity,

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from benchmarks import peer_cost, peer_methods, peer_semantics, report
 from benchmarks.environment import describe, environment
@@ -84,17 +83,8 @@ def main() -> None:
         "cost": lambda tick: peer_cost.run(peers, args.seconds, tick, shapes),
     }
     data = {"environment": env, "versions": peer_methods.versions(), "absent": absent}
-    columns = (TextColumn("{task.description:>10}"), BarColumn(), TimeElapsedColumn())
-    # No refresh thread: it would take turns with what is being timed.
-    with Progress(*columns, console=console, auto_refresh=False, transient=True) as progress:
-        bars = {name: progress.add_task(name, total=1, start=False) for name in parts}
-        for name, run in parts.items():
-            progress.start_task(bars[name])
-
-            def tick(share: float, bar=bars[name]) -> None:
-                progress.update(bar, completed=share, refresh=console.is_terminal)
-
-            data[name] = run(tick)
+    for name, tick in report.in_turn(console, parts):
+        data[name] = parts[name](tick)
     report.save(args.out, "peers", data)
     peer_cost.plot(data["cost"], args.out / "peers_cost.png", _look())
     peer_semantics.plot(data["errors"], args.out / "peers_error.png", _look())

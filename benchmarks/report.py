@@ -1,6 +1,7 @@
 """Tables for a terminal and for a page, results as JSON, figures as PNG."""
 
 import json
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ import rich.table
 from matplotlib import pyplot
 from matplotlib.axes import Axes
 from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 COLORS = {"jaxloss": "#0072b2", "optax": "#d55e00", "two-step": "#009e73", "floor": "#7f7f7f"}
 
@@ -40,6 +43,29 @@ def to_markdown(table: Table) -> str:
     header = [name.replace("-\n", "").replace("\n", " ") for name in table.header]
     lines = [header, ["---:"] * len(header), *table.rows]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def refusal(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:300]}"
+
+
+def in_turn(
+    console: Console, names: Iterable[str]
+) -> Iterator[tuple[str, Callable[[float], None]]]:
+    """Each name, with what is to be told the share of it that is done: a bar each."""
+    columns = (TextColumn("{task.description:>10}"), BarColumn(), TimeElapsedColumn())
+    # No refresh thread: it would take turns with what is being timed.
+    with Progress(*columns, console=console, auto_refresh=False, transient=True) as progress:
+        bars = {name: progress.add_task(name, total=1, start=False) for name in names}
+        for name, bar in bars.items():
+            progress.start_task(bar)
+
+            def tick(share: float, bar=bar) -> None:
+                progress.update(bar, completed=share, refresh=console.is_terminal)
+
+            tick(0)
+            yield name, tick
 
 
 def save(folder: Path, name: str, data: dict[str, Any]) -> None:

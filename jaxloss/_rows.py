@@ -110,18 +110,15 @@ def row_part(
     x = widen(logits, class_mask, scaling)
     # XLA:CPU gathers bfloat16 by widening the operand: without the barrier that conversion is
     # merged with the sum's and held as a float32 copy of the logits.
-    x_kept = widen(
-        entry(lax.optimization_barrier(logits) if x.dtype != logits.dtype else logits, kept),
-        None if class_mask is None else entry(jnp.broadcast_to(class_mask, x.shape), kept),
-        scaling,
-    )
+    raw = entry(lax.optimization_barrier(logits) if x.dtype != logits.dtype else logits, kept)
+    exists = None if class_mask is None else entry(jnp.broadcast_to(class_mask, x.shape), kept)
+    x_kept = widen(raw, exists, scaling)
     if scaling is not None:
         # Scaled by other instructions than the maximum, it may lie above it, or below its equal.
-        raw, exists = _at(kept[..., None], logits, class_mask)
-        first = widen(raw, exists, None) == row_max(logits, class_mask, None)[..., None]
+        first = widen(raw, exists, None) == row_max(logits, class_mask, None)
         if exists is not None:  # a cap lifts -inf, but not of a class that is masked
             first &= exists
-        shift = jnp.where(first[..., 0], highest, jnp.minimum(x_kept, highest)) - x_kept
+        shift = jnp.where(first, highest, jnp.minimum(x_kept, highest)) - x_kept
         # A rounding, and exact: the entry keeps its derivative.
         x_kept += lax.stop_gradient(jnp.where(jnp.isfinite(shift), shift, 0))
     x_kept = jnp.where(kept < x.shape[-1], x_kept, jnp.nan)

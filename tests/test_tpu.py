@@ -1,7 +1,6 @@
 """What the TPU compilers make of the losses, on a machine without one: memory and collectives."""
 
 import importlib.util
-import os
 import re
 from functools import cache, partial
 
@@ -15,27 +14,20 @@ from jax.sharding import PartitionSpec as P
 from test_mesh import collectives, elements
 
 import jaxloss
+from benchmarks.compiled import TOPOLOGIES, quiet
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None,
     reason="libtpu is not installed: pip install -e '.[tpu-compile]'",
 )
 
-TOPOLOGIES = {"v5e": "v5e:2x2", "v6e": "v6e:2x2", "v5p": "v5p:2x2x1", "tpu7x": "tpu7x:2x2x1"}
 N, D, V = 8192, 2048, 128256
 MIB = 2**20
 
 
 @cache
 def topology(name):
-    # Read when libtpu starts: no machine to ask about itself, no logs, several processes.
-    os.environ.update(
-        TPU_SKIP_MDS_QUERY="1",
-        TPU_WORKER_HOSTNAMES="localhost",
-        TPU_ACCELERATOR_TYPE="v5litepod-4",
-        TPU_LOG_DIR="disabled",
-        ALLOW_MULTIPLE_LIBTPU_LOAD="1",
-    )
+    quiet()
     return topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[name])
 
 
