@@ -215,7 +215,7 @@ def _gradients(
             slope = _rows.top_gradient(b.logits, here, b.mask, options.scaling, b.top)
             d_extra = jnp.where(ct.soft[:, None] == 0, 0, ct.soft[:, None] * slope)
         if ct.soft is not None and (active.probabilities or active.weight or active.share):
-            slope = _rows.soft_gradient(b.logits, here, b.soft, b.mask, options.scaling)
+            slope = _rows.soft_gradient(b.logits, here, b.soft, b.mask, options.scaling, b.top)
             slope = jnp.where(ct.soft[:, None] == 0, 0, ct.soft[:, None] * slope)
 
             soft_b, pullback = jax.vjp(
@@ -293,7 +293,7 @@ def _tangents(options: Options, residuals, tangents) -> _rows.RowLosses:
             slope = _rows.row_gradient(x, here, soft, mask, options.scaling, ct, top)
             out[name] = jnp.sum(slope * dx, axis=-1)
         if soft is not None and d_soft is not None:
-            slope = _rows.soft_gradient(x, here, soft, mask, options.scaling)
+            slope = _rows.soft_gradient(x, here, soft, mask, options.scaling, top)
             out["soft"] += jnp.sum(slope * d_soft.astype(x.dtype), axis=-1)
         if extra is not None and d_extra is not None:
             slope = _rows.top_gradient(x, here, mask, options.scaling, top)

@@ -122,7 +122,7 @@ def sum_exponentials(x: Array, m: Array, kept: Array) -> Array:
     return lax.platform_dependent(x, m, kept, cpu=_sum_of_others_in_blocks, default=_sum_of_others)
 
 
-def apart(x: Array, with_it: Array) -> tuple[Array, Array]:
+def apart(x: Array, with_it: Any) -> tuple[Array, Any]:
     """Both, for one more pass over ``x``: XLA:CPU would merge its conversion with another pass's,
     and write a float32 copy out for the two. Barriers of the same operands would be merged too."""
     return lax.optimization_barrier((x, with_it))
@@ -247,15 +247,24 @@ def near_max(logits: Array, m: Array, class_mask: Array | None, scaling: Scaling
     x = x.astype(m.dtype) if as_read else widen(x, class_mask, scaling)
     if not _index_is_exact(x):
         return jnp.argmax(x, axis=-1).astype(jnp.int32)
-    info = jnp.finfo(x.dtype)
-    # The barrier keeps XLA from materialising the broadcast of m that other readers share.
-    low = lax.optimization_barrier(m - 4 * info.eps * jnp.abs(m) - info.tiny)
-    # The maximum stands between the factors, or XLA folds them to inf (0 * inf is NaN); right under
-    # the minimum it would make a clamp of both, which XLA:CPU writes out.
-    below = jnp.minimum(jnp.maximum((low[..., None] - x) / info.tiny, 0) / info.tiny, 1)
-    found = jnp.min(_class_index(x) + below * 2.0**30, axis=-1)
+    found = jnp.min(_class_index(x) + lies_below(x, near(m), 2.0**30), axis=-1)
     # A row of -inf lies below the finite stand-in for its maximum, and NaN is no index.
     return jnp.where(found < x.shape[-1], found, 0).astype(jnp.int32)
+
+
+def near(m: Array) -> Array:
+    """A few roundings below ``m``."""
+    info = jnp.finfo(m.dtype)
+    # The barrier keeps XLA from materialising the broadcast of m that other readers share.
+    return lax.optimization_barrier(m - 4 * info.eps * jnp.abs(m) - info.tiny)
+
+
+def lies_below(x: Array, bound: Array, value: float) -> Array:
+    """``value`` where ``x[..., C]`` is less than the row's bound, 0 elsewhere: for a summand."""
+    tiny = jnp.finfo(x.dtype).tiny
+    # The maximum stands between the factors, or XLA folds them to inf (0 * inf is NaN); right under
+    # the minimum it would make a clamp of both, which XLA:CPU writes out.
+    return jnp.minimum(jnp.maximum((bound[..., None] - x) / tiny, 0) / tiny, value)
 
 
 def of_rank(x: Any, rank: int) -> Any:

@@ -32,6 +32,8 @@ from jaxloss._passes import (
     entry,
     finite,
     is_kept,
+    lies_below,
+    near,
     near_max,
     of_rank,
     other_exponentials,
@@ -77,6 +79,7 @@ class RowPart(NamedTuple):
     mass: Any
     other_mass: Any
     spread: Any  # sum_j exp(x_j - m) (m - x_j)
+    low: Any  # sum of exp(x_j - m) over the x_j < m, for an entropy beside a label
 
 
 def _slope(x: Array, scaling: Scaling) -> Any:
@@ -99,12 +102,12 @@ def _write_out(logits: Array) -> bool:
 def row_part(
     logits, kept, soft_targets, class_mask, scaling, want, *, top=None, share=False
 ) -> RowPart:
-    """``top``: an index[..., k] and what the soft targets have there beside.
+    """``top``: an index[..., k] and what the soft targets are there.
 
     ``share``: the backward pass follows in the same program.
     """
     highest = row_max(logits, class_mask, scaling)
-    m = finite(highest)
+    m, labelled = finite(highest), kept is not None
     if kept is None:
         kept = near_max(logits, m, class_mask, scaling)
     x = widen(logits, class_mask, scaling)
@@ -133,16 +136,24 @@ def row_part(
     # x and m again, for the reductions below.
     y, high = apart(logits if as_read else x, m)
     y, high = y.astype(x.dtype), high[..., None]
-    below = mass = other_mass = spread = None
+    below = mass = other_mass = spread = low = None
     if soft_targets is not None:
-        q, here = soft_targets.astype(x.dtype), kept < x.shape[-1]
+        q, here, size = soft_targets.astype(x.dtype), kept < x.shape[-1], x.shape[-1]
+        unnamed = None
+        if top is not None:
+            # Selected, and not taken away again: at a class at -inf that would be inf - inf.
+            unnamed = put_at(jnp.ones_like(x, bool), top[0], jnp.zeros_like(top[0], bool))
+            here &= ~jnp.any(top[0] == kept[..., None], axis=-1)
+            size -= jnp.sum(top[0] < size, axis=-1, dtype=x.dtype)
         if q.shape[-1] == 1:  # one number for all classes: nothing of the logits' size is selected
             q = q[..., 0]
             at_kept = jnp.where(here, q, 0)
-            other_mass = q * (x.shape[-1] - here.astype(x.dtype))
-            below = jnp.sum(high - y, axis=-1)
+            other_mass = q * (size - here.astype(x.dtype))
+            below = high - y if unnamed is None else jnp.where(unnamed, high - y, 0)
+            below = jnp.sum(below, axis=-1)
             below = jnp.where(q == 0, 0, q * below)
         else:
+            q = q if unnamed is None else jnp.where(unnamed, q, 0)
             at_kept = jnp.where(here, entry(jnp.broadcast_to(q, x.shape), kept), 0)
             other_mass = jnp.where(is_kept(x, kept), 0, jnp.broadcast_to(q, x.shape))
             other_mass = jnp.sum(other_mass, axis=-1)
@@ -166,7 +177,12 @@ def row_part(
         distance = high - y if scaling is None else jnp.abs(high - y)  # which rounds either way
         distance = jnp.minimum(distance, jnp.finfo(x.dtype).max)
         spread = jnp.sum(exp(y - high) * distance, axis=-1)
-    return RowPart(highest, s, x_kept, kept, below, mass, other_mass, spread)
+        if labelled:
+            y, (m, _) = apart(logits if as_read else x, (m, spread))
+            y = y.astype(x.dtype)
+            # In halves: the ones of a factor 1, which s has too, XLA:CPU would write out for both.
+            low = jnp.sum(lies_below(y, near(m), 2.0) * exp(y - m[..., None]), axis=-1) / 2
+    return RowPart(highest, s, x_kept, kept, below, mass, other_mass, spread, low)
 
 
 def _at(index: Array, logits: Array, class_mask: Array | None) -> tuple[Array, Array | None]:
@@ -194,13 +210,15 @@ def _seen_from(part: RowPart, m: Array, keeps: Array) -> RowPart:
 
     whole = part.s + jnp.where(jnp.isnan(part.x_kept), 0, exp(part.x_kept - finite(part.m)))
     scale = exp(part.m - finite(m))
-    below, other_mass, spread = part.below, part.other_mass, part.spread
+    below, other_mass, spread, low = part.below, part.other_mass, part.spread, part.low
     if part.mass is not None:
         below, other_mass = lifted(below, part.mass), jnp.where(keeps, other_mass, part.mass)
     if spread is not None:
         spread = scale * lifted(spread, whole)
+    if low is not None:
+        low = scale * jnp.where(part.m == m, low, whole)
     s = scale * jnp.where(keeps, part.s, whole)
-    return part._replace(m=m, s=s, below=below, other_mass=other_mass, spread=spread)
+    return part._replace(m=m, s=s, below=below, other_mass=other_mass, spread=spread, low=low)
 
 
 def added(x: Any, y: Any) -> Any:
@@ -256,13 +274,17 @@ def finish(part: RowPart, want: tuple[str, ...]) -> tuple[RowLosses, RowState]:
     m = finite(part.m)
     d = m - part.x_kept
     t = part.s + expm1(-d)
-    r = log1p(t)
+    r = of_all = log1p(t)
+    if part.low is not None:
+        # A label below the maximum leaves the maximum's 1 in s, and t no more than its rounding.
+        # Less than 1/2: one entry is at the maximum, and t is what lies below it.
+        of_all = log1p(jnp.where(jnp.abs(t) < 0.5, part.low, t))
     spread = None if part.spread is None else part.spread / (1 + t)
     losses = RowLosses(
         nll=d + r if "nll" in want else None,
         soft=None if part.mass is None else part.below + part.mass * r,
         logsumexp=m + r if "logsumexp" in want else None,
-        entropy=None if spread is None else spread + r,
+        entropy=None if spread is None else spread + of_all,
         # No class at all, no confidence: 1 + t is 0.
         confidence=jnp.where(t > -1, 1 / (1 + t), jnp.nan) if "confidence" in want else None,
         above=r if "above" in want else None,
@@ -276,14 +298,9 @@ def row_gradient(logits, state, soft_targets, class_mask, scaling, ct, top=None,
     dx = narrowed(_dense_gradient(logits, state, soft_targets, class_mask, scaling, ct), dtype)
     if top is None:
         return dx
-    # At the k classes again, with all that is asked of them, and put in place: a sum there would
-    # round twice, and take a wide array.
+    # At the k classes again, with what is asked of them, and put in place.
     index, extra = top
     few, few_mask = _at(index, logits, class_mask)
-    if soft_targets is not None:
-        if soft_targets.shape[-1] > 1:
-            soft_targets = entries(jnp.broadcast_to(soft_targets, logits.shape), index)
-        extra = extra + soft_targets.astype(extra.dtype)
     k = index.shape[-1]
     place = lax.broadcasted_iota(jnp.int32, index.shape, index.ndim - 1)
     place = jnp.min(jnp.where(index == state.kept[..., None], place, k), axis=-1, initial=k)
@@ -339,10 +356,12 @@ def _dense_gradient(logits, state, soft_targets, class_mask, scaling, ct):
     return dx if class_mask is None else jnp.where(class_mask, dx, 0)
 
 
-def soft_gradient(logits, state, soft_targets, class_mask, scaling):
-    """d(soft) / d(soft_targets): -log p, and 0 for a class at -inf that has no mass."""
+def soft_gradient(logits, state, soft_targets, class_mask, scaling, top=None):
+    """d(soft) / d(soft_targets): -log p, and 0 for a class at -inf that has no mass, or at top."""
     x = widen(logits, class_mask, scaling)
     impossible = (x == -jnp.inf) & (soft_targets == 0)
+    if top is not None:
+        impossible = put_at(impossible, top[0], jnp.ones_like(top[0], bool))
     r = log1p(state.t)[..., None]
     return jnp.where(impossible, 0, (state.m[..., None] - jnp.where(impossible, 0, x)) + r)
 
@@ -381,7 +400,7 @@ def row_losses(
 
     ``kept[...]`` (int32) is the label, or C for a row without one, whose results are NaN; None
     keeps the first entry at the maximum out instead. ``soft_targets`` and ``class_mask`` broadcast
-    to ``logits``; ``top``, an index[..., k] and what is there, is added to the soft targets.
+    to ``logits``; ``top``, an index[..., k] and what is there, stands in the soft targets' place.
     Differentiable in ``logits`` and both kinds of soft targets, in every mode.
 
     ``vocab_axes``: the mesh axes over which the rows are split. C is then what stands here, as are
@@ -414,7 +433,7 @@ def row_losses(
         dq = d_extra = None
         if soft_targets is not None:
             each = ct.soft[..., None] * soft_gradient(
-                logits, state, soft_targets, class_mask, scaling
+                logits, state, soft_targets, class_mask, scaling, top
             )
             each = jnp.where(ct.soft[..., None] == 0, 0, each)
             dq = sum_to(each, soft_targets.shape).astype(soft_targets.dtype)
@@ -438,7 +457,7 @@ def row_losses(
                 slope = row_gradient(logits, state, soft_targets, class_mask, scaling, ct, top)
                 out[name] += jnp.sum(slope * d_logits.astype(wide), axis=-1)
         if d_soft_targets is not None:
-            slope = soft_gradient(logits, state, soft_targets, class_mask, scaling)
+            slope = soft_gradient(logits, state, soft_targets, class_mask, scaling, top)
             out["soft"] += jnp.sum(slope * d_soft_targets.astype(wide), axis=-1)
         if d_extra is not None:
             slope = top_gradient(logits, state, class_mask, scaling, top)

@@ -53,8 +53,8 @@ def is_probabilities(labels: Any) -> bool:
 class Targets(NamedTuple):
     """What the tokens ask for: ``label_weight * (1 - smoothing)`` at ``kept``, and soft targets.
 
-    The soft targets are a sum: ``(1 - smoothing) * probabilities`` and ``share`` at every class
-    that exists, both times the class weights, and ``extra`` at each ``column``. See soft_targets.
+    The soft targets are ``extra`` at each ``column``, and elsewhere a sum, times the class weights:
+    ``(1 - smoothing) * probabilities``, and ``share`` of a class that exists. See soft_targets.
     """
 
     kept: Array | None  # int32 column; as many as there are: none here; None for probabilities
@@ -216,14 +216,14 @@ def _of_top(
     index = jnp.where(index < classes.total, index, 0)
     index = jnp.where(taken, index, classes.total)
     column = _column(index, classes)
-    extra = q if not label_smoothing else q * (1 - label_smoothing)
-    rest = None
+    extra, rest, real = q, None, taken
+    if class_mask is not None and classes.total:
+        mask = _existing_columns(class_mask, classes)
+        mask = jnp.broadcast_to(mask, (*column.shape[:-1], classes.size))
+        real &= _anywhere((column < classes.size) & entries(mask, column), classes.axes)
+    if share is not None:
+        extra = q * (1 - label_smoothing) + jnp.where(real, of_rank(share, q.ndim), 0)
     if labels.rest != "drop" and classes.total:
-        real = taken
-        if class_mask is not None:
-            mask = _existing_columns(class_mask, classes)
-            mask = jnp.broadcast_to(mask, (*column.shape[:-1], classes.size))
-            real &= _anywhere((column < classes.size) & entries(mask, column), classes.axes)
         others = number_of_classes(classes, class_mask, dtype)
         others = of_rank(others, real.ndim) - jnp.sum(real, axis=-1, keepdims=True, dtype=dtype)
         # Where there is no other class, what is left over is rounding.
@@ -232,7 +232,7 @@ def _of_top(
         if labels.rest == "uniform":
             each = (1 - label_smoothing) * rest[..., None] / jnp.maximum(others, 1)
             share = each if share is None else each + of_rank(share, each.ndim)
-            extra, rest = extra - jnp.where(real, each, 0), None
+            rest = None
     if weight is not None and classes.total:
         extra = extra * _weight_of(index, weight, classes, dtype)
     return Targets(

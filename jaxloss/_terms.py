@@ -57,8 +57,7 @@ def rows_of_logits(x: Array, scaling: _passes.Scaling | None):
         )
         losses = partial(_rows.row_losses, x, scaling=scaling, vocab_axes=axes)
         if targets.rest is not None:
-            rows = losses(None, None, mask, want=want) if want else None
-            rows = _with_bucket(rows, x, targets, classes, mask, scaling)
+            rows = _bucket_rows(x, targets, classes, mask, scaling, want)
         else:
             rows = losses(targets.kept, soft, mask, top=targets.top, want=want)
         if not predict:
@@ -72,14 +71,17 @@ def rows_of_logits(x: Array, scaling: _passes.Scaling | None):
     return rows_of
 
 
-def _with_bucket(rows, x, targets, classes, mask, scaling) -> _rows.RowLosses:
-    """The loss over k + 1 classes: those named, and one of all others, whose logit is their lse."""
+def _bucket_rows(x, targets, classes, mask, scaling, want) -> _rows.RowLosses:
+    """The loss over k + 1 classes: those named, and one of all others, whose logit is their lse.
+
+    Each logit has its gradient from one of them, so that nothing narrow is added up.
+    """
     column, axes = targets.column, classes.axes
     here = column < x.shape[-1]
     others = _passes.put_at(jnp.ones_like(x, bool), column, jnp.zeros_like(here))
     others = others if mask is None else others & mask
-    want = "logsumexp", "above"
-    rest = _rows.row_losses(x, None, None, others, scaling=scaling, want=want, vocab_axes=axes)
+    losses = partial(_rows.row_losses, x, None, scaling=scaling, vocab_axes=axes)
+    rest = losses(None, others, want=("logsumexp", "above"))
     named, exists = _passes.entries(x, column), None
     if mask is not None:
         exists = _passes.entries(jnp.broadcast_to(mask, x.shape), column)
@@ -90,16 +92,25 @@ def _with_bucket(rows, x, targets, classes, mask, scaling) -> _rows.RowLosses:
         named = jnp.where(held, lax.psum(jnp.where(here, named, 0), axes), -jnp.inf)
     else:
         named = jnp.where(here, named, -jnp.inf)
-    # Relative to the others' maximum: their log-sum-exp is rounded where the logits lie, and not
-    # where they differ. Adding 0 gives it its derivative.
-    m = _mesh.largest(_passes.row_max(x, others, scaling), axes)
+    # Relative to the maximum: a log-sum-exp is rounded where the logits lie, and not where they
+    # differ. Adding 0 gives it its derivative.
+    of_others = _mesh.largest(_passes.row_max(x, others, scaling), axes)
+    of_named = jnp.max(lax.stop_gradient(named), axis=-1, initial=-jnp.inf)
+    m = _passes.finite(jnp.maximum(of_others, of_named))
     rounded = lax.stop_gradient(rest.logsumexp)
-    lse = lax.stop_gradient(rest.above) + (rest.logsumexp - rounded)
+    lse = (of_others - m) + lax.stop_gradient(rest.above) + (rest.logsumexp - rounded)
     lse = jnp.where(rounded == -jnp.inf, -jnp.inf, lse)
-    few = jnp.concatenate([named - _passes.finite(m)[..., None], lse[..., None]], axis=-1)
+    few = jnp.concatenate([named - m[..., None], lse[..., None]], axis=-1)
     asked = jnp.concatenate([targets.extra, targets.rest[..., None]], axis=-1)
-    soft = _rows.row_losses(few, None, asked, want=()).soft
-    return _rows.RowLosses(None, soft, None, None) if rows is None else rows._replace(soft=soft)
+    if "logsumexp" in want:
+        rows = _rows.row_losses(few, None, asked, want=("logsumexp",))
+        rows = rows._replace(logsumexp=rows.logsumexp + m)
+    else:
+        rows = _rows.row_losses(few, None, asked, want=())
+    if "entropy" in want:
+        stats = losses(None, mask, want=("entropy", "confidence"))
+        rows = rows._replace(entropy=stats.entropy, confidence=stats.confidence)
+    return rows
 
 
 def token_terms(

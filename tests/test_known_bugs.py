@@ -312,10 +312,6 @@ def test_a_confident_loss_of_scaled_logits(way):
     assert_within(-stats.log_prob, exact_losses(scaled, y), budget)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="the label and not the maximum is out of the sum: an absolute error of an eps",
-)
 def test_the_entropy_of_a_confident_row_whatever_the_label():
     """1 + 1e-13 - 1: what is left of the others once the label, and not the maximum, is out of
     their sum."""
@@ -333,10 +329,6 @@ def test_bucket_labels_at_an_offset():
         assert_within(got, expected, 2 * relative_budget(3))
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="inf - inf: the share of all classes is taken away again at those named",
-)
 def test_uniform_labels_of_an_impossible_class():
     """What is taken away at a named class, so that the share of every class may be added to all: at
     -inf it is inf - inf, where 0 is asked for in all."""
@@ -349,10 +341,6 @@ def test_uniform_labels_of_an_impossible_class():
     assert_within(got, expected, 2 * relative_budget(2))
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="three rules narrow their gradients, where a wide copy of the logits would do",
-)
 def test_narrow_gradients_are_rounded_once():
     """Formed in float32 and narrowed where they are complete: several, narrowed each and then
     added, lose what cancels between them."""

@@ -4,13 +4,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fuzz.truth import INF, KNOWN, LD, Precision, softmax_rows, weights_of, widened
+from fuzz.truth import INF, LD, Precision, softmax_rows, weights_of, widened
 
 
 class Asked(NamedTuple):
     labels: tuple  # arrays, as they are given
     t: Any  # [N, C] what each class's -log p is multiplied by
-    t_error: Any  # absolute
     z: Any  # [N] and lse^2
     rest: Any  # [N], of the one class of all those that are not named; None
     named: Any  # [N, C]
@@ -44,7 +43,7 @@ def asked_of(config, rng, mask, at: Precision) -> Asked:
     wrong, rest, named = np.zeros(n, bool), None, None
     exist = np.maximum(mask.sum(-1, keepdims=True), 1)
     uniform = mask * (eps / exist)
-    t, t_error = np.zeros((n, c), LD), np.zeros((n, c), LD)
+    t = np.zeros((n, c), LD)
     rows, label_weight = np.arange(n), np.ones(n, LD)
     if kind == "index":
         some = [rng.choice(np.flatnonzero(row)) if row.any() else 0 for row in mask]
@@ -99,18 +98,15 @@ def asked_of(config, rng, mask, at: Precision) -> Asked:
         left = np.maximum(1 - t.sum(-1), 0)
         left = np.where(others.any(-1), left, 0)
         if kind == "uniform":
-            each = (left / np.maximum(others.sum(-1), 1))[:, None]
-            # At a named class it is taken away and added again.
-            t_error = named * mask * 2 * (t + each) * at.eps
-            t = t + others * each
+            t = t + others * (left / np.maximum(others.sum(-1), 1))[:, None]
         elif kind == "bucket":
             rest = left
-        t, t_error = (1 - eps) * t, (1 - eps) * t_error
+        t = (1 - eps) * t
     asks = t + uniform
     z = config["z_loss"] * label_weight
     share = s * label_weight
     return Asked(
-        labels, asks * w, t_error * w, z, rest, named, counts, wrong & counts,
+        labels, asks * w, z, rest, named, counts, wrong & counts,
         np.any((asks > 0) & (w == 0), axis=-1) if kind == "index" else np.zeros(n, bool),
         share, s, arrays,
     )  # fmt: skip
@@ -134,16 +130,13 @@ def truth_of(x, mask, asked: Asked, config, at: Precision, off=0.0, blocks=1) ->
     cond, eps = rows.condition, at.eps
     with np.errstate(all="ignore"):
         nll = np.where(t == 0, 0, rows.nll)
-        losses, of_error = np.sum(t * nll, axis=-1), asked.t_error
-        allowed = cond * np.abs(losses) + np.sum(of_error * nll, axis=-1, where=of_error > 0)
+        losses = np.sum(t * nll, axis=-1)
+        allowed = cond * np.abs(losses)
         mass = t.sum(-1, keepdims=True)
         down, up = p * (mass - t), t * rest
         slopes, size = down - up, down + up
-        extra = p * asked.t_error.sum(-1, keepdims=True) + asked.t_error
-        if "scaled maximum" in KNOWN:
-            of_label = config["labels"] == "index" and not config["label_smoothing"]
-            once = rows.scaled + 4 * at.eps if of_label else 1
-            allowed = allowed + t.sum(-1) * rows.scaled * once
+        of_label = config["labels"] == "index" and not config["label_smoothing"]
+        allowed = allowed + t.sum(-1) * rows.scaled * (rows.scaled + 4 * eps if of_label else 1)
         if asked.rest is not None:
             # One more class, whose logit is the log-sum-exp of those that are not named.
             others = mask & ~asked.named & (rows.nll < INF)
@@ -166,10 +159,8 @@ def truth_of(x, mask, asked: Asked, config, at: Precision, off=0.0, blocks=1) ->
             rows.lse_error * (2 * np.abs(rows.lse) + rows.lse_error) + 4 * eps * rows.lse**2
         )
         of_z = 2 * z[:, None] * p
-        if asked.rest is not None and "narrow bucket" in KNOWN:  # three gradients, each narrowed
-            extra = extra + 4 * at.half * (size + of_z * np.abs(lse))
         slopes = slopes + of_z * lse
-        slopes_allowed = 4 * cond[:, None] * (size + of_z * np.abs(lse)) + extra + of_z * of_lse
+        slopes_allowed = 4 * cond[:, None] * (size + of_z * np.abs(lse)) + of_z * of_lse
         # A product's logits.
         allowed = allowed + 1.5 * np.sum(np.abs(slopes) * rows.slope * off, axis=-1)
         if asked.rest is not None:

@@ -26,7 +26,6 @@ from fuzz.product import product_of
 from fuzz.truth import (
     FINITE,
     INF,
-    KNOWN,
     LD,
     assert_allowed,
     precision,
@@ -183,25 +182,18 @@ def stats_truth(x, mask, asked, config, at, blocks=1):
     lse_slope, cond = rows.p, rows.condition
     slopes = [up - down, lse_slope, of_p - rows.p * entropy]
     sizes = [up + down, lse_slope, of_p + rows.p * entropy]
-    cond_error = [asked.t_error + rows.p * asked.t_error.sum(-1, keepdims=True), 0, 0]
     values = [log_prob, rows.lse, rows.entropy]
-    nll = np.where(asked.t_error > 0, nll, 0)
+    once = rows.scaled + 4 * at.eps if config["labels"] == "index" else 1
     rooms = [
-        cond * np.abs(log_prob) + np.sum(asked.t_error * nll, axis=-1),
+        cond * np.abs(log_prob) + asked.t.sum(-1) * rows.scaled * once,
         rows.lse_error,
-        cond * rows.entropy + at.tiny * at.reach,
+        cond * rows.entropy + at.tiny * at.reach + rows.scaled,
     ]
-    if "entropy" in KNOWN and config["labels"] == "index":
-        rooms[2] = rooms[2] + 2 * at.eps  # where the label is not at the maximum
-    if "scaled maximum" in KNOWN:
-        once = rows.scaled + 4 * at.eps if config["labels"] == "index" else 1
-        rooms[0] = rooms[0] + asked.t.sum(-1) * rows.scaled * once
-        rooms[2] = rooms[2] + rows.scaled
-        cond_error[2] = rows.p * rows.scaled[:, None]
+    absolute = [0, 0, rows.p * rows.scaled[:, None]]
     slopes = [np.where(mask, s * rows.slope, 0) for s in slopes]
     slope_rooms = [
         np.where(mask, rows.slope * ((4 * cond[:, None] + rows.slope_error) * s + e), 0)
-        for s, e in zip(sizes, cond_error, strict=True)
+        for s, e in zip(sizes, absolute, strict=True)
     ]
     return rows, values, rooms, slopes, slope_rooms
 
@@ -213,9 +205,7 @@ def fuzz_stats(linear, config, rng, kinds):
     at = precision(config["dtype"])
     if config["logit_softcap"]:  # caps at the cap, where all classes may tie
         kinds = [k if k not in ("inf", "nothing") else "impossible" for k in kinds]
-    if "uniform" in KNOWN and config["labels"] == "uniform":
-        kinds = [k if k != "impossible" else "peaked" for k in kinds]
-    if "scaled maximum" in KNOWN and config["temperature"] != 1:
+    if config["temperature"] != 1:
         kinds = [k if k != "huge" else "peaked" for k in kinds]  # a rounding of 1e29
     if config["dtype"] != "float16":  # processors flush them, and then they tie
         kinds = [k if k != "subnormal" else "flat" for k in kinds]
