@@ -224,8 +224,7 @@ def _gradients(
                 _cut(operands.weight, start, size),
                 operands.share,
             )
-            slope = _rows.sum_to(slope, soft_b.shape).astype(soft_b.dtype)
-            d_probabilities, d_weight, d_share = pullback(slope)
+            d_probabilities, d_weight, d_share = pullback(_rows.sum_to(slope, soft_b))
         return start, Operands(
             d_hidden, d_kernel, d_bias, d_probabilities, d_weight, d_share, d_extra
         )

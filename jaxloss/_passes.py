@@ -272,11 +272,17 @@ def of_rank(x: Any, rank: int) -> Any:
     return None if x is None else x.reshape((1,) * (rank - x.ndim) + x.shape)
 
 
+def _only(here: Array, x: Array, axis: int) -> Array:
+    """The one entry of ``x`` that is here along the axis; 0: none is."""
+    x = jnp.where(here, x, jnp.zeros((), x.dtype))
+    return jnp.any(x, axis=axis) if x.dtype == bool else jnp.sum(x, axis=axis)
+
+
 def entry(x: Array, index: Array) -> Array:
     """x[..., index], or the last entry where the index is past the end."""
     index = jnp.minimum(index, x.shape[-1] - 1)
     if _classes_are_split(x):
-        return jnp.sum(jnp.where(is_kept(x, index), x, 0), axis=-1)
+        return _only(is_kept(x, index), x, -1)
     index = index[..., None]
     return jnp.take_along_axis(x, index, axis=-1, mode="promise_in_bounds")[..., 0]
 
@@ -292,9 +298,10 @@ def entries(x: Array, index: Array) -> Array:
 def put_at(x: Array, index: Array, values: Array) -> Array:
     """``x`` with ``values[..., k]`` at the distinct ``index[..., k]``; past the end: nowhere."""
     if _classes_are_split(x):
-        hit = is_kept(x[..., None, :], index)
-        placed = jnp.sum(jnp.where(hit, values[..., None], 0), axis=-2)
-        return jnp.where(jnp.any(hit, axis=-2), placed, x)
+        split, last = jax.typeof(x).sharding, x.ndim - 1
+        column = lax.broadcasted_iota(jnp.int32, x.shape, last, out_sharding=split)
+        hit = column[..., None, :] == index[..., None]
+        return jnp.where(jnp.any(hit, axis=-2), _only(hit, values[..., None], -2), x)
     if x.dtype.itemsize == 2:  # XLA:CPU scatters narrow floats by way of a float32 copy
         bits, of_values = (lax.bitcast_convert_type(v, jnp.uint16) for v in (x, values))
         bits = jnp.put_along_axis(bits, index, of_values, axis=-1, inplace=False, mode="drop")

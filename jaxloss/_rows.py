@@ -380,9 +380,12 @@ def with_derivative(want: tuple[str, ...], soft_targets: Any, extra: Any) -> tup
     return some if soft_targets is None and extra is None else (*some, "soft")
 
 
-def sum_to(x: Array, shape: tuple[int, ...]) -> Array:
-    spread = tuple(i for i, n in enumerate(shape) if n != x.shape[i])
-    return jnp.sum(x, axis=spread, keepdims=True)
+def sum_to(x: Array, like: Array) -> Array:
+    """The cotangent of ``like``, which was broadcast, from what it was broadcast to."""
+    spread = tuple(i for i, n in enumerate(like.shape) if n != x.shape[i])
+    x = jnp.sum(x, axis=spread, keepdims=True).astype(like.dtype)
+    home = jax.typeof(like).sharding  # an explicit mesh wants a cotangent's to be its primal's
+    return x if jax.typeof(x).sharding == home else jax.sharding.reshard(x, home)
 
 
 def row_losses(
@@ -436,7 +439,7 @@ def row_losses(
                 logits, state, soft_targets, class_mask, scaling, top
             )
             each = jnp.where(ct.soft[..., None] == 0, 0, each)
-            dq = sum_to(each, soft_targets.shape).astype(soft_targets.dtype)
+            dq = sum_to(each, soft_targets)
         if extra is not None:
             each = ct.soft[..., None] * top_gradient(logits, state, class_mask, scaling, top)
             d_extra = jnp.where(ct.soft[..., None] == 0, 0, each).astype(extra.dtype)

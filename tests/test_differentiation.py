@@ -120,6 +120,9 @@ TRANSFORMS = {
     "jvp of jvp": lambda f, a: jax.jvp(
         lambda *b: jax.jvp(f, b, directions(a, 6)), a, directions(a, 7)
     ),
+    "jvp of tangents": lambda f, a: jax.jvp(
+        lambda *v: jax.jvp(f, a, v), directions(a, 9), directions(a, 10)
+    ),
     "grad of grad": grad_of_grad,
     "grad of jvp": grad_of_jvp,
     "hessian": lambda f, a: jax.hessian(scalar(f), argnums=tuple(range(len(a))))(*a),
@@ -183,6 +186,19 @@ def test_statistics(name):
         return jnp.where(Y >= 0, values[name], 0)
 
     check_together(ours, expected, (X,), ("grad", "jvp", "hessian"))
+
+
+@pytest.mark.parametrize("f", [jaxloss.cross_entropy, linear])
+def test_second_derivatives_of_narrow_logits(f):
+    """The conversions have rules of their own."""
+    x, v = (jnp.asarray(RNG.normal(size=(N, C)), jnp.bfloat16) for _ in range(2))
+
+    def product(x, v):
+        return jax.jvp(jax.grad(lambda x: f(x, Y)), (x,), (v,))[1]
+
+    narrow, wide = jax.jit(lambda *a: (product(*a), product(*(b.astype(float) for b in a))))(x, v)
+    assert narrow.dtype == jnp.bfloat16
+    chex.assert_trees_all_close(narrow.astype(float), wide, rtol=2**-7, atol=2**-9)
 
 
 def test_masked_classes():

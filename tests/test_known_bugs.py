@@ -226,6 +226,7 @@ def test_no_classes(loss):
     assert np.isnan(loss(x, y))
     assert np.isnan(jaxloss.cross_entropy(x, x))
     assert jaxloss.log_softmax(x).shape == (2, 0)
+    np.testing.assert_array_equal(jaxloss.nll_loss(x, y, reduction="none"), [np.nan, 0])
 
 
 # Rows that hold no distribution

@@ -297,6 +297,7 @@ def test_indices_past_the_exact_integers_of_float32():
     f = jax.jit(lambda x, y: jaxloss.cross_entropy(x, y, reduction="none", return_stats=True))
     losses, stats = f(x, jnp.array([c - 2]))
     assert stats.prediction[0] == c - 2
+    assert_within(-jax.jit(jaxloss.log_softmax)(x)[0, c - 2], losses[0], 64 * EPS)
     assert_within(losses, [np.log1p((c - 1) * np.exp(-3.0))], 64 * EPS)
 
 

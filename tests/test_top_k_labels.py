@@ -288,6 +288,32 @@ def test_on_a_mesh(rest):
         np.testing.assert_allclose(g, e, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("rest", RESTS)
+def test_logits_of_an_explicit_mesh(rest):
+    """Their classes are split, where JAX refuses to gather and to scatter."""
+    x, index, q = case()
+    x, index, q = (jnp.concatenate([a, a[:1]]) for a in (x, index, q))
+    x = jnp.pad(x / 4, ((0, 0), (0, 1)), constant_values=9.0)
+    mesh = jax.make_mesh((2, 4), ("t", "v"), axis_types=(AxisType.Explicit,) * 2)
+
+    def step(x, index, q):
+        def loss(x, q):
+            return jaxloss.cross_entropy(x, TopKLabels(index, q, rest), num_classes=C)
+
+        return jax.value_and_grad(loss, (0, 1))(x, q)
+
+    expected = jax.jit(step)(x, index, q)
+    with jax.set_mesh(mesh):
+        put = [
+            jax.device_put(a, NamedSharding(mesh, s))
+            for a, s in zip((x, index, q), (P("t", "v"), P("t"), P("t")), strict=True)
+        ]
+        got = jax.jit(step)(*put)
+    assert got[1][0].sharding.spec == P("t", "v")
+    for g, e in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(g, e, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_on_an_explicit_mesh(schedule):
     x, index, q = case()
@@ -322,6 +348,7 @@ X, Y, Q = np.zeros((4, 9), np.float32), np.zeros((4, 2), np.int32), np.zeros((4,
     ("labels", "options", "kind", "text"),
     [
         ((Q, Y), {}, TypeError, r"labels.indices must be .*takes indices first"),
+        ((Q, Q), {}, TypeError, r"labels.indices must be class indices \(an integer dtype\); got "),
         ((Y, Y), {}, TypeError, "labels.probabilities must have a real floating dtype"),
         ((Y[:3], Q), {}, ValueError, r"labels.indices must be \[..., k\] with .* \(4,\)"),
         ((Y[:, 0], Q), {}, ValueError, r"labels.indices must be \[..., k\]"),
