@@ -93,9 +93,11 @@ def linear_cross_entropy(
         return_stats: as in :func:`cross_entropy`.
       vocab_axis_name, token_axis_name: as in :func:`cross_entropy`; the columns of ``kernel`` and
         ``bias`` are split over the one, the tokens over the other.
-      chunk_size: tokens whose logits are held at a time; None takes 256 MiB of float32 logits; on a
-        CPU at most 512 tokens, or 1024 where their logits take 64 MiB. With ``"vocab_blocks"``
-        classes; None takes 8 MiB on a CPU, 64 MiB elsewhere, and at least 128 classes.
+      chunk_size: tokens whose logits are held at a time. None takes what 1 GiB of float32 logits
+        allow, up to 1024 tokens on a TPU and 4096 on a GPU; on a CPU what 256 MiB allow, up to 512
+        tokens, or 1024 where their logits take 64 MiB. Without gradients, halves of it that fit 256
+        MiB. With ``"vocab_blocks"`` classes; None takes 8 MiB on a CPU, 64 MiB elsewhere, and at
+        least 128 classes.
       precision: of the products, as in :func:`jax.lax.dot_general`.
       implementation: ``"token_chunks"``, or for least memory ``"vocab_blocks"``. None takes token
         chunks, but vocabulary blocks where fewer than 16 tokens would fit into the budget.

@@ -108,7 +108,8 @@ def linear_loss(
         _check.fail(call, rule, f"{got} for logits {_check.describe(examples(chunk)[0])}")
     # What the function closes over and JAX differentiates becomes an argument. A conversion holds
     # for one shape: each size of the sweep's steps has its own.
-    converted = {n: jax.closure_convert(loss_fn, *examples(n)) for n in _linear.step_sizes(chunk)}
+    sizes = {n for c in (chunk, _linear.value_chunk(chunk, columns)) for n in _linear.step_sizes(c)}
+    converted = {n: jax.closure_convert(loss_fn, *examples(n)) for n in sorted(sizes)}
     closed_over = {id(x): x for _, own in converted.values() for x in own}
 
     def chunk_losses(x, per_token, shared):

@@ -84,6 +84,13 @@ def test_value_and_gradients_fit(options, peak):
     assert {name for pair in found["products"] for name in pair} == {"bf16"}
 
 
+def test_the_chunks_by_default_take_a_gibibyte():
+    found = compiled(**BOTH)
+    assert not found["logits"]
+    assert found["temporaries"] <= 4 * D * V + 1.2e9  # a float32 d_kernel, and 2048 tokens' logits
+    assert found["copied"] <= N
+
+
 @pytest.mark.parametrize("options", [{}, BLOCKS], ids=str)
 def test_the_value_alone_fits(options):
     found = compiled(**options)
