@@ -157,7 +157,7 @@ def highest(logits: Array, class_mask: Array | None, start: Any) -> tuple[Array,
     return jnp.where(jnp.isnan(top), jnp.inf, top), found + start
 
 
-def class_of(top: Array, found: Array, vocab_axes: _mesh.Axes = ()) -> Array:
+def class_of(top: Array, found: Array, vocab_axes: _mesh.Axes) -> Array:
     """The prediction from what ``highest`` gives on each device; -1 in a row of NaN or +inf."""
     if vocab_axes:
         here, top = top, _mesh.largest(top, vocab_axes)
@@ -167,7 +167,7 @@ def class_of(top: Array, found: Array, vocab_axes: _mesh.Axes = ()) -> Array:
 
 
 def prediction(
-    logits: Array, class_mask: Array | None = None, start: Any = 0, vocab_axes: _mesh.Axes = ()
+    logits: Array, class_mask: Array | None, start: Any, vocab_axes: _mesh.Axes
 ) -> Array:
     """The first class at the row's maximum; -1 in a row that holds NaN or +inf. int32."""
     return class_of(*highest(logits, class_mask, start), vocab_axes)
@@ -198,11 +198,7 @@ def ahead(x: Array, of_label: Array, label: Array) -> Array:
 
 
 def rank(
-    logits: Array,
-    class_mask: Array | None,
-    kept: Array,
-    start: Any = 0,
-    vocab_axes: _mesh.Axes = (),
+    logits: Array, class_mask: Array | None, kept: Array, start: Any, vocab_axes: _mesh.Axes
 ) -> Array:
     """The label's place in the order of predictions, 0 for the first; -1: it has none. int32."""
     x = lax.stop_gradient(logits)

@@ -226,7 +226,10 @@ def test_no_classes(loss):
     assert np.isnan(loss(x, y))
     assert np.isnan(jaxloss.cross_entropy(x, x))
     assert jaxloss.log_softmax(x).shape == (2, 0)
-    np.testing.assert_array_equal(jaxloss.nll_loss(x, y, reduction="none"), [np.nan, 0])
+    for shape in ((2,), (3, 2)):
+        some, of_some = jnp.zeros((*shape, 0)), jnp.broadcast_to(y, shape)
+        each = jaxloss.nll_loss(some, of_some, reduction="none")
+        np.testing.assert_array_equal(each, jnp.broadcast_to(jnp.array([jnp.nan, 0]), shape))
 
 
 # Rows that hold no distribution

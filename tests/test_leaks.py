@@ -21,7 +21,8 @@ K = jnp.asarray(RNG.normal(size=(D, C)), jnp.float32)
 Y = jnp.array([1, 2, 3, -100], jnp.int32)
 S, W = jnp.arange(1.0, N + 1), jnp.arange(1.0, C + 1)
 TOP = jaxloss.TopKLabels(jnp.array([[0, 1]] * N), jnp.array([[0.5, 0.25]] * N))
-LINEAR = partial(jaxloss.linear_cross_entropy, H)
+ODD = {"chunk_size": 3}  # a loop, and no second one over quarters
+LINEAR = partial(jaxloss.linear_cross_entropy, H, **ODD)
 
 
 def own_loss(logits, labels):
@@ -37,9 +38,9 @@ CASES = {
     "sample_weight": (lambda s: LINEAR(K, Y, weight=W, sample_weight=s), S),
     "vocab_blocks": (lambda k: LINEAR(k, Y, implementation="vocab_blocks"), K),
     "reduction none": (lambda k: jnp.sum(LINEAR(k, Y, reduction="none")), K),
-    "linear_loss": (lambda k: jaxloss.linear_loss(own_loss, H, k, jnp.abs(Y) % C), K),
+    "linear_loss": (lambda k: jaxloss.linear_loss(own_loss, H, k, jnp.abs(Y) % C, **ODD), K),
     "kl_divergence": (lambda x: jaxloss.kl_divergence(x, T), X),
-    "linear_kl_divergence": (lambda k: jaxloss.linear_kl_divergence(H, k, H, K), K),
+    "linear_kl_divergence": (lambda k: jaxloss.linear_kl_divergence(H, k, H, K, **ODD), K),
     "sigmoid_cross_entropy": (lambda x: jaxloss.sigmoid_cross_entropy(x, jax.nn.sigmoid(T)), X),
     "focal_loss": (lambda x: jaxloss.focal_loss(x, Y), X),
     "sequence_weight": (lambda s: jnp.sum(jaxloss.sequence_weight(Y, sample_weight=s)), S),

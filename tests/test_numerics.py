@@ -298,7 +298,19 @@ def test_indices_past_the_exact_integers_of_float32():
     losses, stats = f(x, jnp.array([c - 2]))
     assert stats.prediction[0] == c - 2
     assert_within(-jax.jit(jaxloss.log_softmax)(x)[0, c - 2], losses[0], 64 * EPS)
+    # One logit is larger than the label's, three of the ties come first.
+    assert f(x, jnp.array([3]))[1].rank[0] == 4
     assert_within(losses, [np.log1p((c - 1) * np.exp(-3.0))], 64 * EPS)
+
+
+def test_an_index_past_the_end():
+    """Reads the last entry, and writes nowhere."""
+    x, index = jnp.arange(12.0).reshape(2, 2, 3), jnp.array([[0, 3], [3, 1]])
+    np.testing.assert_array_equal(_passes.entry(x, index), [[0, 5], [8, 10]])
+    few = jnp.stack([index, jnp.full_like(index, 2)], axis=-1)
+    np.testing.assert_array_equal(_passes.entries(x, few)[..., 0], [[0, 5], [8, 10]])
+    put = _passes.put_at(x, index[..., None], jnp.full((2, 2, 1), -1.0))
+    np.testing.assert_array_equal(put, jnp.where(_passes.is_kept(x, index), -1, x))
 
 
 # The first class at the maximum: the prediction, and the entry that log_softmax keeps out
@@ -340,8 +352,8 @@ def test_prediction_is_the_first_at_the_maximum(name, way):
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_entry_at_the_maximum(dtype, masked, softcap, way):
     rng = np.random.default_rng(6)
-    x = jnp.asarray(rng.normal(size=(64, 33)) * 3, dtype)
-    mask = jnp.asarray(rng.random((64, 33)) < 0.5) if masked else None
+    x = jnp.asarray(rng.normal(size=(64, 97)) * 3, dtype)
+    mask = jnp.asarray(rng.random((64, 97)) < 0.5) if masked else None
     wide = np.asarray(x, np.float64)
     wide = np.where(mask, wide, -np.inf) if masked else wide
     f = WAYS[way](lambda x: predictions(x, where=mask, logit_softcap=softcap))

@@ -1,5 +1,7 @@
 """TopKLabels: equal to the dense targets that they stand for, which nothing ever holds."""
 
+from dataclasses import FrozenInstanceError
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -89,6 +91,23 @@ def test_the_loss_of_dense_targets(rest, name, dtype):
     margin = margins(x)
     # What is left over is known to a rounding of 1, and multiplies up to the whole margin.
     assert_within(got, truth(x, index, q, rest, **options), (margin + 16) * 2 * EPS, 1 + margin)
+
+
+@pytest.mark.parametrize("rest", RESTS)
+def test_the_statistics_of_dense_targets(rest):
+    x, index, q = case()
+    got = jaxloss.token_stats(x, TopKLabels(index, q, rest))
+    expected = reference(x, dense(index, q, rest)[0], reduction="none")
+    counts = np.any(np.asarray(index) != -100, axis=-1)
+    budget = (margins(x) + 16) * 2 * EPS
+    size = np.abs(np.asarray(x)).max(-1)
+    for name, floor in (("logsumexp", size), ("entropy", 0.0)):
+        truth_of = np.where(counts, getattr(expected, name), 0)
+        assert_within(getattr(got, name), truth_of, budget, floor)
+    highest = np.argmax(np.asarray(x), axis=-1)
+    np.testing.assert_array_equal(got.prediction, np.where(counts, highest, -1))
+    p = np.exp(np.max(np.asarray(x, np.longdouble), axis=-1) - expected.logsumexp)
+    assert_within(got.confidence, np.where(counts, p, 0), budget)
 
 
 def losses_of(rest, schedule, index):
@@ -370,6 +389,11 @@ def test_errors(labels, options, kind, text):
         jaxloss.linear_cross_entropy(
             X, np.zeros((9, 9), np.float32), TopKLabels(*labels), **options
         )
+
+
+def test_labels_do_not_change():
+    with pytest.raises(FrozenInstanceError):
+        TopKLabels(Y, Q).rest = "bucket"
 
 
 def test_a_bucket_wants_whole_rows():
