@@ -118,6 +118,13 @@ def test_nothing_counts(loss):
     assert np.all(np.asarray(weight) == 0)
 
 
+def test_one_class_and_no_token_that_counts(loss):
+    """NaN from behind a select returns in second derivatives."""
+    x, y = jnp.zeros((2, 1)), jnp.full(2, -100)
+    hessian = jax.hessian(lambda x: loss(x, y, reduction="sum"))(x)
+    np.testing.assert_array_equal(hessian, jnp.zeros((2, 1, 2, 1)))
+
+
 def test_check_labels_eagerly():
     jaxloss.check_labels(jnp.array([[0, 4], [-100, 2]]), 5)
     jaxloss.check_labels(jnp.zeros(0, jnp.int32), 5)

@@ -218,6 +218,31 @@ def test_the_contract(schedule):
     )
 
 
+@pytest.mark.nan_is_meant
+def test_what_is_named_twice_and_slots_that_are_empty():
+    """Of two slots in one token, and the one of several."""
+    x = jnp.array([[1.0, 2.0, 0.5]])
+
+    def loss(*index):
+        labels = TopKLabels(jnp.array([index]), jnp.full((1, len(index)), 0.25))
+        return jaxloss.cross_entropy(x, labels)
+
+    assert np.isnan(loss(1, 1))
+    assert np.isnan(loss(0, 1, 1))
+    assert np.isnan(loss(3, -100))  # one past the end
+    np.testing.assert_allclose(loss(1, -100, -100), loss(1), rtol=1e-6)
+
+
+@pytest.mark.parametrize("rest", ["uniform", "bucket"])
+@pytest.mark.parametrize("named", [2, 3])
+def test_few_other_classes(rest, named):
+    """One: it has all of the rest. None: what is left of the sum is a rounding, of no class."""
+    x = jnp.array([[1.0, 2.0, 0.5]])
+    q = jnp.array([[0.3, 0.3, 0.4 - 1e-6]])
+    labels = TopKLabels(jnp.arange(named)[None], q[:, :named], rest)
+    np.testing.assert_allclose(jaxloss.cross_entropy(x, labels), jaxloss.cross_entropy(x, q), 1e-5)
+
+
 def test_the_mean_is_over_the_tokens_that_count():
     x, index, q = case()
     labels, s = TopKLabels(index, q), jnp.linspace(0.5, 2, N, dtype=jnp.float32)
@@ -284,25 +309,34 @@ def test_memory(rest):
 
 
 @pytest.mark.parametrize("rest", RESTS)
-def test_on_a_mesh(rest):
+@pytest.mark.parametrize("masked", [False, True])
+def test_on_a_mesh(rest, masked):
     """Classes and tokens split over devices, inside of shard_map and by the operands' types."""
     x, index, q = case()
     x, index, q = (jnp.concatenate([a, a[:1]]) for a in (x, index, q))  # 8 tokens
     x = jnp.pad(x / 4, ((0, 0), (0, 1)), constant_values=9.0)  # 12 columns: padding that would hurt
+    exists = jnp.ones((8, 12), bool)
+    if masked:  # one that is named, of no probability then, and some that are not
+        exists = exists.at[:, 4].set(False).at[jnp.arange(8), index[:, 1]].set(False)
+        q = q.at[:, 1].set(0)
+        q = jnp.where(index == 4, 0, q)
 
     def whole(x, q):
-        return jaxloss.cross_entropy(x[:, :C], TopKLabels(index, q, rest))
+        labels = TopKLabels(index, q, rest)
+        return jaxloss.cross_entropy(x[:, :C], labels, where=exists[:, :C])
 
     expected = jax.value_and_grad(whole, (0, 1))(x, q)
     mesh = jax.make_mesh((2, 4), ("t", "v"), axis_types=(AxisType.Auto,) * 2)
 
-    def local(x, index, q):
+    def local(x, index, q, exists):
         return jaxloss.cross_entropy(
-            x, TopKLabels(index, q, rest), num_classes=C, vocab_axis_name="v", token_axis_name="t"
-        )
+            x, TopKLabels(index, q, rest), num_classes=C, where=exists if masked else None,
+            vocab_axis_name="v", token_axis_name="t",
+        )  # fmt: skip
 
-    split = jax.shard_map(local, mesh=mesh, in_specs=(P("t", "v"), P("t"), P("t")), out_specs=P())
-    got = jax.jit(jax.value_and_grad(lambda x, q: split(x, index, q), (0, 1)))(x, q)
+    specs = P("t", "v"), P("t"), P("t"), P("t", "v")
+    split = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=P())
+    got = jax.jit(jax.value_and_grad(lambda x, q: split(x, index, q, exists), (0, 1)))(x, q)
     for g, e in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(g, e, rtol=1e-5, atol=1e-7)
 
