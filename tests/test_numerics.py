@@ -305,7 +305,7 @@ def test_indices_past_the_exact_integers_of_float32():
 
 def test_an_index_past_the_end():
     """Reads the last entry, and writes nowhere."""
-    x, index = jnp.arange(12.0).reshape(2, 2, 3), jnp.array([[0, 3], [3, 1]])
+    x, index = jnp.arange(12.0).reshape(2, 2, 3), jnp.array([[0, 3], [3, 1]], jnp.int32)
     np.testing.assert_array_equal(_passes.entry(x, index), [[0, 5], [8, 10]])
     few = jnp.stack([index, jnp.full_like(index, 2)], axis=-1)
     np.testing.assert_array_equal(_passes.entries(x, few)[..., 0], [[0, 5], [8, 10]])
