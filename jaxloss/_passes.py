@@ -158,18 +158,19 @@ def highest(logits: Array, class_mask: Array | None, start: Any) -> tuple[Array,
 
 
 def class_of(top: Array, found: Array, vocab_axes: _mesh.Axes) -> Array:
-    """The prediction from what ``highest`` gives on each device; -1 in a row of NaN or +inf."""
+    """The prediction from what ``highest`` gives on each device; -1: see ``prediction``."""
     if vocab_axes:
         here, top = top, _mesh.largest(top, vocab_axes)
         found = jnp.where(here == top, found, jnp.iinfo(jnp.int32).max)
         found = lax.pmin(found, vocab_axes)
-    return jnp.where(top == jnp.inf, -1, found)
+    return jnp.where(jnp.isinf(top), -1, found)
 
 
 def prediction(
     logits: Array, class_mask: Array | None, start: Any, vocab_axes: _mesh.Axes
 ) -> Array:
-    """The first class at the row's maximum; -1 in a row that holds NaN or +inf. int32."""
+    """The first class at the row's maximum; -1 in a row that holds NaN or +inf, or nothing but
+    -inf: the first of its classes may be masked. int32."""
     return class_of(*highest(logits, class_mask, start), vocab_axes)
 
 

@@ -22,7 +22,8 @@ class TokenStats(NamedTuple):
         expectation ``sum_j q_j log p_j``), without weights, smoothing or z-loss. float32.
       logsumexp: ``log sum_j exp(x_j)``. float32.
       entropy: ``-sum_j p_j log p_j``, in nats. float32.
-      prediction: the first class at the maximum; -1 where the logits hold NaN or +inf. int32.
+      prediction: the first class at the maximum; -1 where the logits hold NaN or +inf, or nothing
+        but -inf. int32.
       confidence: the prediction's probability. float32, without a derivative.
       rank: the label's place in the order of predictions, by falling logit and then by index: 0
         where it is the prediction, so that ``rank < k`` says whether it is among the first k. -1
@@ -82,10 +83,11 @@ def _bucket_rows(x, targets, classes, mask, scaling, want) -> _rows.RowLosses:
     others = others if mask is None else others & mask
     losses = partial(_rows.row_losses, x, None, scaling=scaling, vocab_axes=axes)
     rest = losses(None, others, want=("logsumexp", "above"))
-    named, exists = _passes.entries(x, column), None
+    # A soft cap's slope at NaN is NaN, and 0 times that is NaN again.
+    named, exists = jnp.where(targets.counts[..., None], _passes.entries(x, column), 0), None
     if mask is not None:
         exists = _passes.entries(jnp.broadcast_to(mask, x.shape), column)
-        named = jnp.where(exists, named, 0)  # a soft cap's slope at NaN is NaN, and so is 0 * NaN
+        named = jnp.where(exists, named, 0)
     named = _passes.widen(named, exists, scaling)
     if axes:
         held = lax.psum(here.astype(jnp.int32), axes) > 0

@@ -375,6 +375,28 @@ def test_a_class_that_is_masked_and_asked_for(kind, loss):
     assert jit_quickly(lambda x: loss(x, y, where=where))(x) == np.inf
 
 
+def test_bucket_labels_of_a_token_that_does_not_count():
+    """The same where the whole row is masked, and holds NaN."""
+    x = jnp.array([[1.0, jnp.nan, 2.0], [1.0, 0.0, 2.0]])
+    labels = jaxloss.TopKLabels(jnp.array([[0, 1]] * 2), jnp.array([[0.5, 0.25]] * 2), "bucket")
+    weight = jnp.array([0.0, 1.0])
+    f = partial(jaxloss.cross_entropy, labels=labels, sample_weight=weight, logit_softcap=5.0)
+    value, gradient = jit_quickly(jax.value_and_grad(f))(x)
+    assert np.isfinite(value)
+    assert np.all(gradient[0] == 0)
+    assert np.all(np.isfinite(gradient[1]))
+
+
+def test_a_row_of_minus_infinity_has_no_prediction():
+    """The first of all classes is at the maximum, whether it exists or not."""
+    x = jnp.full((1, 3), -jnp.inf)
+    where = jnp.array([[False, True, True]])
+    options = {"where": where, "logit_softcap": 5.0}  # by which the row's loss is log(2)
+    stats = jit_quickly(partial(jaxloss.token_stats, **options))(x, jnp.array([1]))
+    assert (stats.prediction[0], stats.rank[0]) == (-1, -1)
+    np.testing.assert_allclose(stats.log_prob, [-np.log(2)], rtol=1e-6)
+
+
 def test_bucket_labels_of_a_masked_class_that_holds_nan():
     """0 times the slope of tanh(NaN), which a select of the value has not kept out."""
     x, where = jnp.array([[1.0, jnp.nan, 2.0]]), jnp.array([[True, False, True]])
