@@ -101,7 +101,7 @@ def _bucket_rows(x, targets, classes, mask, scaling, want) -> _rows.RowLosses:
     m = _passes.finite(jnp.maximum(of_others, of_named))
     rounded = lax.stop_gradient(rest.logsumexp)
     lse = (of_others - m) + lax.stop_gradient(rest.above) + (rest.logsumexp - rounded)
-    lse = jnp.where(rounded == -jnp.inf, -jnp.inf, lse)
+    lse = jnp.where(rounded == -jnp.inf, rest.logsumexp, lse)
     few = jnp.concatenate([named - m[..., None], lse[..., None]], axis=-1)
     asked = jnp.concatenate([targets.extra, targets.rest[..., None]], axis=-1)
     if "logsumexp" in want:

@@ -387,6 +387,19 @@ def test_bucket_labels_of_a_token_that_does_not_count():
     assert np.all(np.isfinite(gradient[1]))
 
 
+@pytest.mark.nan_is_meant
+def test_bucket_labels_of_a_row_of_minus_infinity():
+    """NaN, and so is its gradient, though no class that is named exists."""
+    x = jnp.array([[-jnp.inf] * 3, [1.0, 0.0, 2.0]])
+    labels = jaxloss.TopKLabels(jnp.array([[0]] * 2), jnp.array([[0.0]] * 2), "bucket")
+    where = jnp.array([[False, True, True]])
+    f = partial(jaxloss.cross_entropy, labels=labels, where=where, reduction="none")
+    losses, pullback = jax.vjp(f, x)
+    (gradient,) = pullback(jnp.ones(2))
+    np.testing.assert_array_equal(np.isnan(losses), [True, False])
+    np.testing.assert_array_equal(np.isnan(gradient).any(-1), [True, False])
+
+
 def test_a_row_of_minus_infinity_has_no_prediction():
     """The first of all classes is at the maximum, whether it exists or not."""
     x = jnp.full((1, 3), -jnp.inf)
