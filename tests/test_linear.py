@@ -174,15 +174,16 @@ def test_counts_of_products_of_vocabulary_blocks(reduction):
     assert products(jax.grad(loss, 1), hidden, kernel) == 3
 
 
+def largest_product(hidden, kernel, **options):
+    labels = jnp.zeros(hidden.shape[0], jnp.int32)
+    program = equations(
+        lambda h, k: jaxloss.linear_cross_entropy(h, k, labels, **options), hidden, kernel
+    )
+    return max(e.outvars[0].aval.shape for e in program if e.primitive.name == "dot_general")
+
+
 def test_the_schedule_that_ran():
     """By the largest product's shape: some tokens by all classes, or all tokens by some."""
-
-    def largest_product(hidden, kernel, **options):
-        labels = jnp.zeros(hidden.shape[0], jnp.int32)
-        program = equations(
-            lambda h, k: jaxloss.linear_cross_entropy(h, k, labels, **options), hidden, kernel
-        )
-        return max(e.outvars[0].aval.shape for e in program if e.primitive.name == "dot_general")
 
     def operands(n, v):
         return jax.ShapeDtypeStruct((n, 2), jnp.float32), jax.ShapeDtypeStruct((2, v), jnp.float32)
@@ -195,6 +196,50 @@ def test_the_schedule_that_ran():
     assert largest_product(*operands(8, 2**23)) == (8, 2**23)
     with pytest.raises(ValueError, match="implementation must be one of 'token_chunks', 'vocab"):
         largest_product(*operands(8, 12), implementation="chunks")
+
+
+@pytest.mark.parametrize(
+    ("backend", "columns", "chunk", "alone"),
+    [
+        ("cpu", 1000, 1024, 1024),
+        ("cpu", 128256, 512, 512),
+        ("cpu", 256000, 256, 256),
+        ("tpu", 1000, 1024, 1024),
+        ("tpu", 128256, 1024, 512),
+        ("tpu", 2**20, 256, 64),
+        ("gpu", 1000, 4096, 4096),
+        ("gpu", 128256, 2048, 512),
+        ("gpu", 2**30, 1, 1),
+    ],
+)
+def test_chunks_by_default(backend, columns, chunk, alone, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    assert _linear.default_chunk(10**6, columns) == chunk
+    assert _linear.value_chunk(chunk, columns) == alone
+    assert _linear.default_chunk(5, columns) == min(chunk, 5)
+
+
+def test_an_odd_chunk_is_taken_as_it_is():
+    assert _linear.value_chunk(999, 2**20) == 999
+    assert _linear.value_chunk(6 * 64, 2**20) == 48
+
+
+def test_the_value_alone_goes_by_parts_of_a_chunk(monkeypatch):
+    monkeypatch.setattr(_linear, "_fit", lambda *_: 3)  # tokens
+    hidden, kernel, labels = problem(17)
+    options = {"chunk_size": 12, "implementation": "token_chunks"}
+    assert largest_product(hidden, kernel, **options) == (3, 11)
+    x, y = hidden @ kernel, jnp.where(labels < 0, 0, labels)
+    fused = jaxloss.linear_cross_entropy(hidden, kernel, labels, **options)
+    np.testing.assert_allclose(fused, jaxloss.cross_entropy(x, labels), rtol=1e-6)
+
+    def squared(logits, y):
+        return jnp.square(jaxloss.cross_entropy(logits, y, reduction="none"))
+
+    own = partial(jaxloss.linear_loss, squared, chunk_size=12)
+    expected = jnp.mean(squared(x, y))
+    np.testing.assert_allclose(own(hidden, kernel, y), expected, rtol=1e-6)
+    np.testing.assert_allclose(jax.value_and_grad(own)(hidden, kernel, y)[0], expected, rtol=1e-6)
 
 
 def test_backward_pass_has_no_product():

@@ -143,7 +143,8 @@ def test_elementary_functions_are_the_accurate_ones(name):
     ids=str,
 )
 def test_on_four_chips(name, schedule, spec):
-    """Temporaries: at most this chip's float32 d_kernel and 320 MiB."""
+    """Temporaries: this chip's float32 d_kernel, its columns of the kernel where they had to be
+    gathered, and 320 MiB, of which 251 are a chunk's logits."""
     devices = np.array(topology(name).devices).reshape(2, 2)
     mesh = Mesh(devices, ("data", "vocab"), axis_types=(AxisType.Explicit,) * 2)
     specs = P("data"), spec, P("data")
@@ -154,7 +155,8 @@ def test_on_four_chips(name, schedule, spec):
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         program = lowered(linear(schedule), *args).compile()
     shard = D * V // 2
-    assert program.memory_analysis().temp_size_in_bytes <= 4 * shard + 320 * MIB
+    columns = 2 * shard if "data" in spec else 0
+    assert program.memory_analysis().temp_size_in_bytes <= 4 * shard + columns + 320 * MIB
     text = program.as_text()
     assert not {(N, V), (N // 2, V // 2)} & buffers(text)
     found = collectives(text)
