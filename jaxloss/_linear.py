@@ -79,8 +79,8 @@ def default_chunk(num_tokens: int, num_columns: int) -> int:
 
 
 def value_chunk(chunk: int, num_columns: int) -> int:
-    """Tokens of a sweep without gradients: what little is gained by more than 256 MiB of logits
-    would be all the memory that it takes."""
+    """Tokens of a sweep without gradients: halves of a chunk, down to 256 MiB of float32 logits,
+    which are nearly all that it holds."""
     while chunk % 2 == 0 and chunk > _fit(256, num_columns):
         chunk //= 2
     return chunk

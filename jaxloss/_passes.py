@@ -37,7 +37,9 @@ def widen(x: Array, class_mask: Array | None, scaling: Scaling | None) -> Array:
 
 
 def is_kept(x: Array, kept: Array) -> Array:
-    return lax.broadcasted_iota(jnp.int32, x.shape, x.ndim - 1) == kept[..., None]
+    split = jax.typeof(x).sharding if _classes_are_split(x) else None
+    iota = lax.broadcasted_iota(jnp.int32, x.shape, x.ndim - 1, out_sharding=split)
+    return iota == kept[..., None]
 
 
 def _classes_are_split(x: Array) -> bool:
@@ -295,15 +297,18 @@ def entries(x: Array, index: Array) -> Array:
 def put_at(x: Array, index: Array, values: Array) -> Array:
     """``x`` with ``values[..., k]`` at the distinct ``index[..., k]``; past the end: nowhere."""
     if _classes_are_split(x):
-        split, last = jax.typeof(x).sharding, x.ndim - 1
-        column = lax.broadcasted_iota(jnp.int32, x.shape, last, out_sharding=split)
-        hit = column[..., None, :] == index[..., None]
+        hit = is_kept(x[..., None, :], index)
         return jnp.where(jnp.any(hit, axis=-2), _only(hit, values[..., None], -2), x)
     if x.dtype.itemsize == 2:  # XLA:CPU scatters narrow floats by way of a float32 copy
         bits, of_values = (lax.bitcast_convert_type(v, jnp.uint16) for v in (x, values))
         bits = jnp.put_along_axis(bits, index, of_values, axis=-1, inplace=False, mode="drop")
         return lax.bitcast_convert_type(bits, x.dtype)
     return jnp.put_along_axis(x, index, values, axis=-1, inplace=False, mode="drop")
+
+
+def elsewhere(x: Array, index: Array) -> Array:
+    """Which entries of ``x[..., C]`` are at none of ``index[..., k]``."""
+    return put_at(jnp.ones_like(x, bool), index, jnp.zeros_like(index, bool))
 
 
 def entry_or_nan(x: Array, index: Array) -> Array:

@@ -28,6 +28,7 @@ from jaxloss._forward_mode import with_forward_mode
 from jaxloss._passes import (
     Scaling,
     apart,
+    elsewhere,
     entries,
     entry,
     finite,
@@ -138,22 +139,19 @@ def row_part(
     y, high = y.astype(x.dtype), high[..., None]
     below = mass = other_mass = spread = low = None
     if soft_targets is not None:
-        q, here, size = soft_targets.astype(x.dtype), kept < x.shape[-1], x.shape[-1]
-        unnamed = None
-        if top is not None:
-            # Selected, and not taken away again: at a class at -inf that would be inf - inf.
-            unnamed = put_at(jnp.ones_like(x, bool), top[0], jnp.zeros_like(top[0], bool))
-            here &= ~jnp.any(top[0] == kept[..., None], axis=-1)
-            size -= jnp.sum(top[0] < size, axis=-1, dtype=x.dtype)
+        q, here = soft_targets.astype(x.dtype), kept < x.shape[-1]
         if q.shape[-1] == 1:  # one number for all classes: nothing of the logits' size is selected
-            q = q[..., 0]
+            q, size, below = q[..., 0], x.shape[-1], high - y
+            if top is not None:
+                # Selected, and not taken away again: at a class at -inf that would be inf - inf.
+                below = jnp.where(elsewhere(x, top[0]), below, 0)
+                here &= ~jnp.any(top[0] == kept[..., None], axis=-1)
+                size -= jnp.sum(top[0] < size, axis=-1, dtype=x.dtype)
             at_kept = jnp.where(here, q, 0)
             other_mass = q * (size - here.astype(x.dtype))
-            below = high - y if unnamed is None else jnp.where(unnamed, high - y, 0)
-            below = jnp.sum(below, axis=-1)
-            below = jnp.where(q == 0, 0, q * below)
+            below = jnp.where(q == 0, 0, q * jnp.sum(below, axis=-1))
         else:
-            q = q if unnamed is None else jnp.where(unnamed, q, 0)
+            q = q if top is None else jnp.where(elsewhere(x, top[0]), q, 0)
             at_kept = jnp.where(here, entry(jnp.broadcast_to(q, x.shape), kept), 0)
             other_mass = jnp.where(is_kept(x, kept), 0, jnp.broadcast_to(q, x.shape))
             other_mass = jnp.sum(other_mass, axis=-1)
@@ -361,7 +359,7 @@ def soft_gradient(logits, state, soft_targets, class_mask, scaling, top=None):
     x = widen(logits, class_mask, scaling)
     impossible = (x == -jnp.inf) & (soft_targets == 0)
     if top is not None:
-        impossible = put_at(impossible, top[0], jnp.ones_like(top[0], bool))
+        impossible |= ~elsewhere(x, top[0])
     r = log1p(state.t)[..., None]
     return jnp.where(impossible, 0, (state.m[..., None] - jnp.where(impossible, 0, x)) + r)
 

@@ -217,7 +217,7 @@ def _of_top(
     index = jnp.where(taken, index, classes.total)
     column = _column(index, classes)
     extra, rest, real = q, None, taken
-    if class_mask is not None and classes.total:
+    if class_mask is not None and (share is not None or labels.rest != "drop") and classes.total:
         mask = _existing_columns(class_mask, classes)
         mask = jnp.broadcast_to(mask, (*column.shape[:-1], classes.size))
         real &= _anywhere((column < classes.size) & entries(mask, column), classes.axes)

@@ -79,7 +79,7 @@ def _bucket_rows(x, targets, classes, mask, scaling, want) -> _rows.RowLosses:
     """
     column, axes = targets.column, classes.axes
     here = column < x.shape[-1]
-    others = _passes.put_at(jnp.ones_like(x, bool), column, jnp.zeros_like(here))
+    others = _passes.elsewhere(x, column)
     others = others if mask is None else others & mask
     losses = partial(_rows.row_losses, x, None, scaling=scaling, vocab_axes=axes)
     rest = losses(None, others, want=("logsumexp", "above"))
@@ -104,11 +104,9 @@ def _bucket_rows(x, targets, classes, mask, scaling, want) -> _rows.RowLosses:
     lse = jnp.where(rounded == -jnp.inf, rest.logsumexp, lse)
     few = jnp.concatenate([named - m[..., None], lse[..., None]], axis=-1)
     asked = jnp.concatenate([targets.extra, targets.rest[..., None]], axis=-1)
-    if "logsumexp" in want:
-        rows = _rows.row_losses(few, None, asked, want=("logsumexp",))
+    rows = _rows.row_losses(few, None, asked, want=tuple({"logsumexp"} & {*want}))
+    if rows.logsumexp is not None:
         rows = rows._replace(logsumexp=rows.logsumexp + m)
-    else:
-        rows = _rows.row_losses(few, None, asked, want=())
     if "entropy" in want:
         stats = losses(None, mask, want=("entropy", "confidence"))
         rows = rows._replace(entropy=stats.entropy, confidence=stats.confidence)

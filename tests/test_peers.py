@@ -16,9 +16,11 @@ def _defaults():
 
 @pytest.fixture(scope="module")
 def rows():
-    # Set up before any test: what it says of NaN is not in force yet.
-    jax_s_own = jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow")
-    with jax.debug_nans(False), jax_s_own[0], jax_s_own[1]:
+    with (
+        jax.debug_nans(False),  # a module's fixture is set up before a test's marks are in force
+        jax.numpy_dtype_promotion("standard"),
+        jax.numpy_rank_promotion("allow"),
+    ):
         ours = peer_methods.LOADERS["jaxloss"]()
         theirs = peer_methods.LOADERS["optax"]()
         logits = {"jaxloss": peer_methods.Peer(ours.logits), "optax": theirs}
