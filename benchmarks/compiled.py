@@ -29,6 +29,7 @@ NAMES = {
     "optax": "optax",
     "jaxloss": "jaxloss",
     "blocks": "jaxloss vocab_blocks",
+    "kernel": "jaxloss mosaic_tpu",
     "tokamax mosaic_tpu": "tokamax mosaic_tpu",
     "tokamax chunked_xla": "tokamax chunked_xla",
     "tokamax xla": "tokamax xla",
@@ -78,8 +79,9 @@ def _method(name: str, shape: tuple[int, int, int], chunk: int | None) -> tuple[
 
         loss = partial(jaxloss.linear_cross_entropy, chunk_size=chunk)
         steps = _chunk_loops(tokens, chunk or _linear.default_chunk(tokens, columns))
-    elif name == "blocks":
-        options = {"implementation": "vocab_blocks", "chunk_size": chunk}
+    elif name in ("blocks", "kernel"):
+        schedule = {"blocks": "vocab_blocks", "kernel": "mosaic_tpu"}[name]
+        options = {"implementation": schedule, "chunk_size": chunk}
         loss = partial(jaxloss.linear_cross_entropy, **options)
     elif name == "optax":
         import optax

@@ -49,11 +49,12 @@ class Options(NamedTuple):
     want: tuple[str, ...]
     predict: bool
     dtype: Any  # of the accumulators
+    fused: bool  # the log-sum-exp by the kernel for TPUs
 
 
 def default_block(num_tokens: int, num_classes: int) -> int:
     """Columns a block: the power of two whose float32 logits fit the backend's budget."""
-    budget = (8 if jax.default_backend() == "cpu" else 64) * 2**20
+    budget = {"cpu": 8, "tpu": 32}.get(jax.default_backend(), 64) * 2**20
     block = 2 ** int(math.log2(max(128, budget // (4 * max(1, num_tokens)))))
     return max(1, min(block, num_classes))
 
@@ -113,10 +114,8 @@ def _soft(options: Options, mask, size: int, probabilities, weight, share) -> An
     return _passes.of_rank(soft, 2)
 
 
-def _forward(options: Options, operands: Operands, constants: Constants):
-    """((RowLosses, prediction, rank), RowState). One product, and one for the rank."""
-    geometry = options.geometry
-    operands = operands._replace(kernel=_linear.gathered(operands.kernel, geometry))
+def _swept(options: Options, operands: Operands, constants: Constants):
+    """(RowPart, the highest logits, the labels' logits): one product, block by block."""
     labelled = constants.kept is not None
 
     def step(start, size):
@@ -143,11 +142,48 @@ def _forward(options: Options, operands: Operands, constants: Constants):
             of_label += new_of_label
         return _rows.merge(part, new_part, labelled), best, of_label
 
+    part, *rest = _over_blocks(options.geometry.num_classes, options.geometry.chunk, step, combine)
+    return part._replace(kept=constants.kept) if labelled else part, *rest
+
+
+def _fused(options: Options, operands: Operands, constants: Constants) -> _rows.RowPart:
+    """The RowPart alone, of labels, by the kernel."""
+    from jaxloss._kernels import linear_tpu  # Pallas: a third of the whole import
+
+    geometry = options.geometry
+
+    @jax.custom_jvp
+    def part(hidden, kernel, bias, kept):
+        axis, columns = geometry.vocab_axis, geometry.num_classes
+        some = linear_tpu.row_part(hidden, kernel, bias, kept, axis, columns)
+        return _rows.RowPart(*some, kept, *[None] * 5)
+
+    @part.defjvp
+    def _(primals, tangents):
+        *given, kept = primals
+
+        def swept(hidden, kernel, bias):
+            some = operands._replace(hidden=hidden, kernel=kernel, bias=bias)
+            return _swept(options, some, constants._replace(kept=kept))[0][:3]
+
+        # The kernel has no derivative, and XLA's sweep the same.
+        moved = jax.jvp(swept, given, list(tangents[:3]))[1]
+        return part(*primals), _rows.RowPart(*moved, tangents[3], *[None] * 5)
+
+    return part(operands.hidden, operands.kernel, operands.bias, constants.kept)
+
+
+def _forward(options: Options, operands: Operands, constants: Constants):
+    """((RowLosses, prediction, rank), RowState). One product, and one for the rank."""
+    geometry = options.geometry
+    operands = operands._replace(kernel=_linear.gathered(operands.kernel, geometry))
     classes, axes = geometry.num_classes, geometry.vocab_axes
-    part, best, of_label = _over_blocks(classes, geometry.chunk, step, combine)
-    if labelled:
-        part = part._replace(kept=constants.kept)
-    part = _rows.merge_shards(part, axes, labelled, classes)
+    best = of_label = None
+    if options.fused:
+        part = _fused(options, operands, constants)
+    else:
+        part, best, of_label = _swept(options, operands, constants)
+    part = _rows.merge_shards(part, axes, constants.kept is not None, classes)
     losses, state = _rows.finish(part, options.want)
     prediction = rank = None
     if best is not None:

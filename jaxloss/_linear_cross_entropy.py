@@ -16,15 +16,40 @@ from jaxloss._cross_entropy import AxisName, Reduction
 from jaxloss._labels import TopKLabels
 from jaxloss._terms import TokenStats, rows_of_logits, token_terms
 
-Implementation = Literal["token_chunks", "vocab_blocks"]
+Implementation = Literal["token_chunks", "vocab_blocks", "mosaic_tpu"]
 IMPLEMENTATIONS = get_args(Implementation)
 INTEGERS = ("prediction", "rank")  # of TokenStats: -1 where a token does not count
 FEW = 16  # tokens a chunk, too few for products that read the whole kernel
 
 
-def _default(tokens: int, columns: int) -> Implementation:
+def _default(tokens: int, columns: int, fused: bool) -> Implementation:
+    if fused:
+        return "mosaic_tpu"
     few = _linear.default_chunk(tokens, columns) < min(FEW, tokens)
     return "vocab_blocks" if few else "token_chunks"
+
+
+def _beyond_the_kernel(dtype, labels, class_mask, label_smoothing, scaling, with_stats) -> list[str]:
+    """What of a call "mosaic_tpu" has no form of."""
+    backend = jax.default_backend()
+    cases = (
+        (f"the backend {backend}", backend != "tpu"),
+        (f"operands of {dtype}", dtype != jnp.bfloat16),
+        ("labels that are no class indices", not _targets.is_indices(labels)),
+        ("where over classes", class_mask is not None),
+        ("label_smoothing", label_smoothing != 0),
+        ("a soft cap or a temperature", scaling is not None),
+        ("statistics", with_stats),
+    )
+    return [what for what, here in cases if here]
+
+
+def _kernel_fits(hidden: Array, columns: int) -> bool:
+    from jaxloss._kernels import linear_tpu  # Pallas: a third of the whole import
+
+    tokens, features = math.prod(hidden.shape[:-1]), hidden.shape[-1]
+    known = isinstance(tokens, int)  # a batch that jax.export leaves open has no tiles
+    return known and min(tokens, columns) > 0 and linear_tpu.tiles(tokens, features) is not None
 
 
 def rows_of_mask(mask: Array | None, lead: tuple[int, ...]) -> tuple[Array | None, Array | None]:
@@ -96,11 +121,17 @@ def linear_cross_entropy(
       chunk_size: tokens whose logits are held at a time. None takes what 1 GiB of float32 logits
         allow, up to 1024 tokens on a TPU and 4096 on a GPU; on a CPU what 256 MiB allow, up to 512
         tokens, or 1024 where their logits take 64 MiB. Without gradients, halves of it that fit 256
-        MiB. With ``"vocab_blocks"`` classes; None takes 8 MiB on a CPU, 64 MiB elsewhere, and at
-        least 128 classes.
+        MiB. With ``"vocab_blocks"`` and ``"mosaic_tpu"`` classes; None takes 8 MiB on a CPU, 32 MiB
+        on a TPU, 64 MiB on a GPU, and at least 128 classes.
       precision: of the products, as in :func:`jax.lax.dot_general`.
-      implementation: ``"token_chunks"``, or for least memory ``"vocab_blocks"``. None takes token
-        chunks, but vocabulary blocks where fewer than 16 tokens would fit into the budget.
+      implementation: ``"token_chunks"``, or for least memory ``"vocab_blocks"``, or on a TPU
+        ``"mosaic_tpu"``: vocabulary blocks whose log-sum-exp a kernel computes. It takes bfloat16
+        operands and class indices, no smoothing, soft cap, statistics or ``where`` over classes;
+        rows of some 30000 features and more, and padded columns that a mesh splits, go as with
+        ``"vocab_blocks"``. None takes the kernel on a TPU where it can, every token counts
+        (``ignore_index`` None, no ``sample_weight``, no ``where``) and ``chunk_size`` is None;
+        otherwise token chunks, but vocabulary blocks where fewer than 16 tokens would fit into the
+        budget.
 
     Returns:
       The loss, or ``(loss, TokenStats)``, as :func:`cross_entropy`. Gradients have their inputs'
@@ -109,8 +140,8 @@ def linear_cross_entropy(
     Raises:
       TypeError: as :func:`cross_entropy`; or ``hidden`` and ``kernel`` differ in dtype.
       ValueError: as :func:`cross_entropy`; or ``hidden``, ``kernel``, ``bias``, ``num_classes`` do
-        not fit together, or ``chunk_size`` is less than 1, or operands of an explicit mesh are
-        sharded in a way that is not described below.
+        not fit together, or ``chunk_size`` is less than 1, or ``implementation`` cannot take the
+        call, or operands of an explicit mesh are sharded in a way that is not described below.
 
     A scalar loss takes its gradients along in the forward pass: three matrix products in all (one
     where nothing is differentiated, two where only ``hidden`` or only ``kernel`` is), and holds one
@@ -218,21 +249,39 @@ def losses_of_product(
         call, "kernel", kernel, {"hidden": hidden, **checked.of_tokens}, vocab_axes, token_axes
     )
 
+    scaling = _passes.scaling_of(
+        _check.softcap(call, logit_softcap), _check.temperature(call, temperature)
+    )
+    with_stats = _check.flag(call, "return_stats", return_stats)
+    labels, _, sample_weight, class_mask, token_mask = checked.arrays
+    beyond = _beyond_the_kernel(hidden.dtype, labels, class_mask, smoothing, scaling, with_stats)
+    ignored = checked.static["ignore_index"]
+    # Chunks leave out the tokens that do not count, the kernel computes all.
+    all_count = ignored is None and sample_weight is None and token_mask is None
+    preferred = chunk_size is None and all_count and not beyond
+
     def schedule(hidden, kernel, bias, *arrays, **mesh):
         tokens = _linear.size_to_plan_for(math.prod(hidden.shape[:-1]))
         here = local if not layout else layout.columns
-        name = implementation or ("token_chunks" if bucket else _default(tokens, here))
+        name = implementation
+        if name is None:
+            fused = preferred and _kernel_fits(hidden, here)
+            name = "token_chunks" if bucket else _default(tokens, here, fused)
         _check.word(call, "implementation", name, IMPLEMENTATIONS)
         if bucket and name == "vocab_blocks":
             rule = "labels with rest='bucket' need implementation='token_chunks'"
             _check.fail(call, rule, repr(name))
+        if name == "mosaic_tpu" and beyond:
+            rule = "implementation='mosaic_tpu' takes class indices and bfloat16 operands on a TPU"
+            _check.fail(call, rule, ", ".join(beyond), "Leave implementation out.")
         by_tokens = name == "token_chunks"
         default = _linear.default_chunk if by_tokens else _blocks.default_block
         chunk = _check.integer(
             call, "chunk_size", chunk_size, 1, None, default=default(tokens, here)
         )
         chunk = min(chunk, max(1, tokens if by_tokens else here))
-        return (_by_token_chunks if by_tokens else _by_vocab_blocks)(
+        fused = name == "mosaic_tpu" and _kernel_fits(hidden, here)
+        return (_by_token_chunks if by_tokens else partial(_by_vocab_blocks, fused=fused))(
             hidden,
             kernel,
             bias,
@@ -240,14 +289,12 @@ def losses_of_product(
             geometry=_linear.Geometry(vocab_axis, here, chunk, precision, **mesh),
             num_classes=checked.static["num_classes"],
             reduction=reduction,
-            scaling=_passes.scaling_of(
-                _check.softcap(call, logit_softcap), _check.temperature(call, temperature)
-            ),
+            scaling=scaling,
             options=(
-                ("ignore_index", checked.static["ignore_index"]),
+                ("ignore_index", ignored),
                 ("label_smoothing", smoothing),
                 ("z_loss", _check.number(call, "z_loss", z_loss, 0, sys.float_info.max)),
-                ("with_stats", _check.flag(call, "return_stats", return_stats)),
+                ("with_stats", with_stats),
             ),
         )
 
@@ -308,10 +355,13 @@ def _by_token_chunks(
     return loss, stats._replace(**none)
 
 
-@partial(jax.jit, static_argnames=("geometry", "num_classes", "reduction", "scaling", "options"))
+@partial(
+    jax.jit,
+    static_argnames=("geometry", "num_classes", "reduction", "scaling", "options", "fused"),
+)
 def _by_vocab_blocks(
     hidden, kernel, bias, labels, weight, sample_weight, class_mask, token_mask,
-    *, geometry, num_classes, reduction, scaling, options,
+    *, geometry, num_classes, reduction, scaling, options, fused,
 ):  # fmt: skip
     options = dict(options)
     axes = geometry.vocab_axes
@@ -326,13 +376,16 @@ def _by_vocab_blocks(
         None if x is None else x.reshape(tokens) for x in (sample_weight, token_mask)
     )
     rows = hidden.reshape(tokens, hidden.shape[-1])
+    exists = _targets.existing(mask, classes, 2)
 
     def rows_of(targets, classes, _, weight, label_smoothing, want, predict):
         # Gradients of what no token owns are summed over the devices after the loop, not in it.
         varies = _mesh.varies_over(rows).union(*map(_mesh.varies_over, jax.tree.leaves(labels)))
         weight = _mesh.spread(_targets.weight_here(weight, classes), varies)
         return _blocks.row_losses_by_block(
-            _blocks.Options(geometry, label_smoothing, scaling, want, predict, wide),
+            _blocks.Options(
+                geometry, label_smoothing, scaling, want, predict, wide, fused and exists is None
+            ),
             _blocks.Operands(
                 # 0 * NaN is NaN: a token that does not count must not reach d_kernel.
                 jnp.where(targets.counts[:, None], rows, 0),
@@ -343,9 +396,7 @@ def _by_vocab_blocks(
                 _mesh.spread(_passes.of_rank(targets.share, 2), {*varies, *axes}),
                 targets.extra,
             ),
-            _blocks.Constants(
-                targets.kept, _targets.existing(mask, classes, 2), mask_row, targets.column
-            ),
+            _blocks.Constants(targets.kept, exists, mask_row, targets.column),
         )
 
     losses, stats, targets = token_terms(

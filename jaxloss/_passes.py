@@ -124,6 +124,74 @@ def sum_exponentials(x: Array, m: Array, kept: Array) -> Array:
     return lax.platform_dependent(x, m, kept, cpu=_sum_of_others_in_blocks, default=_sum_of_others)
 
 
+def sum_of_others(
+    logits: Array,
+    m: Array,
+    kept: Array,
+    class_mask: Array | None,
+    scaling: Scaling | None,
+    written: bool,
+) -> Array:
+    """sum_{j != k} exp(x_j - m). ``written``: the backward pass finds the summand held."""
+    as_read = class_mask is None and scaling is None
+    x = logits if as_read and not written else widen(logits, class_mask, scaling)
+    if written:
+        # Written out once, to where the gradient will stand, and scaled there by the backward
+        # pass: one exponential an entry instead of two.
+        return jnp.sum(other_exponentials(x, m, kept), axis=-1)
+    return sum_exponentials(x, m, kept)
+
+
+@jax.custom_jvp
+def max_and_sum_in_one(x: Array, kept: Array) -> Any:
+    """(max_j x_j, sum_{j != k} exp(x_j - max)) in one reduction, which reads ``x`` once.
+
+    A class is a part of its row, and parts merge: the larger maximum stays, the other's sum is
+    scaled to it.
+    """
+
+    def merged(a, b):
+        (m, s), (n, t) = a, b
+        m, n = lax.stop_gradient((m, n))
+        scale = exp(jnp.where(m == n, 0, -jnp.abs(m - n)))  # -inf less -inf is NaN
+        return jnp.maximum(m, n), jnp.where(m >= n, s + t * scale, t + s * scale)
+
+    # 1, but NaN for +inf as exp(x_j - m) is there, with the derivative of exp(x_j - m): JAX loses
+    # the rule below where it differentiates twice through jax.checkpoint within shard_map.
+    one = 1 + (x - lax.stop_gradient(x))
+    others = jnp.where(is_kept(x, kept) | (x == -jnp.inf), 0, one)
+    nothing = jnp.array(-jnp.inf, x.dtype), jnp.zeros((), x.dtype)
+    nothing = tuple(_mesh.spread(v, _mesh.varies_over(x)) for v in nothing)
+    return lax.reduce((x, others), nothing, merged, (x.ndim - 1,))
+
+
+@max_and_sum_in_one.defjvp
+def _(primals, tangents):
+    # The maximum is a number to subtract, as good as any other near it: it has no derivative.
+    x, kept = primals
+    m, s = max_and_sum_in_one(x, kept)
+    moved = jnp.sum(_selected_exponentials(x, finite(m), kept) * tangents[0], axis=-1)
+    return (m, s), (jnp.zeros_like(m), moved)
+
+
+def max_and_sum(
+    logits: Array, kept: Array, class_mask: Array | None, scaling: Scaling | None, written: bool
+) -> tuple[Array, Array]:
+    """(the row's maximum, -inf where all are; the sum of the others' exponentials).
+
+    In one pass where reading the logits is what takes the time. CPUs vectorise two, not that one.
+    """
+
+    def in_two(logits, kept, class_mask):
+        m = row_max(logits, class_mask, scaling)
+        return m, sum_of_others(logits, finite(m), kept, class_mask, scaling, written)
+
+    def in_one(logits, kept, class_mask):
+        return max_and_sum_in_one(widen(logits, class_mask, scaling), kept)
+
+    return lax.platform_dependent(logits, kept, class_mask, cpu=in_two, default=in_one)
+
+
 def apart(x: Array, with_it: Any) -> tuple[Array, Any]:
     """Both, for one more pass over ``x``: XLA:CPU would merge its conversion with another pass's,
     and write a float32 copy out for the two. Barriers of the same operands would be merged too."""

@@ -34,13 +34,14 @@ from jaxloss._passes import (
     finite,
     is_kept,
     lies_below,
+    max_and_sum,
     near,
     near_max,
     of_rank,
     other_exponentials,
     put_at,
     row_max,
-    sum_exponentials,
+    sum_of_others,
     widen,
 )
 
@@ -107,10 +108,15 @@ def row_part(
 
     ``share``: the backward pass follows in the same program.
     """
-    highest = row_max(logits, class_mask, scaling)
-    m, labelled = finite(highest), kept is not None
+    labelled, written = kept is not None, share and _write_out(logits)
     if kept is None:
+        highest = row_max(logits, class_mask, scaling)
+        m = finite(highest)
         kept = near_max(logits, m, class_mask, scaling)
+        s = sum_of_others(logits, m, kept, class_mask, scaling, written)
+    else:
+        highest, s = max_and_sum(logits, kept, class_mask, scaling, written)
+        m = finite(highest)
     x = widen(logits, class_mask, scaling)
     # XLA:CPU gathers bfloat16 by widening the operand: without the barrier that conversion is
     # merged with the sum's and held as a float32 copy of the logits.
@@ -127,13 +133,6 @@ def row_part(
         x_kept += lax.stop_gradient(jnp.where(jnp.isfinite(shift), shift, 0))
     x_kept = jnp.where(kept < x.shape[-1], x_kept, jnp.nan)
     as_read = class_mask is None and scaling is None
-    if share and _write_out(logits):
-        # Written out once, to where the gradient will stand, and scaled there by the backward
-        # pass: one exponential an entry instead of two.
-        s = jnp.sum(other_exponentials(x, m, kept), axis=-1)
-    else:
-        s = sum_exponentials(logits if as_read else x, m, kept)
-
     # x and m again, for the reductions below.
     y, high = apart(logits if as_read else x, m)
     y, high = y.astype(x.dtype), high[..., None]

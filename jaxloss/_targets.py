@@ -50,6 +50,10 @@ def is_probabilities(labels: Any) -> bool:
     return not isinstance(labels, TopKLabels) and jnp.issubdtype(labels.dtype, jnp.floating)
 
 
+def is_indices(labels: Any) -> bool:
+    return not isinstance(labels, TopKLabels) and not is_probabilities(labels)
+
+
 class Targets(NamedTuple):
     """What the tokens ask for: ``label_weight * (1 - smoothing)`` at ``kept``, and soft targets.
 

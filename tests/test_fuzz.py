@@ -215,8 +215,7 @@ def test_every_function_is_here():
     assert set(jaxloss.__all__) - functions == set(CLASSES)
 
 
-@pytest.mark.parametrize("name", FUZZ)
-def test_a_few_programs_on_many_values(name):
+def run_a_few(name):
     space = FUZZ[name].space
     first = {k: v[0] for k, v in space.items()}
     if "way" in space:
@@ -227,6 +226,11 @@ def test_a_few_programs_on_many_values(name):
         run(name, {**first, **changes}, *values)
 
     check()
+
+
+@pytest.mark.parametrize("name", FUZZ)
+def test_a_few_programs_on_many_values(name):
+    run_a_few(name)
 
 
 @pytest.fixture
@@ -243,11 +247,25 @@ def fresh_programs():
     clear()
 
 
+def as_on_accelerators(monkeypatch):
+    """What the library gives GPUs and TPUs, where CPUs have a form of their own."""
+    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *args, default, **_: default(*args))
+
+
+@pytest.mark.parametrize("name", ["cross_entropy", "linear_cross_entropy", "token_stats"])
+def test_a_few_programs_as_on_accelerators(name, monkeypatch, fresh_programs):
+    as_on_accelerators(monkeypatch)
+    run_a_few(name)
+
+
 @pytest.mark.soak
-@pytest.mark.parametrize("devices", [1, 8])
+@pytest.mark.parametrize("place", ["one CPU", "eight CPUs", "an accelerator"])
 @pytest.mark.parametrize("name", FUZZ)
-def test_soak(name, devices, monkeypatch, fresh_programs, record_property):
+def test_soak(name, place, monkeypatch, fresh_programs, record_property):
+    devices = 8 if place == "eight CPUs" else 1
     monkeypatch.setattr(jax, "device_count", lambda *_: devices)
+    if place == "an accelerator":
+        as_on_accelerators(monkeypatch)
     count = 0
     options = st.fixed_dictionaries({k: st.sampled_from(v) for k, v in FUZZ[name].space.items()})
 

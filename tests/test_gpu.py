@@ -30,11 +30,15 @@ CHUNKS, BLOCKS = {"chunk_size": 1024}, {"implementation": "vocab_blocks"}
 BOTH = {"gradients": True}
 
 
-def _compile(gradients=False, materialised=False, **options):
-    """Prints what the tests below ask, as JSON."""
+def _h200():
     config = Path(__file__).with_name("h200.txtpb").read_text()
     topology = topologies.get_topology_desc(platform="cuda", target_config=config, topology="1x1x1")
-    one = SingleDeviceSharding(topology.devices[0])
+    return SingleDeviceSharding(topology.devices[0])
+
+
+def _compile(gradients=False, materialised=False, **options):
+    """Prints what the tests below ask, as JSON."""
+    one = _h200()
     shapes = ((N, D), jnp.bfloat16), ((D, V), jnp.bfloat16), ((N,), jnp.int32)
     loss = partial(jaxloss.linear_cross_entropy, **options)
     if materialised:
@@ -56,6 +60,22 @@ def _compile(gradients=False, materialised=False, **options):
         "copied": max((prod(int(n) for n in dims.split(",") if n) for dims in copied), default=0),
     }
     print(json.dumps(found))
+
+
+def _compile_passes(shape):
+    """Prints what each pass over cross_entropy's logits makes of them, as JSON."""
+    one = _h200()
+    x = jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=one)
+    y = jax.ShapeDtypeStruct(shape[:1], jnp.int32, sharding=one)
+    text = jax.jit(jax.value_and_grad(jaxloss.cross_entropy)).lower(x, y).compile().as_text()
+    entry = text[text.index("\nENTRY") :]
+    logits = f"bf16[{','.join(map(str, shape))}]"
+    names = set(re.findall(rf"%([\w.\-]+) = {re.escape(logits)}", entry))
+    passes = []
+    for result, operands, kind in re.findall(r"= (.*?) fusion\((.*?)\), kind=(\w+)", entry):
+        if names & set(re.findall(r"%([\w.\-]+)", operands)):
+            passes.append("gradient" if logits in result else kind)
+    print(json.dumps(sorted(passes)))
 
 
 def compiled(**options):
@@ -99,6 +119,11 @@ def test_the_value_alone_fits(options):
     assert found["copied"] <= N
 
 
+def test_cross_entropy_reads_its_logits_once_forward_and_once_backward():
+    """A reduction, the labels' entries (kLoop: of no more than the rows' number), the gradient."""
+    assert compiled(passes=[32768, 16384]) == ["gradient", "kInput", "kLoop"]
+
+
 def test_the_walk_finds_materialised_logits():
     """The assertions above must be able to fail."""
     found = compiled(**BOTH, materialised=True)
@@ -107,4 +132,5 @@ def test_the_walk_finds_materialised_logits():
 
 
 if __name__ == "__main__":
-    _compile(**json.loads(sys.argv[1]))
+    given = json.loads(sys.argv[1])
+    _compile_passes(given["passes"]) if "passes" in given else _compile(**given)

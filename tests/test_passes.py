@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import jaxloss
 from jaxloss import _passes
 from jaxloss._passes import Scaling
 
@@ -126,3 +127,64 @@ def test_no_prediction():
     x = jnp.array([[1.0, jnp.nan], [1.0, jnp.inf], [0.0, 1.0]])
     np.testing.assert_array_equal(_passes.prediction(x, None, 0, ()), [-1, -1, 1])
     np.testing.assert_array_equal(_passes.prediction(x, None, 5, ()), [-1, -1, 6])
+
+
+def rows_that_hurt():
+    """Logits, and labels of which some are past the end."""
+    rng = np.random.default_rng(8)
+    x = 9 * rng.normal(size=(9, 37))
+    kept = rng.integers(0, 37, 9)
+    kept[:3] = 37
+    x[1, 5] = x[1].max()  # two maxima
+    x[2, 10:] = -np.inf
+    x[3] = -np.inf
+    x[4, [3, 20]] = np.inf
+    x[5, 7] = np.nan
+    x[6, kept[6]] = 80.0  # the kept entry is the maximum
+    x[7, kept[7]] = -np.inf
+    x[8] = 1e4 + x[8]
+    return jnp.asarray(x, jnp.float32), jnp.asarray(kept, jnp.int32)
+
+
+@pytest.mark.nan_is_meant
+def test_one_reduction_gives_the_maximum_and_the_sum():
+    x, kept = rows_that_hurt()
+    m, s = _passes.max_and_sum_in_one(x, kept)
+    wide = np.asarray(x, np.float64)
+    high = wide.max(axis=-1)
+    np.testing.assert_array_equal(m, high)
+    with np.errstate(invalid="ignore"):
+        e = np.exp(wide - np.where(high == -np.inf, 0, high)[:, None])
+    e[np.arange(9)[kept < 37], kept[kept < 37]] = 0
+    np.testing.assert_array_equal(np.isnan(s), [False] * 4 + [True] * 2 + [False] * 3)
+    # Each of 37 terms is rounded when it is scaled, at most once for each merge above it.
+    np.testing.assert_allclose(s, e.sum(axis=-1), rtol=40 * np.finfo(np.float32).eps, atol=1e-38)
+
+
+def test_the_reduction_has_the_derivative_of_the_sum_with_and_without_its_rule():
+    x, kept = rows_that_hurt()
+    rows = np.array([0, 1, 2, 6, 7, 8])
+    x, kept = x[rows], kept[rows]
+    direction = jnp.cos(jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape)
+
+    def in_two(x, kept):
+        m = _passes.row_max(x, None, None)
+        return m, _passes.sum_exponentials(x, m, kept)
+
+    rule = _passes.max_and_sum_in_one
+    for form in (rule, rule.fun):
+        (m, s), (dm, ds) = jax.jvp(lambda x, f=form: f(x, kept), (x,), (direction,))
+        expected = jax.jvp(lambda x: in_two(x, kept), (x,), (direction,))[1][1]
+        np.testing.assert_array_equal(dm, 0)
+        np.testing.assert_allclose(ds, expected, rtol=1e-5, atol=1e-6 * float(jnp.max(s)))
+        assert m.shape == s.shape == (6,)
+
+
+@pytest.mark.parametrize(("platform", "results"), [("cpu", [1, 1]), ("cuda", [2]), ("tpu", [2])])
+def test_accelerators_reduce_the_logits_once(platform, results):
+    """``results``: of each reduction over all of the logits."""
+    shapes = jax.ShapeDtypeStruct((64, 1000), jnp.bfloat16), jax.ShapeDtypeStruct((64,), jnp.int32)
+    text = jax.jit(jaxloss.cross_entropy).trace(*shapes).lower(lowering_platforms=(platform,))
+    reductions = [line for line in text.as_text().splitlines() if "stablehlo.reduce(" in line]
+    over_logits = [line for line in reductions if "tensor<64x1000x" in line]
+    assert [line.count("init:") for line in over_logits] == results

@@ -68,6 +68,46 @@ def test_value_and_gradients_fit(name, schedule, peak):
     assert least < memory.peak_memory_in_bytes <= peak * MIB
 
 
+KERNEL = "tpu_custom_call"
+
+
+@pytest.mark.parametrize("name", ["v5e", "v6e"])
+def test_the_kernel_where_every_token_counts(name):
+    program = compiled(name, linear(None, ignore_index=None), *OPERANDS)
+    text = program.as_text()
+    assert KERNEL in text
+    assert (N, V) not in buffers(text)
+    memory = program.memory_analysis()
+    assert memory.peak_memory_in_bytes <= 1250 * MIB
+    assert KERNEL not in compiled(name, linear("vocab_blocks"), *OPERANDS).as_text()
+
+
+@pytest.mark.parametrize("name", list(TOPOLOGIES))
+@pytest.mark.parametrize(
+    ("shape", "options"),
+    [
+        ((8192, 2048, 128256), {}),
+        ((4000, 4096, 131072), {"vocab_axis": 0, "num_classes": 131071}),  # over the edges
+        ((2048, 16384, 32768), {}),  # the tiles at their largest
+    ],
+    ids=str,
+)
+def test_the_kernel_alone_holds_no_block(name, shape, options):
+    """Its results, of one column, are padded to 128 on chips that do not keep them on the core."""
+    n, d, v = shape
+    kernel = (v, d) if options.get("vocab_axis") == 0 else (d, v)
+    shapes = ((n, d), jnp.bfloat16), (kernel, jnp.bfloat16), ((n,), jnp.int32)
+    program = compiled(name, linear("mosaic_tpu", gradients=False, **options), *shapes)
+    assert KERNEL in program.as_text()
+    assert program.memory_analysis().temp_size_in_bytes <= 4 * 4 * 128 * n + MIB + 2 * n * d
+
+
+def test_the_kernel_takes_a_batch():
+    shapes = ((4, 512, 256), jnp.bfloat16), ((256, 4096), jnp.bfloat16), ((4, 512), jnp.int32)
+    loss = jax.vmap(linear("mosaic_tpu", gradients=False), (0, None, 0))
+    assert KERNEL in compiled("v5e", loss, *shapes).as_text()
+
+
 @pytest.mark.parametrize("name", ["v5e"])
 @pytest.mark.parametrize("options", [{}, {"reduction": "none", "return_stats": True}], ids=str)
 @pytest.mark.parametrize("schedule", ["token_chunks", "vocab_blocks"])
@@ -139,6 +179,7 @@ def test_elementary_functions_are_the_accurate_ones(name):
         ("v5e", "vocab_blocks", P("data", "vocab")),
         ("v6e", "token_chunks", P("data", "vocab")),
         ("v6e", "vocab_blocks", P(None, "vocab")),
+        ("v6e", "mosaic_tpu", P("data", "vocab")),
     ],
     ids=str,
 )

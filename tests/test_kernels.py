@@ -1,0 +1,307 @@
+"""The hand-written kernels, interpreted on a CPU: against float64, and against XLA's schedule."""
+
+from functools import partial
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import EPS
+from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interpreter
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+import jaxloss
+from jaxloss._kernels import linear_tpu
+
+NAME = "jaxloss_linear_row_part"
+
+
+@pytest.fixture
+def tpu(monkeypatch):
+    """A TPU by name, whose kernels are interpreted."""
+    interpreted = partial(pl.pallas_call, interpret=True)
+    monkeypatch.setattr(linear_tpu, "pl", SimpleNamespace(**vars(pl) | {"pallas_call": interpreted}))
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    jax.clear_caches()
+    yield
+    jax.clear_caches()
+
+
+def program(*args, **options):
+    """What linear_cross_entropy would run, as text."""
+    return str(jax.make_jaxpr(lambda *a: jaxloss.linear_cross_entropy(*a, **options))(*args))
+
+
+def problem(n, d, v, vocab_axis=1, seed=0):
+    rng = np.random.default_rng(seed)
+    hidden = jnp.asarray(rng.normal(size=(n, d)), jnp.bfloat16)
+    kernel = rng.normal(size=(d, v) if vocab_axis == 1 else (v, d))
+    labels = jnp.asarray(rng.integers(0, v, n), jnp.int32)
+    bias = jnp.asarray(4 * rng.normal(size=v), jnp.bfloat16)
+    return hidden, jnp.asarray(kernel, jnp.bfloat16), labels, bias
+
+
+def wide(x):
+    return np.asarray(x, np.float64)
+
+
+def test_exp_is_exact_to_a_unit_in_the_last_place():
+    x = -np.concatenate([np.linspace(0, 87.3, 100_001), np.logspace(-8, 1, 10_001)])
+    x = x.astype(np.float32)
+    truth = np.exp(wide(x))
+    error = np.abs(wide(jax.jit(linear_tpu.exp)(x)) - truth)
+    assert np.max(error / np.spacing(truth.astype(np.float32))) < 1
+    few = linear_tpu.exp(jnp.array([0.0, -0.0, -jnp.inf, -1e30, -88.0, -87.2]))
+    np.testing.assert_array_equal(few[:5], [1, 1, 0, 0, 0])
+    assert few[5] > 0
+
+
+@pytest.mark.nan_is_meant
+def test_exp_of_nan():
+    assert jnp.isnan(linear_tpu.exp(jnp.float32(jnp.nan)))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "features", "expected"),
+    [
+        (8192, 2048, (1024, 512)),
+        (8192, 8192, (512, 512)),
+        (8192, 12288, (256, 512)),
+        (8192, 16384, (256, 256)),
+        (8192, 24576, (128, 256)),
+        (8192, 65536, None),
+        (100, 2048, (112, 512)),  # whole groups of 16 rows
+        (1, 8, (16, 512)),
+    ],
+)
+def test_tiles(tokens, features, expected):
+    assert linear_tpu.tiles(tokens, features) == expected
+
+
+@pytest.mark.parametrize("vocab_axis", [0, 1])
+@pytest.mark.parametrize(
+    ("n", "d", "v", "columns", "with_bias"),
+    [
+        (7, 16, 512, 512, False),  # one tile
+        (40, 24, 1100, 1100, True),  # three, the last over the edge
+        (33, 16, 700, 600, True),  # padded columns
+        (1040, 16, 513, 513, False),  # two tiles of tokens
+        (3, 16, 1, 1, False),
+    ],
+)
+def test_row_part(tpu, vocab_axis, n, d, v, columns, with_bias):
+    hidden, kernel, kept, bias = problem(n, d, v, vocab_axis)
+    kept = jnp.where(jnp.arange(n) % 5 == 1, columns, kept % columns)  # columns: no such label
+    bias = bias if with_bias else None
+    m, s, x_kept = linear_tpu.row_part(hidden, kernel, bias, kept, vocab_axis, columns)
+    x = wide(hidden) @ (wide(kernel) if vocab_axis == 1 else wide(kernel).T)
+    x = (x if bias is None else x + wide(bias))[:, :columns]
+    # A logit is a sum of d products, and known to so many roundings of their magnitudes.
+    size = np.abs(wide(hidden)) @ np.abs(wide(kernel) if vocab_axis == 1 else wide(kernel).T)
+    known = (d + 2) / 2 * EPS * np.max(size, axis=-1) + EPS * np.max(np.abs(x), axis=-1)
+    high, here, rows = x.max(axis=-1), np.asarray(kept) < columns, np.arange(n)
+    assert np.all(np.abs(wide(m) - high) <= known)
+    e = np.exp(x - wide(m)[:, None])
+    e[rows[here], np.asarray(kept)[here]] = 0
+    truth = e.sum(axis=-1)
+    tiles = -(-columns // 512)
+    allowed = truth * (known + EPS * (np.max(high[:, None] - x) / 2 + 8 + 2 * tiles))
+    assert np.all(np.abs(wide(s) - truth) <= allowed)
+    np.testing.assert_array_equal(np.isnan(x_kept), ~here)
+    own = x[rows[here], np.asarray(kept)[here]]
+    assert np.all(np.abs(wide(x_kept)[here] - own) <= known[here])
+
+
+def test_tiles_do_not_race():
+    """Two cores, each with rows of its own, in an order drawn at random."""
+    hidden, kernel, kept, _ = problem(1040, 16, 1100)
+    params = pltpu.InterpretParams(detect_races=True, num_cores_or_threads=2)
+    with pltpu.force_tpu_interpret_mode(params):
+        m, s, x_kept = linear_tpu.row_part(hidden, kernel, None, kept, 1, 1100)
+    assert not interpreter.races.races_found
+    assert np.all(np.isfinite([m, s, x_kept]))
+
+
+def test_a_batch_of_calls(tpu):
+    hidden, kernel, kept, _ = problem(48, 16, 700)
+    batch = jax.vmap(linear_tpu.row_part, (0, None, None, 0, None, None))
+    got = batch(hidden.reshape(2, 24, 16), kernel, None, kept.reshape(2, 24), 1, 700)
+    for x, y in zip(got, linear_tpu.row_part(hidden, kernel, None, kept, 1, 700), strict=True):
+        np.testing.assert_array_equal(x.reshape(48), y)
+
+
+@pytest.mark.nan_is_meant
+def test_rows_of_nothing_and_of_nan(tpu):
+    """Each row answers for itself; classes at -inf are none."""
+    hidden, kernel, kept, _ = problem(16, 8, 600)
+    bias = jnp.full(600, -jnp.inf, jnp.bfloat16)
+    m, s, x_kept = linear_tpu.row_part(hidden, kernel, bias, kept, 1, 600)
+    np.testing.assert_array_equal(m, -jnp.inf)
+    np.testing.assert_array_equal(s, 0)
+    np.testing.assert_array_equal(x_kept, -jnp.inf)
+    _, s, _ = linear_tpu.row_part(hidden.at[3].set(jnp.nan), kernel, None, kept, 1, 600)
+    np.testing.assert_array_equal(np.isnan(s), np.arange(16) == 3)
+    _, s, _ = linear_tpu.row_part(hidden, kernel, bias.at[:7].set(0), kept % 7, 1, 600)
+    assert np.all(np.isfinite(s)) and np.all(wide(s) < 6)
+
+
+CALLS = {
+    "plain": {},
+    "weighed": {"weighed": True, "num_classes": 1000, "vocab_axis": 0},
+    "each": {"reduction": "none", "with_bias": True, "z_loss": 1e-3},
+}
+
+
+def call(implementation, with_bias=False, weighed=False, **options):
+    """(A function of hidden and kernel, both.)"""
+    hidden, kernel, labels, bias = problem(24, 16, 1100, options.get("vocab_axis", 1))
+    labels = (labels % options.get("num_classes", 1100)).at[3].set(-100)
+    if weighed:
+        rng = np.random.default_rng(1)
+        options["weight"] = jnp.asarray(rng.random(1000) + 0.1, jnp.float32)
+        options["sample_weight"] = jnp.arange(24) % 3 != 0
+    if with_bias:
+        options["bias"] = bias
+    loss = partial(
+        jaxloss.linear_cross_entropy, implementation=implementation, chunk_size=600, **options
+    )
+    return (lambda h, k: jnp.sum(loss(h, k, labels))), (hidden, kernel)
+
+
+def first_order(f, args):
+    return jax.value_and_grad(f, (0, 1))(*args), jax.jvp(f, args, tuple(map(jnp.cos, args)))[1]
+
+
+def second_order(f, args):
+    grad = jax.grad(f, (0, 1))
+
+    def squared(*args):
+        return sum(jnp.sum(jnp.square(g.astype(jnp.float32))) for g in grad(*args))
+
+    tangents = jax.jvp(grad, args, tuple(map(jnp.cos, args)))[1]
+    return tangents, jax.grad(squared, (0, 1))(*args)
+
+
+@pytest.mark.parametrize(
+    ("name", "derivatives"),
+    [*((name, first_order) for name in CALLS), ("plain", second_order)],
+)
+def test_every_mode_equals_that_of_vocab_blocks(tpu, name, derivatives):
+    results = []
+    for implementation in ("mosaic_tpu", "vocab_blocks"):
+        f, args = call(implementation, **CALLS[name])
+        compute = jax.jit(partial(derivatives, f))
+        assert (NAME in str(jax.make_jaxpr(compute)(args))) == (implementation == "mosaic_tpu")
+        results.append(jax.tree.leaves(compute(args)))
+    for got, expected in zip(*results, strict=True):
+        # Rounded to bfloat16, where values that differ by a float32's rounding part by a unit.
+        size = np.max(np.abs(wide(expected)))
+        np.testing.assert_allclose(wide(got), wide(expected), rtol=2**-7, atol=2**-9 * size)
+
+
+@pytest.mark.nan_is_meant
+def test_a_label_that_is_none_is_nan(tpu):
+    hidden, kernel, labels, _ = problem(16, 8, 600)
+    options = {"reduction": "none", "num_classes": 550, "implementation": "mosaic_tpu"}
+    labels = (labels % 550).at[:4].set(jnp.array([550, 599, -1, -100]))
+    losses, pull = jax.vjp(
+        lambda h, k: jaxloss.linear_cross_entropy(h, k, labels, **options), hidden, kernel
+    )
+    np.testing.assert_array_equal(np.isnan(losses), np.arange(16) < 3)
+    assert losses[3] == 0
+    d_hidden, _ = pull(jnp.ones_like(losses))
+    np.testing.assert_array_equal(np.isnan(wide(d_hidden)).all(axis=-1), np.arange(16) < 3)
+    np.testing.assert_array_equal(d_hidden[3], 0)
+
+
+def test_each_device_reduces_its_own_columns(tpu):
+    """Without check_vma, whose types JAX's interpreter does not give its loops; test_tpu has it."""
+    hidden, kernel, labels, _ = problem(16, 8, 1200)
+    mesh = jax.make_mesh((2, 4), ("t", "v"), axis_types=(AxisType.Auto,) * 2)
+
+    def local(hidden, kernel, labels):
+        return jaxloss.linear_cross_entropy(
+            hidden, kernel, labels, vocab_axis_name="v", token_axis_name="t", ignore_index=None
+        )
+
+    specs = (P("t"), P(None, "v"), P("t"))
+    sharded = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=P(), check_vma=False)
+    assert NAME in str(jax.make_jaxpr(sharded)(hidden, kernel, labels))
+    got = jax.jit(sharded)(hidden, kernel, labels)
+    whole = jaxloss.linear_cross_entropy(
+        hidden, kernel, labels, implementation="token_chunks", chunk_size=16
+    )
+    np.testing.assert_allclose(got, whole, rtol=1e-6)
+
+
+# Which implementation runs
+
+ALL_COUNT = {"ignore_index": None}
+MASK = jnp.arange(24) % 2 == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "taken"),
+    [
+        (ALL_COUNT, True),
+        (ALL_COUNT | {"reduction": "none", "z_loss": 0.1, "precision": "highest"}, True),
+        ({}, False),  # a label may be ignored: chunks leave it out
+        (ALL_COUNT | {"sample_weight": MASK}, False),
+        (ALL_COUNT | {"where": MASK}, False),
+        (ALL_COUNT | {"chunk_size": 8}, False),  # of tokens
+        (ALL_COUNT | {"label_smoothing": 0.1}, False),
+        (ALL_COUNT | {"logit_softcap": 9.0}, False),
+        (ALL_COUNT | {"return_stats": True}, False),
+        (ALL_COUNT | {"where": jnp.arange(1100) != 3}, False),
+    ],
+    ids=str,
+)
+def test_what_none_takes(tpu, options, taken):
+    hidden, kernel, labels, _ = problem(24, 16, 1100)
+    assert (NAME in program(hidden, kernel, labels, **options)) == taken
+
+
+def test_other_dtypes_and_backends_take_chunks(tpu, monkeypatch):
+    hidden, kernel, labels, _ = problem(24, 16, 1100)
+    narrow = (hidden.astype(jnp.float16), kernel.astype(jnp.float16), labels)
+    assert NAME not in program(*narrow, **ALL_COUNT)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert NAME not in program(hidden, kernel, labels, **ALL_COUNT)
+
+
+@pytest.mark.parametrize("shape", [(16, 65536, 300), (0, 8, 300)], ids=str)
+@pytest.mark.parametrize("implementation", ["mosaic_tpu", None])
+def test_shapes_that_it_cannot_take_go_to_xla(tpu, shape, implementation):
+    n, d, v = shape
+    shapes = ((n, d), jnp.bfloat16), ((d, v), jnp.bfloat16), ((n,), jnp.int32)
+    args = [jax.ShapeDtypeStruct(*s) for s in shapes]
+    assert NAME not in program(*args, implementation=implementation, **ALL_COUNT)
+
+
+@pytest.mark.parametrize(
+    ("options", "got"),
+    [
+        ({"label_smoothing": 0.1}, "label_smoothing"),
+        ({"logit_softcap": 9.0}, "a soft cap or a temperature"),
+        ({"return_stats": True}, "statistics"),
+        ({"where": jnp.arange(1100) != 3}, "where over classes"),
+    ],
+    ids=str,
+)
+def test_what_it_has_no_form_of_is_an_error(tpu, options, got):
+    hidden, kernel, labels, _ = problem(24, 16, 1100)
+    with pytest.raises(ValueError, match=f"'mosaic_tpu' takes class indices.*; got {got}"):
+        program(hidden, kernel, labels, implementation="mosaic_tpu", **options)
+
+
+def test_operands_labels_and_backends_that_it_does_not_take():
+    hidden, kernel, _, _ = problem(24, 16, 1100)
+    uniform = jnp.full((24, 1100), 1 / 1100)
+    operands = hidden.astype(jnp.float32), kernel.astype(jnp.float32)
+    got = "the backend cpu, operands of float32, labels that are no class indices"
+    with pytest.raises(ValueError, match=f"got {got}. Leave implementation out"):
+        program(*operands, uniform, implementation="mosaic_tpu")
