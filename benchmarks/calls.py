@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks import measure
-from benchmarks.peer_methods import LOADERS, Peer
+from benchmarks.peer_methods import LOADERS, Peer, jaxloss_schedule
 
 BATCH = 0.02  # seconds of calls between two waits: a launch takes as long as a small loss
 
@@ -26,7 +26,12 @@ def _load_cut() -> Peer:
     return Peer(linear=loss, vocab_first=True, torch=True)
 
 
-LOADERS = {**LOADERS, "Liger": _load_liger, "cut-cross-entropy": _load_cut}
+LOADERS = {
+    **LOADERS,
+    "kernel": jaxloss_schedule("mosaic_tpu"),
+    "Liger": _load_liger,
+    "cut-cross-entropy": _load_cut,
+}
 
 
 class Torch:

@@ -149,15 +149,15 @@ def _load_levanter() -> Peer:
     raise NotImplementedError("it is there, but nothing here calls it yet: it never installed")
 
 
-def _jaxloss_schedule(name: str) -> Callable[[], Peer]:
+def jaxloss_schedule(name: str) -> Callable[[], Peer]:
     linear = partial(_jaxloss_linear, implementation=name)
     logits = _jaxloss if name == "token_chunks" else None
     return lambda: Peer(logits, linear)
 
 
 LOADERS: dict[str, Callable[[], Peer]] = {
-    "jaxloss": _jaxloss_schedule("token_chunks"),
-    "blocks": _jaxloss_schedule("vocab_blocks"),
+    "jaxloss": jaxloss_schedule("token_chunks"),
+    "blocks": jaxloss_schedule("vocab_blocks"),
     "optax": lambda: Peer(_optax),
     "two-step": lambda: Peer(_two_step),
     "torch": _load_torch,

@@ -14,9 +14,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from jaxloss import _linear, _mesh, _passes, _rows, _targets
 from jaxloss._forward_mode import with_forward_mode
+
+_ROWS = Layout(major_to_minor=(0, 1))
 
 
 class Operands(NamedTuple):
@@ -142,8 +145,9 @@ def _swept(options: Options, operands: Operands, constants: Constants):
             of_label += new_of_label
         return _rows.merge(part, new_part, labelled), best, of_label
 
-    part, *rest = _over_blocks(options.geometry.num_classes, options.geometry.chunk, step, combine)
-    return part._replace(kept=constants.kept) if labelled else part, *rest
+    geometry = options.geometry
+    part, best, of_label = _over_blocks(geometry.num_classes, geometry.chunk, step, combine)
+    return part._replace(kept=constants.kept) if labelled else part, best, of_label
 
 
 def _fused(options: Options, operands: Operands, constants: Constants) -> _rows.RowPart:
@@ -155,8 +159,8 @@ def _fused(options: Options, operands: Operands, constants: Constants) -> _rows.
     @jax.custom_jvp
     def part(hidden, kernel, bias, kept):
         axis, columns = geometry.vocab_axis, geometry.num_classes
-        some = linear_tpu.row_part(hidden, kernel, bias, kept, axis, columns)
-        return _rows.RowPart(*some, kept, *[None] * 5)
+        m, s, x_kept = linear_tpu.row_part(hidden, kernel, bias, kept, axis, columns)
+        return _rows.RowPart(m, s, x_kept, kept)
 
     @part.defjvp
     def _(primals, tangents):
@@ -166,9 +170,9 @@ def _fused(options: Options, operands: Operands, constants: Constants) -> _rows.
             some = operands._replace(hidden=hidden, kernel=kernel, bias=bias)
             return _swept(options, some, constants._replace(kept=kept))[0][:3]
 
-        # The kernel has no derivative, and XLA's sweep the same.
-        moved = jax.jvp(swept, given, list(tangents[:3]))[1]
-        return part(*primals), _rows.RowPart(*moved, tangents[3], *[None] * 5)
+        # The kernel has no derivative of its own; what XLA sweeps is the same function.
+        dm, ds, dx_kept = jax.jvp(swept, given, list(tangents[:3]))[1]
+        return part(*primals), _rows.RowPart(dm, ds, dx_kept, tangents[3])
 
     return part(operands.hidden, operands.kernel, operands.bias, constants.kept)
 
@@ -245,7 +249,12 @@ def _gradients(
         dx = dx.astype(hidden.dtype)
         kernel = _cut(operands.kernel, start, size, geometry.vocab_axis)
         d_hidden = _linear.d_hidden(dx, kernel, geometry) if active.hidden else None
-        d_kernel = _linear.d_kernel(dx, hidden, geometry) if active.kernel else None
+        d_kernel = None
+        if active.kernel:
+            # Without it XLA:TPU may hold all of d_kernel transposed in the loop, and copy it after.
+            d_kernel = with_layout_constraint(
+                _linear.d_kernel(dx, hidden, geometry).astype(kernel.dtype), _ROWS
+            )
         d_probabilities = d_weight = d_share = d_extra = None
         if ct.soft is not None and active.extra:
             slope = _rows.top_gradient(b.logits, here, b.mask, options.scaling, b.top)

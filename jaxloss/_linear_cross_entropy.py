@@ -29,7 +29,9 @@ def _default(tokens: int, columns: int, fused: bool) -> Implementation:
     return "vocab_blocks" if few else "token_chunks"
 
 
-def _beyond_the_kernel(dtype, labels, class_mask, label_smoothing, scaling, with_stats) -> list[str]:
+def _beyond_the_kernel(
+    dtype, labels, class_mask, label_smoothing, scaling, with_stats
+) -> list[str]:
     """What of a call "mosaic_tpu" has no form of."""
     backend = jax.default_backend()
     cases = (

@@ -77,11 +77,11 @@ class RowPart(NamedTuple):
     s: Array
     x_kept: Array  # NaN: the entry that is kept out is not among them
     kept: Array
-    below: Any  # sum_j q_j (m - x_j)
-    mass: Any
-    other_mass: Any
-    spread: Any  # sum_j exp(x_j - m) (m - x_j)
-    low: Any  # sum of exp(x_j - m) over the x_j < m, for an entropy beside a label
+    below: Any = None  # sum_j q_j (m - x_j)
+    mass: Any = None
+    other_mass: Any = None
+    spread: Any = None  # sum_j exp(x_j - m) (m - x_j)
+    low: Any = None  # sum of exp(x_j - m) over the x_j < m, for an entropy beside a label
 
 
 def _slope(x: Array, scaling: Scaling) -> Any:

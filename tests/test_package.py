@@ -94,8 +94,17 @@ def test_imports_run_one_way():
         "_linear": {"_casts", "_forward_mode", "_mesh"},
         "_layout": {"_check", "_labels", "_mesh"},
         "_linear_loss": {"_casts", "_check", "_cross_entropy", "_layout", "_linear", "_targets"},
-        "_blocks": {"_forward_mode", "_linear", "_mesh", "_passes", "_rows", "_targets"},
+        "_blocks": {
+            "_kernels",
+            "_forward_mode",
+            "_linear",
+            "_mesh",
+            "_passes",
+            "_rows",
+            "_targets",
+        },
         "_linear_cross_entropy": {
+            "_kernels",
             "_blocks",
             "_casts",
             "_check",
