@@ -33,9 +33,13 @@ def _beyond_the_kernel(
     dtype, labels, class_mask, label_smoothing, scaling, with_stats
 ) -> list[str]:
     """What of a call "mosaic_tpu" has no form of."""
-    backend = jax.default_backend()
+    backend, chip = jax.default_backend(), jax.devices()[0].device_kind
     cases = (
         (f"the backend {backend}", backend != "tpu"),
+        (
+            f"a {chip}",
+            chip.startswith(("TPU v2", "TPU v3", "TPU v4")),
+        ),  # its tiles do not fit there
         (f"operands of {dtype}", dtype != jnp.bfloat16),
         ("labels that are no class indices", not _targets.is_indices(labels)),
         ("where over classes", class_mask is not None),
@@ -128,8 +132,8 @@ def linear_cross_entropy(
       precision: of the products, as in :func:`jax.lax.dot_general`.
       implementation: ``"token_chunks"``, or for least memory ``"vocab_blocks"``, or on a TPU
         ``"mosaic_tpu"``: vocabulary blocks whose log-sum-exp a kernel computes. It takes bfloat16
-        operands and class indices, no smoothing, soft cap, statistics or ``where`` over classes;
-        rows of some 30000 features and more, and padded columns that a mesh splits, go as with
+        operands and class indices, no smoothing, soft cap, statistics or ``where`` over classes,
+        and a chip after v4; rows of some 30000 features and more, and padded columns that a mesh splits, go as with
         ``"vocab_blocks"``. None takes the kernel on a TPU where it can, every token counts
         (``ignore_index`` None, no ``sample_weight``, no ``where``) and ``chunk_size`` is None;
         otherwise token chunks, but vocabulary blocks where fewer than 16 tokens would fit into the

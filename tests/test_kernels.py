@@ -268,6 +268,17 @@ def test_other_dtypes_and_backends_take_chunks(tpu, monkeypatch):
     assert NAME not in program(hidden, kernel, labels, **ALL_COUNT)
 
 
+def test_chips_of_little_memory(tpu, monkeypatch):
+    hidden, kernel, labels, _ = problem(24, 16, 1100)
+    for kind, taken in (("TPU v4", False), ("TPU v5 lite", True), ("TPU7x", True)):
+        device = SimpleNamespace(device_kind=kind)
+        monkeypatch.setattr(jax, "devices", lambda device=device: [device])
+        assert (NAME in program(hidden, kernel, labels, **ALL_COUNT)) == taken
+    monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(device_kind="TPU v4")])
+    with pytest.raises(ValueError, match="got a TPU v4"):
+        program(hidden, kernel, labels, implementation="mosaic_tpu")
+
+
 @pytest.mark.parametrize("shape", [(16, 65536, 300), (0, 8, 300)], ids=str)
 @pytest.mark.parametrize("implementation", ["mosaic_tpu", None])
 def test_shapes_that_it_cannot_take_go_to_xla(tpu, shape, implementation):

@@ -17,7 +17,8 @@ from jax.experimental.pallas import tpu as pltpu
 
 from jaxloss import _mesh
 
-_MEMORY = 48 * 2**20  # bytes of a core's own that the tiles may take; the least chip has 64 MiB
+# Bytes of a core's own that the tiles may take: chips up to v4 have 16 MiB, later ones 64 and more.
+_MEMORY = 48 * 2**20
 
 
 def tiles(tokens: int, features: int) -> tuple[int, int] | None:
@@ -34,7 +35,7 @@ def tiles(tokens: int, features: int) -> tuple[int, int] | None:
 
 
 def exp(x: Array) -> Array:
-    """exp(x) of x <= 0, to 2 units in the last place: Mosaic has the TPU's coarse one alone.
+    """exp(x) of x <= 0, to a unit in the last place: Mosaic has the TPU's coarse one alone.
 
     2^k exp(r), |r| <= ln(2) / 2, with ln(2) in two parts, so that k times the first is exact, and
     exp(r) a polynomial: Cephes' expf (S. L. Moshier, 1992).
