@@ -130,11 +130,11 @@ def linear_cross_entropy(
         MiB. With ``"vocab_blocks"`` and ``"mosaic_tpu"`` classes; None takes 8 MiB on a CPU, 32 MiB
         on a TPU, 64 MiB on a GPU, and at least 128 classes.
       precision: of the products, as in :func:`jax.lax.dot_general`.
-      implementation: ``"token_chunks"``, or for least memory ``"vocab_blocks"``, or on a TPU
-        ``"mosaic_tpu"``: vocabulary blocks whose log-sum-exp a kernel computes. It takes bfloat16
-        operands and class indices, no smoothing, soft cap, statistics or ``where`` over classes,
-        and a chip after v4; rows of some 30000 features and more, and padded columns that a mesh splits, go as with
-        ``"vocab_blocks"``. None takes the kernel on a TPU where it can, every token counts
+      implementation: ``"token_chunks"``, or for least memory ``"vocab_blocks"``, or on a TPU after
+        v4 ``"mosaic_tpu"``: vocabulary blocks whose log-sum-exp a kernel computes. It takes
+        bfloat16 operands and class indices, no smoothing, soft cap, statistics or ``where`` over
+        classes; rows of some 30000 features and more, and padded columns that a mesh splits, go as
+        with ``"vocab_blocks"``. None takes the kernel where it can, every token counts
         (``ignore_index`` None, no ``sample_weight``, no ``where``) and ``chunk_size`` is None;
         otherwise token chunks, but vocabulary blocks where fewer than 16 tokens would fit into the
         budget.

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import jaxloss
-from jaxloss import _passes
+from jaxloss import _passes, _rows
 from jaxloss._passes import Scaling
 
 
@@ -188,3 +188,26 @@ def test_accelerators_reduce_the_logits_once(platform, results):
     reductions = [line for line in text.as_text().splitlines() if "stablehlo.reduce(" in line]
     over_logits = [line for line in reductions if "tensor<64x1000x" in line]
     assert [line.count("init:") for line in over_logits] == results
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "held"),
+    [
+        ((3, 100000), jnp.float32, True),  # no copy: it stands where the gradient will
+        ((3, 255), jnp.bfloat16, True),
+        ((3, 256), jnp.bfloat16, False),
+        ((300, 3, 255), jnp.float16, True),
+        ((2048, 128), jnp.bfloat16, True),  # 1 MiB of float32
+        ((2049, 128), jnp.bfloat16, False),
+        ((257, 1), jnp.bfloat16, True),
+    ],
+)
+def test_which_exponentials_are_held(shape, dtype, held):
+    assert _rows._write_out(jax.ShapeDtypeStruct(shape, dtype)) == held
+
+
+@pytest.mark.parametrize("scaling", [Scaling(3.0, 0.25), Scaling(3.0, 1.0), Scaling(None, 0.25)])
+def test_slopes_of_the_scaling(scaling):
+    x = jnp.linspace(-9, 9, 37)
+    slopes = jax.vmap(jax.grad(lambda v: _passes.widen(v, None, scaling)))(x)
+    np.testing.assert_allclose(_rows._slope(x, scaling), slopes, rtol=1e-5, atol=1e-7)
