@@ -1,0 +1,184 @@
+"""The row state's own functions, where the public losses reach few of their cases."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import EPS, exact_gradient
+
+import jaxloss
+from jaxloss import _rows
+
+INF = np.inf
+
+
+def state_of(x, kept=None, want=("nll",)):
+    return _rows.finish(_rows.row_part(x, kept, None, None, None, want), want)[1]
+
+
+def minus_log_p(x):
+    x = np.asarray(x, np.longdouble)
+    with np.errstate(divide="ignore"):
+        return -np.log(np.exp(x) / np.sum(np.exp(x), axis=-1, keepdims=True)).astype(np.float64)
+
+
+X = jnp.array([[0.3, -INF, 1.2, -0.7], [2.0, 0.1, -INF, -INF]], jnp.float32)
+
+
+@pytest.mark.nan_is_meant
+def test_soft_gradient_is_minus_log_p_and_0_where_nothing_impossible_is_asked():
+    q = jnp.array([[0.5, 0.0, 0.0, 0.5], [0.5, 0.25, 0.25, 0.0]], jnp.float32)
+    got = _rows.soft_gradient(X, state_of(X), q, None, None)
+    expected = minus_log_p(X)
+    expected[0, 1] = expected[1, 3] = 0
+    np.testing.assert_allclose(got, expected, rtol=8 * EPS)
+
+
+@pytest.mark.nan_is_meant
+def test_top_gradient_is_the_same_at_its_indices():
+    index = jnp.array([[1, 2, 4], [2, 0, 3]], jnp.int32)  # 4: none
+    extra = jnp.array([[0.0, 0.0, 0.7], [0.4, 1.0, 0.0]], jnp.float32)
+    got = _rows.top_gradient(X, state_of(X), None, None, (index, extra))
+    p = minus_log_p(X)
+    np.testing.assert_allclose(got, [[0, p[0, 2], 0], [INF, p[1, 0], 0]], rtol=8 * EPS)
+
+
+@pytest.mark.nan_is_meant
+@pytest.mark.parametrize("top", [False, True])
+def test_a_cotangent_of_0_asks_for_nothing_of_an_infinite_loss(top):
+    q = jnp.array([[0.5, 0.25, 0.0, 0.25], [0.5, 0.5, 0.0, 0.0]], jnp.float32)
+
+    def losses(x, q):
+        labels = q
+        if top:
+            index = jnp.broadcast_to(jnp.arange(4, dtype=jnp.int32), q.shape)
+            labels = jaxloss.TopKLabels(index, q)
+        return jaxloss.cross_entropy(x, labels, reduction="none")
+
+    value, pull = jax.vjp(losses, X, q)
+    assert value[0] == INF
+    dx, dq = pull(jnp.array([0.0, 1.0]))
+    np.testing.assert_array_equal(dx[0], 0)
+    np.testing.assert_array_equal(dq[0], 0)
+    expected = minus_log_p(X)[1]
+    np.testing.assert_allclose(dq[1], np.where(np.isinf(expected), 0, expected), rtol=8 * EPS)
+
+
+def test_forward_mode_in_the_probabilities():
+    x = X.at[:, 1:].set(jnp.array([0.5, -1.0, 0.25]))
+    q = jnp.array([[0.5, 0.0, 0.25, 0.25], [0.1, 0.2, 0.3, 0.4]], jnp.float32)
+    direction = jnp.array([[0.5, -2.0, 1.0, 3.0], [-1.0, 0.5, 4.0, 0.25]], jnp.float32)
+    loss = partial(jaxloss.cross_entropy, x, reduction="none")
+    got = jax.jvp(loss, (q,), (direction,))[1]
+    np.testing.assert_allclose(got, np.sum(minus_log_p(x) * direction, axis=-1), rtol=8 * EPS)
+
+
+def test_forward_mode_of_log_softmax_leaves_masked_classes_alone():
+    x = jnp.array([[0.5, 2.0, -1.0], [1.0, 0.0, 3.0]], jnp.float32)
+    exists = jnp.array([[True, False, True], [True, True, True]])
+    direction = jnp.array([[1.0, INF, -2.0], [0.5, 3.0, 1.0]], jnp.float32)
+    log_softmax = partial(jaxloss.log_softmax, where=exists)
+    got = jax.jvp(log_softmax, (x,), (direction,))[1]
+    p = np.exp(-minus_log_p(jnp.where(exists, x, -INF)))
+    d = np.where(exists, direction, 0)
+    expected = np.where(exists, d - np.sum(p * d, axis=-1, keepdims=True), 0)
+    np.testing.assert_allclose(got, expected, rtol=8 * EPS, atol=4 * EPS)
+
+
+@pytest.mark.parametrize("lead", [(2,), (7,), (5, 2)])
+@pytest.mark.parametrize("rest", ["drop", "uniform"])
+def test_top_k_labels_of_any_batch_have_the_gradient_of_their_dense_form(lead, rest):
+    rng = np.random.default_rng(3)
+    x = jnp.asarray(4 * rng.normal(size=(*lead, 9)), jnp.float32)
+    index = jnp.asarray(np.argsort(rng.random((*lead, 9)), axis=-1)[..., :3], jnp.int32)
+    # The last of them is at the maximum, which is what is kept out of the sum.
+    x = jnp.put_along_axis(x, index[..., 2:], 9.0, axis=-1, inplace=False)
+    q = jnp.asarray(rng.dirichlet(np.ones(4), lead)[..., :3], jnp.float32)
+    left = (1 - jnp.sum(q, axis=-1, keepdims=True)) / 6 if rest == "uniform" else 0.0
+    dense = jnp.put_along_axis(jnp.zeros_like(x) + left, index, q, axis=-1, inplace=False)
+    for smoothing in (0.0, 0.1):
+        options = {"reduction": "sum", "label_smoothing": smoothing}
+        gradient = jax.grad(partial(jaxloss.cross_entropy, **options))
+        got = gradient(x, jaxloss.TopKLabels(index, q, rest))
+        np.testing.assert_allclose(got, gradient(x, dense), rtol=1e-5, atol=4 * EPS)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_narrow_gradients_of_many_classes(dtype):
+    """Past 255 classes no exponential is held."""
+    rng = np.random.default_rng(5)
+    x = jnp.asarray(3 * rng.normal(size=(4, 300)), dtype)
+    y = jnp.asarray(rng.integers(0, 300, 4), jnp.int32)
+    got = jax.grad(partial(jaxloss.cross_entropy, reduction="sum"))(x, y)
+    assert got.dtype == dtype
+    expected = exact_gradient(np.asarray(x, np.float64), np.asarray(y)).astype(np.float64)
+    tiny = float(jnp.finfo(dtype).smallest_subnormal)
+    np.testing.assert_allclose(
+        np.asarray(got, np.float64), expected, rtol=float(jnp.finfo(dtype).eps), atol=tiny
+    )
+
+
+@pytest.mark.parametrize("dtype", [None, jnp.bfloat16])
+def test_row_gradient_is_of_the_dtype_that_is_asked_for(dtype):
+    x, kept = X.at[:, 1:].set(0.5).astype(jnp.bfloat16), jnp.array([1, 2], jnp.int32)
+    ct = _rows.RowLosses(jnp.ones(2), None, None, None)
+    dx = _rows.row_gradient(x, state_of(x, kept), None, None, None, ct, dtype=dtype)
+    assert dx.dtype == (dtype or jnp.float32)
+
+
+def split(x, shards):
+    return x.reshape(x.shape[0], shards, -1).swapaxes(0, 1)
+
+
+def test_shards_without_a_label_keep_one_maximum_out():
+    """Rows as confident as float32 has them; with two maxima on different shards; of -inf."""
+    rng = np.random.default_rng(4)
+    x = rng.normal(size=(5, 12))
+    x[1] -= 30
+    x[1, 7] = 0.0
+    x[2, [1, 10]] = 4.0
+    x[3] = -INF
+    x[4, :9] = -INF
+    x = jnp.asarray(x, jnp.float32)
+
+    def above(x):
+        part = _rows.row_part(x, None, None, None, None, ())
+        part = _rows.merge_shards(part, ("v",), False, x.shape[-1])
+        losses, state = _rows.finish(part, ("above", "logsumexp"))
+        return losses.above, losses.logsumexp, state.kept
+
+    r, lse, kept = jax.vmap(above, axis_name="v")(split(x, 4))
+    wide = np.asarray(x, np.longdouble)
+    high = wide.max(axis=-1, keepdims=True)
+    with np.errstate(invalid="ignore"):
+        others = np.exp(wide - high)
+    others[np.arange(5), wide.argmax(axis=-1)] = 0
+    truth = np.log1p(others.sum(axis=-1))
+    rows = [0, 1, 2, 4]
+    assert truth[1] < 1e-11
+    for shard in range(4):
+        np.testing.assert_allclose(r[shard][np.array(rows)], truth[rows], rtol=16 * EPS)
+        assert lse[shard][3] == -INF
+    # On the shard that holds the one maximum its place, on all others none.
+    np.testing.assert_array_equal(np.sum(kept < 3, axis=0)[np.array([0, 1, 2])], [1, 1, 0])
+
+
+@pytest.mark.parametrize("label", [0, 5, 11])
+def test_shards_with_a_label_keep_it_out(label):
+    x = jnp.asarray(np.random.default_rng(6).normal(size=(3, 12)) * 9, jnp.float32)
+
+    def losses(x, start):
+        own = jnp.where((label >= start) & (label < start + 3), label - start, 3)
+        part = _rows.row_part(x, jnp.full(3, own), None, None, None, ("nll",))
+        return _rows.finish(_rows.merge_shards(part, ("v",), True, 3), ("nll",))[0].nll
+
+    got = jax.vmap(losses, axis_name="v")(split(x, 4), jnp.arange(0, 12, 3, dtype=jnp.int32))
+    np.testing.assert_allclose(got, np.tile(minus_log_p(x)[:, label], (4, 1)), rtol=64 * EPS)
+
+
+@pytest.mark.nan_is_meant
+def test_a_part_without_axes_is_whole():
+    part = _rows.row_part(X, None, None, None, None, ())
+    assert _rows.merge_shards(part, (), False, 4) is part
