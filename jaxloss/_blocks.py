@@ -249,12 +249,11 @@ def _gradients(
         dx = dx.astype(hidden.dtype)
         kernel = _cut(operands.kernel, start, size, geometry.vocab_axis)
         d_hidden = _linear.d_hidden(dx, kernel, geometry) if active.hidden else None
-        d_kernel = None
-        if active.kernel:
-            # Without it XLA:TPU may hold all of d_kernel transposed in the loop, and copy it after.
-            d_kernel = with_layout_constraint(
-                _linear.d_kernel(dx, hidden, geometry).astype(kernel.dtype), _ROWS
-            )
+        d_kernel = _linear.d_kernel(dx, hidden, geometry) if active.kernel else None
+        if d_kernel is not None and jax.default_backend() == "tpu":
+            # XLA:TPU may hold all of d_kernel transposed in the loop otherwise, and copy it after.
+            # There alone: a program with a layout in it is exported only where that is allowed.
+            d_kernel = with_layout_constraint(d_kernel.astype(kernel.dtype), _ROWS)
         d_probabilities = d_weight = d_share = d_extra = None
         if ct.soft is not None and active.extra:
             slope = _rows.top_gradient(b.logits, here, b.mask, options.scaling, b.top)

@@ -4,6 +4,7 @@ from functools import partial
 from types import SimpleNamespace
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -311,3 +312,15 @@ def test_operands_labels_and_backends_that_it_does_not_take():
     got = "the backend cpu, operands of float32, labels that are no class indices"
     with pytest.raises(ValueError, match=f"got {got}. Leave implementation out"):
         program(*operands, uniform, implementation="mosaic_tpu")
+
+
+@pytest.mark.parametrize("implementation", ["mosaic_tpu", "vocab_blocks"])
+def test_export_from_a_tpu(monkeypatch, implementation):
+    """A layout is the one thing in it that JAX wants to be allowed."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    hidden, kernel, labels, _ = problem(24, 16, 1100)
+    loss = partial(jaxloss.linear_cross_entropy, implementation=implementation)
+    step = jax.jit(jax.value_and_grad(loss, (0, 1)))
+    allowed = [jax.export.DisabledSafetyCheck.custom_call("LayoutConstraint")]
+    make = jax.export.export(step, platforms=("tpu",), disabled_checks=allowed)
+    assert make(hidden, kernel, labels).serialize()
