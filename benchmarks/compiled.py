@@ -80,8 +80,7 @@ def _method(name: str, shape: tuple[int, int, int], chunk: int | None) -> tuple[
         loss = partial(jaxloss.linear_cross_entropy, chunk_size=chunk)
         steps = _chunk_loops(tokens, chunk or _linear.default_chunk(tokens, columns))
     elif name in ("blocks", "kernel"):
-        schedule = {"blocks": "vocab_blocks", "kernel": "mosaic_tpu"}[name]
-        options = {"implementation": schedule, "chunk_size": chunk}
+        options = {"implementation": NAMES[name].removeprefix("jaxloss "), "chunk_size": chunk}
         loss = partial(jaxloss.linear_cross_entropy, **options)
     elif name == "optax":
         import optax
@@ -166,8 +165,7 @@ def run(tick: Callable[[str], None]) -> dict[str, Any]:
 
 
 def _cell(program: dict[str, Any], key: str, unit: float, form: str) -> str:
-    value = program.get(key)
-    return "refused" if "refused" in program else "-" if value is None else f"{value / unit:{form}}"
+    return "refused" if "refused" in program else f"{program[key] / unit:{form}}"
 
 
 def _of_products(program: dict[str, Any], products: dict[str, Any]) -> str:

@@ -116,7 +116,7 @@ def focal_loss(
         call, "logits", logits, labels, axis, weight, ignore_index, sample_weight, where, reduction
     )
     labels = checked.arrays[0]
-    if isinstance(labels, TopKLabels) or _targets.is_probabilities(labels):
+    if not _targets.is_indices(labels):
         got = "TopKLabels" if isinstance(labels, TopKLabels) else _check.describe(labels)
         _check.fail(call, "labels must be class indices (an integer dtype)", got, kind=TypeError)
     return _focal_loss(logits, *checked.arrays, gamma=gamma, **checked.static)

@@ -22,9 +22,7 @@ INTEGERS = ("prediction", "rank")  # of TokenStats: -1 where a token does not co
 FEW = 16  # tokens a chunk, too few for products that read the whole kernel
 
 
-def _default(tokens: int, columns: int, fused: bool) -> Implementation:
-    if fused:
-        return "mosaic_tpu"
+def _default(tokens: int, columns: int) -> Implementation:
     few = _linear.default_chunk(tokens, columns) < min(FEW, tokens)
     return "vocab_blocks" if few else "token_chunks"
 
@@ -36,10 +34,8 @@ def _beyond_the_kernel(
     backend, chip = jax.default_backend(), jax.devices()[0].device_kind
     cases = (
         (f"the backend {backend}", backend != "tpu"),
-        (
-            f"a {chip}",
-            chip.startswith(("TPU v2", "TPU v3", "TPU v4")),
-        ),  # its tiles do not fit there
+        # Its tiles do not fit there.
+        (f"a {chip}", chip.startswith(("TPU v2", "TPU v3", "TPU v4"))),
         (f"operands of {dtype}", dtype != jnp.bfloat16),
         ("labels that are no class indices", not _targets.is_indices(labels)),
         ("where over classes", class_mask is not None),
@@ -260,19 +256,24 @@ def losses_of_product(
     )
     with_stats = _check.flag(call, "return_stats", return_stats)
     labels, _, sample_weight, class_mask, token_mask = checked.arrays
-    beyond = _beyond_the_kernel(hidden.dtype, labels, class_mask, smoothing, scaling, with_stats)
     ignored = checked.static["ignore_index"]
     # Chunks leave out the tokens that do not count, the kernel computes all.
     all_count = ignored is None and sample_weight is None and token_mask is None
-    preferred = chunk_size is None and all_count and not beyond
+    by_rule = implementation is None and chunk_size is None and all_count
+    wanted, beyond = by_rule or implementation == "mosaic_tpu", []
+    if wanted:
+        of_call = hidden.dtype, labels, class_mask, smoothing, scaling, with_stats
+        beyond = _beyond_the_kernel(*of_call)
 
     def schedule(hidden, kernel, bias, *arrays, **mesh):
         tokens = _linear.size_to_plan_for(math.prod(hidden.shape[:-1]))
         here = local if not layout else layout.columns
+        fused = wanted and not beyond and _kernel_fits(hidden, here)
         name = implementation
-        if name is None:
-            fused = preferred and _kernel_fits(hidden, here)
-            name = "token_chunks" if bucket else _default(tokens, here, fused)
+        if name is None and fused:
+            name = "mosaic_tpu"
+        elif name is None:
+            name = "token_chunks" if bucket else _default(tokens, here)
         _check.word(call, "implementation", name, IMPLEMENTATIONS)
         if bucket and name == "vocab_blocks":
             rule = "labels with rest='bucket' need implementation='token_chunks'"
@@ -286,7 +287,6 @@ def losses_of_product(
             call, "chunk_size", chunk_size, 1, None, default=default(tokens, here)
         )
         chunk = min(chunk, max(1, tokens if by_tokens else here))
-        fused = name == "mosaic_tpu" and _kernel_fits(hidden, here)
         return (_by_token_chunks if by_tokens else partial(_by_vocab_blocks, fused=fused))(
             hidden,
             kernel,

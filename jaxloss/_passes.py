@@ -124,7 +124,7 @@ def sum_exponentials(x: Array, m: Array, kept: Array) -> Array:
     return lax.platform_dependent(x, m, kept, cpu=_sum_of_others_in_blocks, default=_sum_of_others)
 
 
-def sum_of_others(
+def row_sum(
     logits: Array,
     m: Array,
     kept: Array,
@@ -133,13 +133,13 @@ def sum_of_others(
     written: bool,
 ) -> Array:
     """sum_{j != k} exp(x_j - m). ``written``: the backward pass finds the summand held."""
-    as_read = class_mask is None and scaling is None
-    x = logits if as_read and not written else widen(logits, class_mask, scaling)
     if written:
         # Written out once, to where the gradient will stand, and scaled there by the backward
         # pass: one exponential an entry instead of two.
+        x = widen(logits, class_mask, scaling)
         return jnp.sum(other_exponentials(x, m, kept), axis=-1)
-    return sum_exponentials(x, m, kept)
+    as_read = class_mask is None and scaling is None
+    return sum_exponentials(logits if as_read else widen(logits, class_mask, scaling), m, kept)
 
 
 @jax.custom_jvp
@@ -185,7 +185,7 @@ def max_and_sum(
 
     def in_two(logits, kept, class_mask):
         m = row_max(logits, class_mask, scaling)
-        return m, sum_of_others(logits, finite(m), kept, class_mask, scaling, written)
+        return m, row_sum(logits, finite(m), kept, class_mask, scaling, written)
 
     def in_one(logits, kept, class_mask):
         return max_and_sum_in_one(widen(logits, class_mask, scaling), kept)

@@ -41,7 +41,7 @@ from jaxloss._passes import (
     other_exponentials,
     put_at,
     row_max,
-    sum_of_others,
+    row_sum,
     widen,
 )
 
@@ -113,7 +113,7 @@ def row_part(
         highest = row_max(logits, class_mask, scaling)
         m = finite(highest)
         kept = near_max(logits, m, class_mask, scaling)
-        s = sum_of_others(logits, m, kept, class_mask, scaling, written)
+        s = row_sum(logits, m, kept, class_mask, scaling, written)
     else:
         highest, s = max_and_sum(logits, kept, class_mask, scaling, written)
         m = finite(highest)

@@ -76,7 +76,7 @@ def _tile(label, hidden, kernel, *rest, vocab_axis: int, columns: int):
     others = jnp.sum(jnp.where(at_label, 0, exp(x - high)), axis=1, keepdims=True)
     s[...] = s[...] * exp(before - high) + others
     own = jnp.sum(jnp.where(at_label, x, 0), axis=1, keepdims=True)
-    here = jnp.sum(at_label.astype(jnp.int32), axis=1, keepdims=True) > 0
+    here = (label[...] >= j * v) & (label[...] < (j + 1) * v)
     x_kept[...] = jnp.where(here, own, x_kept[...])
 
 
