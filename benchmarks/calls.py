@@ -28,7 +28,9 @@ def _load_cut() -> Peer:
 
 LOADERS = {
     **LOADERS,
+    "jaxloss": jaxloss_schedule(None),
     "kernel": jaxloss_schedule("mosaic_tpu"),
+    "mosaic_gpu": jaxloss_schedule("mosaic_gpu"),
     "Liger": _load_liger,
     "cut-cross-entropy": _load_cut,
 }
@@ -88,6 +90,20 @@ def risen(function: Callable, args: Sequence[Any]) -> tuple[Any, float | None]:
     if not before or not after or after["peak_bytes_in_use"] <= before["peak_bytes_in_use"]:
         return out, None
     return out, (after["peak_bytes_in_use"] - before["bytes_in_use"]) / measure.MIB
+
+
+def burst_ms(function: Callable, args: Sequence[Any], count: int = 10) -> float:
+    """Of one call, of ``count`` in a row after a pause and three to warm up: a GPU that has been
+    busy for longer lowers its clock."""
+
+    def run(repeat):
+        start = time.perf_counter()
+        jax.block_until_ready(_in_a_row(function, repeat)(*args))
+        return time.perf_counter() - start
+
+    time.sleep(1)
+    run(3)
+    return run(count) / count * 1e3
 
 
 def _in_a_row(function: Callable, repeat: int) -> Callable:

@@ -2,8 +2,8 @@
 
 Copy bandwidth and matrix rate first; then the loss of ``hidden @ kernel`` in bfloat16, forward and
 with both gradients, in time and memory; ``cross_entropy`` of bfloat16 logits as a share of the copy
-bandwidth; chunk sizes. Methods must agree before they are timed. One that cannot be imported, or
-refuses, is listed with its reason. ``--small`` runs the same code on tiny shapes, on any device.
+bandwidth; chunk sizes. One that does not agree with the first, cannot be imported, or refuses, is
+listed with its reason. ``--small`` runs the same code on tiny shapes, on any device.
 """
 
 import argparse
@@ -22,8 +22,10 @@ from benchmarks.environment import describe, environment, installed
 
 PACKAGES = ("jax-cuda13-plugin", "jax-cuda12-plugin", "tokamax", "torch", "liger-kernel")
 PACKAGES = (*PACKAGES, "cut-cross-entropy")
-LINEAR = ("jaxloss", "blocks", "optax", "tokamax chunked_xla", "torch chunks", "Liger")
-LINEAR = (*LINEAR, "cut-cross-entropy")
+LINEAR = (on_device.PRODUCTS, "jaxloss", "blocks", "mosaic_gpu", "optax", "tokamax chunked_xla")
+LINEAR = (*LINEAR, "torch chunks", "Liger", "cut-cross-entropy")
+SHOWN = {on_device.PRODUCTS: "bare products", "blocks": "jaxloss vocab_blocks"}
+SHOWN = {**SHOWN, "mosaic_gpu": "jaxloss mosaic_gpu"}
 LOGITS = ("jaxloss", "optax", "torch")
 # For the first linear shape, on an H200; of extra memory, beside a float32 d_kernel.
 MAX_BOTH_MS, MAX_FORWARD_MS, MAX_EXTRA_BYTES, MIN_OF_COPY = 20.0, 6.5, 1.2e9, 0.85
@@ -50,14 +52,12 @@ SMALL = Cases(((64, 32, 512),), (16,), 32, (128,), 128)
 
 def ceilings(side: int, seconds: float) -> dict[str, float]:
     x = jax.random.normal(jax.random.key(0), (side, side), jnp.bfloat16)
-    programs = {
-        "copy": measure.Program(lambda x: -x, x),  # reads and writes each entry once
-        "matrix": measure.Program(lambda x: x @ x, x),
-    }
-    ms = calls.median_ms(programs, (x,), seconds)
+    copy, product = measure.Program(jnp.copy, x), measure.Program(lambda x: x @ x, x)
+    rate = 2 * side**3 / 1e9
     return {
-        "copy_gb_s": 2 * x.nbytes / ms["copy"] / 1e6,
-        "matrix_tflops": 2 * side**3 / ms["matrix"] / 1e9,
+        "copy_gb_s": 2 * x.nbytes / calls.median_ms({"": copy}, (x,), seconds)[""] / 1e6,
+        "matrix_tflops": rate / calls.median_ms({"": product}, (x,), seconds)[""],
+        "burst_matrix_tflops": rate / calls.burst_ms(product, (x,)),
     }
 
 
@@ -87,7 +87,10 @@ def logits_row(rows: int, columns: int, copy_gb_s: float, seconds: float) -> dic
             del call
         except Exception as error:
             refused[name] = on_device.refusal(error)
-    measure.check_agree(results, float(jnp.finfo(jnp.bfloat16).eps), f"{rows} x {columns}")
+    wrong = measure.agreeing(results, float(jnp.finfo(jnp.bfloat16).eps), f"{rows} x {columns}")
+    refused |= wrong
+    for name in wrong:
+        del ms[name]
     # One read forward, one read and one write backward.
     least_ms = 3 * logits.nbytes / copy_gb_s / 1e6
     return {
@@ -99,6 +102,16 @@ def logits_row(rows: int, columns: int, copy_gb_s: float, seconds: float) -> dic
     }
 
 
+def bursts(shape: tuple[int, int, int]) -> dict[str, dict[str, float]]:
+    """Milliseconds of ten calls after a pause, as the targets' rate of products was measured."""
+    args = on_device.operands(shape)
+    found = {}
+    for name in (on_device.PRODUCTS, "jaxloss"):
+        programs = on_device.linear_calls(name, args)
+        found[name] = {what: calls.burst_ms(call, args) for what, call in programs.items()}
+    return found
+
+
 def targets(data: dict[str, Any]) -> list[dict[str, Any]]:
     first, tight = data["linear"][0], min(data["logits"], key=lambda r: r["of_copy"]["jaxloss"])
     _, d, v = first["shape"]
@@ -106,9 +119,12 @@ def targets(data: dict[str, Any]) -> list[dict[str, Any]]:
     extra = first["memory"]["jaxloss"]["planned_mib"]
     most = (4 * d * v + MAX_EXTRA_BYTES) / measure.MIB
     worst = tight["of_copy"]["jaxloss"]
+    burst = data["burst"]["jaxloss"]
     rows = [
         (f"{shape}, forward and backward", "ms", first["both_ms"]["jaxloss"], MAX_BOTH_MS, -1),
+        (f"{shape}, the same in a burst", "ms", burst["both"], MAX_BOTH_MS, -1),
         (f"{shape}, forward", "ms", first["forward_ms"]["jaxloss"], MAX_FORWARD_MS, -1),
+        (f"{shape}, the same in a burst", "ms", burst["forward"], MAX_FORWARD_MS, -1),
         (f"{shape}, extra memory", "MiB", extra, most, -1),
         ("cross_entropy, its worst shape", "of copy bandwidth", worst, MIN_OF_COPY, 1),
     ]
@@ -131,6 +147,8 @@ def run(cases: Cases, seconds: float, tick: Callable[[str], None]) -> dict[str, 
     for shape in cases.linear:
         tick("linear_cross_entropy {} x {} x {}".format(*shape))
         data["linear"].append(on_device.linear_row(shape, LINEAR, seconds))
+    tick("bursts")
+    data["burst"] = bursts(cases.linear[0])
     tick("chunk_size")
     data["chunk_size"] = on_device.chunk_sizes(cases.linear[0], cases.chunks, seconds)
     data["logits"] = []
@@ -150,23 +168,23 @@ def tables(data: dict[str, Any]) -> list[report.Table]:
     out = [
         report.Table(
             "Ceilings",
-            ["copy bandwidth, GB/s", "bfloat16 products, Tflop/s"],
-            [[f"{top['copy_gb_s']:.0f}", f"{top['matrix_tflops']:.0f}"]],
+            ["copy, GB/s", "bfloat16 products, Tflop/s", "the same in a burst"],
+            [[f"{top[k]:.0f}" for k in ("copy_gb_s", "matrix_tflops", "burst_matrix_tflops")]],
         )
     ]
     rows = data["linear"]
     names = [name for name in LINEAR if any(name in row["both_ms"] for row in rows)]
-    columns = [name.replace(" ", "\n") for name in names]
+    columns = [SHOWN.get(name, name).replace(" ", "\n") for name in names]
     shapes = ["{} x {} x {}".format(*row["shape"]) for row in rows]
-    for title, key, products in (
-        ("Forward, ms", "forward_ms", 1),
-        ("Forward and both gradients, ms", "both_ms", 3),
+    for title, key in (
+        ("Forward, ms", "forward_ms"),
+        ("Forward and both gradients, ms", "both_ms"),
     ):
-        bare = [f"{products * r['product_tflop'] / top['matrix_tflops'] * 1e3:.2f}" for r in rows]
         times = [[_cell(row[key], name, ".2f") for name in names] for row in rows]
-        lines = [[s, b, *t] for s, b, t in zip(shapes, bare, times, strict=True)]
-        head = ["tokens x features\nx classes", "products at\nmatrix rate", *columns]
+        lines = [[s, *t] for s, t in zip(shapes, times, strict=True)]
+        head = ["tokens x features\nx classes", *columns]
         out.append(report.Table(f"bfloat16, hidden @ kernel. {title}", head, lines))
+    names, columns = names[1:], columns[1:]
     lines = []
     for shape, row in zip(shapes, rows, strict=True):
         for what, key in (("planned", "planned_mib"), ("on the device", "device_mib")):
@@ -176,6 +194,12 @@ def tables(data: dict[str, Any]) -> list[report.Table]:
     title = "Extra MiB: beside inputs and gradients by XLA's plan and its allocator ('-': an"
     title += " earlier peak hides it), beside inputs by torch's allocator"
     out.append(report.Table(title, head, lines))
+    lines = [
+        [what, *(f"{data['burst'][name][what]:.2f}" for name in data["burst"])]
+        for what in ("forward", "both")
+    ]
+    title = f"Ten calls after a pause, ms, {shapes[0]}"
+    out.append(report.Table(title, ["", *(SHOWN.get(n, n) for n in data["burst"])], lines))
     lines = [
         [str(row["chunk_size"]), f"{row['both_ms']:.2f}", f"{row['planned_mib']:.0f}"]
         for row in data["chunk_size"]

@@ -90,6 +90,19 @@ def check_agree(results: dict[str, Any], eps: float, what: str) -> None:
                 )
 
 
+def agreeing(results: dict[str, Any], eps: float, what: str) -> dict[str, str]:
+    """Why some of the results are left out: they are not the first one's. Takes them out."""
+    (base, expected), *others = results.items()
+    why = {}
+    for name, result in others:
+        try:
+            check_agree({base: expected, name: result}, eps, what)
+        except AssertionError as error:
+            why[name] = str(error)
+            del results[name]
+    return why
+
+
 def interleaved(
     functions: dict[str, Callable],
     args: Sequence[Any],

@@ -11,6 +11,8 @@ import jaxloss
 from benchmarks import calls, measure
 from benchmarks.report import refusal
 
+PRODUCTS = "products"  # by name, beside the methods: bare ones, one or three, nothing computed
+
 
 def operands(shape: tuple[int, int, int], seed: int = 0) -> tuple[jax.Array, ...]:
     n, d, v = shape
@@ -30,7 +32,17 @@ def loss_of(name: str) -> Callable:
     return peer.linear or partial(_materialised, peer)
 
 
-def _linear_calls(name: str, args: tuple) -> dict[str, Callable]:
+def _three_products(hidden: jax.Array, kernel: jax.Array, labels: jax.Array):
+    x = hidden @ kernel
+    return x @ kernel.T, hidden.T @ x
+
+
+def linear_calls(name: str, args: tuple) -> dict[str, Callable]:
+    if name == PRODUCTS:
+        return {
+            "forward": measure.Program(lambda h, k, _: h @ k, *args),
+            "both": measure.Program(_three_products, *args),
+        }
     peer, loss = calls.LOADERS[name](), loss_of(name)
     if peer.torch:
         hidden, kernel, labels = args
@@ -62,13 +74,15 @@ def linear_row(shape: tuple[int, int, int], names: Sequence[str], seconds: float
     found, refused = {}, {}
     for name in names:
         try:
-            found[name] = _linear_calls(name, args)
+            found[name] = linear_calls(name, args)
         except Exception as error:
             refused[name] = refusal(error)
     results, memory = {}, {}
     # From the least memory to the most: a peak shows where it is higher than all before.
     for name in sorted(found, key=lambda name: _plan(found[name]["both"])):
         both = found[name]["both"]
+        if name == PRODUCTS:
+            continue
         try:
             out, device_mib = calls.risen(both, args)
             if isinstance(both, calls.Torch):
@@ -79,11 +93,11 @@ def linear_row(shape: tuple[int, int, int], names: Sequence[str], seconds: float
             results[name] = _same_layout(out, args[1])
         except Exception as error:
             refused[name] = refusal(error)
-    order = [name for name in names if name in results]
-    measure.check_agree(
-        {name: results[name] for name in order}, float(jnp.finfo(jnp.bfloat16).eps), str(shape)
-    )
+    results = {name: results[name] for name in names if name in results}
+    refused |= measure.agreeing(results, float(jnp.finfo(jnp.bfloat16).eps), str(shape))
+    order = list(results)
     results.clear()
+    order += [PRODUCTS] if PRODUCTS in found else []
     ms = {
         what: calls.median_ms({m: found[m][what] for m in order}, args, seconds)
         for what in ("forward", "both")

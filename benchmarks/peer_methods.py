@@ -149,9 +149,9 @@ def _load_levanter() -> Peer:
     raise NotImplementedError("it is there, but nothing here calls it yet: it never installed")
 
 
-def jaxloss_schedule(name: str) -> Callable[[], Peer]:
+def jaxloss_schedule(name: str | None) -> Callable[[], Peer]:
     linear = partial(_jaxloss_linear, implementation=name)
-    logits = _jaxloss if name == "token_chunks" else None
+    logits = _jaxloss if name in (None, "token_chunks") else None
     return lambda: Peer(logits, linear)
 
 

@@ -52,7 +52,7 @@ class Options(NamedTuple):
     want: tuple[str, ...]
     predict: bool
     dtype: Any  # of the accumulators
-    fused: bool  # the log-sum-exp by the kernel for TPUs
+    fused: bool  # the log-sum-exp by the kernel for this backend
 
 
 def default_block(num_tokens: int, num_classes: int) -> int:
@@ -150,17 +150,29 @@ def _swept(options: Options, operands: Operands, constants: Constants):
     return part._replace(kept=constants.kept) if labelled else part, best, of_label
 
 
+def _row_part(geometry: _linear.Geometry, hidden, kernel, bias, kept, *count) -> _rows.RowPart:
+    # Pallas: a third of the whole import.
+    if jax.default_backend() == "tpu":
+        from jaxloss._kernels.linear_tpu import row_part
+    else:
+        from jaxloss._kernels.linear_gpu import row_part
+    axis, columns = geometry.vocab_axis, geometry.num_classes
+    return _rows.RowPart(*row_part(hidden, kernel, bias, kept, axis, columns, *count), kept)
+
+
+def losses_by_kernel(
+    geometry: _linear.Geometry, operands: Any, kept: Array, count: Array, want: tuple[str, ...]
+) -> _rows.RowLosses:
+    """[N] each, of labels, without a derivative; those past ``count`` are anything."""
+    kernel = _linear.gathered(operands.kernel, geometry)
+    part = _row_part(geometry, operands.hidden, kernel, operands.bias, kept, count)
+    part = _rows.merge_shards(part, geometry.vocab_axes, True, geometry.num_classes)
+    return _rows.finish(part, want)[0]
+
+
 def _fused(options: Options, operands: Operands, constants: Constants) -> _rows.RowPart:
     """The RowPart alone, of labels, by the kernel."""
-    from jaxloss._kernels import linear_tpu  # Pallas: a third of the whole import
-
-    geometry = options.geometry
-
-    @jax.custom_jvp
-    def part(hidden, kernel, bias, kept):
-        axis, columns = geometry.vocab_axis, geometry.num_classes
-        m, s, x_kept = linear_tpu.row_part(hidden, kernel, bias, kept, axis, columns)
-        return _rows.RowPart(m, s, x_kept, kept)
+    part = jax.custom_jvp(partial(_row_part, options.geometry))
 
     @part.defjvp
     def _(primals, tangents):

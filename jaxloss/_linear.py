@@ -155,7 +155,7 @@ def product_gradients(dx: Array, real: Array, hidden: Array, kernel: Array, acti
     )
 
 
-def _take(x: Any, at: Array) -> Any:
+def taken(x: Any, at: Array) -> Any:
     if x is None:
         return None
     if x.shape[0] == 0:
@@ -163,7 +163,7 @@ def _take(x: Any, at: Array) -> Any:
     return jnp.take(x, at, axis=0, mode="fill", fill_value=0)
 
 
-def _put(at: Array, x: Array, rows: Array) -> Array:
+def put_back(at: Array, x: Array, rows: Array) -> Array:
     if x.shape[0] == 0:
         return x
     return x.at[at].set(rows.astype(x.dtype), mode="drop")
@@ -251,7 +251,7 @@ def _teacher_logits(operands: Operands, at: Array, geometry: Geometry) -> tuple:
     if not operands.teacher:
         return ()
     hidden, kernel, bias = operands.teacher
-    return (product(_take(hidden, at), kernel, bias, of_teacher(geometry)),)
+    return (product(taken(hidden, at), kernel, bias, of_teacher(geometry)),)
 
 
 def _losses(loss_fn: LossFn, geometry: Geometry, dynamic: bool, operands: Operands, packing):
@@ -260,12 +260,12 @@ def _losses(loss_fn: LossFn, geometry: Geometry, dynamic: bool, operands: Operan
     kernel = gathered(kernel, geometry)
 
     def part(at):
-        x = product(_take(hidden, at), kernel, bias, geometry)
+        x = product(taken(hidden, at), kernel, bias, geometry)
         y = _teacher_logits(operands, at, geometry)
-        return loss_fn(x, (*y, *(_take(a, at) for a in per_token)), shared)
+        return loss_fn(x, (*y, *(taken(a, at) for a in per_token)), shared)
 
     def update(state, at, values):
-        return jax.tree.map(partial(_put, at), state, values)
+        return jax.tree.map(partial(put_back, at), state, values)
 
     products = [(kernel, geometry.vocab_axis)]
     if operands.teacher:
@@ -304,11 +304,11 @@ def _gradients(
     )
 
     def part(at):
-        h = _take(hidden, at)
+        h = taken(hidden, at)
         x = product(h, kernel, bias, geometry)
         # A teacher's logits go the way of what the tokens own, and then on to its operands.
         y = _teacher_logits(operands, at, geometry)
-        tokens = (*y, *(_take(a, at) for a in per_token))
+        tokens = (*y, *(taken(a, at) for a in per_token))
         active_tokens = (*(any(active.teacher) for _ in y), *active.per_token)
 
         def merged(some, flags, every):
@@ -329,14 +329,14 @@ def _gradients(
         ct = tuple(
             jnp.zeros_like(loss)
             if c is None
-            else _mesh.spread(_take(c, at).astype(loss.dtype), _mesh.varies_over(loss))
+            else _mesh.spread(taken(c, at).astype(loss.dtype), _mesh.varies_over(loss))
             for c, loss in zip(cts, losses, strict=True)
         )
         dx, d_tokens, d_shared = pullback(ct)
         dy, d_tokens = d_tokens[: len(y)], d_tokens[len(y) :]
         d_teacher = (None,) * len(teacher)
         if any(active.teacher):
-            h_teacher, k_teacher = _take(teacher[0], at), teacher[1]
+            h_teacher, k_teacher = taken(teacher[0], at), teacher[1]
             d_teacher = product_gradients(
                 dy[0], at < size, h_teacher, k_teacher, active.teacher, of_teacher(geometry)
             )
@@ -345,13 +345,13 @@ def _gradients(
 
     def update(state, at, values):
         def put(total, x):
-            return None if total is None else _put(at, total, x)
+            return None if total is None else put_back(at, total, x)
 
         def add(total, x):
             return None if total is None else total + x.astype(total.dtype)
 
         (losses, others, total), (*rows, new) = state, values
-        losses, others = jax.tree.map(partial(_put, at), (losses, others), tuple(rows))
+        losses, others = jax.tree.map(partial(put_back, at), (losses, others), tuple(rows))
         total = Operands(
             put(total.hidden, new.hidden),
             add(total.kernel, new.kernel),
@@ -415,11 +415,15 @@ def _nesting(like: Operands):
 
 
 def losses_by_token(
-    loss_fn: LossFn, geometry: Geometry, operands: Operands, packing: Packing
+    loss_fn: LossFn, geometry: Geometry, operands: Operands, packing: Packing, value: Any = None
 ) -> tuple[tuple, tuple]:
-    """``(losses, others)``, tuples of [N]. The backward pass computes the logits again."""
+    """``(losses, others)``, tuples of [N]. The backward pass computes the logits again.
+
+    ``value(operands, packing)`` computes them where nothing is differentiated; None: chunk by chunk
+    too.
+    """
     count, nested = len(_flat(operands)), _nesting(operands)
-    compute = _differentiable(partial(_losses, loss_fn, geometry))
+    compute = value or _differentiable(partial(_losses, loss_fn, geometry))
 
     def function(*args):
         return compute(nested(args[:count]), Packing(*args[count:]))
@@ -457,14 +461,19 @@ def losses_by_token(
 
 
 def weighted_sum(
-    loss_fn: LossFn, geometry: Geometry, weight: Array, operands: Operands, packing: Packing
+    loss_fn: LossFn,
+    geometry: Geometry,
+    weight: Array,
+    operands: Operands,
+    packing: Packing,
+    value: Any = None,
 ) -> tuple[Array, tuple]:
     """``(sum(weight * loss), others)``: its gradients are taken along in the forward pass.
 
-    ``loss_fn`` has one loss; ``weight[N]`` is 0 where a token does not count.
+    ``loss_fn`` has one loss; ``weight[N]`` is 0 where a token does not count; ``value`` as above.
     """
     count, nested = len(_flat(operands)), _nesting(operands)
-    compute = _differentiable(partial(_losses, loss_fn, geometry))
+    compute = value or _differentiable(partial(_losses, loss_fn, geometry))
 
     wide = weight.dtype
     homes = [_mesh.varies_over(x) for x in (weight, *_flat(operands))]
@@ -519,14 +528,16 @@ def reduced(
     counts: Array,
     weights: tuple[Array, Array],
     scalar: bool,
+    value: Any = None,
 ) -> tuple[Array, tuple]:
     """``(loss, the losses past the first and the others)``, of ``counts[...]``' shape or a scalar.
 
-    ``weights`` are from ``_targets.token_weights``.
+    ``weights`` are from ``_targets.token_weights``; ``value`` as above.
     """
     (each, nothing), packing = weights, pack(counts.reshape(-1), geometry)
     if scalar:
-        total, others = weighted_sum(loss_fn, geometry, each.reshape(-1), operands, packing)
+        given = geometry, each.reshape(-1), operands, packing
+        total, others = weighted_sum(loss_fn, *given, value)
         return jnp.where(nothing, jnp.nan, total), others
-    (losses, *rest), others = losses_by_token(loss_fn, geometry, operands, packing)
+    (losses, *rest), others = losses_by_token(loss_fn, geometry, operands, packing, value)
     return jnp.where(counts, each * losses.reshape(counts.shape), 0), (*rest, *others)

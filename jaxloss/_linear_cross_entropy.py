@@ -16,8 +16,9 @@ from jaxloss._cross_entropy import AxisName, Reduction
 from jaxloss._labels import TopKLabels
 from jaxloss._terms import TokenStats, rows_of_logits, token_terms
 
-Implementation = Literal["token_chunks", "vocab_blocks", "mosaic_tpu"]
+Implementation = Literal["token_chunks", "vocab_blocks", "mosaic_tpu", "mosaic_gpu"]
 IMPLEMENTATIONS = get_args(Implementation)
+KERNELS = ("mosaic_tpu", "mosaic_gpu")
 INTEGERS = ("prediction", "rank")  # of TokenStats: -1 where a token does not count
 FEW = 16  # tokens a chunk, too few for products that read the whole kernel
 
@@ -27,15 +28,26 @@ def _default(tokens: int, columns: int) -> Implementation:
     return "vocab_blocks" if few else "token_chunks"
 
 
+def _kernel_here() -> Implementation | None:
+    """The name of the kernel for this backend."""
+    if jax.default_backend() == "tpu":
+        return "mosaic_tpu"
+    return "mosaic_gpu" if _passes.is_hopper() else None
+
+
 def _beyond_the_kernel(
-    dtype, labels, class_mask, label_smoothing, scaling, with_stats
+    name, dtype, labels, class_mask, label_smoothing, scaling, with_stats
 ) -> list[str]:
-    """What of a call "mosaic_tpu" has no form of."""
+    """What of a call the kernel ``name`` has no form of."""
     backend, chip = jax.default_backend(), jax.devices()[0].device_kind
+    if name == "mosaic_tpu":  # its tiles do not fit into the oldest
+        old = chip.startswith(("TPU v2", "TPU v3", "TPU v4"))
+    else:
+        old = not _passes.is_hopper()
+    other = backend != name.removeprefix("mosaic_")
     cases = (
-        (f"the backend {backend}", backend != "tpu"),
-        # Its tiles do not fit there.
-        (f"a {chip}", chip.startswith(("TPU v2", "TPU v3", "TPU v4"))),
+        (f"the backend {backend}", other),
+        (f"a {chip}", old and not other),
         (f"operands of {dtype}", dtype != jnp.bfloat16),
         ("labels that are no class indices", not _targets.is_indices(labels)),
         ("where over classes", class_mask is not None),
@@ -46,12 +58,15 @@ def _beyond_the_kernel(
     return [what for what, here in cases if here]
 
 
-def _kernel_fits(hidden: Array, columns: int) -> bool:
-    from jaxloss._kernels import linear_tpu  # Pallas: a third of the whole import
+def _kernel_fits(name: str, hidden: Array, vocab: int, columns: int) -> bool:
+    from jaxloss._kernels import linear_gpu, linear_tpu  # Pallas: a third of the whole import
 
     tokens, features = math.prod(hidden.shape[:-1]), hidden.shape[-1]
-    known = isinstance(tokens, int)  # a batch that jax.export leaves open has no tiles
-    return known and min(tokens, columns) > 0 and linear_tpu.tiles(tokens, features) is not None
+    if not isinstance(tokens, int) or min(tokens, columns) == 0:
+        return False  # a batch that jax.export leaves open has no tiles
+    if name == "mosaic_gpu":
+        return linear_gpu.takes(tokens, features, vocab)
+    return linear_tpu.tiles(tokens, features) is not None
 
 
 def rows_of_mask(mask: Array | None, lead: tuple[int, ...]) -> tuple[Array | None, Array | None]:
@@ -257,29 +272,35 @@ def losses_of_product(
     with_stats = _check.flag(call, "return_stats", return_stats)
     labels, _, sample_weight, class_mask, token_mask = checked.arrays
     ignored = checked.static["ignore_index"]
-    # Chunks leave out the tokens that do not count, the kernel computes all.
+    # Chunks leave out the tokens that do not count, the TPU's kernel computes all.
     all_count = ignored is None and sample_weight is None and token_mask is None
-    by_rule = implementation is None and chunk_size is None and all_count
-    wanted, beyond = by_rule or implementation == "mosaic_tpu", []
+    chip = _kernel_here()
+    by_rule = implementation is None and chunk_size is None
+    by_rule &= chip == "mosaic_gpu" or (chip == "mosaic_tpu" and all_count)
+    wanted = chip if by_rule else implementation if implementation in KERNELS else None
+    beyond = []
     if wanted:
         of_call = hidden.dtype, labels, class_mask, smoothing, scaling, with_stats
-        beyond = _beyond_the_kernel(*of_call)
+        beyond = _beyond_the_kernel(wanted, *of_call)
 
     def schedule(hidden, kernel, bias, *arrays, **mesh):
         tokens = _linear.size_to_plan_for(math.prod(hidden.shape[:-1]))
         here = local if not layout else layout.columns
-        fused = wanted and not beyond and _kernel_fits(hidden, here)
+        # By its name it is taken anywhere: JAX says so where a partitioner would have to split it.
+        fused = wanted and not beyond and (implementation or _passes.is_whole())
+        fused = bool(fused and _kernel_fits(wanted, hidden, kernel.shape[vocab_axis], here))
         name = implementation
-        if name is None and fused:
-            name = "mosaic_tpu"
+        if name is None and fused and wanted == "mosaic_tpu":
+            name = wanted
         elif name is None:
             name = "token_chunks" if bucket else _default(tokens, here)
         _check.word(call, "implementation", name, IMPLEMENTATIONS)
         if bucket and name == "vocab_blocks":
             rule = "labels with rest='bucket' need implementation='token_chunks'"
             _check.fail(call, rule, repr(name))
-        if name == "mosaic_tpu" and beyond:
-            rule = "implementation='mosaic_tpu' takes class indices and bfloat16 operands on a TPU"
+        if name in KERNELS and beyond:
+            where = "a TPU" if name == "mosaic_tpu" else "a Hopper GPU"
+            rule = f"implementation={name!r} takes class indices and bfloat16 operands on {where}"
             _check.fail(call, rule, ", ".join(beyond), "Leave implementation out.")
         by_tokens = name == "token_chunks"
         default = _linear.default_chunk if by_tokens else _blocks.default_block
@@ -287,7 +308,7 @@ def losses_of_product(
             call, "chunk_size", chunk_size, 1, None, default=default(tokens, here)
         )
         chunk = min(chunk, max(1, tokens if by_tokens else here))
-        return (_by_token_chunks if by_tokens else partial(_by_vocab_blocks, fused=fused))(
+        return (_by_token_chunks if by_tokens else _by_vocab_blocks)(
             hidden,
             kernel,
             bias,
@@ -296,6 +317,7 @@ def losses_of_product(
             num_classes=checked.static["num_classes"],
             reduction=reduction,
             scaling=scaling,
+            fused=fused,
             options=(
                 ("ignore_index", ignored),
                 ("label_smoothing", smoothing),
@@ -310,10 +332,13 @@ def losses_of_product(
     return _layout.over_mesh(schedule, layout, arrays, reduction, return_stats)
 
 
-@partial(jax.jit, static_argnames=("geometry", "num_classes", "reduction", "scaling", "options"))
+@partial(
+    jax.jit,
+    static_argnames=("geometry", "num_classes", "reduction", "scaling", "fused", "options"),
+)
 def _by_token_chunks(
     hidden, kernel, bias, labels, weight, sample_weight, class_mask, token_mask,
-    *, geometry, num_classes, reduction, scaling, options,
+    *, geometry, num_classes, reduction, scaling, fused, options,
 ):  # fmt: skip
     options = dict(options)
     classes = _targets.classes_here(num_classes, geometry.num_classes, geometry.vocab_axes)
@@ -344,6 +369,21 @@ def _by_token_chunks(
             return (losses,), ()
         return ((losses,), tuple(stats)) if scalar else ((losses, *stats[:3]), stats[3:])
 
+    def value(operands, packing):
+        # Where nothing is differentiated: all chunks' tokens at once, their logits held nowhere.
+        labels, _ = (_linear.taken(x, packing.order) for x in operands.per_token)
+
+        def rows_of(targets, classes, *rest):
+            hidden = _linear.taken(operands.hidden, packing.order)
+            of_rows = operands._replace(hidden=hidden), targets.kept, packing.size
+            return _blocks.losses_by_kernel(geometry, *of_rows, rest[-2]), None, None
+
+        losses, *_ = token_terms(
+            rows_of, classes, labels, operands.shared[0], None, dtype=wide, **options
+        )
+        blank = _mesh.spread(jnp.zeros(tokens, wide), _mesh.varies_over(losses))
+        return (_linear.put_back(packing.order, blank, losses),), ()
+
     tokens, (labels, rest) = math.prod(lead), _flat_labels(labels, lead)
     operands = _linear.Operands(
         hidden.reshape(tokens, hidden.shape[-1]),
@@ -353,7 +393,8 @@ def _by_token_chunks(
         (weight, mask_rows),
     )
     weights = _targets.token_weights(targets, sample_weight, reduction, wide, geometry.token_axes)
-    loss, stats = _linear.reduced(loss_fn, geometry, operands, targets.counts, weights, scalar)
+    given = geometry, operands, targets.counts, weights, scalar
+    loss, stats = _linear.reduced(loss_fn, *given, value if fused else None)
     if not with_stats:
         return loss
     stats = TokenStats(*(v.reshape(lead) for v in stats))
@@ -363,11 +404,11 @@ def _by_token_chunks(
 
 @partial(
     jax.jit,
-    static_argnames=("geometry", "num_classes", "reduction", "scaling", "options", "fused"),
+    static_argnames=("geometry", "num_classes", "reduction", "scaling", "fused", "options"),
 )
 def _by_vocab_blocks(
     hidden, kernel, bias, labels, weight, sample_weight, class_mask, token_mask,
-    *, geometry, num_classes, reduction, scaling, options, fused,
+    *, geometry, num_classes, reduction, scaling, fused, options,
 ):  # fmt: skip
     options = dict(options)
     axes = geometry.vocab_axes

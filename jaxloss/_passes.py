@@ -1,5 +1,7 @@
 """Single passes over rows, each in the form that XLA runs best without an array of their size."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -142,13 +144,9 @@ def row_sum(
     return sum_exponentials(logits if as_read else widen(logits, class_mask, scaling), m, kept)
 
 
-@jax.custom_jvp
-def max_and_sum_in_one(x: Array, kept: Array) -> Any:
-    """(max_j x_j, sum_{j != k} exp(x_j - max)) in one reduction, which reads ``x`` once.
-
-    A class is a part of its row, and parts merge: the larger maximum stays, the other's sum is
-    scaled to it.
-    """
+def _merged(x: Array, kept: Array) -> Any:
+    """A class is a part of its row, and parts merge: the larger maximum stays, the other's sum is
+    scaled to it."""
 
     def merged(a, b):
         (m, s), (n, t) = a, b
@@ -157,6 +155,7 @@ def max_and_sum_in_one(x: Array, kept: Array) -> Any:
         scale = lax.select(lax.eq(m, n), lax.full_like(m, 1), exp(-lax.abs(m - n)))
         return lax.max(m, n), lax.select(lax.ge(m, n), s + t * scale, t + s * scale)
 
+    x = widened(x)
     # 1, but NaN for +inf as exp(x_j - m) is there, with the derivative of exp(x_j - m): JAX loses
     # the rule below where it differentiates twice through jax.checkpoint within shard_map.
     one = 1 + (x - lax.stop_gradient(x))
@@ -166,12 +165,19 @@ def max_and_sum_in_one(x: Array, kept: Array) -> Any:
     return lax.reduce((x, others), nothing, merged, (x.ndim - 1,))
 
 
+@partial(jax.custom_jvp, nondiff_argnums=(2,))
+def max_and_sum_in_one(x: Array, kept: Array, compute: Callable = _merged) -> Any:
+    """(max_j x_j, sum_{j != k} exp(x_j - max)) in one reduction, which reads ``x`` once."""
+    return compute(x, kept)
+
+
 @max_and_sum_in_one.defjvp
-def _(primals, tangents):
+def _(compute, primals, tangents):
     # The maximum is a number to subtract, as good as any other near it: it has no derivative.
     x, kept = primals
-    m, s = max_and_sum_in_one(x, kept)
-    moved = jnp.sum(_selected_exponentials(x, finite(m), kept) * tangents[0], axis=-1)
+    m, s = max_and_sum_in_one(x, kept, compute)
+    x, dx = widened(x), tangents[0].astype(m.dtype)
+    moved = jnp.sum(_selected_exponentials(x, finite(m), kept) * dx, axis=-1)
     return (m, s), (jnp.zeros_like(m), moved)
 
 
@@ -190,7 +196,50 @@ def max_and_sum(
     def in_one(logits, kept, class_mask):
         return max_and_sum_in_one(widen(logits, class_mask, scaling), kept)
 
-    return lax.platform_dependent(logits, kept, class_mask, cpu=in_two, default=in_one)
+    forms = {"cpu": in_two, "default": in_one}
+    if class_mask is None and scaling is None and _fit_kernels(logits):
+        from jaxloss._kernels import rows_gpu  # Pallas: a third of the whole import
+
+        kernel = rows_gpu.max_and_sum(_merged)
+        forms["cuda"] = lambda logits, kept, _: max_and_sum_in_one(logits, kept, kernel)
+    return lax.platform_dependent(logits, kept, class_mask, **forms)
+
+
+def slope(plain: Callable, logits: Array, *rest: Array) -> Array:
+    """``plain(logits, m, kept, scale, at_kept, active)``: scale exp(x_j - m), at_kept where j is
+    kept, and 0 in a row that is not active, in the logits' dtype; by a kernel where there is one.
+    """
+    # In 32 bits XLA reads and writes as fast as the memory allows.
+    if logits.dtype.itemsize != 2 or not _fit_kernels(logits):
+        return plain(logits, *rest)
+    from jaxloss._kernels import rows_gpu
+
+    kernel = jax.custom_jvp(rows_gpu.slope(plain))
+    kernel.defjvp(lambda args, tangents: (kernel(*args), jax.jvp(plain, args, tangents)[1]))
+    return lax.platform_dependent(logits, *rest, cuda=kernel, default=plain)
+
+
+def _fit_kernels(logits: Array) -> bool:
+    """Whether the kernels for a Hopper GPU have tiles of these classes."""
+    return (
+        is_hopper()
+        and is_whole()
+        and all(isinstance(n, int) for n in logits.shape)
+        and logits.shape[-1] % 128 == 0
+        and logits.dtype in (jnp.bfloat16, jnp.float16, jnp.float32)
+    )
+
+
+def is_whole() -> bool:
+    """Whether arrays are what one device holds. No kernel is for what a partitioner may split."""
+    return _on_one_device() or _mesh.is_manual()
+
+
+def is_hopper() -> bool:
+    """Whether the default device is a GPU that the kernels are for: an H100, an H200."""
+    if jax.default_backend() != "gpu":
+        return False
+    return getattr(jax.devices()[0], "compute_capability", None) == "9.0"
 
 
 def apart(x: Array, with_it: Any) -> tuple[Array, Any]:
@@ -218,7 +267,7 @@ def highest(logits: Array, class_mask: Array | None, start: Any) -> tuple[Array,
     # A soft cap does not move the maximum. Without the barrier a product could be computed twice,
     # and its maximum be no entry of it.
     x = widen(lax.optimization_barrier(lax.stop_gradient(logits)), class_mask, None)
-    if _on_one_device() or _mesh.is_manual():
+    if is_whole():
         found = jnp.argmax(x, axis=-1).astype(jnp.int32)
         top = entry(x, found)
     else:  # of classes split over devices, argmax gathers a pair from each

@@ -42,6 +42,7 @@ from jaxloss._passes import (
     put_at,
     row_max,
     row_sum,
+    slope,
     widen,
 )
 
@@ -292,7 +293,7 @@ def finish(part: RowPart, want: tuple[str, ...]) -> tuple[RowLosses, RowState]:
 def row_gradient(logits, state, soft_targets, class_mask, scaling, ct, top=None, dtype=None):
     """d(sum of ct * losses) / d(logits), in the accumulator's dtype or narrowed to ``dtype``."""
     dtype = dtype or accumulator_dtype(logits.dtype)
-    dx = narrowed(_dense_gradient(logits, state, soft_targets, class_mask, scaling, ct), dtype)
+    dx = _dense_gradient(logits, state, soft_targets, class_mask, scaling, ct, dtype)
     if top is None:
         return dx
     # At the k classes again, with what is asked of them, and put in place.
@@ -301,11 +302,11 @@ def row_gradient(logits, state, soft_targets, class_mask, scaling, ct, top=None,
     k = index.shape[-1]
     place = lax.broadcasted_iota(jnp.int32, index.shape, index.ndim - 1)
     place = jnp.min(jnp.where(index == state.kept[..., None], place, k), axis=-1, initial=k)
-    dx_few = _dense_gradient(few, state._replace(kept=place), extra, few_mask, scaling, ct)
-    return put_at(dx, index, narrowed(dx_few, dtype))
+    state = state._replace(kept=place)
+    return put_at(dx, index, _dense_gradient(few, state, extra, few_mask, scaling, ct, dtype))
 
 
-def _dense_gradient(logits, state, soft_targets, class_mask, scaling, ct):
+def _dense_gradient(logits, state, soft_targets, class_mask, scaling, ct, dtype):
     """In one pass.
 
     With ``p`` the softmax, ``q`` the soft targets of mass ``Q``, ``H`` the entropy:
@@ -313,7 +314,6 @@ def _dense_gradient(logits, state, soft_targets, class_mask, scaling, ct):
     ``d entropy = -p (log p + H) = p ((m - x_j) - (H - r))``.
     """
     m, s, d, t, kept, mass, other_mass, spread = state
-    x = widen(logits, class_mask, scaling)
     k = 1 / (1 + t)
     kept_minus_1 = -s * k
     p_kept = exp(-d) * k
@@ -336,21 +336,27 @@ def _dense_gradient(logits, state, soft_targets, class_mask, scaling, ct):
         at_kept += ct.entropy * p_kept * jnp.where(p_kept > 0, d - spread, 0)
         active |= ct.entropy != 0
 
+    def gradient(logits, m, kept, scale, row, active):
+        x = widen(logits, class_mask, scaling)
+        # Where the forward pass wrote its summand out, this is it.
+        written = _write_out(logits)
+        e = other_exponentials(x, m, kept) if written else exp(x - m[..., None])
+        dx = e * scale[..., None]
+        if ct.entropy is not None:
+            below = m[..., None] - jnp.where(e > 0, x, 0)
+            dx += jnp.where(e > 0, e * (k * ct.entropy)[..., None] * (below - spread[..., None]), 0)
+        if ct.soft is not None and soft_targets is not None:
+            dx -= ct.soft[..., None] * soft_targets.astype(x.dtype)
+        dx = jnp.where(is_kept(x, kept) | ~active[..., None], row[..., None], dx)
+        if scaling is not None:
+            dx = jnp.where(active[..., None], dx * _slope(logits, scaling), 0)
+        return narrowed(dx if class_mask is None else jnp.where(class_mask, dx, 0), dtype)
+
     # A row that asks for nothing gets 0, whatever its logits hold: 0 * NaN would be NaN.
     row = jnp.where(active, at_kept, 0)
-    # Where the forward pass wrote its summand out, this is it.
-    written = _write_out(logits)
-    e = other_exponentials(x, m, kept) if written else exp(x - m[..., None])
-    dx = e * (k * of_p)[..., None]
-    if ct.entropy is not None:
-        below = m[..., None] - jnp.where(e > 0, x, 0)
-        dx += jnp.where(e > 0, e * (k * ct.entropy)[..., None] * (below - spread[..., None]), 0)
-    if ct.soft is not None and soft_targets is not None:
-        dx -= ct.soft[..., None] * soft_targets.astype(x.dtype)
-    dx = jnp.where(is_kept(x, kept) | ~active[..., None], row[..., None], dx)
-    if scaling is not None:
-        dx = jnp.where(active[..., None], dx * _slope(logits, scaling), 0)
-    return dx if class_mask is None else jnp.where(class_mask, dx, 0)
+    given = logits, m, kept, k * of_p, row, active
+    plain = soft_targets is None and class_mask is None and scaling is None and ct.entropy is None
+    return slope(gradient, *given) if plain and dtype == logits.dtype else gradient(*given)
 
 
 def soft_gradient(logits, state, soft_targets, class_mask, scaling, top=None):

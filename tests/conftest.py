@@ -12,7 +12,8 @@ import os
 os.environ["XLA_FLAGS"] = (
     f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
 )
-os.environ["JAX_PLATFORMS"] = "cpu"
+if os.environ.get("JAX_PLATFORMS") != "cuda":  # for test_kernels_gpu
+    os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("JAX_NUMPY_DTYPE_PROMOTION", "strict")
 os.environ.setdefault("JAX_NUMPY_RANK_PROMOTION", "raise")
 # The tests hand numpy arrays to JAX at will: the guard is for what the library itself does.

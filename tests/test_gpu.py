@@ -18,6 +18,7 @@ from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
 import jaxloss
+from jaxloss import _passes
 
 pytestmark = pytest.mark.skipif(
     not any(importlib.util.find_spec(f"jax_cuda{n}_plugin") for n in (12, 13)),
@@ -36,17 +37,30 @@ def _h200():
     return SingleDeviceSharding(topology.devices[0])
 
 
-def _compile(gradients=False, materialised=False, **options):
+def _lowered(function, *args, kernels=True):
+    """As on an H200: what chunks go by, and whether there are kernels."""
+    with (
+        mock.patch.object(jax, "default_backend", return_value="gpu"),
+        mock.patch.object(_passes, "is_hopper", return_value=kernels),
+    ):
+        return jax.jit(function).lower(*args)
+
+
+def _kernels(text):
+    return sorted(set(re.findall(r"jaxloss_[a-z_]+(?=_mosaic_gpu)", text)))
+
+
+def _compile(gradients=False, materialised=False, kernels=True, **options):
     """Prints what the tests below ask, as JSON."""
     one = _h200()
-    shapes = ((N, D), jnp.bfloat16), ((D, V), jnp.bfloat16), ((N,), jnp.int32)
+    kernel = (V, D) if options.get("vocab_axis") == 0 else (D, V)
+    shapes = ((N, D), jnp.bfloat16), (kernel, jnp.bfloat16), ((N,), jnp.int32)
     loss = partial(jaxloss.linear_cross_entropy, **options)
     if materialised:
         loss = lambda h, k, y: jaxloss.cross_entropy(h @ k, y)  # noqa: E731
     function = jax.value_and_grad(loss, (0, 1)) if gradients else loss
-    with mock.patch.object(jax, "default_backend", return_value="gpu"):  # what chunks go by
-        args = [jax.ShapeDtypeStruct(*shape, sharding=one) for shape in shapes]
-        program = jax.jit(function).lower(*args).compile()
+    args = [jax.ShapeDtypeStruct(*shape, sharding=one) for shape in shapes]
+    program = _lowered(function, *args, kernels=kernels).compile()
     text, memory = program.as_text(), program.memory_analysis()
     types = dict(re.findall(r"%?([\w.\-]+) = ([a-z]+\d+)\[", text))
     arrays = re.findall(r"\b[a-z]+\d+\[([\d,]+)\]", text)
@@ -57,6 +71,7 @@ def _compile(gradients=False, materialised=False, **options):
         "least": memory.argument_size_in_bytes + memory.output_size_in_bytes,
         "products": [[types[x], types[y]] for x, y in re.findall(r" dot\(%(\S+), %(\S+)\)", text)],
         "logits": any(sorted(map(int, dims.split(","))) == sorted((N, V)) for dims in arrays),
+        "kernels": _kernels(text),
         "copied": max((prod(int(n) for n in dims.split(",") if n) for dims in copied), default=0),
     }
     print(json.dumps(found))
@@ -67,7 +82,8 @@ def _compile_passes(shape):
     one = _h200()
     x = jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=one)
     y = jax.ShapeDtypeStruct(shape[:1], jnp.int32, sharding=one)
-    text = jax.jit(jax.value_and_grad(jaxloss.cross_entropy)).lower(x, y).compile().as_text()
+    loss = jax.value_and_grad(jaxloss.cross_entropy)
+    text = _lowered(loss, x, y, kernels=False).compile().as_text()
     entry = text[text.index("\nENTRY") :]
     logits = f"bf16[{','.join(map(str, shape))}]"
     names = set(re.findall(rf"%([\w.\-]+) = {re.escape(logits)}", entry))
@@ -78,17 +94,40 @@ def _compile_passes(shape):
     print(json.dumps(sorted(passes)))
 
 
-def compiled(**options):
+def _compile_kernels(shape):
+    """Prints which kernels a batch of cross_entropy runs; JAX prints their resources."""
+    one = _h200()
+    x = jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=one)
+    y = jax.ShapeDtypeStruct(shape[:-1], jnp.int32, sharding=one)
+    loss = jax.vmap(jax.value_and_grad(jaxloss.cross_entropy))
+    program = _lowered(loss, x, y).compile()
+    temporaries = program.memory_analysis().temp_size_in_bytes
+    print(json.dumps({"kernels": _kernels(program.as_text()), "temporaries": temporaries}))
+
+
+def run(**options):
+    """(What the program printed as JSON, all that it said.)"""
     # In a process of its own: a program that the compiler cannot do may end it.
     done = subprocess.run(
         [sys.executable, __file__, json.dumps(options)],
-        env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""},
+        env={
+            **os.environ,
+            "JAX_PLATFORMS": "cpu",
+            "XLA_FLAGS": "",
+            "MOSAIC_GPU_DUMP_PTXAS": "1",
+            "JAX_ENABLE_COMPILATION_CACHE": "0",  # or nothing would be compiled, and said
+        },
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    found = next(line for line in done.stdout.splitlines()[::-1] if line.startswith(("{", "[")))
+    return json.loads(found), done.stdout + done.stderr
+
+
+def compiled(**options):
+    return run(**options)[0]
 
 
 @pytest.mark.parametrize(
@@ -119,7 +158,43 @@ def test_the_value_alone_fits(options):
     assert found["copied"] <= N
 
 
-def test_cross_entropy_reads_its_logits_once_forward_and_once_backward():
+def resources(said):
+    """(registers, bytes spilled) of each kernel."""
+    registers = [int(n) for n in re.findall(r"Used (\d+) registers", said)]
+    spilled = [int(n) for n in re.findall(r"(\d+) bytes spill stores", said)]
+    return registers, spilled
+
+
+@pytest.mark.parametrize("vocab_axis", [0, 1])
+def test_the_value_alone_takes_the_kernel(vocab_axis):
+    """Its logits stay in the registers: what it holds is three numbers a row and tile."""
+    found, said = run(vocab_axis=vocab_axis)
+    assert found["kernels"] == ["jaxloss_linear_row_part"]
+    assert not found["logits"]
+    assert found["temporaries"] <= 4 * 3 * N * V // 256 + 2 * N * D + 20 * MIB
+    registers, spilled = resources(said)
+    assert registers
+    assert max(registers) <= 168  # of three groups of 128 threads, on a core of 65536
+    assert max(spilled) <= 8  # one or two registers, of a whole tile's
+
+
+def test_the_rows_take_kernels():
+    """A batch of examples is one call of all their rows."""
+    found, said = run(kernels_of=[32, 1024, 16384])
+    assert found["kernels"] == ["jaxloss_max_and_sum", "jaxloss_slope"]
+    assert found["temporaries"] <= 8 * MIB
+    registers, spilled = resources(said)
+    assert len(registers) == 2
+    assert max(registers) <= 168  # three tiles' groups a core
+    assert sum(spilled) == 0
+
+
+def test_chunks_take_the_kernel_of_their_rows():
+    assert compiled(**BOTH)["kernels"] == ["jaxloss_max_and_sum"]
+    assert compiled(**BOTH, kernels=False)["kernels"] == []
+
+
+def test_without_kernels_cross_entropy_reads_its_logits_once_forward_and_once_backward():
     """A reduction, the labels' entries (kLoop: of no more than the rows' number), the gradient."""
     assert compiled(passes=[32768, 16384]) == ["gradient", "kInput", "kLoop"]
 
@@ -133,4 +208,9 @@ def test_the_walk_finds_materialised_logits():
 
 if __name__ == "__main__":
     given = json.loads(sys.argv[1])
-    _compile_passes(given["passes"]) if "passes" in given else _compile(**given)
+    if "passes" in given:
+        _compile_passes(given["passes"])
+    elif "kernels_of" in given:
+        _compile_kernels(given["kernels_of"])
+    else:
+        _compile(**given)

@@ -14,7 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 import jaxloss
-from jaxloss import _rows
+from jaxloss import _passes, _rows
 from jaxloss._kernels import linear_tpu
 
 NAME = "jaxloss_linear_row_part"
@@ -28,6 +28,7 @@ def tpu(monkeypatch):
         linear_tpu, "pl", SimpleNamespace(**vars(pl) | {"pallas_call": interpreted})
     )
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    monkeypatch.setattr(_passes, "is_whole", lambda: True)
     jax.clear_caches()
     yield
     jax.clear_caches()
@@ -267,6 +268,14 @@ def test_other_dtypes_and_backends_take_chunks(tpu, monkeypatch):
     assert NAME not in program(*narrow, **ALL_COUNT)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     assert NAME not in program(hidden, kernel, labels, **ALL_COUNT)
+
+
+def test_what_may_be_split_is_left_to_xla_unless_the_kernel_is_named(tpu, monkeypatch):
+    """JAX refuses to split a kernel over the devices of a mesh."""
+    monkeypatch.setattr(_passes, "is_whole", lambda: False)
+    hidden, kernel, labels, _ = problem(24, 16, 1100)
+    assert NAME not in program(hidden, kernel, labels, **ALL_COUNT)
+    assert NAME in program(hidden, kernel, labels, implementation="mosaic_tpu")
 
 
 def test_chips_of_little_memory(tpu, monkeypatch):
