@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -102,8 +103,9 @@ def logits_row(rows: int, columns: int, copy_gb_s: float, seconds: float) -> dic
     }
 
 
-def bursts(shape: tuple[int, int, int]) -> dict[str, dict[str, float]]:
-    """Milliseconds of ten calls after a pause, as the targets' rate of products was measured."""
+def bursts(shape: tuple[int, int, int], seconds: float) -> dict[str, dict[str, float]]:
+    """Milliseconds of ten calls after a pause, as the targets' rate of products was measured; it
+    takes what it takes."""
     args = on_device.operands(shape)
     found = {}
     for name in (on_device.PRODUCTS, "jaxloss"):
@@ -140,22 +142,32 @@ def targets(data: dict[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-def run(cases: Cases, seconds: float, tick: Callable[[str], None]) -> dict[str, Any]:
-    env = {**environment(), **{name: installed(name) for name in PACKAGES}}
-    tick("ceilings")
-    data = {"environment": env, "ceilings": ceilings(cases.side, seconds), "linear": []}
-    for shape in cases.linear:
-        tick("linear_cross_entropy {} x {} x {}".format(*shape))
-        data["linear"].append(on_device.linear_row(shape, LINEAR, seconds))
-    tick("bursts")
-    data["burst"] = bursts(cases.linear[0])
-    tick("chunk_size")
-    data["chunk_size"] = on_device.chunk_sizes(cases.linear[0], cases.chunks, seconds)
-    data["logits"] = []
+def run(
+    cases: Cases, seconds: float, tick: Callable[[str], None], save: Callable[[dict], None]
+) -> dict[str, Any]:
+    """``save`` is told of each part as it comes: a GPU may be taken away."""
+    data = {"environment": {**environment(), **{name: installed(name) for name in PACKAGES}}}
+
+    def add(key: str, what: str, compute: Callable, *args: Any, many: bool = False) -> None:
+        tick(what)
+        found = compute(*args, seconds)
+        data[key] = [*data.get(key, []), found] if many else found
+        save(data)
+
+    def add_linear(shape: tuple[int, int, int]) -> None:
+        what = "linear_cross_entropy {} x {} x {}".format(*shape)
+        add("linear", what, on_device.linear_row, shape, LINEAR, many=True)
+
+    add("ceilings", "ceilings", ceilings, cases.side)
+    first, *others = cases.linear
+    add_linear(first)
+    add("burst", "bursts", bursts, first)
+    add("chunk_size", "chunk_size", on_device.chunk_sizes, first, cases.chunks)
     for columns in cases.columns:
-        tick(f"cross_entropy {cases.rows} x {columns}")
-        row = logits_row(cases.rows, columns, data["ceilings"]["copy_gb_s"], seconds)
-        data["logits"].append(row)
+        given = cases.rows, columns, data["ceilings"]["copy_gb_s"]
+        add("logits", f"cross_entropy {cases.rows} x {columns}", logits_row, *given, many=True)
+    for shape in others:
+        add_linear(shape)
     return {**data, "targets": targets(data)}
 
 
@@ -253,8 +265,10 @@ def main() -> None:
     import rich
 
     args.out.mkdir(parents=True, exist_ok=True)
-    data = run(SMALL if args.small else FULL, args.seconds, lambda text: print(text, flush=True))
-    report.save(args.out, "gpu", data)
+    save = partial(report.save, args.out, "gpu")
+    cases = SMALL if args.small else FULL
+    data = run(cases, args.seconds, lambda text: print(text, flush=True), save)
+    save(data)
     print(describe(data["environment"]))
     for table in tables(data):
         rich.print("", report.to_rich(table), sep="\n")
