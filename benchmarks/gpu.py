@@ -184,12 +184,13 @@ def tables(data: dict[str, Any]) -> list[report.Table]:
             [[f"{top[k]:.0f}" for k in ("copy_gb_s", "matrix_tflops", "burst_matrix_tflops")]],
         )
     ]
-    rows = data["linear"]
+    rows, env = data["linear"], data["environment"]
+    peers = ", ".join(f"{name} {env[name]}" for name in PACKAGES if env[name])
     names = [name for name in LINEAR if any(name in row["both_ms"] for row in rows)]
     columns = [SHOWN.get(name, name).replace(" ", "\n") for name in names]
     shapes = ["{} x {} x {}".format(*row["shape"]) for row in rows]
     for title, key in (
-        ("Forward, ms", "forward_ms"),
+        (f"Forward, ms ({peers})", "forward_ms"),
         ("Forward and both gradients, ms", "both_ms"),
     ):
         times = [[_cell(row[key], name, ".2f") for name in names] for row in rows]
@@ -231,7 +232,7 @@ def tables(data: dict[str, Any]) -> list[report.Table]:
     refused = {}
     for row in (*rows, *data["logits"]):
         for name, why in row["refused"].items():
-            refused.setdefault((name, why), []).append(" x ".join(map(str, row["shape"])))
+            refused.setdefault((name, why.split(". ")[0]), []).append(" x ".join(map(str, row["shape"])))
     if refused:
         lines = [[name, "; ".join(where), why] for (name, why), where in refused.items()]
         out.append(report.Table("Not compared", ["method", "shapes", "why"], lines))

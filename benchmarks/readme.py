@@ -11,6 +11,7 @@ from pathlib import Path
 
 from benchmarks import (
     compiled,
+    gpu,
     linear,
     overhead,
     peers,
@@ -32,6 +33,7 @@ MODULES = {
     "speed": speed,
     "overhead": overhead,
     "compiled": compiled,
+    "gpu": gpu,
     "peers": peers,
 }
 

@@ -138,17 +138,21 @@ def linear_cross_entropy(
       chunk_size: tokens whose logits are held at a time. None takes what 1 GiB of float32 logits
         allow, up to 1024 tokens on a TPU and 4096 on a GPU; on a CPU what 256 MiB allow, up to 512
         tokens, or 1024 where their logits take 64 MiB. Without gradients, halves of it that fit 256
-        MiB. With ``"vocab_blocks"`` and ``"mosaic_tpu"`` classes; None takes 8 MiB on a CPU, 32 MiB
-        on a TPU, 64 MiB on a GPU, and at least 128 classes.
+        MiB. With the other implementations classes; None takes 8 MiB on a CPU, 32 MiB on a TPU, 64
+        MiB on a GPU, and at least 128 classes.
       precision: of the products, as in :func:`jax.lax.dot_general`.
-      implementation: ``"token_chunks"``, or for least memory ``"vocab_blocks"``, or on a TPU after
-        v4 ``"mosaic_tpu"``: vocabulary blocks whose log-sum-exp a kernel computes. It takes
-        bfloat16 operands and class indices, no smoothing, soft cap, statistics or ``where`` over
-        classes; rows of some 30000 features and more, and padded columns that a mesh splits, go as
-        with ``"vocab_blocks"``. None takes the kernel where it can, every token counts
-        (``ignore_index`` None, no ``sample_weight``, no ``where``) and ``chunk_size`` is None;
-        otherwise token chunks, but vocabulary blocks where fewer than 16 tokens would fit into the
-        budget.
+      implementation: ``"token_chunks"``, or for least memory ``"vocab_blocks"``, or vocabulary
+        blocks whose log-sum-exp a kernel computes: ``"mosaic_tpu"`` on a TPU after v4,
+        ``"mosaic_gpu"`` on a Hopper GPU (an H100, an H200). A kernel takes bfloat16 operands and
+        class indices, no smoothing, soft cap, statistics or ``where`` over classes. What it has no
+        tiles for goes as with ``"vocab_blocks"``: on a TPU rows of some 30000 features and more and
+        padded columns that a mesh splits, on a GPU features or columns that are no multiple of 64,
+        fewer than 192 features, and little to do (N D V < 2^33). None takes token chunks, but
+        vocabulary blocks where fewer than 16 tokens would fit into the budget; and a kernel that
+        has a form of the call, where ``chunk_size`` is None and no partitioner may split the arrays
+        (on several devices, outside of ``shard_map``): on a TPU ``"mosaic_tpu"`` where every token
+        counts (``ignore_index`` None, no ``sample_weight``, no ``where``), on a GPU the kernel in
+        place of the chunks where nothing is differentiated.
 
     Returns:
       The loss, or ``(loss, TokenStats)``, as :func:`cross_entropy`. Gradients have their inputs'
