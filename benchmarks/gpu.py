@@ -232,7 +232,8 @@ def tables(data: dict[str, Any]) -> list[report.Table]:
     refused = {}
     for row in (*rows, *data["logits"]):
         for name, why in row["refused"].items():
-            refused.setdefault((name, why.split(". ")[0]), []).append(" x ".join(map(str, row["shape"])))
+            shape = " x ".join(map(str, row["shape"]))
+            refused.setdefault((name, why.split(". ")[0]), []).append(shape)
     if refused:
         lines = [[name, "; ".join(where), why] for (name, why), where in refused.items()]
         out.append(report.Table("Not compared", ["method", "shapes", "why"], lines))

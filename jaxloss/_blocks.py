@@ -156,8 +156,9 @@ def _row_part(geometry: _linear.Geometry, hidden, kernel, bias, kept, *count) ->
         from jaxloss._kernels.linear_tpu import row_part
     else:
         from jaxloss._kernels.linear_gpu import row_part
-    axis, columns = geometry.vocab_axis, geometry.num_classes
-    return _rows.RowPart(*row_part(hidden, kernel, bias, kept, axis, columns, *count), kept)
+    of_classes = geometry.vocab_axis, geometry.num_classes
+    m, s, x_kept = row_part(hidden, kernel, bias, kept, *of_classes, *count)
+    return _rows.RowPart(m, s, x_kept, kept)
 
 
 def losses_by_kernel(

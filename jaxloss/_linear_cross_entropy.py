@@ -58,7 +58,7 @@ def _beyond_the_kernel(
     return [what for what, here in cases if here]
 
 
-def _kernel_fits(name: str, hidden: Array, vocab: int, columns: int) -> bool:
+def _kernel_fits(name: Any, hidden: Array, vocab: int, columns: int) -> bool:
     from jaxloss._kernels import linear_gpu, linear_tpu  # Pallas: a third of the whole import
 
     tokens, features = math.prod(hidden.shape[:-1]), hidden.shape[-1]

@@ -65,7 +65,7 @@ def row_part(
 
     def jaxloss_linear_row_part(hidden, kernel, kept, count, *rest):
         *offset, m_out, s_out, x_out = rest
-        t = transforms(hidden.dtype)
+        t, accumulator = transforms(hidden.dtype), plgpu.ACC  # pyright: ignore
         of_kernel = plgpu.BlockSpec((_FEATURES, v), lambda k: (k, 0), transforms=t)
         if vocab_axis == 0:
             of_kernel = plgpu.BlockSpec((v, _FEATURES), lambda k: (0, k), transforms=t)
@@ -97,7 +97,7 @@ def row_part(
                 return total
 
             def reduced(run):
-                @partial(pl.run_scoped, total=plgpu.ACC(shape, jnp.float32))
+                @partial(pl.run_scoped, total=accumulator(shape, jnp.float32))
                 def _(total):
                     run(total)
                     x = total[...]

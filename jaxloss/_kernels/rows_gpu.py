@@ -48,9 +48,9 @@ def exp(x: Array) -> Array:
 
 
 def load(ref: Any, layout: Any, **options: Any) -> Array:
-    index = () if "idx" in inspect.signature(plgpu.load).parameters else None  # until JAX 0.11
-    args = (ref,) if index is None else (ref, index)
-    return plgpu.load(*args, layout=layout, **options)
+    read: Any = plgpu.load
+    some = ((),) if "idx" in inspect.signature(read).parameters else ()  # until JAX 0.11
+    return read(ref, *some, layout=layout, **options)
 
 
 def across(x: Array, shape: tuple[int, int] = _SHAPE) -> Array:
@@ -59,7 +59,8 @@ def across(x: Array, shape: tuple[int, int] = _SHAPE) -> Array:
 
 def transforms(dtype: Any) -> tuple:
     """How tiles lie in the core's memory, for registers to be read without conflicts."""
-    return plgpu.TilingTransform((8, 128 // jnp.dtype(dtype).itemsize)), plgpu.SwizzleTransform(128)
+    made: Any = plgpu
+    return made.TilingTransform((8, 128 // jnp.dtype(dtype).itemsize)), made.SwizzleTransform(128)
 
 
 def like(shape: tuple[int, ...], dtype: Any, x: Array) -> jax.ShapeDtypeStruct:
