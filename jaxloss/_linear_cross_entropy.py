@@ -59,13 +59,16 @@ def _beyond_the_kernel(
 
 
 def _kernel_fits(name: Any, hidden: Array, vocab: int, columns: int) -> bool:
-    from jaxloss._kernels import linear_gpu, linear_tpu  # Pallas: a third of the whole import
-
     tokens, features = math.prod(hidden.shape[:-1]), hidden.shape[-1]
     if not isinstance(tokens, int) or min(tokens, columns) == 0:
         return False  # a batch that jax.export leaves open has no tiles
+    # Pallas: a third of the whole import.
     if name == "mosaic_gpu":
+        from jaxloss._kernels import linear_gpu
+
         return linear_gpu.takes(tokens, features, vocab)
+    from jaxloss._kernels import linear_tpu
+
     return linear_tpu.tiles(tokens, features) is not None
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import compiled, gpu, hlo, report
+from benchmarks import compiled, gpu, hlo, on_device, report
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOK = ROOT / "benchmarks" / "tpu_benchmark.ipynb"
@@ -35,13 +35,16 @@ def test_the_gpu_program_on_small_shapes(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     data = report.load(tmp_path, "gpu")
     assert data["environment"]["device"] == "cpu"
-    assert data["ceilings"].keys() == {"copy_gb_s", "matrix_tflops"}
+    assert data["ceilings"].keys() == {"copy_gb_s", "matrix_tflops", "burst_matrix_tflops"}
     assert [tuple(row["shape"]) for row in data["linear"]] == list(gpu.SMALL.linear)
     for row in data["linear"]:
         for part in ("forward_ms", "both_ms", "memory"):
             assert {"jaxloss", "blocks", "optax"} <= row[part].keys()
-            # Each method is measured, or its refusal is there.
-            assert {*row[part], *row["refused"]} == {*gpu.LINEAR}
+            # Each method is measured, or its refusal is there; bare products hold nothing.
+            assert {*row[part], *row["refused"], on_device.PRODUCTS} == {*gpu.LINEAR}
+            assert (on_device.PRODUCTS in row[part]) == (part != "memory")
+    for ms in data["burst"].values():
+        assert ms.keys() == {"forward", "both"}
     assert [row["shape"][1] for row in data["logits"]] == list(gpu.SMALL.columns)
     for row in data["logits"]:
         assert {*row["ms"], *row["refused"]} == {*gpu.LOGITS}

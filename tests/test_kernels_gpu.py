@@ -222,6 +222,12 @@ def test_which_rows_it_takes(hopper, dtype, classes, options, taken):
         assert (f"jaxloss_{name}" in text) == (name in taken)
 
 
+def test_a_batch_takes_it_once(hopper):
+    x, y = rows(8, 256, jnp.bfloat16)
+    one = jax.vmap(lambda x, y: jaxloss.cross_entropy(x, y))
+    assert program(one, x, y).count("jaxloss_max_and_sum") == 1
+
+
 def test_a_partitioner_is_left_xlas_form(hopper, monkeypatch):
     monkeypatch.setattr(_passes, "is_whole", lambda: False)
     x, y = rows(8, 256, jnp.bfloat16)
@@ -368,6 +374,8 @@ def test_mosaic_gpu_equals_vocab_blocks(hopper):
     [
         ({}, True),
         ({"sample_weight": jnp.ones(24)}, True),
+        ({"bias": jnp.zeros(640, jnp.bfloat16), "vocab_axis": 0}, True),
+        ({"num_classes": 600}, True),
         ({"chunk_size": 8}, False),
         ({"implementation": "token_chunks"}, False),
         ({"implementation": "vocab_blocks"}, False),
@@ -379,7 +387,7 @@ def test_mosaic_gpu_equals_vocab_blocks(hopper):
     ids=str,
 )
 def test_what_the_value_takes(hopper, options, taken):
-    hidden, kernel, labels, _ = problem(24, 192, 640)
+    hidden, kernel, labels, _ = problem(24, 192, 640, options.get("vocab_axis", 1))
     text = program(partial(jaxloss.linear_cross_entropy, **options), hidden, kernel, labels)
     assert ("jaxloss_linear_row_part" in text) == taken
 

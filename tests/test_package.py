@@ -72,7 +72,7 @@ def test_imports_run_one_way():
         "_mesh": set(),
         "_forward_mode": set(),
         "_check": {"_labels", "_mesh"},
-        "_passes": {"_casts", "_elementary", "_mesh"},
+        "_passes": {"_casts", "_elementary", "_kernels", "_mesh"},
         "_rows": {"_casts", "_elementary", "_forward_mode", "_mesh", "_passes"},
         "_targets": {"_labels", "_mesh", "_passes", "_rows"},
         "_check_labels": {"_check", "_targets"},
@@ -95,7 +95,8 @@ def test_imports_run_one_way():
         "_layout": {"_check", "_labels", "_mesh"},
         "_linear_loss": {"_casts", "_check", "_cross_entropy", "_layout", "_linear", "_targets"},
         "_blocks": {
-            "_kernels",
+            "_kernels.linear_gpu",
+            "_kernels.linear_tpu",
             "_forward_mode",
             "_linear",
             "_mesh",
