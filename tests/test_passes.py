@@ -53,6 +53,37 @@ def test_exact_integers(size, exact, dtype):
     assert _passes._index_is_exact(jax.ShapeDtypeStruct((2**25, size), dtype)) == exact
 
 
+@pytest.mark.parametrize("exact", [True, False])
+def test_classes_ahead(exact, monkeypatch):
+    """Of classes past what float32 counts, in integers."""
+    monkeypatch.setattr(_passes, "_index_is_exact", lambda _: exact)
+    rng = np.random.default_rng(0)
+    x = rng.integers(-2, 3, (60, 7)).astype(np.float32)  # many are equal
+    x[x == -2] = -np.inf
+    label = rng.integers(0, 7, 60).astype(np.int32)
+    of_label, j = x[np.arange(60), label], np.arange(7)
+    # The label's own logit, rounded otherwise than here, is not ahead of itself.
+    for own in (of_label, of_label - np.float32(0.25)):
+        bound, own_class = own[:, None], label[:, None]
+        expected = ((x > bound) | ((x == bound) & (j < own_class))) & (j != own_class)
+        np.testing.assert_array_equal(_passes.ahead(x, own, label), expected.sum(axis=-1))
+
+
+def test_arrays_are_whole_on_one_device_and_inside_of_shard_map(monkeypatch):
+    seen = []
+
+    def note(x):
+        seen.append(_passes.is_whole())
+        return x
+
+    P, mesh = jax.sharding.PartitionSpec, jax.make_mesh((1,), ("data",))
+    for count in (1, 8):
+        monkeypatch.setattr(jax, "device_count", lambda count=count: count)
+        note(0)
+        jax.eval_shape(jax.shard_map(note, mesh=mesh, out_specs=P()), jnp.float32(0))
+    assert seen == [True, True, False, True]
+
+
 def test_the_other_exponentials_are_overwritten_on_long_rows_of_one_device(one_device):
     assert "scatter" not in program(_passes.other_exponentials, 255)
     assert "scatter" in program(_passes.other_exponentials, 256)
