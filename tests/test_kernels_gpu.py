@@ -239,7 +239,7 @@ def test_other_devices_have_no_kernels(monkeypatch):
         compute_capability = "8.0"
 
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    monkeypatch.setattr(jax, "devices", lambda: [Device()])
+    monkeypatch.setattr(jax, "devices", lambda: [Device(), object()])  # the first is the default
     assert not _passes.is_hopper()
     Device.compute_capability = "9.0"
     assert _passes.is_hopper()

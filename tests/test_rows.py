@@ -182,3 +182,16 @@ def test_shards_with_a_label_keep_it_out(label):
 def test_a_part_without_axes_is_whole():
     part = _rows.row_part(X, None, None, None, None, ())
     assert _rows.merge_shards(part, (), False, 4) is part
+
+
+def test_a_masked_class_above_the_others_costs_a_confident_row_no_digits():
+    """The entry that is kept out is one of the classes that exist."""
+    x, q = jnp.array([[1e3, 40.0, 0.0, 0.0]]), jnp.array([[0.0, 1.0, 0.0, 0.0]])
+    loss = jaxloss.cross_entropy(x, q, where=jnp.array([False, True, True, True]))
+    np.testing.assert_allclose(loss, 2 * np.exp(-40.0), rtol=1e-6)
+
+
+@pytest.mark.nan_is_meant
+def test_rows_of_no_class_have_no_entry():
+    losses = jaxloss.nll_loss(jnp.zeros((3, 0)), jnp.array([0, 2, -100]), reduction="none")
+    np.testing.assert_array_equal(losses, [jnp.nan, jnp.nan, 0])

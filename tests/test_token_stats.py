@@ -62,6 +62,29 @@ def test_ranks_of_impossible_classes():
     assert got == [2, 0, 3, 4, 1]
 
 
+@pytest.mark.nan_is_meant
+def test_a_row_of_no_class_has_no_confidence():
+    stats = jaxloss.token_stats(jnp.full((1, 4), -jnp.inf), jnp.array([1]))
+    assert jnp.isnan(stats.confidence[0])
+    assert stats.rank[0] == stats.prediction[0] == -1
+
+
+@pytest.mark.nan_is_meant
+def test_a_label_that_no_device_holds_has_no_rank():
+    mesh = jax.make_mesh((2,), ("vocab",), axis_types=(jax.sharding.AxisType.Auto,))
+    split = jax.sharding.PartitionSpec(None, "vocab")
+    x, labels = jnp.zeros((3, 8)), jnp.array([8, 5, -1])
+    rank = jax.jit(
+        jax.shard_map(
+            lambda x: jaxloss.token_stats(x, labels, vocab_axis_name="vocab").rank,
+            mesh=mesh,
+            in_specs=split,
+            out_specs=jax.sharding.PartitionSpec(),
+        )
+    )(x)
+    np.testing.assert_array_equal(rank, [-1, 5, -1])
+
+
 def test_of_a_temperature_and_a_cap():
     """The cap comes first."""
     x, labels = case()
