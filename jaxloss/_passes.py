@@ -39,9 +39,7 @@ def widen(x: Array, class_mask: Array | None, scaling: Scaling | None) -> Array:
 
 
 def is_kept(x: Array, kept: Array) -> Array:
-    split = jax.typeof(x).sharding if _classes_are_split(x) else None
-    iota = lax.broadcasted_iota(jnp.int32, x.shape, x.ndim - 1, out_sharding=split)
-    return iota == kept[..., None]
+    return lax.broadcasted_iota(jnp.int32, x.shape, x.ndim - 1) == kept[..., None]
 
 
 def _classes_are_split(x: Array) -> bool:
@@ -431,6 +429,4 @@ def elsewhere(x: Array, index: Array) -> Array:
 
 def entry_or_nan(x: Array, index: Array) -> Array:
     """x[..., index], NaN where the index is past the end."""
-    if x.shape[-1] == 0:
-        return jnp.full(x.shape[:-1], jnp.nan, x.dtype)
     return jnp.where(index < x.shape[-1], entry(x, index), jnp.nan)
