@@ -165,7 +165,7 @@ def _nll_loss(
         labels = classes_last(labels, axes)
     targets = _targets.make_targets(
         labels,
-        _targets.Classes(num_classes, num_classes),
+        _targets.classes_here(num_classes, num_classes, ()),
         x.dtype,
         weight=weight,
         sample_weight=sample_weight,

@@ -28,8 +28,8 @@ class Classes(NamedTuple):
 
     total: int  # C
     size: int  # columns here; those of classes past C are padding
-    start: Any = 0  # the class of the first
-    axes: _mesh.Axes = ()  # the mesh axes that the columns are split over
+    start: Any  # the class of the first
+    axes: _mesh.Axes  # the mesh axes that the columns are split over
 
 
 def classes_here(total: int, size: int, vocab_axes: _mesh.Axes) -> Classes:

@@ -151,3 +151,10 @@ def test_check_labels_under_jit():
         error.throw()
     with pytest.raises(Exception, match="got 7 at flat index 1"):
         chex.chexify(jax.jit(step), async_check=False)(jnp.array([0, 7]))
+
+
+@pytest.mark.parametrize(("dtype", "ignored"), [("uint8", 255), ("int8", 127), ("int8", -128)])
+def test_the_ends_of_a_narrow_dtype_may_be_ignored(dtype, ignored):
+    x, labels = jnp.array([[0.5, 2.0], [1.0, 0.0]]), jnp.asarray([ignored, 1], dtype)
+    got = jaxloss.cross_entropy(x, labels, ignore_index=ignored)
+    np.testing.assert_allclose(got, jaxloss.cross_entropy(x[1:], jnp.array([1])), rtol=1e-6)

@@ -53,15 +53,16 @@ def test_exact_integers(size, exact, dtype):
     assert _passes._index_is_exact(jax.ShapeDtypeStruct((2**25, size), dtype)) == exact
 
 
+@pytest.mark.parametrize("classes", [7, 200])
 @pytest.mark.parametrize("exact", [True, False])
-def test_classes_ahead(exact, monkeypatch):
+def test_classes_ahead(exact, classes, monkeypatch):
     """Of classes past what float32 counts, in integers."""
     monkeypatch.setattr(_passes, "_index_is_exact", lambda _: exact)
     rng = np.random.default_rng(0)
-    x = rng.integers(-2, 3, (60, 7)).astype(np.float32)  # many are equal
+    x = rng.integers(-2, 3, (60, classes)).astype(np.float32)  # many are equal
     x[x == -2] = -np.inf
-    label = rng.integers(0, 7, 60).astype(np.int32)
-    of_label, j = x[np.arange(60), label], np.arange(7)
+    label = rng.integers(0, classes, 60).astype(np.int32)
+    of_label, j = x[np.arange(60), label], np.arange(classes)
     # The label's own logit, rounded otherwise than here, is not ahead of itself.
     for own in (of_label, of_label - np.float32(0.25)):
         bound, own_class = own[:, None], label[:, None]

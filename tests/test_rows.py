@@ -191,6 +191,13 @@ def test_a_masked_class_above_the_others_costs_a_confident_row_no_digits():
     np.testing.assert_allclose(loss, 2 * np.exp(-40.0), rtol=1e-6)
 
 
+@pytest.mark.parametrize("best", [0, 100, 127])
+def test_the_maximum_is_kept_out_wherever_it_is(best):
+    x = jnp.zeros((1, 128)).at[0, best].set(40)
+    loss = jaxloss.cross_entropy(x, jax.nn.one_hot(jnp.array([best]), 128))
+    np.testing.assert_allclose(loss, 127 * np.exp(-40.0), rtol=1e-6)
+
+
 @pytest.mark.nan_is_meant
 def test_rows_of_no_class_have_no_entry():
     losses = jaxloss.nll_loss(jnp.zeros((3, 0)), jnp.array([0, 2, -100]), reduction="none")

@@ -243,6 +243,14 @@ def test_few_other_classes(rest, named):
     np.testing.assert_allclose(jaxloss.cross_entropy(x, labels), jaxloss.cross_entropy(x, q), 1e-5)
 
 
+def test_smoothing_gives_a_masked_class_nothing_that_is_named_for_nothing():
+    x, mask = jnp.array([[0.5, 2.0, -1.0]]), jnp.array([True, False, True])
+    named = jaxloss.TopKLabels(jnp.array([[0, 1]]), jnp.array([[1.0, 0.0]]))
+    options = {"where": mask, "label_smoothing": 0.1}
+    got = jaxloss.cross_entropy(x, named, **options)
+    np.testing.assert_allclose(got, jaxloss.cross_entropy(x, jnp.array([0]), **options), rtol=1e-6)
+
+
 def test_the_mean_is_over_the_tokens_that_count():
     x, index, q = case()
     labels, s = TopKLabels(index, q), jnp.linspace(0.5, 2, N, dtype=jnp.float32)
