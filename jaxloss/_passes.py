@@ -39,7 +39,9 @@ def widen(x: Array, class_mask: Array | None, scaling: Scaling | None) -> Array:
 
 
 def is_kept(x: Array, kept: Array) -> Array:
-    return lax.broadcasted_iota(jnp.int32, x.shape, x.ndim - 1) == kept[..., None]
+    split = jax.typeof(x).sharding if _classes_are_split(x) else None
+    iota = lax.broadcasted_iota(jnp.int32, x.shape, x.ndim - 1, out_sharding=split)
+    return iota == kept[..., None]
 
 
 def _classes_are_split(x: Array) -> bool:
