@@ -228,6 +228,14 @@ def test_a_batch_takes_it_once(hopper):
     assert program(one, x, y).count("jaxloss_max_and_sum") == 1
 
 
+def test_a_kernel_has_the_derivative_of_xlas_form(hopper, monkeypatch):
+    monkeypatch.setattr(rows_gpu, "slope", lambda plain: plain)
+    x, _ = rows(8, 128, jnp.bfloat16)
+    got = jax.jvp(partial(_passes.slope, lambda x, m: jnp.sin(x)), (x, x), (x, x))
+    for v, w in zip(got, jax.jvp(jnp.sin, (x,), (x,)), strict=True):
+        np.testing.assert_array_equal(v, w)
+
+
 def test_a_partitioner_is_left_xlas_form(hopper, monkeypatch):
     monkeypatch.setattr(_passes, "is_whole", lambda: False)
     x, y = rows(8, 256, jnp.bfloat16)

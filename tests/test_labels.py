@@ -1,5 +1,7 @@
 """The label contract, value and gradient alike, eager and jitted."""
 
+from functools import partial
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -92,6 +94,8 @@ def test_labels_do_not_wrap():
     with jax.enable_x64(True):
         y = jnp.array([3, 2**32 + 3], jnp.int64)
         assert np.isnan(jaxloss.cross_entropy(jnp.zeros((2, 5)), y, reduction="none"))[1]
+    y = jnp.array([3, 2**32 - 100], jnp.uint32)  # not the -100 that is ignored
+    assert np.isnan(jaxloss.cross_entropy(jnp.zeros((2, 5)), y, reduction="none"))[1]
 
 
 @pytest.mark.nan_is_meant
@@ -118,11 +122,19 @@ def test_nothing_counts(loss):
     assert np.all(np.asarray(weight) == 0)
 
 
-def test_one_class_and_no_token_that_counts(loss):
+@pytest.mark.parametrize("outer", [jax.jacfwd, jax.jacrev])
+def test_one_class_and_no_token_that_counts(loss, outer):
     """NaN from behind a select returns in second derivatives."""
     x, y = jnp.zeros((2, 1)), jnp.full(2, -100)
-    hessian = jax.hessian(lambda x: loss(x, y, reduction="sum"))(x)
+    hessian = outer(jax.grad(lambda x: loss(x, y, reduction="sum")))(x)
     np.testing.assert_array_equal(hessian, jnp.zeros((2, 1, 2, 1)))
+
+
+@pytest.mark.parametrize("outer", [jax.jacfwd, jax.jacrev])
+def test_no_token_that_counts_beside_padding(outer):
+    x, y = jnp.zeros((2, 3)), jnp.full(2, -100)
+    loss = partial(jaxloss.cross_entropy, labels=y, num_classes=2, reduction="sum")
+    np.testing.assert_array_equal(outer(jax.grad(loss))(x), jnp.zeros((2, 3, 2, 3)))
 
 
 def test_check_labels_eagerly():
@@ -153,8 +165,11 @@ def test_check_labels_under_jit():
         chex.chexify(jax.jit(step), async_check=False)(jnp.array([0, 7]))
 
 
-@pytest.mark.parametrize(("dtype", "ignored"), [("uint8", 255), ("int8", 127), ("int8", -128)])
-def test_the_ends_of_a_narrow_dtype_may_be_ignored(dtype, ignored):
+@pytest.mark.parametrize(
+    ("dtype", "ignored"),
+    [("uint8", 255), ("int8", 127), ("int8", -128), ("int32", 2**31 - 1), ("int32", -(2**31))],
+)
+def test_the_ends_of_a_dtype_may_be_ignored(dtype, ignored):
     x, labels = jnp.array([[0.5, 2.0], [1.0, 0.0]]), jnp.asarray([ignored, 1], dtype)
     got = jaxloss.cross_entropy(x, labels, ignore_index=ignored)
     np.testing.assert_allclose(got, jaxloss.cross_entropy(x[1:], jnp.array([1])), rtol=1e-6)

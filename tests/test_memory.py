@@ -1,6 +1,9 @@
 """What is promised of memory and of the compiled program."""
 
+import os
 import re
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -47,6 +50,22 @@ def test_temporary_memory(shape, dtype):
     for f in (jaxloss.cross_entropy, jax.value_and_grad(jaxloss.cross_entropy)):
         memory = jax.jit(f).lower(*args).compile().memory_analysis()
         assert memory.temp_size_in_bytes <= 32 * shape[0] + 2 * 2**20
+
+
+def test_temporary_memory_on_one_device():
+    """Where conversions are merged that several devices keep apart."""
+    program = """
+import jax, jax.numpy as jnp, jaxloss
+for dtype in (jnp.float32, jnp.bfloat16):
+    args = jax.ShapeDtypeStruct((1024, 8000), dtype), jax.ShapeDtypeStruct((1024,), jnp.int32)
+    for smoothing in (0.0, 0.1):
+        loss = lambda x, y: jaxloss.cross_entropy(x, y, label_smoothing=smoothing)
+        for f in (loss, jax.value_and_grad(loss)):
+            held = jax.jit(f).lower(*args).compile().memory_analysis().temp_size_in_bytes
+            assert held <= 2**17, (dtype, smoothing, held)  # float32 logits would be 31 MiB
+"""
+    environment = {**os.environ, "XLA_FLAGS": ""}
+    subprocess.run([sys.executable, "-W", "ignore", "-c", program], check=True, env=environment)
 
 
 SPECS = [P("a"), P(None, "b"), P("a", "b"), P(None, ("a", "b"))]

@@ -1,10 +1,15 @@
 """The passes over rows: which form of one is taken, and its limits. What they compute is tested
 where it is used."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import checkify
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import jaxloss
 from jaxloss import _passes, _rows
@@ -77,7 +82,7 @@ def test_arrays_are_whole_on_one_device_and_inside_of_shard_map(monkeypatch):
         seen.append(_passes.is_whole())
         return x
 
-    P, mesh = jax.sharding.PartitionSpec, jax.make_mesh((1,), ("data",))
+    mesh = jax.make_mesh((1,), ("data",))
     for count in (1, 8):
         monkeypatch.setattr(jax, "device_count", lambda count=count: count)
         note(0)
@@ -101,6 +106,25 @@ def test_sharded_rows_are_neither_indexed_nor_reshaped():
         text = program(f, 32768)
         assert "scatter" not in text
         assert "4096" not in text
+
+
+def test_predictions_are_found_by_argmax_where_rows_are_whole(monkeypatch):
+    """Of classes split over devices it would gather a pair from each."""
+
+    def largest(x, *_):
+        return _passes.prediction(x, None, 0, ())
+
+    for whole in (True, False):
+        monkeypatch.setattr(_passes, "is_whole", lambda whole=whole: whole)
+        assert ("argmax" in program(largest, 100)) == whole
+
+
+@pytest.mark.parametrize("spec", [P(), P("t"), P("t", None), P(None, "v"), P("t", "v")], ids=str)
+def test_which_classes_are_split(spec):
+    mesh = jax.make_mesh((2, 4), ("t", "v"), axis_types=(AxisType.Explicit,) * 2)
+    x = jax.device_put(jnp.zeros((4, 8)), NamedSharding(mesh, spec))
+    assert _passes._classes_are_split(x) == ("v" in tuple(spec))
+    assert not _passes._classes_are_split(jnp.zeros((4, 8)))
 
 
 def near_max(x, m, _):
@@ -129,6 +153,19 @@ def test_what_is_read_is_gathered_and_what_is_narrow_is_written_as_bits():
 
     assert "u16[3,5] = scatter" in str(jax.make_jaxpr(put)(x))
     assert "f32[3,5] = scatter" in str(jax.make_jaxpr(put)(x.astype(jnp.float32)))
+
+
+def test_no_index_is_out_of_bounds():
+    """As JAX's own checks see it: the gathers promise that none is."""
+    x = jnp.arange(10.0).reshape(2, 5)
+    index = jnp.array([[0, 4, 5], [1, 5, 7]], jnp.int32)
+    checked = checkify.checkify(_passes.entries, errors=checkify.index_checks)
+    error, found = checked(x, index)
+    assert error.get() is None
+    np.testing.assert_array_equal(found, [[0, 4, 4], [6, 9, 9]])
+    error, found = checkify.checkify(_passes.entry, errors=checkify.index_checks)(x, index[:, 2])
+    assert error.get() is None
+    np.testing.assert_array_equal(found, [4, 9])
 
 
 def test_scaling():
@@ -236,6 +273,22 @@ def test_accelerators_reduce_the_logits_once(platform, results):
 )
 def test_which_exponentials_are_held(shape, dtype, held):
     assert _rows._write_out(jax.ShapeDtypeStruct(shape, dtype)) == held
+
+
+@pytest.mark.parametrize(
+    ("f", "times"),
+    [
+        (jaxloss.cross_entropy, 0),
+        (jax.value_and_grad(jaxloss.cross_entropy), 2),
+        (jax.value_and_grad(lambda x, _: jnp.sum(jaxloss.log_softmax(x))), 1),
+    ],
+    ids=["value", "gradient", "log_softmax"],
+)
+def test_exponentials_are_held_where_their_gradient_follows(one_device, f, times):
+    """Written out with the kept entry overwritten, as the gradient needs them too. Else summed."""
+    shapes = jax.ShapeDtypeStruct((3, 300), jnp.float32), jax.ShapeDtypeStruct((3,), jnp.int32)
+    text = str(jax.make_jaxpr(lambda *args: f(*args))(*shapes))
+    assert len(re.findall(r"\bscatter\b", text)) == times
 
 
 @pytest.mark.parametrize("scaling", [Scaling(3.0, 0.25), Scaling(3.0, 1.0), Scaling(None, 0.25)])

@@ -66,6 +66,49 @@ def test_a_cotangent_of_0_asks_for_nothing_of_an_infinite_loss(top):
     np.testing.assert_allclose(dq[1], np.where(np.isinf(expected), 0, expected), rtol=8 * EPS)
 
 
+@pytest.mark.parametrize("top", [False, True])
+def test_soft_losses_are_linear_in_the_targets(top):
+    """Those of -1 too."""
+    x = X.at[:, 1:].set(jnp.array([0.5, -1.0, 0.25]))
+    q = jnp.array([[-1.0, 0.0, 1.0, 0.5], [1.0, -1.0, 2.0, 0.0]], jnp.float32)
+    index = jnp.broadcast_to(jnp.arange(4, dtype=jnp.int32), q.shape)
+    given = {"soft_targets": None if top else q, "top": (index, q) if top else None}
+    part = _rows.row_part(x, None, class_mask=None, scaling=None, want=(), **given)
+    soft = _rows.finish(part, ())[0].soft
+    np.testing.assert_allclose(soft, np.sum(np.asarray(q) * minus_log_p(x), -1), rtol=16 * EPS)
+
+
+@pytest.mark.nan_is_meant
+@pytest.mark.parametrize("classes", [1, 3])
+def test_no_class_that_is_possible(classes):
+    x = jnp.full((2, classes), -INF)
+    part = _rows.row_part(x, None, None, None, None, ())
+    losses = _rows.finish(part, ("logsumexp", "above"))[0]
+    np.testing.assert_array_equal(losses.logsumexp, -INF)
+    np.testing.assert_array_equal(losses.above, -INF)
+
+
+@pytest.mark.parametrize("outer", [jax.jacfwd, jax.jacrev])
+def test_second_derivatives_of_the_entropy_where_a_class_is_impossible(outer):
+    def entropy(x):
+        return jnp.sum(jaxloss.token_stats(x, jnp.array([0, 1])).entropy)
+
+    x = X.at[1, 2:].set(0.5)  # one class of the first row is at -inf
+    got = outer(jax.grad(entropy))(x)
+    with jax.enable_x64(True):
+
+        def exact(x):
+            return -jnp.sum(jax.nn.softmax(x) * jax.nn.log_softmax(x))
+
+        wide = jnp.asarray(x, jnp.float64)
+        few = jax.hessian(exact)(wide[0, jnp.array([0, 2, 3])])
+        many = jax.hessian(exact)(wide[1])
+    expected = np.zeros((2, 4, 2, 4))
+    expected[0, :, 0][np.ix_([0, 2, 3], [0, 2, 3])] = few
+    expected[1, :, 1] = many
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
+
+
 def test_forward_mode_in_the_probabilities():
     x = X.at[:, 1:].set(jnp.array([0.5, -1.0, 0.25]))
     q = jnp.array([[0.5, 0.0, 0.25, 0.25], [0.1, 0.2, 0.3, 0.4]], jnp.float32)
@@ -87,14 +130,16 @@ def test_forward_mode_of_log_softmax_leaves_masked_classes_alone():
     np.testing.assert_allclose(got, expected, rtol=8 * EPS, atol=4 * EPS)
 
 
+@pytest.mark.parametrize("at", [2, 4])
 @pytest.mark.parametrize("lead", [(2,), (7,), (5, 2)])
 @pytest.mark.parametrize("rest", ["drop", "uniform"])
-def test_top_k_labels_of_any_batch_have_the_gradient_of_their_dense_form(lead, rest):
+def test_top_k_labels_of_any_batch_have_the_gradient_of_their_dense_form(lead, rest, at):
     rng = np.random.default_rng(3)
     x = jnp.asarray(4 * rng.normal(size=(*lead, 9)), jnp.float32)
-    index = jnp.asarray(np.argsort(rng.random((*lead, 9)), axis=-1)[..., :3], jnp.int32)
-    # The last of them is at the maximum, which is what is kept out of the sum.
-    x = jnp.put_along_axis(x, index[..., 2:], 9.0, axis=-1, inplace=False)
+    order = np.argsort(rng.random((*lead, 9)), axis=-1)
+    index = jnp.asarray(order[..., :3], jnp.int32)
+    # The last of them is at the maximum, which is what is kept out of the sum; or none of them.
+    x = jnp.put_along_axis(x, order[..., at : at + 1], 9.0, axis=-1, inplace=False)
     q = jnp.asarray(rng.dirichlet(np.ones(4), lead)[..., :3], jnp.float32)
     left = (1 - jnp.sum(q, axis=-1, keepdims=True)) / 6 if rest == "uniform" else 0.0
     dense = jnp.put_along_axis(jnp.zeros_like(x) + left, index, q, axis=-1, inplace=False)

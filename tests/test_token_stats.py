@@ -69,6 +69,15 @@ def test_a_row_of_no_class_has_no_confidence():
     assert stats.rank[0] == stats.prediction[0] == -1
 
 
+def test_ranks_among_the_classes_that_exist():
+    x, labels = case()
+    highest = jnp.argmax(x, axis=-1)[:, None] == jnp.arange(13)[None]
+    exists = ~highest | (labels[:, None] == jnp.arange(13)[None])
+    got = jaxloss.token_stats(x, labels, where=exists).rank
+    expected = expected_rank(jnp.where(exists, x, -jnp.inf), np.asarray(labels))
+    np.testing.assert_array_equal(got, expected)
+
+
 @pytest.mark.nan_is_meant
 def test_a_label_that_no_device_holds_has_no_rank():
     mesh = jax.make_mesh((2,), ("vocab",), axis_types=(jax.sharding.AxisType.Auto,))

@@ -219,6 +219,18 @@ def test_the_contract(schedule):
 
 
 @pytest.mark.nan_is_meant
+@pytest.mark.parametrize("classes", [1, 4])
+@pytest.mark.parametrize("columns", [0, 3])
+def test_a_class_that_does_not_exist(classes, columns):
+    """Of one class alone, and where columns of padding follow."""
+    x = jnp.arange(2.0 * (classes + columns)).reshape(2, -1)
+    for wrong in (classes, classes + 1, -1):
+        labels = TopKLabels(jnp.array([[0], [wrong]]), jnp.full((2, 1), 0.5))
+        losses = jaxloss.cross_entropy(x, labels, num_classes=classes, reduction="none")
+        np.testing.assert_array_equal(np.isnan(losses), [False, True])
+
+
+@pytest.mark.nan_is_meant
 def test_what_is_named_twice_and_slots_that_are_empty():
     """Of two slots in one token, and the one of several."""
     x = jnp.array([[1.0, 2.0, 0.5]])
