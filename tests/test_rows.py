@@ -69,7 +69,7 @@ def test_a_cotangent_of_0_asks_for_nothing_of_an_infinite_loss(top):
 @pytest.mark.parametrize("top", [False, True])
 def test_soft_losses_are_linear_in_the_targets(top):
     """Those of -1 too."""
-    x = X.at[:, 1:].set(jnp.array([0.5, -1.0, 0.25]))
+    x = X.at[:, 1:].set(jnp.array([0.5, -1.0, 0.25], X.dtype))
     q = jnp.array([[-1.0, 0.0, 1.0, 0.5], [1.0, -1.0, 2.0, 0.0]], jnp.float32)
     index = jnp.broadcast_to(jnp.arange(4, dtype=jnp.int32), q.shape)
     given = {"soft_targets": None if top else q, "top": (index, q) if top else None}
