@@ -128,7 +128,7 @@ def test_slope(hopper, r, c, dtype):
 def test_a_row_that_asks_for_nothing_has_no_slope(hopper):
     x, kept = rows(64, 128, jnp.bfloat16)
     x = x.at[:32].set(jnp.nan).at[32:, 0].set(jnp.inf)
-    zero, none = jnp.zeros(64), jnp.zeros(64, bool)
+    zero, none = jnp.zeros(64, jnp.float32), jnp.zeros(64, bool)
     np.testing.assert_array_equal(rows_gpu.slope(never)(x, zero, kept, zero, zero, none), 0)
 
 

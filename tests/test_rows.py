@@ -59,7 +59,7 @@ def test_a_cotangent_of_0_asks_for_nothing_of_an_infinite_loss(top):
 
     value, pull = jax.vjp(losses, X, q)
     assert value[0] == INF
-    dx, dq = pull(jnp.array([0.0, 1.0]))
+    dx, dq = pull(jnp.array([0.0, 1.0], jnp.float32))
     np.testing.assert_array_equal(dx[0], 0)
     np.testing.assert_array_equal(dq[0], 0)
     expected = minus_log_p(X)[1]
@@ -110,12 +110,13 @@ def test_second_derivatives_of_the_entropy_where_a_class_is_impossible(outer):
 
 
 def test_forward_mode_in_the_probabilities():
-    x = X.at[:, 1:].set(jnp.array([0.5, -1.0, 0.25]))
+    x = X.at[:, 1:].set(jnp.array([0.5, -1.0, 0.25], jnp.float32))
     q = jnp.array([[0.5, 0.0, 0.25, 0.25], [0.1, 0.2, 0.3, 0.4]], jnp.float32)
     direction = jnp.array([[0.5, -2.0, 1.0, 3.0], [-1.0, 0.5, 4.0, 0.25]], jnp.float32)
     loss = partial(jaxloss.cross_entropy, x, reduction="none")
     got = jax.jvp(loss, (q,), (direction,))[1]
-    np.testing.assert_allclose(got, np.sum(minus_log_p(x) * direction, axis=-1), rtol=8 * EPS)
+    expected = np.sum(minus_log_p(x) * np.asarray(direction), axis=-1)
+    np.testing.assert_allclose(got, expected, rtol=8 * EPS)
 
 
 def test_forward_mode_of_log_softmax_leaves_masked_classes_alone():
@@ -168,7 +169,7 @@ def test_narrow_gradients_of_many_classes(dtype):
 @pytest.mark.parametrize("dtype", [None, jnp.bfloat16])
 def test_row_gradient_is_of_the_dtype_that_is_asked_for(dtype):
     x, kept = X.at[:, 1:].set(0.5).astype(jnp.bfloat16), jnp.array([1, 2], jnp.int32)
-    ct = _rows.RowLosses(jnp.ones(2), None, None, None)
+    ct = _rows.RowLosses(jnp.ones(2, jnp.float32), None, None, None)
     dx = _rows.row_gradient(x, state_of(x, kept), None, None, None, ct, dtype=dtype)
     assert dx.dtype == (dtype or jnp.float32)
 
@@ -210,6 +211,7 @@ def test_shards_without_a_label_keep_one_maximum_out():
     np.testing.assert_array_equal(np.sum(kept < 3, axis=0)[np.array([0, 1, 2])], [1, 1, 0])
 
 
+@pytest.mark.nan_is_meant  # a shard that has no label says so by NaN
 @pytest.mark.parametrize("label", [0, 5, 11])
 def test_shards_with_a_label_keep_it_out(label):
     x = jnp.asarray(np.random.default_rng(6).normal(size=(3, 12)) * 9, jnp.float32)

@@ -59,7 +59,9 @@ def row_part(
     count = jnp.full((1,), tokens, jnp.int32) if count is None else count.reshape(1)
     offset = None
     if bias is not None or columns % v:
-        offset = jnp.zeros(columns) if bias is None else bias[:columns].astype(jnp.float32)
+        offset = (
+            jnp.zeros(columns, jnp.float32) if bias is None else bias[:columns].astype(jnp.float32)
+        )
         offset = jnp.pad(offset, (0, tiles * v - columns), constant_values=-jnp.inf)
     args = _mesh.together(hidden, kernel, kept, count, *(() if offset is None else (offset,)))
 
