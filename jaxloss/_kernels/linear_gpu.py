@@ -58,11 +58,8 @@ def row_part(
     hidden = jnp.pad(hidden, ((0, -tokens % 8), (0, 0)))
     count = jnp.full((1,), tokens, jnp.int32) if count is None else count.reshape(1)
     offset = None
-    if bias is not None or columns % v:
-        offset = (
-            jnp.zeros(columns, jnp.float32) if bias is None else bias[:columns].astype(jnp.float32)
-        )
-        offset = jnp.pad(offset, (0, tiles * v - columns), constant_values=-jnp.inf)
+    if bias is not None:
+        offset = jnp.pad(bias[:columns].astype(jnp.float32), (0, tiles * v - columns))
     args = _mesh.together(hidden, kernel, kept, count, *(() if offset is None else (offset,)))
 
     def jaxloss_linear_row_part(hidden, kernel, kept, count, *rest):
@@ -108,6 +105,8 @@ def row_part(
                         x += lax.broadcast_in_dim(o, shape, [1])
                     label = load(kept.at[here], COLUMN, optimized=False)
                     column = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=TILE)
+                    if columns % v:  # padding may hold anything
+                        x = jnp.where(column < columns - j * v, x, -jnp.inf)
                     at_label = column == across(label - j * v, shape)
                     m = jnp.max(x, axis=1)
                     high = jnp.where(m == -jnp.inf, 0.0, m)  # _passes.finite
