@@ -2,8 +2,8 @@
 
 Copy bandwidth and matrix rate first; then the loss of ``hidden @ kernel`` in bfloat16, forward and
 with both gradients, in time and memory; ``cross_entropy`` of bfloat16 logits as a share of the copy
-bandwidth; chunk sizes. One that does not agree with the first, cannot be imported, or refuses, is
-listed with its reason. ``--small`` runs the same code on tiny shapes, on any device.
+bandwidth; chunk sizes. A method that does not agree with the first, cannot be imported, or refuses,
+is listed with its reason. ``--small`` runs the same code on tiny shapes, on any device.
 """
 
 import argparse

@@ -16,7 +16,18 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxloss import _mesh
-from jaxloss._kernels.rows_gpu import COLUMN, TILE, across, exp, like, load, params, transforms
+from jaxloss._kernels.rows_gpu import (
+    COLUMN,
+    TILE,
+    across,
+    exp,
+    like,
+    load,
+    merged,
+    params,
+    transforms,
+)
+from jaxloss._passes import finite
 
 _CORES = 132  # of an H100 and an H200
 # Of a group's tile, and how many features' are fetched ahead. Of the tiles that fit, measured on an
@@ -109,9 +120,8 @@ def row_part(
                         x = jnp.where(column < columns - j * v, x, -jnp.inf)
                     at_label = column == across(label - j * v, shape)
                     m = jnp.max(x, axis=1)
-                    high = jnp.where(m == -jnp.inf, 0.0, m)  # _passes.finite
                     own = jnp.sum(jnp.where(at_label, x, 0.0), axis=1)
-                    others = jnp.where(at_label, 0.0, exp(x - across(high, shape)))
+                    others = jnp.where(at_label, 0.0, exp(x - across(finite(m), shape)))
                     s = jnp.sum(others, axis=1)
                     plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the last tile's
                     out[group, 0], out[group, 1], out[group, 2] = m, s, own
@@ -150,7 +160,5 @@ def row_part(
         compiler_params=params(),
     )(*args)
     m, s, own = (x[:, :tokens] for x in (m, s, own))
-    top = jnp.max(m, axis=0)
-    high = jnp.where(top == -jnp.inf, 0.0, top)
     own = jnp.where(kept[:tokens] < 0, jnp.nan, jnp.sum(own, axis=0))
-    return top, jnp.sum(s * jnp.exp(m - high[None]), axis=0), own
+    return *merged(m, s), own

@@ -18,6 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxloss import _mesh
+from jaxloss._passes import finite
 
 ROWS = 64  # of a tile: those of the registers' layout, in which four threads share a row
 TILE = plgpu.Layout.WGMMA
@@ -121,6 +122,12 @@ def _over_tiles(x: Any, i: Any, part: Any, length: int, step: Callable, carry: A
     )(x)
 
 
+def merged(m: Array, s: Array) -> tuple[Array, Array]:
+    """The rows' maxima and sums from those of their parts ``[parts, R]``."""
+    top = jnp.max(m, axis=0)
+    return top, jnp.sum(s * jnp.exp(m - finite(top)[None]), axis=0)
+
+
 def _padded(x: Array, rows: int, value: Any) -> Array:
     return jnp.pad(x, (0, rows - x.shape[0]), constant_values=value)
 
@@ -144,7 +151,7 @@ def max_and_sum(otherwise: Callable) -> Callable:
                 column = plgpu.broadcasted_iota(jnp.int32, _SHAPE, 1, layout=TILE)
                 at_label = column == across(label - (part * length + index[0]) * COLUMNS)
                 new = jnp.maximum(m, jnp.max(x, axis=1))
-                high = jnp.where(new == -jnp.inf, 0.0, new)  # _passes.finite
+                high = finite(new)
                 others = jnp.where(at_label, 0.0, exp(x - across(high)))
                 return new, s * exp(m - high) + jnp.sum(others, axis=1)
 
@@ -167,10 +174,7 @@ def max_and_sum(otherwise: Callable) -> Callable:
             scratch_types=[plgpu.SMEM((ROWS,), jnp.float32)] * 2,
             compiler_params=params(),
         )(x, _padded(kept, row_tiles * ROWS, classes))
-        m, s = m[:, :rows], s[:, :rows]
-        top = jnp.max(m, axis=0)
-        high = jnp.where(top == -jnp.inf, 0.0, top)
-        return top, jnp.sum(s * jnp.exp(m - high[None]), axis=0)
+        return merged(m[:, :rows], s[:, :rows])
 
     return _per_row(compute, otherwise)
 
