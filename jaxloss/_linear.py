@@ -1,7 +1,9 @@
 """Losses of ``hidden @ kernel`` whose logits are never held: a sweep over chunks of tokens.
 
 Tokens that count are packed into the first chunks (an index, no copy of ``hidden``), and the loop
-runs over those chunks alone. A chunk's logits ``[n, V]`` live for one step of it.
+runs over those chunks alone. A chunk's logits ``[n, V]`` live for one step of it. Chunks add to a
+float32 d_kernel; where one is all tokens, they stay in their places, and d_kernel is formed as it
+is returned.
 
 A weighted sum of the losses takes its gradients along in the forward pass: three products (logits,
 d_hidden, d_kernel), scaled later by the cotangent. Losses a token wait for their cotangents, and
@@ -53,6 +55,7 @@ class Packing(NamedTuple):
 
     order: Array  # [chunks * n] int32, those that count first; N: no token
     size: Array  # how many count
+    counts: Array  # [N] bool, which
 
 
 def size_to_plan_for(num_tokens: Any) -> int:
@@ -65,8 +68,11 @@ def _fit(mebibytes: int, num_columns: int) -> int:
     return 2 ** int(math.log2(max(1, mebibytes * 2**20 // (4 * max(1, num_columns)))))
 
 
-def default_chunk(num_tokens: int, num_columns: int) -> int:
-    """Tokens a chunk: a power of two."""
+def default_chunk(num_tokens: int, num_columns: int, num_features: int = 0) -> int:
+    """Tokens a chunk: a power of two, or all.
+
+    ``num_features``: of a kernel whose gradient a single chunk forms without an accumulator.
+    """
     if jax.default_backend() == "cpu":
         # Measured: past 512 tokens the products gain little, past 1024 nothing.
         chunk = min(_fit(256, num_columns), 1024, max(512, _fit(64, num_columns)))
@@ -74,14 +80,19 @@ def default_chunk(num_tokens: int, num_columns: int) -> int:
         # Each chunk adds to the float32 d_kernel, 8 bytes of traffic beside 6 n operations: by the
         # chips' peak rates as long as the products of 220 tokens on an H200, 320 on a TPU v5e, 750
         # on a v6e. Up to here the logits stand where the gradients will be written.
-        chunk = min(_fit(1024, num_columns), 1024 if jax.default_backend() == "tpu" else 4096)
+        on_tpu = jax.default_backend() == "tpu"
+        chunk = min(_fit(1024, num_columns), 1024 if on_tpu else 4096)
+        # All at once hold 6 bytes a logit, in float32 and in bfloat16; chunks of n as many, and 4
+        # for each entry of d_kernel: V (6 n + 4 D) in all.
+        if not on_tpu and num_tokens <= chunk + 2 * num_features // 3:
+            chunk = num_tokens
     return max(1, min(chunk, num_tokens))
 
 
-def value_chunk(chunk: int, num_columns: int) -> int:
+def value_chunk(chunk: int, num_columns: int, mebibytes: int = 256) -> int:
     """Tokens of a sweep without gradients: halves of a chunk, down to 256 MiB of float32 logits,
-    which are nearly all that it holds."""
-    while chunk % 2 == 0 and chunk > _fit(256, num_columns):
+    which are nearly all that it holds. Of another that adds nothing up, down to as many."""
+    while chunk % 2 == 0 and chunk > _fit(mebibytes, num_columns):
         chunk //= 2
     return chunk
 
@@ -96,13 +107,13 @@ def pack(counts: Array, geometry: Geometry) -> Packing:
     # Where no token counts, none is named: its hidden may hold NaN, and NaN * 0 is NaN.
     order = jnp.where(jnp.arange(tokens, dtype=jnp.int32) < size, order, tokens)
     room = (-(-tokens // chunk) or 1) * chunk - tokens
-    return Packing(jnp.pad(order, (0, room), constant_values=tokens), size)
+    return Packing(jnp.pad(order, (0, room), constant_values=tokens), size, counts)
 
 
-def _dot(x: Array, y: Array, axis_x: int, axis_y: int, geometry: Geometry) -> Array:
+def _dot(x: Array, y: Array, axis_x: int, axis_y: int, geometry: Geometry, out: Any = None):
     contract = (((axis_x,), (axis_y,)), ((), ()))
-    wide = accumulator_dtype(x.dtype)
-    return lax.dot_general(x, y, contract, geometry.precision, preferred_element_type=wide)
+    out = out or accumulator_dtype(x.dtype)
+    return lax.dot_general(x, y, contract, geometry.precision, preferred_element_type=out)
 
 
 def product(hidden: Array, kernel: Array, bias: Array | None, geometry: Geometry) -> Array:
@@ -134,13 +145,18 @@ def d_hidden(dx: Array, kernel: Array, geometry: Geometry) -> Array:
     return _dot(dx, kernel, 1, geometry.vocab_axis, geometry)
 
 
-def d_kernel(dx: Array, hidden: Array, geometry: Geometry) -> Array:
+def d_kernel(dx: Array, hidden: Array, geometry: Geometry, out: Any = None) -> Array:
     first, second = (hidden, dx) if geometry.vocab_axis == 1 else (dx, hidden)
-    return _dot(first, second, 0, 0, geometry)
+    return _dot(first, second, 0, 0, geometry, out)
 
 
-def product_gradients(dx: Array, real: Array, hidden: Array, kernel: Array, active, geometry):
-    """Those of the ``active`` of (hidden, kernel, bias), from the logits'; ``real[n]``: a token."""
+def product_gradients(
+    dx: Array, real: Array, hidden: Array, kernel: Array, active, geometry, alone: bool = False
+):
+    """Those of the ``active`` of (hidden, kernel, bias), from the logits'; ``real[n]``: a token.
+
+    ``alone``: there are no others to be added.
+    """
     # No token, no gradient: a loss that is not finite at hidden = 0 must not leak.
     dx = jnp.where(real[:, None], dx, 0)
     dx = jnp.pad(dx, ((0, 0), (0, kernel.shape[geometry.vocab_axis] - dx.shape[1])))
@@ -148,16 +164,27 @@ def product_gradients(dx: Array, real: Array, hidden: Array, kernel: Array, acti
     d_bias = jnp.sum(dx, axis=0) if of_bias else None
     # Formed in float32, narrowed once: the products take the operands' dtype.
     dx = dx.astype(hidden.dtype)
+    alone &= not geometry.gathered and not _mesh.varies_over(dx) - _mesh.varies_over(kernel)
+    # On a GPU alone the product is asked for narrow sums (it adds in float32 all the same): there
+    # XLA would narrow them in a pass of its own, elsewhere it needs no asking.
+    out = kernel.dtype if alone and jax.default_backend() == "gpu" else None
     return (
         d_hidden(dx, kernel, geometry) if of_hidden else None,
-        d_kernel(dx, hidden, geometry) if of_kernel else None,
+        d_kernel(dx, hidden, geometry, out) if of_kernel else None,
         d_bias,
     )
 
 
+def _each(mask: Array, rows: Array) -> Array:
+    return mask.reshape(-1, *(1,) * (rows.ndim - 1))
+
+
 def taken(x: Any, at: Array) -> Any:
+    """The tokens ``at``: an index[n], past the end for none; or which of all, as they stand."""
     if x is None:
         return None
+    if at.dtype == bool:
+        return jnp.where(_each(at, x), x, jnp.zeros((), x.dtype))
     if x.shape[0] == 0:
         return jnp.zeros((*at.shape, *x.shape[1:]), x.dtype)
     return jnp.take(x, at, axis=0, mode="fill", fill_value=0)
@@ -166,6 +193,8 @@ def taken(x: Any, at: Array) -> Any:
 def put_back(at: Array, x: Array, rows: Array) -> Array:
     if x.shape[0] == 0:
         return x
+    if at.dtype == bool:
+        return jnp.where(_each(at, x), rows.astype(x.dtype), x)
     return x.at[at].set(rows.astype(x.dtype), mode="drop")
 
 
@@ -174,39 +203,49 @@ def step_sizes(chunk: int) -> tuple[int, ...]:
     return (chunk, chunk // 4) if chunk % 4 == 0 else (chunk,)
 
 
-def _sweep(packing: Packing, chunk: int, part, update, blank, dynamic: bool):
-    """``update(state, at, part(at))`` for each chunk's tokens ``at[n]``, from ``blank()`` on.
+def _sweep(packing: Packing, chunk: int, part, update, blank, finish, dynamic: bool):
+    """``update(state, at, part(at))`` for each chunk's tokens ``at``, from ``blank()`` on; the last
+    state finished.
 
     ``dynamic``: a loop over the chunks that hold a token that counts. Otherwise over all of them,
     which JAX can differentiate in reverse, each part computed again in its backward pass.
     """
 
-    def step(state, start, size):
-        at = lax.dynamic_slice_in_dim(packing.order, start, size)
+    def step(state, at):
         compute = part if dynamic else jax.checkpoint(part)
         return update(state, at, compute(at))
+
+    def from_place(state, start, size):
+        return step(state, lax.dynamic_slice_in_dim(packing.order, start, size))
 
     chunks = packing.order.shape[0] // chunk
     if not dynamic:
         starts = jnp.arange(chunks, dtype=jnp.int32) * chunk
-        return lax.scan(lambda state, at: (step(state, at, chunk), None), blank(), starts)[0]
+        sweep = lax.scan(lambda state, at: (from_place(state, at, chunk), None), blank(), starts)
+        return finish(sweep[0])
 
     # What is left of the last chunk goes in quarters: a batch of one chunk gains by them too.
     quarter = step_sizes(chunk)[-1]
     whole = (packing.size + quarter - 1) // chunk
 
-    def in_quarters(i, state):
-        return step(state, whole * chunk + i * quarter, quarter)
+    def rest(state):
+        if quarter == chunk:
+            return state
+        trips, start = (packing.size - whole * chunk + quarter - 1) // quarter, whole * chunk
+        some = lambda i, state: from_place(state, start + i * quarter, quarter)  # noqa: E731
+        return lax.fori_loop(0, trips, some, state)
 
-    # The first chunk stands alone: inside of the branch XLA sees that nothing was there before, and
-    # writes where it would add.
-    state = lax.cond(whole > 0, lambda: step(blank(), 0, chunk), blank)
+    if chunk == packing.counts.shape[0]:
+        # Inside of the branch XLA sees that nothing was there before and nothing comes after: sums
+        # are written where they would be added to, and narrow. No token is moved.
+        at_once = lambda: finish(step(blank(), packing.counts))  # noqa: E731
+        return lax.cond(whole > 0, at_once, lambda: finish(rest(blank())))
+    # The first chunk stands alone for the first of these.
+    state = lax.cond(whole > 0, lambda: from_place(blank(), 0, chunk), blank)
     if chunks != 1:  # not '>': of an open number JAX knows no order
-        state = lax.fori_loop(1, whole, lambda i, state: step(state, i * chunk, chunk), state)
-    if quarter < chunk:
-        trips = (packing.size - whole * chunk + quarter - 1) // quarter
-        state = lax.fori_loop(0, trips, in_quarters, state)
-    return state
+        more = lambda i, state: from_place(state, i * chunk, chunk)  # noqa: E731
+        state = lax.fori_loop(1, whole, more, state)
+    return finish(rest(state))
 
 
 def _differentiable(compute):
@@ -273,7 +312,7 @@ def _losses(loss_fn: LossFn, geometry: Geometry, dynamic: bool, operands: Operan
     chunk = value_chunk(geometry.chunk, sum(k.shape[axis] for k, axis in products))
     like = jax.eval_shape(part, packing.order[:chunk])
     blank = partial(_blank_rows, hidden.shape[0], like)
-    return _sweep(packing, chunk, part, update, blank, dynamic)
+    return _sweep(packing, chunk, part, update, blank, lambda state: state, dynamic)
 
 
 def _blank_rows(size: int, like):
@@ -304,7 +343,8 @@ def _gradients(
     )
 
     def part(at):
-        h = taken(hidden, at)
+        whole = at.dtype == bool
+        h, real = taken(hidden, at), at if whole else at < size
         x = product(h, kernel, bias, geometry)
         # A teacher's logits go the way of what the tokens own, and then on to its operands.
         y = _teacher_logits(operands, at, geometry)
@@ -338,9 +378,9 @@ def _gradients(
         if any(active.teacher):
             h_teacher, k_teacher = taken(teacher[0], at), teacher[1]
             d_teacher = product_gradients(
-                dy[0], at < size, h_teacher, k_teacher, active.teacher, of_teacher(geometry)
+                dy[0], real, h_teacher, k_teacher, active.teacher, of_teacher(geometry), whole
             )
-        of_product = product_gradients(dx, at < size, h, kernel, active[:3], geometry)
+        of_product = product_gradients(dx, real, h, kernel, active[:3], geometry, whole)
         return losses, others, Operands(*of_product, d_tokens, d_shared, d_teacher)
 
     def update(state, at, values):
@@ -365,13 +405,19 @@ def _gradients(
         )
         return losses, others, total
 
-    *like, rows_like = jax.eval_shape(part, packing.order[: geometry.chunk])
+    chunk = geometry.chunk
+    if not active.kernel:
+        chunk = value_chunk(chunk, kernel.shape[geometry.vocab_axis], 1024)
+    *like, rows_like = jax.eval_shape(part, packing.order[:chunk])
+
+    def narrow(g, x):
+        # Parts of a sum over devices are not narrowed before it.
+        return (
+            accumulator_dtype(x.dtype) if _mesh.varies_over(g) - _mesh.varies_over(x) else x.dtype
+        )
 
     def rows(g, x):
-        # Parts of a sum over devices are not narrowed before it.
-        summed = _mesh.varies_over(g) - _mesh.varies_over(x)
-        dtype = accumulator_dtype(x.dtype) if summed else x.dtype
-        return _mesh.blank(g, x.shape, dtype)
+        return _mesh.blank(g, x.shape, narrow(g, x))
 
     def sums(g, x):  # over chunks, never narrower than float32
         return _mesh.blank(g, dtype=accumulator_dtype(x.dtype))
@@ -385,7 +431,15 @@ def _gradients(
         )
         return *_blank_rows(size, like), total
 
-    losses, others, total = _sweep(packing, geometry.chunk, part, update, blank, dynamic)
+    def finish(state):
+        *others, total = state
+        final = _map(lambda g, x: g.astype(narrow(g, x)), total, operands)
+        if geometry.gathered:  # it is summed when it is scattered
+            final = final._replace(kernel=total.kernel)
+        return *others, final
+
+    swept = _sweep(packing, chunk, part, update, blank, finish, dynamic)
+    losses, others, total = swept
     total = total._replace(kernel=scattered(total.kernel, geometry))
     return losses, others, total
 
@@ -538,6 +592,7 @@ def reduced(
     if scalar:
         given = geometry, each.reshape(-1), operands, packing
         total, others = weighted_sum(loss_fn, *given, value)
-        return jnp.where(nothing, jnp.nan, total), others
+        # Added: the gradients of a selected sum would be scaled by 1, in a pass over d_kernel.
+        return total + jnp.where(nothing, jnp.nan, jnp.zeros_like(total)), others
     (losses, *rest), others = losses_by_token(loss_fn, geometry, operands, packing, value)
     return jnp.where(counts, each * losses.reshape(counts.shape), 0), (*rest, *others)

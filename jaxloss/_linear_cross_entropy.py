@@ -139,10 +139,12 @@ def linear_cross_entropy(
       vocab_axis_name, token_axis_name: as in :func:`cross_entropy`; the columns of ``kernel`` and
         ``bias`` are split over the one, the tokens over the other.
       chunk_size: tokens whose logits are held at a time. None takes what 1 GiB of float32 logits
-        allow, up to 1024 tokens on a TPU and 4096 on a GPU; on a CPU what 256 MiB allow, up to 512
-        tokens, or 1024 where their logits take 64 MiB. Without gradients, halves of it that fit 256
-        MiB. With the other implementations classes; None takes 8 MiB on a CPU, 32 MiB on a TPU, 64
-        MiB on a GPU, and at least 128 classes.
+        allow, up to 1024 tokens on a TPU and 4096 on a GPU, and on a GPU all tokens, where they are
+        at most 2 D / 3 more than that: their logits take no more than the accumulator that one
+        chunk does without. On a CPU what 256 MiB allow, up to 512 tokens, or 1024 where their
+        logits take 64 MiB. Without a gradient of ``kernel``, halves of it that fit 1 GiB, without
+        any 256 MiB. With the other implementations classes; None takes 8 MiB on a CPU, 32 MiB on a
+        TPU, 64 MiB on a GPU, and at least 128 classes.
       precision: of the products, as in :func:`jax.lax.dot_general`.
       implementation: ``"token_chunks"``, or for least memory ``"vocab_blocks"``, or vocabulary
         blocks whose log-sum-exp a kernel computes: ``"mosaic_tpu"`` on a TPU after v4,
@@ -169,7 +171,8 @@ def linear_cross_entropy(
 
     A scalar loss takes its gradients along in the forward pass: three matrix products in all (one
     where nothing is differentiated, two where only ``hidden`` or only ``kernel`` is), and holds one
-    chunk of logits beside a float32 accumulator of the kernel's gradient. ``reduction="none"``
+    chunk of logits beside a float32 accumulator of the kernel's gradient (several chunks add to
+    it; one that is all tokens needs none). ``reduction="none"``
     computes each chunk's logits again in the backward pass. Tokens that do not count are not
     computed: with 75 % of the labels ignored, a quarter of the chunks run. Vocabulary blocks take
     four products whatever the reduction and compute every token, but hold one block of logits
@@ -310,10 +313,11 @@ def losses_of_product(
             rule = f"implementation={name!r} takes class indices and bfloat16 operands on {where}"
             _check.fail(call, rule, ", ".join(beyond), "Leave implementation out.")
         by_tokens = name == "token_chunks"
-        default = _linear.default_chunk if by_tokens else _blocks.default_block
-        chunk = _check.integer(
-            call, "chunk_size", chunk_size, 1, None, default=default(tokens, here)
-        )
+        if by_tokens:
+            default = _linear.default_chunk(tokens, here, hidden.shape[-1])
+        else:
+            default = _blocks.default_block(tokens, here)
+        chunk = _check.integer(call, "chunk_size", chunk_size, 1, None, default=default)
         chunk = min(chunk, max(1, tokens if by_tokens else here))
         return (_by_token_chunks if by_tokens else _by_vocab_blocks)(
             hidden,

@@ -50,11 +50,11 @@ def _kernels(text):
     return sorted(set(re.findall(r"jaxloss_[a-z_]+(?=_mosaic_gpu)", text)))
 
 
-def _compile(gradients=False, materialised=False, kernels=True, **options):
+def _compile(gradients=False, materialised=False, kernels=True, n=N, d=D, **options):
     """Prints what the tests below ask, as JSON."""
     one = _h200()
-    kernel = (V, D) if options.get("vocab_axis") == 0 else (D, V)
-    shapes = ((N, D), jnp.bfloat16), (kernel, jnp.bfloat16), ((N,), jnp.int32)
+    kernel = (V, d) if options.get("vocab_axis") == 0 else (d, V)
+    shapes = ((n, d), jnp.bfloat16), (kernel, jnp.bfloat16), ((n,), jnp.int32)
     loss = partial(jaxloss.linear_cross_entropy, **options)
     if materialised:
         loss = lambda h, k, y: jaxloss.cross_entropy(h @ k, y)  # noqa: E731
@@ -64,14 +64,16 @@ def _compile(gradients=False, materialised=False, kernels=True, **options):
     text, memory = program.as_text(), program.memory_analysis()
     types = dict(re.findall(r"%?([\w.\-]+) = ([a-z]+\d+)\[", text))
     arrays = re.findall(r"\b[a-z]+\d+\[([\d,]+)\]", text)
+    entry = text[text.index("\nENTRY ") :]
     copied = re.findall(r"= [a-z]+\d+\[([\d,]*)\]\S* copy\(", text)
     found = {
         "peak": memory.peak_memory_in_bytes,
         "temporaries": memory.temp_size_in_bytes,
         "least": memory.argument_size_in_bytes + memory.output_size_in_bytes,
         "products": [[types[x], types[y]] for x, y in re.findall(r" dot\(%(\S+), %(\S+)\)", text)],
-        "logits": any(sorted(map(int, dims.split(","))) == sorted((N, V)) for dims in arrays),
+        "logits": any(sorted(map(int, dims.split(","))) == sorted((n, V)) for dims in arrays),
         "kernels": _kernels(text),
+        "on_kernel": re.findall(rf"= \w+\[{kernel[0]},{kernel[1]}\]\S* ([a-z\-]+)\(", entry),
         "copied": max((prod(int(n) for n in dims.split(",") if n) for dims in copied), default=0),
     }
     print(json.dumps(found))
@@ -148,6 +150,15 @@ def test_the_chunks_by_default_take_a_gibibyte():
     assert not found["logits"]
     assert found["temporaries"] <= 4 * D * V + 1.2e9  # a float32 d_kernel, and 2048 tokens' logits
     assert found["copied"] <= N
+
+
+def test_all_tokens_at_once_form_the_gradient_as_it_is_returned():
+    """Of no more tokens than features: no accumulator, nothing narrowed or scaled afterwards."""
+    found = compiled(**BOTH, n=4096, d=4096)
+    assert set(found["on_kernel"]) == {"parameter", "get-tuple-element"}
+    assert 6 * 4096 * V <= found["temporaries"] <= 6 * 4096 * V + 64 * MIB
+    chunks = compiled(**BOTH, n=4096, d=4096, chunk_size=2048)
+    assert "fusion" in chunks["on_kernel"]
 
 
 @pytest.mark.parametrize("options", [{}, BLOCKS], ids=str)

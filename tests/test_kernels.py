@@ -58,7 +58,7 @@ def test_exp_is_exact_to_a_unit_in_the_last_place():
     truth = np.exp(wide(x))
     error = np.abs(wide(jax.jit(linear_tpu.exp)(x)) - truth)
     assert np.max(error / np.spacing(truth.astype(np.float32))) < 1
-    few = linear_tpu.exp(jnp.array([0.0, -0.0, -jnp.inf, -1e30, -88.0, -87.2]))
+    few = linear_tpu.exp(jnp.array([0.0, -0.0, -jnp.inf, -1e30, -88.0, -87.2], jnp.float32))
     np.testing.assert_array_equal(few[:5], [1, 1, 0, 0, 0])
     assert few[5] > 0
 
@@ -85,6 +85,7 @@ def test_tiles(tokens, features, expected):
     assert linear_tpu.tiles(tokens, features) == expected
 
 
+@pytest.mark.nan_is_meant  # the interpreter's memory is NaN until it is written
 @pytest.mark.parametrize("vocab_axis", [0, 1])
 @pytest.mark.parametrize(
     ("n", "d", "v", "columns", "with_bias"),
@@ -210,7 +211,7 @@ def test_every_mode_equals_that_of_vocab_blocks(tpu, name, derivatives):
 def test_a_label_that_is_none_is_nan(tpu):
     hidden, kernel, labels, _ = problem(16, 8, 600)
     options = {"reduction": "none", "num_classes": 550, "implementation": "mosaic_tpu"}
-    labels = (labels % 550).at[:4].set(jnp.array([550, 599, -1, -100]))
+    labels = (labels % 550).at[:4].set(jnp.array([550, 599, -1, -100], jnp.int32))
     losses, pull = jax.vjp(
         lambda h, k: jaxloss.linear_cross_entropy(h, k, labels, **options), hidden, kernel
     )
@@ -221,6 +222,7 @@ def test_a_label_that_is_none_is_nan(tpu):
     np.testing.assert_array_equal(d_hidden[3], 0)
 
 
+@pytest.mark.nan_is_meant
 def test_parts_of_disjoint_columns_merge(tpu):
     """As those of a mesh's devices do; that the kernel compiles for one is in test_tpu."""
     hidden, kernel, kept, _ = problem(24, 16, 1100)

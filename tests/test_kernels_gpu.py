@@ -196,11 +196,16 @@ def test_every_mode_equals_that_without_kernels(hopper, monkeypatch, name):
     jax.clear_caches()
     assert "jaxloss_slope" not in program(every, x)
     expected = jax.jit(every)(x)
-    for v, w in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
-        assert v.dtype == w.dtype
+    assert jax.tree.map(jnp.result_type, got) == jax.tree.map(jnp.result_type, expected)
+    *got, of_squares = map(wide, jax.tree.leaves(got))
+    *expected, its_truth = jax.tree.leaves(expected)
+    for v, w in zip(got, expected, strict=True):
         # Rounded to bfloat16, where values that differ by a float32's rounding part by a unit.
-        rtol = 2**-7 if v.dtype == jnp.bfloat16 else 1e-6
-        np.testing.assert_allclose(wide(v), wide(w), rtol=rtol, atol=1e-9)
+        rtol = 2**-7 if w.dtype == jnp.bfloat16 else 1e-6
+        np.testing.assert_allclose(v, wide(w), rtol=rtol, atol=1e-9)
+    # Sums over a row of gradients that have parted so.
+    largest = np.max(np.abs(wide(its_truth)), axis=-1, keepdims=True)
+    assert np.all(np.abs(of_squares - wide(its_truth)) <= 2**-7 * largest)
 
 
 @pytest.mark.parametrize(

@@ -217,6 +217,10 @@ def test_chunks_by_default(backend, columns, chunk, alone, monkeypatch):
     assert _linear.default_chunk(10**6, columns) == chunk
     assert _linear.value_chunk(chunk, columns) == alone
     assert _linear.default_chunk(5, columns) == min(chunk, 5)
+    # With so many features all tokens at once take no more than the float32 d_kernel of chunks.
+    at_once = chunk + 2 * 600 // 3 if backend == "gpu" else chunk
+    assert _linear.default_chunk(chunk + 400, columns, 600) == at_once
+    assert _linear.default_chunk(chunk + 401, columns, 600) == chunk
 
 
 def test_an_odd_chunk_is_taken_as_it_is():
@@ -240,6 +244,21 @@ def test_the_value_alone_goes_by_parts_of_a_chunk(monkeypatch):
     expected = jnp.mean(squared(x, y))
     np.testing.assert_allclose(own(hidden, kernel, y), expected, rtol=1e-6)
     np.testing.assert_allclose(jax.value_and_grad(own)(hidden, kernel, y)[0], expected, rtol=1e-6)
+
+
+def test_a_kernel_that_is_not_differentiated_has_no_accumulator_to_do_without(monkeypatch):
+    monkeypatch.setattr(_linear, "_fit", lambda mebibytes, _: 6 if mebibytes == 1024 else 3)
+    hidden, kernel, labels = problem(12)
+
+    def largest(argnums):
+        options = {"chunk_size": 12, "implementation": "token_chunks"}
+        step = jax.grad(partial(jaxloss.linear_cross_entropy, **options), argnums)
+        program = equations(step, hidden, kernel, labels)
+        shapes = (e.outvars[0].aval.shape for e in program if e.primitive.name == "dot_general")
+        return max(rows for rows, columns in shapes if columns == 11)
+
+    assert largest(A) == 12
+    assert largest(0) == 6
 
 
 def test_backward_pass_has_no_product():
@@ -383,6 +402,21 @@ def test_products_take_bfloat16_and_accumulate_in_float32(reduction, schedule):
     assert {g.dtype for g in grads} == {jnp.dtype(jnp.bfloat16)}
 
 
+def test_on_a_gpu_a_chunk_of_all_tokens_forms_d_kernel_narrow(monkeypatch):
+    """Its product narrows what it has added in float32. What is added to stays wide."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    hidden, kernel, labels = problem(8, 5, 13, jnp.bfloat16)
+
+    def out_dtypes(chunk):
+        step = jax.grad(partial(jaxloss.linear_cross_entropy, chunk_size=chunk), A)
+        program = equations(step, hidden, kernel, labels)
+        found = [e.outvars[0].aval for e in program if e.primitive.name == "dot_general"]
+        return sorted(str(aval.dtype) for aval in found if aval.shape == kernel.shape)
+
+    assert out_dtypes(8) == ["bfloat16", "float32"]  # all at once; quarters, where some are left
+    assert set(out_dtypes(4)) == {"float32"}
+
+
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_nothing_but_operands_is_narrow(reduction, schedule):
@@ -453,8 +487,8 @@ def test_a_token_that_does_not_count_may_hold_anything():
     labels = jnp.array([1, -100, 2, -100, 3, 4, 5])
     hidden = hidden.at[1].set(jnp.nan).at[3].set(jnp.inf)
     rows = jnp.array([0, 2, 4, 5, 6])
-    for schedule in SCHEDULES:
-        f = partial(jaxloss.linear_cross_entropy, implementation=schedule, chunk_size=3)
+    for schedule, chunk in (*((s, 3) for s in SCHEDULES), ("token_chunks", 7)):
+        f = partial(jaxloss.linear_cross_entropy, implementation=schedule, chunk_size=chunk)
         step = jit_quickly(jax.value_and_grad(f, A))
         loss, (d_hidden, d_kernel) = step(hidden, kernel, labels)
         expected, grads = step(hidden[rows], kernel, labels[rows])

@@ -50,7 +50,8 @@ def exp(x: Array) -> Array:
 
 def load(ref: Any, layout: Any, **options: Any) -> Array:
     read: Any = plgpu.load
-    some = ((),) if "idx" in inspect.signature(read).parameters else ()  # until JAX 0.11
+    index = inspect.signature(read).parameters.get("idx")  # an argument until JAX 0.11
+    some = ((),) if index and index.default is inspect.Parameter.empty else ()
     return read(ref, *some, layout=layout, **options)
 
 
@@ -102,8 +103,8 @@ def _per_row(compute: Callable, otherwise: Callable) -> Callable:
 
 def _split(rows: int, tiles: int) -> tuple[int, int]:
     """(parts that each row's tiles are split into, tiles of a part)."""
-    # Eight tiles at least: each part fills its pipeline first.
-    tiles_of_part = max(pl.cdiv(tiles * rows, _BLOCKS), min(tiles, 8))
+    # Four tiles at least: each part fills its pipeline first.
+    tiles_of_part = max(pl.cdiv(tiles * rows, _BLOCKS), min(tiles, 4))
     parts = pl.cdiv(tiles, tiles_of_part)
     return parts, pl.cdiv(tiles, parts)
 
