@@ -412,9 +412,8 @@ def _gradients(
 
     def narrow(g, x):
         # Parts of a sum over devices are not narrowed before it.
-        return (
-            accumulator_dtype(x.dtype) if _mesh.varies_over(g) - _mesh.varies_over(x) else x.dtype
-        )
+        summed = _mesh.varies_over(g) - _mesh.varies_over(x)
+        return accumulator_dtype(x.dtype) if summed else x.dtype
 
     def rows(g, x):
         return _mesh.blank(g, x.shape, narrow(g, x))
@@ -432,11 +431,11 @@ def _gradients(
         return *_blank_rows(size, like), total
 
     def finish(state):
-        *others, total = state
+        *each, total = state
         final = _map(lambda g, x: g.astype(narrow(g, x)), total, operands)
         if geometry.gathered:  # it is summed when it is scattered
             final = final._replace(kernel=total.kernel)
-        return *others, final
+        return *each, final
 
     swept = _sweep(packing, chunk, part, update, blank, finish, dynamic)
     losses, others, total = swept

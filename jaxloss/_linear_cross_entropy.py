@@ -171,11 +171,10 @@ def linear_cross_entropy(
 
     A scalar loss takes its gradients along in the forward pass: three matrix products in all (one
     where nothing is differentiated, two where only ``hidden`` or only ``kernel`` is), and holds one
-    chunk of logits beside a float32 accumulator of the kernel's gradient (several chunks add to
-    it; one that is all tokens needs none). ``reduction="none"``
-    computes each chunk's logits again in the backward pass. Tokens that do not count are not
-    computed: with 75 % of the labels ignored, a quarter of the chunks run. Vocabulary blocks take
-    four products whatever the reduction and compute every token, but hold one block of logits
+    chunk of logits beside a float32 accumulator of the kernel's gradient, or of all tokens none.
+    ``reduction="none"`` computes each chunk's logits again in the backward pass. Tokens that do not
+    count are not computed: with 75 % of the labels ignored, a quarter of the chunks run. Vocabulary
+    blocks take four products whatever the reduction and compute every token, but hold one block of logits
     beside a float32 gradient of ``hidden`` and no accumulator for the kernel's. Differentiable in
     ``hidden``, ``kernel``, ``bias``, probabilities and weights, in every mode.
 
