@@ -174,9 +174,9 @@ def linear_cross_entropy(
     chunk of logits beside a float32 accumulator of the kernel's gradient, or of all tokens none.
     ``reduction="none"`` computes each chunk's logits again in the backward pass. Tokens that do not
     count are not computed: with 75 % of the labels ignored, a quarter of the chunks run. Vocabulary
-    blocks take four products whatever the reduction and compute every token, but hold one block of logits
-    beside a float32 gradient of ``hidden`` and no accumulator for the kernel's. Differentiable in
-    ``hidden``, ``kernel``, ``bias``, probabilities and weights, in every mode.
+    blocks take four products whatever the reduction and compute every token, but hold one block of
+    logits beside a float32 gradient of ``hidden`` and no accumulator for the kernel's.
+    Differentiable in ``hidden``, ``kernel``, ``bias``, probabilities and weights, in every mode.
 
     On an explicit mesh (``jax.sharding.AxisType.Explicit``) call it directly on sharded operands:
     the mesh axes are read from their types. Those that split the leading axes of ``hidden`` split
