@@ -12,7 +12,7 @@ import os
 os.environ["XLA_FLAGS"] = (
     f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
 )
-if os.environ.get("JAX_PLATFORMS") != "cuda":  # for test_kernels_gpu
+if os.environ.get("JAX_PLATFORMS") != "cuda":  # for test_kernels_gpu and the soak
     os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("JAX_NUMPY_DTYPE_PROMOTION", "strict")
 os.environ.setdefault("JAX_NUMPY_RANK_PROMOTION", "raise")
