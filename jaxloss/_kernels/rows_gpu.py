@@ -114,13 +114,14 @@ def _over_tiles(x: Any, i: Any, part: Any, length: int, step: Callable, carry: A
     tiles = x.shape[1] // COLUMNS
     first = part * length
     spec = plgpu.BlockSpec(_SHAPE, lambda t: (i, first + t), transforms=transforms(x.dtype))
-    return plgpu.emit_pipeline(
-        step,
-        grid=(jnp.minimum(length, tiles - first) if tiles % length else length,),
-        in_specs=[spec],
-        max_concurrent_steps=STEPS,
-        init_carry=carry,
-    )(x)
+    with jax.enable_x64(False):  # until JAX 0.11 a number of steps that is traced fails with it
+        return plgpu.emit_pipeline(
+            step,
+            grid=(jnp.minimum(length, tiles - first) if tiles % length else length,),
+            in_specs=[spec],
+            max_concurrent_steps=STEPS,
+            init_carry=carry,
+        )(x)
 
 
 def merged(m: Array, s: Array) -> tuple[Array, Array]:
