@@ -1,11 +1,12 @@
 """Sloppiness is loud here: no implicit promotion of dtypes or ranks, 8 devices, warnings raise.
 
 The suite also passes under JAX's stricter settings, each an environment variable: JAX_ENABLE_X64,
-JAX_DEBUG_NANS, JAX_TRANSFER_GUARD (`.ci/settings` runs them all).
+JAX_DEBUG_NANS, JAX_TRANSFER_GUARD, JAX_CHECK_TRACER_LEAKS (`.ci/settings` runs them all).
 """
 
 import contextlib
 import functools
+import gc
 import os
 
 # Both are read when JAX starts; subprocesses that tests start inherit the promotion rules too.
@@ -75,6 +76,18 @@ def _nans(request):
     on, meant = jax.config.jax_debug_nans, request.node.get_closest_marker("nan_is_meant")
     with jax.debug_nans(not meant) if on else contextlib.nullcontext():
         yield
+
+
+@pytest.fixture(autouse=True)
+def _old_objects_are_left_alone():
+    """The leak checker collects garbage at the end of each trace: among what the test has made."""
+    if not jax.config.jax_check_tracer_leaks:
+        yield
+        return
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 def guarded(function):

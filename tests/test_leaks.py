@@ -1,7 +1,7 @@
 """No trace leaks: what a derivative rule refers to outlives the trace that the rule was made in.
 
-JAX's leak checker forgets every cache, so that the whole suite takes ten times as long under it:
-here is each derivative rule once, through each transformation.
+Here is each derivative rule once, through each transformation, whatever the settings; the whole
+suite runs under JAX's leak checker in `.ci/settings`.
 """
 
 import gc
@@ -50,7 +50,7 @@ CASES = {
 
 @pytest.fixture(autouse=True)
 def _old_objects_are_left_alone():
-    """The checker collects garbage at the end of each trace: among what the trace has made."""
+    """In place of conftest's, where the checker is on for all tests."""
     gc.freeze()
     yield
     gc.unfreeze()
