@@ -203,6 +203,12 @@ def step_sizes(chunk: int) -> tuple[int, ...]:
     return (chunk, chunk // 4) if chunk % 4 == 0 else (chunk,)
 
 
+def all_step_sizes(chunk: int, num_columns: int) -> list[int]:
+    """Of every sweep: of all gradients, of those without the kernel's, of the value alone."""
+    chunks = (chunk, *(value_chunk(chunk, num_columns, mebibytes) for mebibytes in (1024, 256)))
+    return sorted({n for c in chunks for n in step_sizes(c)})
+
+
 def _sweep(packing: Packing, chunk: int, part, update, blank, finish, dynamic: bool):
     """``update(state, at, part(at))`` for each chunk's tokens ``at``, from ``blank()`` on; the last
     state finished.

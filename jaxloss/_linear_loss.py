@@ -108,14 +108,18 @@ def linear_loss(
         _check.fail(call, rule, f"{got} for logits {_check.describe(examples(chunk)[0])}")
     # What the function closes over and JAX differentiates becomes an argument. A conversion holds
     # for one shape: each size of the sweep's steps has its own.
-    sizes = {n for c in (chunk, _linear.value_chunk(chunk, columns)) for n in _linear.step_sizes(c)}
-    converted = {n: jax.closure_convert(loss_fn, *examples(n)) for n in sorted(sizes)}
-    closed_over = {id(x): x for _, own in converted.values() for x in own}
+    converted, closed_over = {}, {}
+    for n in _linear.all_step_sizes(chunk, columns):
+        pure, own = jax.closure_convert(loss_fn, *examples(n))
+        closed_over |= {id(x): x for x in own}
+        converted[n] = pure, [id(x) for x in own]
+    names = list(closed_over)
 
     def chunk_losses(x, per_token, shared):
+        # It holds names alone: a derivative rule, which outlives the trace, refers to it.
         pure, own = converted[x.shape[0]]
-        given = dict(zip(closed_over, shared, strict=True))
-        return (pure(x, *per_token, *(given[id(a)] for a in own)).astype(wide),), ()
+        given = dict(zip(names, shared, strict=True))
+        return (pure(x, *per_token, *(given[name] for name in own)).astype(wide),), ()
 
     counts = jnp.ones(lead, bool) if sample_weight is None else sample_weight.astype(bool)
     targets = _targets.Targets(None, None, counts)
