@@ -51,6 +51,9 @@ hypothesis.settings.load_profile("suite")
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "nan_is_meant: a NaN is what is tested; JAX_DEBUG_NANS off")
+    config.addinivalue_line(
+        "markers", "shard_map_leaks: JAX itself does; JAX_CHECK_TRACER_LEAKS off"
+    )
     config.addinivalue_line("markers", "soak: random cases for as long as one likes; -m soak")
     if "soak" in config.option.markexpr:
         hypothesis.settings.load_profile("soak")
@@ -79,14 +82,19 @@ def _nans(request):
 
 
 @pytest.fixture(autouse=True)
-def _old_objects_are_left_alone():
-    """The leak checker collects garbage at the end of each trace: among what the test has made."""
+def _old_objects_are_left_alone(request):
+    """The leak checker collects garbage at the end of each trace: among what the test has made.
+
+    Of ``jit(grad(shard_map(f)))`` JAX (0.10 to 0.12) leaks what ``f`` is differentiated by, x * x
+    included: there the checker is off.
+    """
     if not jax.config.jax_check_tracer_leaks:
         yield
         return
     gc.collect()
     gc.freeze()
-    yield
+    with jax.check_tracer_leaks(not request.node.get_closest_marker("shard_map_leaks")):
+        yield
     gc.unfreeze()
 
 

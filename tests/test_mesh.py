@@ -13,6 +13,8 @@ from jax.sharding import PartitionSpec as P
 
 import jaxloss
 
+pytestmark = pytest.mark.shard_map_leaks
+
 # (mesh shape, axis names, the tokens' axes, the vocabulary's)
 MESHES = {
     "8 tokens": ((8,), ("t",), ("t",), ()),
