@@ -180,8 +180,9 @@ def _fused(options: Options, operands: Operands, constants: Constants) -> _rows.
         *given, kept = primals
 
         def swept(hidden, kernel, bias):
-            some = operands._replace(hidden=hidden, kernel=kernel, bias=bias)
-            return _swept(options, some, constants._replace(kept=kept))[0][:3]
+            # Of labels alone; a rule that refers to operands from outside would leak them.
+            some = Operands(hidden, kernel, bias, None, None, None, None)
+            return _swept(options, some, Constants(kept, None, None, None))[0][:3]
 
         # The kernel has no derivative of its own; what XLA sweeps is the same function.
         dm, ds, dx_kept = jax.jvp(swept, given, list(tangents[:3]))[1]

@@ -1,7 +1,6 @@
 """No trace leaks: what a derivative rule refers to outlives the trace that the rule was made in.
 
-Here is each derivative rule once, through each transformation, whatever the settings; the whole
-suite runs under JAX's leak checker in `.ci/settings`.
+Here is each derivative rule once, through each transformation, whatever the settings.
 """
 
 import gc
