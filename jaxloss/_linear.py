@@ -89,9 +89,12 @@ def default_chunk(num_tokens: int, num_columns: int, num_features: int = 0) -> i
     return max(1, min(chunk, num_tokens))
 
 
-def value_chunk(chunk: int, num_columns: int, mebibytes: int = 256) -> int:
-    """Tokens of a sweep without gradients: halves of a chunk, down to 256 MiB of float32 logits,
-    which are nearly all that it holds. Of another that adds nothing up, down to as many."""
+# Of float32 logits, nearly all that a sweep holds: one without gradients, one without the kernel's.
+VALUE_MIB, FROZEN_KERNEL_MIB = 256, 1024
+
+
+def value_chunk(chunk: int, num_columns: int, mebibytes: int = VALUE_MIB) -> int:
+    """Tokens of a sweep without an accumulator: halves of a chunk, until their logits fit."""
     while chunk % 2 == 0 and chunk > _fit(mebibytes, num_columns):
         chunk //= 2
     return chunk
@@ -205,7 +208,8 @@ def step_sizes(chunk: int) -> tuple[int, ...]:
 
 def all_step_sizes(chunk: int, num_columns: int) -> list[int]:
     """Of every sweep: of all gradients, of those without the kernel's, of the value alone."""
-    chunks = (chunk, *(value_chunk(chunk, num_columns, mebibytes) for mebibytes in (1024, 256)))
+    limits = VALUE_MIB, FROZEN_KERNEL_MIB
+    chunks = chunk, *(value_chunk(chunk, num_columns, limit) for limit in limits)
     return sorted({n for c in chunks for n in step_sizes(c)})
 
 
@@ -413,7 +417,7 @@ def _gradients(
 
     chunk = geometry.chunk
     if not active.kernel:
-        chunk = value_chunk(chunk, kernel.shape[geometry.vocab_axis], 1024)
+        chunk = value_chunk(chunk, kernel.shape[geometry.vocab_axis], FROZEN_KERNEL_MIB)
     *like, rows_like = jax.eval_shape(part, packing.order[:chunk])
 
     def narrow(g, x):
