@@ -336,27 +336,47 @@ def _dense_gradient(logits, state, soft_targets, class_mask, scaling, ct, dtype)
         at_kept += ct.entropy * p_kept * jnp.where(p_kept > 0, d - spread, 0)
         active |= ct.entropy != 0
 
-    def gradient(logits, m, kept, scale, row, active):
-        x = widen(logits, class_mask, scaling)
-        # Where the forward pass wrote its summand out, this is it.
-        written = _write_out(logits)
-        e = other_exponentials(x, m, kept) if written else exp(x - m[..., None])
-        dx = e * scale[..., None]
-        if ct.entropy is not None:
-            below = m[..., None] - jnp.where(e > 0, x, 0)
-            dx += jnp.where(e > 0, e * (k * ct.entropy)[..., None] * (below - spread[..., None]), 0)
-        if ct.soft is not None and soft_targets is not None:
-            dx -= ct.soft[..., None] * soft_targets.astype(x.dtype)
-        dx = jnp.where(is_kept(x, kept) | ~active[..., None], row[..., None], dx)
-        if scaling is not None:
-            dx = jnp.where(active[..., None], dx * _slope(logits, scaling), 0)
-        return narrowed(dx if class_mask is None else jnp.where(class_mask, dx, 0), dtype)
-
     # A row that asks for nothing gets 0, whatever its logits hold: 0 * NaN would be NaN.
-    row = jnp.where(active, at_kept, 0)
-    given = logits, m, kept, k * of_p, row, active
-    plain = soft_targets is None and class_mask is None and scaling is None and ct.entropy is None
-    return slope(gradient, *given) if plain and dtype == logits.dtype else gradient(*given)
+    at_kept = jnp.where(active, at_kept, 0)
+    given = logits, m, kept, k * of_p, at_kept, active
+    soft = None if ct.soft is None or soft_targets is None else (ct.soft, soft_targets)
+    entropy = None if ct.entropy is None else (k * ct.entropy, spread)
+    others = soft, entropy, class_mask, scaling
+    if all(other is None for other in others) and dtype == logits.dtype:
+        return slope(_of_entries, *given)
+    return _of_entries(*given, *others, dtype)
+
+
+def _of_entries(
+    logits,
+    m,
+    kept,
+    scale,
+    at_kept,
+    active,
+    soft=None,
+    entropy=None,
+    class_mask=None,
+    scaling=None,
+    dtype=None,
+):
+    """``_passes.slope``'s; ``soft`` and ``entropy`` are the cotangent and what it multiplies."""
+    x = widen(logits, class_mask, scaling)
+    # Where the forward pass wrote its summand out, this is it.
+    e = other_exponentials(x, m, kept) if _write_out(logits) else exp(x - m[..., None])
+    dx = e * scale[..., None]
+    if entropy is not None:
+        ct, spread = entropy
+        below = m[..., None] - jnp.where(e > 0, x, 0)
+        dx += jnp.where(e > 0, e * ct[..., None] * (below - spread[..., None]), 0)
+    if soft is not None:
+        ct, soft_targets = soft
+        dx -= ct[..., None] * soft_targets.astype(x.dtype)
+    dx = jnp.where(is_kept(x, kept) | ~active[..., None], at_kept[..., None], dx)
+    if scaling is not None:
+        dx = jnp.where(active[..., None], dx * _slope(logits, scaling), 0)
+    dx = dx if class_mask is None else jnp.where(class_mask, dx, 0)
+    return narrowed(dx, dtype or logits.dtype)
 
 
 def soft_gradient(logits, state, soft_targets, class_mask, scaling, top=None):

@@ -630,7 +630,7 @@ def test_tokens_split_over_devices():
         np.testing.assert_allclose(g, e, rtol=2e-5, atol=1e-6)
 
 
-@pytest.mark.shard_map_leaks
+@pytest.mark.jax_leaks("jit(grad(shard_map))")
 def test_one_teacher_for_the_students_of_all_devices():
     mesh = jax.make_mesh((4,), ("t",), axis_types=(AxisType.Auto,))
     (x, _), (t, _) = random_pair((8, 5)), random_pair((2, 5), seed=1)

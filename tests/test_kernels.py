@@ -120,6 +120,7 @@ def test_row_part(tpu, vocab_axis, n, d, v, columns, with_bias):
     assert np.all(np.abs(wide(x_kept)[here] - own) <= known[here])
 
 
+@pytest.mark.jax_leaks("the interpreter of kernels for TPUs")
 def test_tiles_do_not_race():
     """Two cores, each with rows of its own, in an order drawn at random."""
     hidden, kernel, kept, _ = problem(1040, 16, 1100)

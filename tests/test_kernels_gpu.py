@@ -17,6 +17,7 @@ from jaxloss import _passes
 from jaxloss._casts import accumulator_dtype
 from jaxloss._kernels import linear_gpu, rows_gpu
 
+pytestmark = pytest.mark.jax_leaks("plgpu.kernel")
 ON_GPU = jax.default_backend() == "gpu"
 interpreted = pytest.mark.skipif(
     not ON_GPU and not hasattr(plgpu, "InterpretGPUParams"),
@@ -250,6 +251,19 @@ def test_a_kernel_has_the_derivative_of_xlas_form(hopper, monkeypatch):
     got = jax.jvp(partial(_passes.slope, lambda x, m: jnp.sin(x)), (x, x), (x, x))
     for v, w in zip(got, jax.jvp(jnp.sin, (x,), (x,)), strict=True):
         np.testing.assert_array_equal(v, w)
+
+
+def test_around_the_kernels_no_tracer_leaks(hopper, monkeypatch, old_objects_are_left_alone):
+    monkeypatch.setattr(rows_gpu, "slope", lambda plain: plain)
+    monkeypatch.setattr(rows_gpu, "max_and_sum", lambda plain: plain)
+    x, y = rows(8, 256, jnp.bfloat16)
+
+    def every(x):
+        loss = lambda x: jaxloss.cross_entropy(x, y)  # noqa: E731
+        return jax.grad(loss)(x), jax.jvp(loss, (x,), (x,))
+
+    with jax.checking_leaks():
+        jax.make_jaxpr(jax.vmap(every))(x[None])
 
 
 def test_a_partitioner_is_left_xlas_form(hopper, monkeypatch):

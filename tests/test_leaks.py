@@ -3,7 +3,6 @@
 Here is each derivative rule once, through each transformation, whatever the settings.
 """
 
-import gc
 from functools import partial
 
 import jax
@@ -13,6 +12,7 @@ import pytest
 
 import jaxloss
 
+pytestmark = pytest.mark.usefixtures("old_objects_are_left_alone")
 RNG = np.random.default_rng(0)
 N, D, C = 4, 3, 5
 X, T = (jnp.asarray(RNG.normal(size=(N, C)), jnp.float32) for _ in range(2))
@@ -45,14 +45,6 @@ CASES = {
     "focal_loss": (lambda x: jaxloss.focal_loss(x, Y), X),
     "sequence_weight": (lambda s: jnp.sum(jaxloss.sequence_weight(Y, sample_weight=s)), S),
 }
-
-
-@pytest.fixture(autouse=True)
-def _old_objects_are_left_alone():
-    """In place of conftest's, where the checker is on for all tests."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 def transformed(f, x):

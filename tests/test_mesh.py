@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 import jaxloss
 
-pytestmark = pytest.mark.shard_map_leaks
+pytestmark = pytest.mark.jax_leaks("jit(grad(shard_map))")
 
 # (mesh shape, axis names, the tokens' axes, the vocabulary's)
 MESHES = {

@@ -328,6 +328,7 @@ def test_memory(rest):
     )
 
 
+@pytest.mark.jax_leaks("jit(grad(shard_map))")
 @pytest.mark.parametrize("rest", RESTS)
 @pytest.mark.parametrize("masked", [False, True])
 def test_on_a_mesh(rest, masked):
@@ -387,6 +388,7 @@ def test_logits_of_an_explicit_mesh(rest):
         np.testing.assert_allclose(g, e, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.jax_leaks("jit(grad(shard_map))")
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_on_an_explicit_mesh(schedule):
     x, index, q = case()
