@@ -75,10 +75,10 @@ def _method(name: str, shape: tuple[int, int, int], chunk: int | None) -> tuple[
 
         return function, steps
     if name == "jaxloss":
-        from jaxloss import _linear
+        from jaxloss import _chunks
 
         loss = partial(jaxloss.linear_cross_entropy, chunk_size=chunk)
-        steps = _chunk_loops(tokens, chunk or _linear.default_chunk(tokens, columns))
+        steps = _chunk_loops(tokens, chunk or _chunks.default_chunk(tokens, columns))
     elif name in ("blocks", "kernel"):
         options = {"implementation": NAMES[name].removeprefix("jaxloss "), "chunk_size": chunk}
         loss = partial(jaxloss.linear_cross_entropy, **options)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental.layout import Layout, with_layout_constraint
 
-from jaxloss import _linear, _mesh, _passes, _rows, _targets
+from jaxloss import _mesh, _passes, _products, _rows, _targets
 from jaxloss._forward_mode import with_forward_mode
 
 _ROWS = Layout(major_to_minor=(0, 1))
@@ -46,7 +46,7 @@ class Constants(NamedTuple):
 class Options(NamedTuple):
     """What is static. ``geometry.chunk`` is B."""
 
-    geometry: _linear.Geometry
+    geometry: _products.Geometry
     label_smoothing: float
     scaling: _passes.Scaling | None
     want: tuple[str, ...]
@@ -96,7 +96,7 @@ def _block(options: Options, operands: Operands, constants: Constants, start, si
     mask = _cut(constants.mask, start, size)
     if mask is not None and constants.mask_row is not None:
         mask = mask[constants.mask_row]
-    logits = _linear.product(
+    logits = _products.product(
         operands.hidden,
         _cut(operands.kernel, start, size, geometry.vocab_axis),
         _cut(operands.bias, start, size),
@@ -150,7 +150,7 @@ def _swept(options: Options, operands: Operands, constants: Constants):
     return part._replace(kept=constants.kept) if labelled else part, best, of_label
 
 
-def _row_part(geometry: _linear.Geometry, hidden, kernel, bias, kept, *count) -> _rows.RowPart:
+def _row_part(geometry: _products.Geometry, hidden, kernel, bias, kept, *count) -> _rows.RowPart:
     # Pallas: a third of the whole import.
     if jax.default_backend() == "tpu":
         from jaxloss._kernels.linear_tpu import row_part
@@ -162,10 +162,10 @@ def _row_part(geometry: _linear.Geometry, hidden, kernel, bias, kept, *count) ->
 
 
 def losses_by_kernel(
-    geometry: _linear.Geometry, operands: Any, kept: Array, count: Array, want: tuple[str, ...]
+    geometry: _products.Geometry, operands: Any, kept: Array, count: Array, want: tuple[str, ...]
 ) -> _rows.RowLosses:
     """[N] each, of labels, without a derivative; those past ``count`` are anything."""
-    kernel = _linear.gathered(operands.kernel, geometry)
+    kernel = _products.gathered(operands.kernel, geometry)
     part = _row_part(geometry, operands.hidden, kernel, operands.bias, kept, count)
     part = _rows.merge_shards(part, geometry.vocab_axes, True, geometry.num_classes)
     return _rows.finish(part, want)[0]
@@ -194,7 +194,7 @@ def _fused(options: Options, operands: Operands, constants: Constants) -> _rows.
 def _forward(options: Options, operands: Operands, constants: Constants):
     """((RowLosses, prediction, rank), RowState). One product, and one for the rank."""
     geometry = options.geometry
-    operands = operands._replace(kernel=_linear.gathered(operands.kernel, geometry))
+    operands = operands._replace(kernel=_products.gathered(operands.kernel, geometry))
     classes, axes = geometry.num_classes, geometry.vocab_axes
     best = of_label = None
     if options.fused:
@@ -251,7 +251,7 @@ def _gradients(
 ) -> Operands:
     """The gradients of ``sum(ct * losses)`` for the ``active`` operands. Three products."""
     geometry, given = options.geometry, operands
-    operands = operands._replace(kernel=_linear.gathered(operands.kernel, geometry))
+    operands = operands._replace(kernel=_products.gathered(operands.kernel, geometry))
     hidden = operands.hidden
 
     def step(start, size):
@@ -262,8 +262,8 @@ def _gradients(
         # Formed in float32, narrowed once: the products take the operands' dtype.
         dx = dx.astype(hidden.dtype)
         kernel = _cut(operands.kernel, start, size, geometry.vocab_axis)
-        d_hidden = _linear.d_hidden(dx, kernel, geometry) if active.hidden else None
-        d_kernel = _linear.d_kernel(dx, hidden, geometry) if active.kernel else None
+        d_hidden = _products.d_hidden(dx, kernel, geometry) if active.hidden else None
+        d_kernel = _products.d_kernel(dx, hidden, geometry) if active.kernel else None
         if d_kernel is not None and jax.default_backend() == "tpu":
             # XLA:TPU may hold all of d_kernel transposed in the loop otherwise, and copy it after.
             # There alone: a program with a layout in it is exported only where that is allowed.
@@ -315,7 +315,7 @@ def _gradients(
         )
 
     total = _over_blocks(geometry.num_classes, geometry.chunk, step, combine)
-    kernel = _linear.scattered(total.kernel, geometry)
+    kernel = _products.scattered(total.kernel, geometry)
 
     def settled(g, x):
         return None if g is None else _mesh.settle(g, _mesh.varies_over(x)).astype(x.dtype)
@@ -336,7 +336,7 @@ def _tangents(options: Options, residuals, tangents) -> _rows.RowLosses:
             full = operands._replace(
                 **{operands._fields[i]: x for i, x in zip(moving, xs, strict=True)}
             )
-            full = full._replace(kernel=_linear.gathered(full.kernel, geometry))
+            full = full._replace(kernel=_products.gathered(full.kernel, geometry))
             b = _block(options, full, constants, start, size)
             return (b.logits, b.soft, b.top and b.top[1]), (b.mask, b.top)
 

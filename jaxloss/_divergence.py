@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from jaxloss import _check, _layout, _linear, _targets
+from jaxloss import _check, _chunks, _layout, _linear, _products, _targets
 from jaxloss._cross_entropy import AxisName, Reduction, classes_last, mask_classes_last
 from jaxloss._divergence_rows import accumulator_of, row_divergences
 from jaxloss._linear_cross_entropy import rows_of_mask
@@ -249,9 +249,9 @@ def linear_kl_divergence(
     }
     _check.split(call, "kernel", kernel, of_tokens, (), token_axes)
     tokens = math.prod(lead)
-    chunk = _linear.default_chunk(tokens, columns + its_columns)
+    chunk = _chunks.default_chunk(tokens, columns + its_columns)
     chunk = _check.integer(call, "chunk_size", chunk_size, 1, None, default=chunk)
-    geometry = _linear.Geometry(
+    geometry = _products.Geometry(
         vocab_axis,
         classes,
         min(chunk, max(1, tokens)),

@@ -10,7 +10,17 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from jaxloss import _blocks, _check, _layout, _linear, _mesh, _passes, _targets
+from jaxloss import (
+    _blocks,
+    _check,
+    _chunks,
+    _layout,
+    _linear,
+    _mesh,
+    _passes,
+    _products,
+    _targets,
+)
 from jaxloss._casts import accumulator_dtype
 from jaxloss._cross_entropy import AxisName, Reduction
 from jaxloss._labels import TopKLabels
@@ -24,7 +34,7 @@ FEW = 16  # tokens a chunk, too few for products that read the whole kernel
 
 
 def _default(tokens: int, columns: int) -> Implementation:
-    few = _linear.default_chunk(tokens, columns) < min(FEW, tokens)
+    few = _chunks.default_chunk(tokens, columns) < min(FEW, tokens)
     return "vocab_blocks" if few else "token_chunks"
 
 
@@ -293,7 +303,7 @@ def losses_of_product(
         beyond = _beyond_the_kernel(wanted, *of_call)
 
     def schedule(hidden, kernel, bias, *arrays, **mesh):
-        tokens = _linear.size_to_plan_for(math.prod(hidden.shape[:-1]))
+        tokens = _chunks.size_to_plan_for(math.prod(hidden.shape[:-1]))
         here = local if not layout else layout.columns
         # By its name it is taken anywhere: JAX says so where a partitioner would have to split it.
         fused = wanted and not beyond and (implementation or _passes.is_whole())
@@ -313,7 +323,7 @@ def losses_of_product(
             _check.fail(call, rule, ", ".join(beyond), "Leave implementation out.")
         by_tokens = name == "token_chunks"
         if by_tokens:
-            default = _linear.default_chunk(tokens, here, hidden.shape[-1])
+            default = _chunks.default_chunk(tokens, here, hidden.shape[-1])
         else:
             default = _blocks.default_block(tokens, here)
         chunk = _check.integer(call, "chunk_size", chunk_size, 1, None, default=default)
@@ -323,7 +333,7 @@ def losses_of_product(
             kernel,
             bias,
             *arrays,
-            geometry=_linear.Geometry(vocab_axis, here, chunk, precision, **mesh),
+            geometry=_products.Geometry(vocab_axis, here, chunk, precision, **mesh),
             num_classes=checked.static["num_classes"],
             reduction=reduction,
             scaling=scaling,
@@ -381,10 +391,10 @@ def _by_token_chunks(
 
     def value(operands, packing):
         # Where nothing is differentiated: all chunks' tokens at once, their logits held nowhere.
-        labels, _ = (_linear.taken(x, packing.order) for x in operands.per_token)
+        labels, _ = (_chunks.taken(x, packing.order) for x in operands.per_token)
 
         def rows_of(targets, classes, *rest):
-            hidden = _linear.taken(operands.hidden, packing.order)
+            hidden = _chunks.taken(operands.hidden, packing.order)
             of_rows = operands._replace(hidden=hidden), targets.kept, packing.size
             return _blocks.losses_by_kernel(geometry, *of_rows, rest[-2]), None, None
 
@@ -392,7 +402,7 @@ def _by_token_chunks(
             rows_of, classes, labels, operands.shared[0], None, dtype=wide, **options
         )
         blank = _mesh.spread(jnp.zeros(tokens, wide), _mesh.varies_over(losses))
-        return (_linear.put_back(packing.order, blank, losses),), ()
+        return (_chunks.put_back(packing.order, blank, losses),), ()
 
     tokens, (labels, rest) = math.prod(lead), _flat_labels(labels, lead)
     operands = _linear.Operands(

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from jaxloss import _check, _layout, _linear, _targets
+from jaxloss import _check, _chunks, _layout, _linear, _products, _targets
 from jaxloss._casts import accumulator_dtype
 from jaxloss._cross_entropy import Reduction
 
@@ -80,8 +80,8 @@ def linear_loss(
     columns = kernel.shape[vocab_axis]
     _layout.refuse(call, hidden, kernel, vocab_axis)
     lead, tokens = hidden.shape[:-1], math.prod(hidden.shape[:-1])
-    most = _linear.size_to_plan_for(tokens)
-    chunk = _linear.default_chunk(most, columns)
+    most = _chunks.size_to_plan_for(tokens)
+    chunk = _chunks.default_chunk(most, columns)
     chunk = _check.integer(call, "chunk_size", chunk_size, 1, None, default=chunk)
     chunk = min(chunk, max(1, most))
     arrays = []
@@ -109,7 +109,7 @@ def linear_loss(
     # What the function closes over and JAX differentiates becomes an argument. A conversion holds
     # for one shape: each size of the sweep's steps has its own.
     converted, closed_over = {}, {}
-    for n in _linear.all_step_sizes(chunk, columns):
+    for n in _chunks.all_step_sizes(chunk, columns):
         pure, own = jax.closure_convert(loss_fn, *examples(n))
         closed_over |= {id(x): x for x in own}
         converted[n] = pure, [id(x) for x in own]
@@ -124,7 +124,7 @@ def linear_loss(
     counts = jnp.ones(lead, bool) if sample_weight is None else sample_weight.astype(bool)
     targets = _targets.Targets(None, None, counts)
     weights = _targets.token_weights(targets, sample_weight, reduction, wide)
-    geometry = _linear.Geometry(vocab_axis, columns, chunk, precision)
+    geometry = _products.Geometry(vocab_axis, columns, chunk, precision)
     operands = _linear.Operands(
         hidden.reshape(tokens, hidden.shape[-1]),
         kernel,

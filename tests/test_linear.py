@@ -9,7 +9,7 @@ import pytest
 from helpers import equations, jit_quickly, products
 
 import jaxloss
-from jaxloss import _linear
+from jaxloss import _chunks, _products
 
 A = (0, 1)
 SCHEDULES = ["token_chunks", "vocab_blocks"]
@@ -214,22 +214,22 @@ def test_the_schedule_that_ran():
 )
 def test_chunks_by_default(backend, columns, chunk, alone, monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
-    assert _linear.default_chunk(10**6, columns) == chunk
-    assert _linear.value_chunk(chunk, columns) == alone
-    assert _linear.default_chunk(5, columns) == min(chunk, 5)
+    assert _chunks.default_chunk(10**6, columns) == chunk
+    assert _chunks.value_chunk(chunk, columns) == alone
+    assert _chunks.default_chunk(5, columns) == min(chunk, 5)
     # With so many features all tokens at once take no more than the float32 d_kernel of chunks.
     at_once = chunk + 2 * 600 // 3 if backend == "gpu" else chunk
-    assert _linear.default_chunk(chunk + 400, columns, 600) == at_once
-    assert _linear.default_chunk(chunk + 401, columns, 600) == chunk
+    assert _chunks.default_chunk(chunk + 400, columns, 600) == at_once
+    assert _chunks.default_chunk(chunk + 401, columns, 600) == chunk
 
 
 def test_an_odd_chunk_is_taken_as_it_is():
-    assert _linear.value_chunk(999, 2**20) == 999
-    assert _linear.value_chunk(6 * 64, 2**20) == 48
+    assert _chunks.value_chunk(999, 2**20) == 999
+    assert _chunks.value_chunk(6 * 64, 2**20) == 48
 
 
 def test_the_value_alone_goes_by_parts_of_a_chunk(monkeypatch):
-    monkeypatch.setattr(_linear, "_fit", lambda *_: 3)  # tokens
+    monkeypatch.setattr(_chunks, "_fit", lambda *_: 3)  # tokens
     hidden, kernel, labels = problem(17)
     options = {"chunk_size": 12, "implementation": "token_chunks"}
     assert largest_product(hidden, kernel, **options) == (3, 11)
@@ -247,7 +247,7 @@ def test_the_value_alone_goes_by_parts_of_a_chunk(monkeypatch):
 
 
 def test_a_kernel_that_is_not_differentiated_has_no_accumulator_to_do_without(monkeypatch):
-    monkeypatch.setattr(_linear, "_fit", lambda mebibytes, _: 6 if mebibytes == 1024 else 3)
+    monkeypatch.setattr(_chunks, "_fit", lambda mebibytes, _: 6 if mebibytes == 1024 else 3)
     hidden, kernel, labels = problem(12)
 
     def largest(argnums):
@@ -286,8 +286,8 @@ def test_ignored_tokens_run_no_chunk():
             hidden, kernel * jnp.nan, none, reduction=reduction, chunk_size=2
         )
         assert np.all(np.asarray(out) == 0)
-    packing = _linear.pack(
-        jnp.array([False, True, False, True, True]), _linear.Geometry(1, 11, 2, None)
+    packing = _chunks.pack(
+        jnp.array([False, True, False, True, True]), _products.Geometry(1, 11, 2, None)
     )
     assert packing.order.tolist() == [1, 3, 4, 5, 5, 5]
     assert int(packing.size) == 3

@@ -1,0 +1,160 @@
+"""Tokens in chunks: how large, which ones, and the loop over them.
+
+Tokens that count are packed into the first chunks (an index, no copy of ``hidden``), and the loop
+runs over those chunks alone. Where one chunk is all tokens, they stay in their places.
+
+Letters: N tokens, n of them in a chunk, D features, V columns of the kernel.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from jaxloss import _mesh
+from jaxloss._products import Geometry
+
+
+class Packing(NamedTuple):
+    """Which token stands at which place of the sweep."""
+
+    order: Array  # [chunks * n] int32, those that count first; N: no token
+    size: Array  # how many count
+    counts: Array  # [N] bool, which
+
+
+def size_to_plan_for(num_tokens: Any) -> int:
+    """The tokens' number, or where jax.export leaves it open, the largest."""
+    return num_tokens if isinstance(num_tokens, int) else 2**31 - 1
+
+
+def _fit(mebibytes: int, num_columns: int) -> int:
+    """The power of two of tokens whose float32 logits take as much."""
+    return 2 ** int(math.log2(max(1, mebibytes * 2**20 // (4 * max(1, num_columns)))))
+
+
+def default_chunk(num_tokens: int, num_columns: int, num_features: int = 0) -> int:
+    """Tokens a chunk: a power of two, or all.
+
+    ``num_features``: of a kernel whose gradient a single chunk forms without an accumulator.
+    """
+    if jax.default_backend() == "cpu":
+        # Measured: past 512 tokens the products gain little, past 1024 nothing.
+        chunk = min(_fit(256, num_columns), 1024, max(512, _fit(64, num_columns)))
+    else:
+        # Each chunk adds to the float32 d_kernel, 8 bytes of traffic beside 6 n operations: by the
+        # chips' peak rates as long as the products of 220 tokens on an H200, 320 on a TPU v5e, 750
+        # on a v6e. Up to here the logits stand where the gradients will be written.
+        on_tpu = jax.default_backend() == "tpu"
+        chunk = min(_fit(1024, num_columns), 1024 if on_tpu else 4096)
+        # All at once hold 6 bytes a logit, in float32 and in bfloat16; chunks of n as many, and 4
+        # for each entry of d_kernel: V (6 n + 4 D) in all.
+        if not on_tpu and num_tokens <= chunk + 2 * num_features // 3:
+            chunk = num_tokens
+    return max(1, min(chunk, num_tokens))
+
+
+# Of float32 logits, nearly all that a sweep holds: one without gradients, one without the kernel's.
+VALUE_MIB, FROZEN_KERNEL_MIB = 256, 1024
+
+
+def value_chunk(chunk: int, num_columns: int, mebibytes: int = VALUE_MIB) -> int:
+    """Tokens of a sweep without an accumulator: halves of a chunk, until their logits fit."""
+    while chunk % 2 == 0 and chunk > _fit(mebibytes, num_columns):
+        chunk //= 2
+    return chunk
+
+
+def step_sizes(chunk: int) -> tuple[int, ...]:
+    """Tokens a step of a sweep takes: a chunk, or a quarter of one."""
+    return (chunk, chunk // 4) if chunk % 4 == 0 else (chunk,)
+
+
+def all_step_sizes(chunk: int, num_columns: int) -> list[int]:
+    """Of every sweep: of all gradients, of those without the kernel's, of the value alone."""
+    limits = VALUE_MIB, FROZEN_KERNEL_MIB
+    chunks = chunk, *(value_chunk(chunk, num_columns, limit) for limit in limits)
+    return sorted({n for c in chunks for n in step_sizes(c)})
+
+
+def pack(counts: Array, geometry: Geometry) -> Packing:
+    tokens, chunk = counts.shape[0], geometry.chunk
+    size = jnp.sum(counts, dtype=jnp.int32)
+    if geometry.vocab_axes and _mesh.varies_over(size):
+        # Devices that communicate within a loop must take as many steps: those of the longest.
+        size = lax.pmax(size, tuple(sorted(_mesh.varies_over(size))))
+    order = jnp.argsort(~counts, stable=True).astype(jnp.int32)
+    # Where no token counts, none is named: its hidden may hold NaN, and NaN * 0 is NaN.
+    order = jnp.where(jnp.arange(tokens, dtype=jnp.int32) < size, order, tokens)
+    room = (-(-tokens // chunk) or 1) * chunk - tokens
+    return Packing(jnp.pad(order, (0, room), constant_values=tokens), size, counts)
+
+
+def _each(mask: Array, rows: Array) -> Array:
+    return mask.reshape(-1, *(1,) * (rows.ndim - 1))
+
+
+def taken(x: Any, at: Array) -> Any:
+    """The tokens ``at``: an index[n], past the end for none; or which of all, as they stand."""
+    if x is None:
+        return None
+    if at.dtype == bool:
+        return jnp.where(_each(at, x), x, jnp.zeros((), x.dtype))
+    if x.shape[0] == 0:
+        return jnp.zeros((*at.shape, *x.shape[1:]), x.dtype)
+    return jnp.take(x, at, axis=0, mode="fill", fill_value=0)
+
+
+def put_back(at: Array, x: Array, rows: Array) -> Array:
+    if x.shape[0] == 0:
+        return x
+    if at.dtype == bool:
+        return jnp.where(_each(at, x), rows.astype(x.dtype), x)
+    return x.at[at].set(rows.astype(x.dtype), mode="drop")
+
+
+def sweep(packing: Packing, chunk: int, part, update, blank, finish, dynamic: bool):
+    """``update(state, at, part(at))`` for each chunk's tokens ``at``, from ``blank()`` on; the last
+    state finished.
+
+    ``dynamic``: a loop over the chunks that hold a token that counts. Otherwise over all of them,
+    which JAX can differentiate in reverse, each part computed again in its backward pass.
+    """
+
+    def step(state, at):
+        compute = part if dynamic else jax.checkpoint(part)
+        return update(state, at, compute(at))
+
+    def from_place(state, start, size):
+        return step(state, lax.dynamic_slice_in_dim(packing.order, start, size))
+
+    chunks = packing.order.shape[0] // chunk
+    if not dynamic:
+        starts = jnp.arange(chunks, dtype=jnp.int32) * chunk
+        sweep = lax.scan(lambda state, at: (from_place(state, at, chunk), None), blank(), starts)
+        return finish(sweep[0])
+
+    # What is left of the last chunk goes in quarters: a batch of one chunk gains by them too.
+    quarter = step_sizes(chunk)[-1]
+    whole = (packing.size + quarter - 1) // chunk
+
+    def rest(state):
+        if quarter == chunk:
+            return state
+        trips, start = (packing.size - whole * chunk + quarter - 1) // quarter, whole * chunk
+        some = lambda i, state: from_place(state, start + i * quarter, quarter)  # noqa: E731
+        return lax.fori_loop(0, trips, some, state)
+
+    if chunk == packing.counts.shape[0]:
+        # Inside of the branch XLA sees that nothing was there before and nothing comes after: sums
+        # are written where they would be added to, and narrow. No token is moved.
+        at_once = lambda: finish(step(blank(), packing.counts))  # noqa: E731
+        return lax.cond(whole > 0, at_once, lambda: finish(rest(blank())))
+    # The first chunk stands alone for the first of these.
+    state = lax.cond(whole > 0, lambda: from_place(blank(), 0, chunk), blank)
+    if chunks != 1:  # not '>': of an open number JAX knows no order
+        more = lambda i, state: from_place(state, i * chunk, chunk)  # noqa: E731
+        state = lax.fori_loop(1, whole, more, state)
+    return finish(rest(state))
