@@ -272,7 +272,8 @@ def _gradients(
         if ct.soft is not None and active.extra:
             slope = _rows.top_gradient(b.logits, here, b.mask, options.scaling, b.top)
             d_extra = jnp.where(ct.soft[:, None] == 0, 0, ct.soft[:, None] * slope)
-        if ct.soft is not None and (active.probabilities or active.weight or active.share):
+        dense = active.probabilities or active.weight or active.share
+        if ct.soft is not None and b.soft is not None and dense:
             slope = _rows.soft_gradient(b.logits, here, b.soft, b.mask, options.scaling, b.top)
             slope = jnp.where(ct.soft[:, None] == 0, 0, ct.soft[:, None] * slope)
 

@@ -132,7 +132,7 @@ def number(
     return float(x)
 
 
-def _top_k_labels(function: str, name: str, batch: tuple[int, ...], y: TopKLabels) -> TopKLabels:
+def top_k_labels(function: str, name: str, batch: tuple[int, ...], y: TopKLabels) -> TopKLabels:
     indices = array(function, "labels.indices", y.indices)
     if not jnp.issubdtype(indices.dtype, jnp.integer):
         rule = "labels.indices must be class indices (an integer dtype)"
@@ -153,7 +153,7 @@ def _top_k_labels(function: str, name: str, batch: tuple[int, ...], y: TopKLabel
 def _labels(function: str, name: str, logits: Array, axes: tuple[int, ...], y: Any) -> Any:
     """Class indices (integers, logits without the class axes) or probabilities (like logits)."""
     if isinstance(y, TopKLabels):
-        return _top_k_labels(function, name, batch_shape(logits, axes), y)
+        return top_k_labels(function, name, batch_shape(logits, axes), y)
     y = array(function, "labels", y)
     batch = batch_shape(logits, axes)
     axis = axes[0] if len(axes) == 1 else axes

@@ -97,7 +97,8 @@ def _each(mask: Array, rows: Array) -> Array:
 
 
 def taken(x: Any, at: Array) -> Any:
-    """The tokens ``at``: an index[n], past the end for none; or which of all, as they stand."""
+    """The tokens ``at``: an index[n], past the end for none; or which of all, as they stand. In
+    place of none there is 0."""
     if x is None:
         return None
     if at.dtype == bool:
@@ -105,6 +106,20 @@ def taken(x: Any, at: Array) -> Any:
     if x.shape[0] == 0:
         return jnp.zeros((*at.shape, *x.shape[1:]), x.dtype)
     return jnp.take(x, at, axis=0, mode="fill", fill_value=0)
+
+
+def filled(x: Any, at: Array, packing: Packing) -> Any:
+    """The same, but the first token that counts wherever there is none.
+
+    A function of zeros may have no derivative, and 0 * NaN would join the gradient of what no token
+    owns.
+    """
+    if x is None or x.shape[0] == 0:
+        return taken(x, at)
+    first = packing.order[:1]  # past the end where no token counts
+    if at.dtype == bool:
+        return jnp.where(_each(at, x), x, taken(x, first))
+    return taken(x, jnp.where(at < x.shape[0], at, first))
 
 
 def put_back(at: Array, x: Array, rows: Array) -> Array:

@@ -232,7 +232,8 @@ def cross_entropy(
       sample_weight: shaped as the losses, ``s``: a weight a token, or a boolean mask.
         Differentiable.
       where: boolean. Broadcastable to ``logits``: the classes that exist, the others being as -inf.
-        Shaped as the losses: the tokens that count.
+        Shaped as the losses: the tokens that count. One that fits both ways (``[C]`` of C tokens)
+        is an error: tokens may be given as ``sample_weight`` too.
       reduction: ``"none"``: ``s_n l_n``, one a token. ``"sum"``. ``"mean"``: PyTorch's,
         ``sum(s_n l_n) / sum(s_n w_{y_n})`` over the tokens that count for class indices,
         ``sum(s_n l_n) / sum(s_n)`` for probabilities. A mean over nothing is NaN, with gradient 0.
@@ -247,7 +248,8 @@ def cross_entropy(
       The loss, or ``(loss, TokenStats)``. float32 (float64 for float64 logits); gradients have
       their inputs' dtypes. A token that does not count has loss 0 and gradient 0, whatever its
       logits hold; a label out of range has NaN, in its own row alone (:func:`check_labels` is the
-      assertion); so has a row that holds NaN or +inf, or nothing but -inf.
+      assertion); so has a row that holds NaN or (where no cap makes it finite) +inf, or nothing
+      but -inf.
 
     Raises:
       TypeError: an argument has the wrong dtype, or an option is no Python number.

@@ -248,13 +248,13 @@ def linear_kl_divergence(
         "where": token_mask,
     }
     _check.split(call, "kernel", kernel, of_tokens, (), token_axes)
-    tokens = math.prod(lead)
-    chunk = _chunks.default_chunk(tokens, columns + its_columns)
+    most = _chunks.size_to_plan_for(math.prod(lead))
+    chunk = _chunks.default_chunk(most, columns + its_columns)
     chunk = _check.integer(call, "chunk_size", chunk_size, 1, None, default=chunk)
     geometry = _products.Geometry(
         vocab_axis,
         classes,
-        min(chunk, max(1, tokens)),
+        min(chunk, max(1, most)),
         precision,
         teacher_axis=its_axis,
         token_axes=token_axes if reduction != "none" else (),

@@ -35,7 +35,8 @@ class TopKLabels:
         * ``"drop"``: nothing. The q are taken as they are (divide by their sum for a distribution).
         * ``"uniform"``: it is spread evenly over the other classes that exist.
         * ``"bucket"``: the other classes are one class, of the student's too:
-          ``R * -log(1 - sum_a p_{i_a})``. Without smoothing or class weights.
+          ``R * -log(1 - sum_a p_{i_a})``. Without smoothing or class weights; of a product's
+          logits by token chunks alone.
 
     Raises (where it is used):
       TypeError: ``indices`` are no integers, ``probabilities`` not floating.

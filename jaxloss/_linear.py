@@ -26,6 +26,7 @@ from jaxloss._casts import accumulator_dtype
 from jaxloss._chunks import (
     FROZEN_KERNEL_MIB,
     Packing,
+    filled,
     pack,
     put_back,
     sweep,
@@ -85,12 +86,12 @@ def _map(function, first: Operands, *rest: Operands) -> Operands:
     )
 
 
-def _teacher_logits(operands: Operands, at: Array, geometry: Geometry) -> tuple:
+def _teacher_logits(operands: Operands, at: Array, geometry: Geometry, packing: Packing) -> tuple:
     """Those of the tokens, where there is a teacher."""
     if not operands.teacher:
         return ()
     hidden, kernel, bias = operands.teacher
-    return (product(taken(hidden, at), kernel, bias, of_teacher(geometry)),)
+    return (product(filled(hidden, at, packing), kernel, bias, of_teacher(geometry)),)
 
 
 def _losses(loss_fn: LossFn, geometry: Geometry, dynamic: bool, operands: Operands, packing):
@@ -99,9 +100,9 @@ def _losses(loss_fn: LossFn, geometry: Geometry, dynamic: bool, operands: Operan
     kernel = gathered(kernel, geometry)
 
     def part(at):
-        x = product(taken(hidden, at), kernel, bias, geometry)
-        y = _teacher_logits(operands, at, geometry)
-        return loss_fn(x, (*y, *(taken(a, at) for a in per_token)), shared)
+        x = product(filled(hidden, at, packing), kernel, bias, geometry)
+        y = _teacher_logits(operands, at, geometry, packing)
+        return loss_fn(x, (*y, *(filled(a, at, packing) for a in per_token)), shared)
 
     def update(state, at, values):
         return jax.tree.map(partial(put_back, at), state, values)
@@ -144,11 +145,11 @@ def _gradients(
 
     def part(at):
         whole = at.dtype == bool
-        h, real = taken(hidden, at), at if whole else at < size
+        h, real = filled(hidden, at, packing), at if whole else at < size
         x = product(h, kernel, bias, geometry)
         # A teacher's logits go the way of what the tokens own, and then on to its operands.
-        y = _teacher_logits(operands, at, geometry)
-        tokens = (*y, *(taken(a, at) for a in per_token))
+        y = _teacher_logits(operands, at, geometry, packing)
+        tokens = (*y, *(filled(a, at, packing) for a in per_token))
         active_tokens = (*(any(active.teacher) for _ in y), *active.per_token)
 
         def merged(some, flags, every):
@@ -176,7 +177,7 @@ def _gradients(
         dy, d_tokens = d_tokens[: len(y)], d_tokens[len(y) :]
         d_teacher = (None,) * len(teacher)
         if any(active.teacher):
-            h_teacher, k_teacher = taken(teacher[0], at), teacher[1]
+            h_teacher, k_teacher = filled(teacher[0], at, packing), teacher[1]
             d_teacher = product_gradients(
                 dy[0], real, h_teacher, k_teacher, active.teacher, of_teacher(geometry), whole
             )

@@ -163,7 +163,8 @@ def linear_cross_entropy(
         tiles for goes as with ``"vocab_blocks"``: on a TPU rows of some 30000 features and more and
         padded columns that a mesh splits, on a GPU features or columns that are no multiple of 64,
         fewer than 192 features, and little to do (N D V < 2^33). None takes token chunks, but
-        vocabulary blocks where fewer than 16 tokens would fit into the budget; and a kernel that
+        vocabulary blocks where fewer than 16 tokens would fit into the budget (not for
+        ``rest="bucket"`` of :class:`TopKLabels`, which chunks alone can take); and a kernel that
         has a form of the call, where ``chunk_size`` is None and no partitioner may split the arrays
         (on several devices, outside of ``shard_map``): on a TPU ``"mosaic_tpu"`` where every token
         counts (``ignore_index`` None, no ``sample_weight``, no ``where``), on a GPU the kernel in
@@ -391,10 +392,10 @@ def _by_token_chunks(
 
     def value(operands, packing):
         # Where nothing is differentiated: all chunks' tokens at once, their logits held nowhere.
-        labels, _ = (_chunks.taken(x, packing.order) for x in operands.per_token)
+        labels, _ = (_chunks.filled(x, packing.order, packing) for x in operands.per_token)
 
         def rows_of(targets, classes, *rest):
-            hidden = _chunks.taken(operands.hidden, packing.order)
+            hidden = _chunks.filled(operands.hidden, packing.order, packing)
             of_rows = operands._replace(hidden=hidden), targets.kept, packing.size
             return _blocks.losses_by_kernel(geometry, *of_rows, rest[-2]), None, None
 

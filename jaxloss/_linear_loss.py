@@ -130,7 +130,7 @@ def linear_loss(
         kernel,
         bias,
         tuple(arrays),
-        tuple(closed_over.values()),
+        tuple(jnp.asarray(x, x.dtype) for x in closed_over.values()),  # of a Python number too
     )
     scalar = reduction != "none"
     return _linear.reduced(chunk_losses, geometry, operands, counts, weights, scalar)[0]

@@ -184,7 +184,8 @@ def _metric_sums(stats, sample_weight, *, top_k, bins, token_axes):
     ranked = (stats.rank >= 0) & ~jnp.isnan(confidence)
 
     def weighted(x):
-        return jnp.where(counts, weight * x.astype(dtype), 0)
+        # Selected twice: the NaN of a token that does not count would reach the weights' gradient.
+        return jnp.where(counts, weight * jnp.where(counts, x.astype(dtype), 0), 0)
 
     def hits(k):
         return weighted(jnp.where(ranked, (stats.rank < k).astype(dtype), jnp.nan))

@@ -109,7 +109,7 @@ def _sum_of_others_in_blocks(x: Array, m: Array, kept: Array) -> Array:
     m = jnp.broadcast_to(m[..., None], spread).reshape(-1)
     start = block * lax.broadcasted_iota(kept.dtype, spread, kept.ndim)
     kept = (kept[..., None] - start).reshape(-1)
-    x, m = lax.optimization_barrier((x.reshape(-1, block), m))
+    x, m = apart(x.reshape(-1, block), m)
     return jnp.sum(_sum_of_others(x, m, kept).reshape(spread), axis=-1)
 
 
@@ -242,10 +242,17 @@ def is_hopper() -> bool:
     return getattr(jax.devices()[0], "compute_capability", None) == "9.0"
 
 
+@jax.custom_jvp
 def apart(x: Array, with_it: Any) -> tuple[Array, Any]:
     """Both, for one more pass over ``x``: XLA:CPU would merge its conversion with another pass's,
     and write a float32 copy out for the two. Barriers of the same operands would be merged too."""
     return lax.optimization_barrier((x, with_it))
+
+
+@apart.defjvp
+def _(primals, tangents):
+    # JAX 0.11 and 0.12 cannot transpose a barrier of which one operand alone has a tangent.
+    return apart(*primals), tangents
 
 
 def row_max(logits: Array, class_mask: Array | None, scaling: Scaling | None) -> Array:

@@ -152,6 +152,9 @@ def row_part(
             below = jnp.where(q == 0, 0, q * jnp.sum(below, axis=-1))
         else:
             q = q if top is None else jnp.where(elsewhere(x, top[0]), q, 0)
+            if class_mask is not None:
+                # What a class that does not exist has none of, it has no derivative in either.
+                q = jnp.where(class_mask | (q != 0), q, 0)
             at_kept = jnp.where(here, entry(jnp.broadcast_to(q, x.shape), kept), 0)
             other_mass = jnp.where(is_kept(x, kept), 0, jnp.broadcast_to(q, x.shape))
             other_mass = jnp.sum(other_mass, axis=-1)
@@ -453,7 +456,7 @@ def row_losses(
             # Without the barrier XLA:CPU shares the widened logits (and the broadcast of m) with
             # the forward pass, and holds them: a float32 copy of the logits.
             scalars = state._replace(kept=None)
-            logits, scalars = lax.optimization_barrier((logits, scalars))
+            logits, scalars = apart(logits, scalars)
             state = scalars._replace(kept=state.kept)
         dx = row_gradient(logits, state, soft_targets, class_mask, scaling, ct, top, logits.dtype)
         dq = d_extra = None

@@ -9,10 +9,11 @@ from jax.typing import ArrayLike
 
 from jaxloss import _check, _targets
 from jaxloss._casts import accumulator_dtype
+from jaxloss._labels import TopKLabels
 
 
 def total_weight(
-    labels: ArrayLike,
+    labels: ArrayLike | TopKLabels,
     *,
     axis: int = -1,
     weight: ArrayLike | None = None,
@@ -24,14 +25,15 @@ def total_weight(
     r"""What ``reduction="mean"`` divides by: the total weight of the tokens that count.
 
     .. math:: W = \sum_n s_n w_{y_n} \quad\text{for class indices,}\qquad
-              W = \sum_n s_n \quad\text{for class probabilities}
+              W = \sum_n s_n \quad\text{for class probabilities and top-k labels}
 
     A mean over microbatches, steps or devices that hold different numbers of tokens is the sum of
     their ``reduction="sum"`` losses over the sum of their total weights. The mean of their means
     is another number.
 
     Args:
-      labels: class indices ``[...]``, or class probabilities with C at ``axis``.
+      labels: class indices ``[...]``, class probabilities with C at ``axis``, or
+        :class:`TopKLabels`.
       axis: the class axis of probabilities.
       weight, ignore_index, sample_weight, token_axis_name: as in :func:`cross_entropy`.
       where: boolean, shaped as the losses: the tokens that count.
@@ -59,32 +61,37 @@ def total_weight(
     Source: the denominator of ``torch.nn.functional.cross_entropy``'s mean.
     """
     call = "total_weight"
-    labels = _check.array(call, "labels", labels)
-    batch = labels.shape
-    if not jnp.issubdtype(labels.dtype, jnp.integer):
-        labels = _check.floating(call, "labels", labels)
-        (axis,) = _check.class_axes(call, labels, "labels", axis)
-        batch = _check.batch_shape(labels, (axis,))
+    if isinstance(labels, TopKLabels):
+        batch = jnp.shape(labels.indices)[:-1]
+        labels = _check.top_k_labels(call, "labels.probabilities", batch, labels)
+    else:
+        labels = _check.array(call, "labels", labels)
+        batch = labels.shape
+        if not jnp.issubdtype(labels.dtype, jnp.integer):
+            labels = _check.floating(call, "labels", labels)
+            (axis,) = _check.class_axes(call, labels, "labels", axis)
+            batch = _check.batch_shape(labels, (axis,))
     sample_weight = _check.check_sample_weight(call, sample_weight, batch)
     mask = None if where is None else _check.boolean(call, where)
     if mask is not None:
         _check.shape(call, "where", mask, batch, "the shape of the losses")
     token_axes = _check.mesh_axes(call, "token_axis_name", token_axis_name)
-    _check.split(call, "labels", labels, {"sample_weight": sample_weight}, (), token_axes)
+    of_tokens = labels.indices if isinstance(labels, TopKLabels) else labels
+    _check.split(call, "labels", of_tokens, {"sample_weight": sample_weight}, (), token_axes)
     classes = jnp.iinfo(jnp.int32).max
     if weight is not None:
         weight = _check.floating(call, "weight", weight)
         _check.shape(call, "weight", weight, weight.shape[:1] or (1,), "one entry a class")
         classes = weight.shape[0]
-    indices = len(batch) == labels.ndim
+    dense = _targets.is_probabilities(labels)
     return _total_weight(
-        labels if indices else None,  # of probabilities nothing but the number of tokens matters
-        weight if indices else None,
+        None if dense else labels,  # of probabilities nothing but the number of tokens matters
+        weight if _targets.is_indices(labels) else None,
         sample_weight,
         mask,
         batch=batch,
         num_classes=classes,
-        ignore_index=_check.ignored(call, ignore_index) if indices else None,
+        ignore_index=None if dense else _check.ignored(call, ignore_index),
         token_axes=token_axes,
     )
 

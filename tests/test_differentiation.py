@@ -169,11 +169,18 @@ def test_transforms_eagerly(case, transform):
     check(ours, jit_quickly(partial(TRANSFORMS[transform], partial(call, loss=plain)))(args))
 
 
+STATISTICS = {
+    "logits": lambda x: jaxloss.cross_entropy(x, Y, reduction="none", return_stats=True)[1],
+    "checkpoint": jax.checkpoint(lambda x: jaxloss.token_stats(x, Y)),
+    "product": lambda x: jaxloss.linear_token_stats(x, jnp.eye(C, dtype=x.dtype), Y),
+}
+
+
 @pytest.mark.parametrize("name", ["log_prob", "logsumexp", "entropy"])
-def test_statistics(name):
+@pytest.mark.parametrize("stats", STATISTICS)
+def test_statistics(stats, name):
     def ours(x):
-        stats = jaxloss.cross_entropy(x, Y, reduction="none", return_stats=True)[1]
-        return getattr(stats, name)
+        return getattr(STATISTICS[stats](x), name)
 
     def expected(x):
         log_p = jax.nn.log_softmax(x)
@@ -185,7 +192,7 @@ def test_statistics(name):
         }
         return jnp.where(Y >= 0, values[name], 0)
 
-    check_together(ours, expected, (X,), ("grad", "jvp", "hessian"))
+    check_together(ours, expected, (X,), ("grad", "jvp", "hessian", "grad of grad"))
 
 
 @pytest.mark.parametrize("f", [jaxloss.cross_entropy, linear])
@@ -215,6 +222,27 @@ def test_masked_classes():
 
     names = ("grad", "jvp", "hessian")
     check_together(of_existing(ours), of_existing(expected), (X,), names)
+
+
+@pytest.mark.parametrize("how", ["where", "num_classes", "vocab_blocks"])
+def test_second_derivatives_are_symmetric_where_a_class_does_not_exist(how):
+    """Its probability is 0, and moves neither the loss nor the logits' gradient."""
+    x, q = jnp.array([0.3, -1, 2], jnp.float64), jnp.array([0.6, 0.4, 0], jnp.float64)
+    mask = jnp.array([True, True, False])
+
+    def loss(x, q):
+        if how == "num_classes":
+            return jaxloss.cross_entropy(x, q, num_classes=2)
+        if how == "where":
+            return jaxloss.cross_entropy(x, q, where=mask)
+        one = jnp.ones((1, 1), x.dtype)
+        return jaxloss.linear_cross_entropy(one, x[None], q[None], where=mask, implementation=how)
+
+    one_way = jax.jacrev(jax.grad(loss, 0), 1)(x, q)
+    p = jax.nn.softmax(x[:2])
+    np.testing.assert_allclose(one_way[:2, :2], p[:, None] - jnp.eye(2), rtol=1e-12)
+    np.testing.assert_array_equal(one_way[:, 2], 0)
+    np.testing.assert_allclose(jax.jacrev(jax.grad(loss, 1), 0)(x, q).T, one_way, rtol=1e-12)
 
 
 @pytest.mark.parametrize("reduction", ["none", "sum", "mean"])

@@ -250,6 +250,21 @@ def test_open_batch(loss, dtype):
         assert_same(program.call(*given(tokens)), expected(*given(tokens)))
 
 
+def test_open_batch_beside_a_teacher():
+    (n,) = export.symbolic_shape("n")
+    step = step_of(lambda h, k, t: jaxloss.linear_kl_divergence(h, k, t, k, chunk_size=2))
+
+    def given(tokens):
+        _, h, k, *_ = arrays(tokens, jnp.float32)
+        return (h, k), jnp.cos(h)
+
+    (h, k), _ = given(N)
+    opened = jax.ShapeDtypeStruct((n, *h.shape[1:]), h.dtype)
+    program = reloaded(step, (opened, k), opened)
+    for tokens in (3, N):
+        assert_same(program.call(*given(tokens)), jax.jit(step)(*given(tokens)))
+
+
 def test_ahead_of_time():
     args = operands("indices", jnp.float32)
     step = step_of(jaxloss.cross_entropy)

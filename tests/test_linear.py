@@ -597,6 +597,24 @@ def test_a_loss_that_is_not_finite_at_zero():
         np.testing.assert_allclose(g, e, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("chunk", [5, None])
+def test_what_a_loss_closes_over_has_the_gradient_of_the_tokens_that_count(chunk):
+    """A Python number here. Of a token of zeros it would have none: log(0)."""
+    hidden, kernel, _ = problem()
+    each, counts = jnp.arange(7, dtype=jnp.float32), jnp.arange(7) > 0
+
+    def mean(scale):
+        def loss(logits, x):
+            return scale * jnp.log(x) + 0 * logits[:, 0]
+
+        return jaxloss.linear_loss(
+            loss, hidden, kernel, each, sample_weight=counts, chunk_size=chunk
+        )
+
+    expected = np.mean(np.log(np.arange(1, 7)))
+    np.testing.assert_allclose(jax.value_and_grad(mean)(3.0), (3 * expected, expected), rtol=1e-6)
+
+
 H, K, Y = np.zeros((6, 4), np.float32), np.zeros((4, 10), np.float32), np.zeros(6, np.int32)
 
 

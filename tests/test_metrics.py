@@ -363,6 +363,20 @@ def test_the_mean_loss_has_its_gradient():
         np.testing.assert_allclose(got, expected, rtol=0, atol=64 * EPS * scale)
 
 
+def test_a_token_that_does_not_count_has_no_gradient():
+    """Its rank is -1: whether it was a hit is not known."""
+    x, y, s = problem()
+    stats = jaxloss.token_stats(x, y)
+
+    def nll(s):
+        return jaxloss.metrics(jaxloss.metric_sums(stats, sample_weight=s))["nll"]
+
+    counts = (y != -100) & (s != 0)
+    mean = np.sum(np.where(counts, -s * stats.log_prob, 0)) / np.sum(s, where=counts)
+    expected = np.where(counts, (-stats.log_prob - mean) / np.sum(s, where=counts), 0)
+    np.testing.assert_allclose(jax.jit(jax.grad(nll))(s), expected, rtol=1e-4, atol=1e-7)
+
+
 # Errors
 
 STATS = stats_of(np.ones((2, 4)))

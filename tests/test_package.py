@@ -76,7 +76,7 @@ def test_imports_run_one_way():
         "_rows": {"_casts", "_elementary", "_forward_mode", "_mesh", "_passes"},
         "_targets": {"_labels", "_mesh", "_passes", "_rows"},
         "_check_labels": {"_check", "_targets"},
-        "_total_weight": {"_casts", "_check", "_targets"},
+        "_total_weight": {"_casts", "_check", "_labels", "_targets"},
         "_terms": {"_casts", "_mesh", "_passes", "_rows", "_targets"},
         "_cross_entropy": {"_casts", "_check", "_passes", "_rows", "_targets", "_terms"},
         "_focal": {"_casts", "_check", "_cross_entropy", "_elementary", "_labels", "_targets"},

@@ -290,6 +290,41 @@ def test_where(rest):
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("rest", ["drop", "uniform"])
+def test_tokens_that_do_not_count_leave_the_weights_gradient_alone(rest, schedule):
+    """What fills a chunk up has no classes of its own: two slots of class 0 would be NaN."""
+    x, index, q = case()
+    labels, weight = TopKLabels(index, q, rest), jnp.linspace(0.1, 2, C, dtype=jnp.float32)
+    kernel = jnp.eye(C, dtype=x.dtype)
+
+    def linear(w):
+        return jaxloss.linear_cross_entropy(
+            x, kernel, labels, weight=w, chunk_size=3, implementation=schedule, precision="highest"
+        )
+
+    def plain(w):
+        return jaxloss.cross_entropy(x, labels, weight=w)
+
+    got, expected = (jit_quickly(jax.value_and_grad(f))(weight) for f in (linear, plain))
+    for g, e in zip(got, expected, strict=True):
+        np.testing.assert_allclose(g, e, rtol=1e-5, atol=1e-5 * np.max(np.abs(e)))
+
+
+def test_total_weight():
+    _, index, q = case()
+    labels, sample_weight = TopKLabels(index, q, "uniform"), jnp.arange(N, dtype=jnp.float32)
+    assert jaxloss.total_weight(labels) == N - 1  # one token has empty slots alone
+    assert jaxloss.total_weight(labels, sample_weight=sample_weight) == sum(range(N)) - 4
+    assert jaxloss.total_weight(labels, ignore_index=None) == N
+    with pytest.raises(
+        ValueError, match=r"total_weight: labels\.probabilities must have the shape"
+    ):
+        jaxloss.total_weight(TopKLabels(index, q[:, :2]))
+    with pytest.raises(ValueError, match="total_weight: sample_weight must have"):
+        jaxloss.total_weight(labels, sample_weight=jnp.ones((N, K)))
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
 def test_nothing_dense_is_held(schedule):
     """The largest array of the program is a chunk's or a block's."""
     n, d, v, k = 64, 4, 96, 3
