@@ -21,7 +21,7 @@ class Packing(NamedTuple):
     """Which token stands at which place of the sweep."""
 
     order: Array  # [chunks * n] int32, those that count first; N: no token
-    size: Array  # how many count
+    size: Array  # how many count; on a mesh whose devices go in step, on the one of most
     counts: Array  # [N] bool, which
 
 
@@ -81,13 +81,13 @@ def all_step_sizes(chunk: int, num_columns: int) -> list[int]:
 
 def pack(counts: Array, geometry: Geometry) -> Packing:
     tokens, chunk = counts.shape[0], geometry.chunk
-    size = jnp.sum(counts, dtype=jnp.int32)
+    own = size = jnp.sum(counts, dtype=jnp.int32)
     if geometry.vocab_axes and _mesh.varies_over(size):
         # Devices that communicate within a loop must take as many steps: those of the longest.
         size = lax.pmax(size, tuple(sorted(_mesh.varies_over(size))))
     order = jnp.argsort(~counts, stable=True).astype(jnp.int32)
-    # Where no token counts, none is named: its hidden may hold NaN, and NaN * 0 is NaN.
-    order = jnp.where(jnp.arange(tokens, dtype=jnp.int32) < size, order, tokens)
+    # One that does not count is not named: its hidden may hold NaN, and NaN * 0 is NaN.
+    order = jnp.where(jnp.arange(tokens, dtype=jnp.int32) < own, order, tokens)
     room = (-(-tokens // chunk) or 1) * chunk - tokens
     return Packing(jnp.pad(order, (0, room), constant_values=tokens), size, counts)
 

@@ -174,6 +174,9 @@ def _gradients(
             for c, loss in zip(cts, losses, strict=True)
         )
         dx, d_tokens, d_shared = pullback(ct)
+        # A step that only other devices have tokens for: there was no token to fill it with.
+        here = jnp.any(real)
+        d_shared = tuple(None if d is None else jnp.where(here, d, 0) for d in d_shared)
         dy, d_tokens = d_tokens[: len(y)], d_tokens[len(y) :]
         d_teacher = (None,) * len(teacher)
         if any(active.teacher):

@@ -522,6 +522,40 @@ def test_probabilities_and_masks_on_an_explicit_mesh(schedule):
     assert_close(got, jit_quickly(run)(*args), jnp.float32)
 
 
+@pytest.mark.nan_is_meant
+@pytest.mark.parametrize("labels", ["indices", "top k"])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_tokens_that_do_not_count_on_an_explicit_mesh(schedule, labels):
+    """They may hold anything, on a device with none that count beside others that go on too."""
+    mesh, *_ = build("2x4", AxisType.Explicit)
+    given, y, w, _ = problem(jnp.float32)
+    h, k, rows = given["h"], given["k"], jnp.arange(N)
+    s = ((rows >= N // 2) | ((rows == 0) & (labels == "indices"))).astype(jnp.float32)
+    y = jnp.where(y < 0, 0, y)
+    if labels == "top k":
+        y = jaxloss.TopKLabels(jnp.stack([y, (y + 1) % C], axis=-1), jnp.full((N, 2), 0.4))
+
+    def run(h, k, w, y, s):
+        def loss(h, k, w):
+            return jaxloss.linear_cross_entropy(
+                h, k, y, num_classes=C, weight=w, sample_weight=s, chunk_size=3,
+                implementation=schedule,
+            )  # fmt: skip
+
+        return jax.value_and_grad(loss, (0, 1, 2))(h, k, w)
+
+    specs = P("t"), P(None, "v"), P(), P("t"), P("t")
+    with jax.set_mesh(mesh):
+        args = jnp.where(s[:, None] == 0, jnp.nan, h), k, w, y, s
+        got = jit_quickly(run)(
+            *(
+                jax.tree.map(lambda a, p=p: jax.device_put(a, NamedSharding(mesh, p)), a)
+                for a, p in zip(args, specs, strict=True)
+            )
+        )
+    assert_close(got, jit_quickly(run)(h, k, w, y, s), jnp.float32)
+
+
 def test_linear_with_a_tied_table_on_an_explicit_mesh():
     mesh, f, put, arrays = explicit("2x4", P("t", "v"), jnp.float32, "token_chunks", {}, 0)
     with jax.set_mesh(mesh):
