@@ -168,6 +168,7 @@ def row_part(
         index, extra = top
         extra = jnp.where(index < x.shape[-1], extra.astype(x.dtype), 0)
         x_top = widen(*_at(index, logits, class_mask), scaling)
+        extra = jnp.where((x_top == -jnp.inf) & (extra == 0), 0, extra)  # as q above
         below_top = jnp.where(extra == 0, 0, extra * _below(x_top, m, extra == 0))
         others = jnp.where(index == kept[..., None], 0, extra)
         some = (jnp.sum(v, axis=-1) for v in (below_top, extra, others))

@@ -224,7 +224,7 @@ def test_masked_classes():
     check_together(of_existing(ours), of_existing(expected), (X,), names)
 
 
-@pytest.mark.parametrize("how", ["where", "num_classes", "vocab_blocks"])
+@pytest.mark.parametrize("how", ["where", "top k", "num_classes", "vocab_blocks"])
 def test_second_derivatives_are_symmetric_where_a_class_does_not_exist(how):
     """Its probability is 0, and moves neither the loss nor the logits' gradient."""
     x, q = jnp.array([0.3, -1, 2], jnp.float64), jnp.array([0.6, 0.4, 0], jnp.float64)
@@ -233,6 +233,8 @@ def test_second_derivatives_are_symmetric_where_a_class_does_not_exist(how):
     def loss(x, q):
         if how == "num_classes":
             return jaxloss.cross_entropy(x, q, num_classes=2)
+        if how == "top k":
+            return jaxloss.cross_entropy(x, jaxloss.TopKLabels(jnp.arange(3), q), where=mask)
         if how == "where":
             return jaxloss.cross_entropy(x, q, where=mask)
         one = jnp.ones((1, 1), x.dtype)
