@@ -282,7 +282,9 @@ def finish(part: RowPart, want: tuple[str, ...]) -> tuple[RowLosses, RowState]:
     if part.low is not None:
         # A label below the maximum leaves the maximum's 1 in s, and t no more than its rounding.
         # Less than 1/2: one entry is at the maximum, and t is what lies below it.
-        of_all = log1p(jnp.where(jnp.abs(t) < 0.5, part.low, t))
+        # Its derivative is that of t: low has none of the entry at the maximum.
+        low = lax.stop_gradient(part.low) + (t - lax.stop_gradient(t))
+        of_all = log1p(jnp.where(jnp.abs(t) < 0.5, low, t))
     spread = None if part.spread is None else part.spread / (1 + t)
     losses = RowLosses(
         nll=d + r if "nll" in want else None,
