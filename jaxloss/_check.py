@@ -285,6 +285,11 @@ def integer(function: str, name: str, x: Any, low: int, high: int | None, *, def
     return x
 
 
+def chunk_size(function: str, x: Any, default: int, most: int) -> int:
+    """At most as many as there are."""
+    return min(integer(function, "chunk_size", x, 1, None, default=default), max(1, most))
+
+
 def flag(function: str, name: str, x: Any) -> bool:
     if not isinstance(x, bool):
         fail(function, f"{name} must be True or False", repr(x), kind=TypeError)

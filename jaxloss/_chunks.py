@@ -114,8 +114,8 @@ def filled(x: Any, at: Array, packing: Packing) -> Any:
     A function of zeros may have no derivative, and 0 * NaN would join the gradient of what no token
     owns.
     """
-    if x is None or x.shape[0] == 0:
-        return taken(x, at)
+    if x is None:
+        return None
     first = packing.order[:1]  # past the end where no token counts
     if at.dtype == bool:
         return jnp.where(_each(at, x), x, taken(x, first))
@@ -148,8 +148,8 @@ def sweep(packing: Packing, chunk: int, part, update, blank, finish, dynamic: bo
     chunks = packing.order.shape[0] // chunk
     if not dynamic:
         starts = jnp.arange(chunks, dtype=jnp.int32) * chunk
-        sweep = lax.scan(lambda state, at: (from_place(state, at, chunk), None), blank(), starts)
-        return finish(sweep[0])
+        each = lambda state, start: (from_place(state, start, chunk), None)  # noqa: E731
+        return finish(lax.scan(each, blank(), starts)[0])
 
     # What is left of the last chunk goes in quarters: a batch of one chunk gains by them too.
     quarter = step_sizes(chunk)[-1]

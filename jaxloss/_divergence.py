@@ -249,12 +249,11 @@ def linear_kl_divergence(
     }
     _check.split(call, "kernel", kernel, of_tokens, (), token_axes)
     most = _chunks.size_to_plan_for(math.prod(lead))
-    chunk = _chunks.default_chunk(most, columns + its_columns)
-    chunk = _check.integer(call, "chunk_size", chunk_size, 1, None, default=chunk)
+    default = _chunks.default_chunk(most, columns + its_columns)
     geometry = _products.Geometry(
         vocab_axis,
         classes,
-        min(chunk, max(1, most)),
+        _check.chunk_size(call, chunk_size, default, most),
         precision,
         teacher_axis=its_axis,
         token_axes=token_axes if reduction != "none" else (),

@@ -327,8 +327,8 @@ def losses_of_product(
             default = _chunks.default_chunk(tokens, here, hidden.shape[-1])
         else:
             default = _blocks.default_block(tokens, here)
-        chunk = _check.integer(call, "chunk_size", chunk_size, 1, None, default=default)
-        chunk = min(chunk, max(1, tokens if by_tokens else here))
+        most = tokens if by_tokens else here
+        chunk = _check.chunk_size(call, chunk_size, default, most)
         return (_by_token_chunks if by_tokens else _by_vocab_blocks)(
             hidden,
             kernel,
@@ -392,10 +392,10 @@ def _by_token_chunks(
 
     def value(operands, packing):
         # Where nothing is differentiated: all chunks' tokens at once, their logits held nowhere.
-        labels, _ = (_chunks.filled(x, packing.order, packing) for x in operands.per_token)
+        labels, _ = (_chunks.taken(x, packing.order) for x in operands.per_token)
 
         def rows_of(targets, classes, *rest):
-            hidden = _chunks.filled(operands.hidden, packing.order, packing)
+            hidden = _chunks.taken(operands.hidden, packing.order)
             of_rows = operands._replace(hidden=hidden), targets.kept, packing.size
             return _blocks.losses_by_kernel(geometry, *of_rows, rest[-2]), None, None
 

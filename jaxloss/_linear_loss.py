@@ -81,9 +81,7 @@ def linear_loss(
     _layout.refuse(call, hidden, kernel, vocab_axis)
     lead, tokens = hidden.shape[:-1], math.prod(hidden.shape[:-1])
     most = _chunks.size_to_plan_for(tokens)
-    chunk = _chunks.default_chunk(most, columns)
-    chunk = _check.integer(call, "chunk_size", chunk_size, 1, None, default=chunk)
-    chunk = min(chunk, max(1, most))
+    chunk = _check.chunk_size(call, chunk_size, _chunks.default_chunk(most, columns), most)
     arrays = []
     for i, x in enumerate(per_token):
         x = _check.array(call, f"per_token[{i}]", x)

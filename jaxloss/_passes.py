@@ -388,7 +388,7 @@ def lies_below(x: Array, bound: Array, value: float) -> Array:
     tiny = jnp.finfo(x.dtype).tiny
     # The maximum stands between the factors, or XLA folds them to inf (0 * inf is NaN); right under
     # the minimum it would make a clamp of both, which XLA:CPU writes out.
-    difference = lax.stop_gradient(bound[..., None] - x)  # its slope, 1 / tiny^2, is none
+    difference = lax.stop_gradient(bound[..., None] - x)  # a step has no slope
     return jnp.minimum(jnp.maximum(difference / tiny, 0) / tiny, value)
 
 

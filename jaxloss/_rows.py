@@ -133,13 +133,13 @@ def row_part(
         # A rounding, and exact: the entry keeps its derivative.
         x_kept += lax.stop_gradient(jnp.where(jnp.isfinite(shift), shift, 0))
     x_kept = jnp.where(kept < x.shape[-1], x_kept, jnp.nan)
-    below = mass = other_mass = spread = low = None
     if soft_targets is None and top is None and "entropy" not in want:
         return RowPart(highest, s, x_kept, kept)
     as_read = class_mask is None and scaling is None
     # x and m again, for the reductions below.
     y, high = apart(logits if as_read else x, m)
     y, high = y.astype(x.dtype), high[..., None]
+    below = mass = other_mass = spread = low = None
     if soft_targets is not None:
         q, here = soft_targets.astype(x.dtype), kept < x.shape[-1]
         if q.shape[-1] == 1:  # one number for all classes: nothing of the logits' size is selected
