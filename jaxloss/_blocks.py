@@ -271,11 +271,11 @@ def _gradients(
         d_probabilities = d_weight = d_share = d_extra = None
         if ct.soft is not None and active.extra:
             slope = _rows.top_gradient(b.logits, here, b.mask, options.scaling, b.top)
-            d_extra = jnp.where(ct.soft[:, None] == 0, 0, ct.soft[:, None] * slope)
+            d_extra = _rows.asked_for(ct.soft, slope)
         dense = active.probabilities or active.weight or active.share
         if ct.soft is not None and b.soft is not None and dense:
             slope = _rows.soft_gradient(b.logits, here, b.soft, b.mask, options.scaling, b.top)
-            slope = jnp.where(ct.soft[:, None] == 0, 0, ct.soft[:, None] * slope)
+            slope = _rows.asked_for(ct.soft, slope)
 
             soft_b, pullback = jax.vjp(
                 partial(_soft, options, b.mask, size),
@@ -375,14 +375,14 @@ def row_losses_by_block(options: Options, operands: Operands, constants: Constan
     def forward(*args):
         values = [None if a is None else a.value for a in args]
         # A flag must be static to choose the products: () and None have no leaves.
-        flags = tuple(() if a is not None and a.perturbed else None for a in args[:count])
+        flags = tuple(() if a is not None and a.perturbed else None for a in args)
         nested = Operands(*values[:count]), Constants(*values[count:])
         out, state = _forward(options, *nested)
         return out, (*nested, state, flags)
 
     def backward(residuals, ct):
         operands, constants, state, flags = residuals
-        active = Operands(*(flag is not None for flag in flags))
+        active = Operands(*(flag is not None for flag in flags[:count]))
         grads = _gradients(options, active, operands, constants, state, ct[0])
         return (*grads, *(None for _ in Constants._fields))
 

@@ -3,7 +3,7 @@
 import math
 import sys
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import jax
 import jax.numpy as jnp
@@ -172,15 +172,17 @@ def _nll_loss(
         token_mask=token_mask,
         ignore_index=ignore_index,
     )
-    nll = soft = None
+    # What does not count is selected away before it is multiplied: 0 * NaN would return in the
+    # gradients.
+    nll, soft, counts = None, None, targets.counts
     if targets.kept is not None:
-        nll = 0 - _passes.entry_or_nan(x, targets.kept)  # -0 is no loss
+        # 0 - x, since -0 is no loss.
+        nll = jnp.where(counts, 0 - _passes.entry_or_nan(x, targets.kept), 0)
     else:
-        q = _targets.soft_targets(
-            targets.probabilities, None, None, weight, 0.0, num_classes, x.dtype
-        )
-        impossible = (x == -jnp.inf) & (q == 0)
-        soft = jnp.sum(q.astype(x.dtype) * jnp.where(impossible, 0, -x), axis=-1)
+        q = jnp.where(counts[..., None], cast(Array, targets.probabilities), 0)
+        q = _targets.soft_targets(q, None, None, weight, 0.0, num_classes, x.dtype)
+        nothing = ~counts[..., None] | ((x == -jnp.inf) & (q == 0))
+        soft = jnp.sum(q.astype(x.dtype) * jnp.where(nothing, 0, -x), axis=-1)
     losses = _targets.token_losses(_rows.RowLosses(nll, soft, None, None), targets, 0.0, 0.0)
     return _targets.reduce_losses(losses, targets, sample_weight, reduction)
 
@@ -259,7 +261,7 @@ def cross_entropy(
     Differentiable in ``logits``, in probabilities as ``labels`` and in the weights, in forward and
     reverse mode to any order. The backward pass keeps the logits, the labels and a few numbers a
     row, and computes ``-s / (1 + t)`` at the label, which is ``softmax - 1`` without its
-    cancellation.
+    cancellation. Second derivatives want finite logits where a token does not count.
 
     Example:
 

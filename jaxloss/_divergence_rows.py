@@ -32,6 +32,7 @@ from jaxloss._casts import accumulator_dtype, narrowed, widened
 from jaxloss._elementary import exp, log, log1p
 from jaxloss._forward_mode import with_forward_mode
 from jaxloss._passes import finite
+from jaxloss._rows import asked_for
 
 NEAR = 2.0  # the distance below which the series serves
 
@@ -315,9 +316,7 @@ def row_divergences(
         return _slopes(pair, row, divergence, beta)
 
     def backward(residuals, ct):
-        # A row that asks for nothing gets 0, whatever its logits hold: 0 * NaN would be NaN.
-        active, scaled = (ct != 0)[..., None], (ct / temperature)[..., None]
-        moved = (jnp.where(active, scaled * slope, 0) for slope in slopes(residuals))
+        moved = (asked_for(ct / temperature, slope) for slope in slopes(residuals))
         narrow = (narrowed(g, x.dtype) for g, x in zip(moved, residuals, strict=False))
         return (*narrow, None, None)
 

@@ -31,25 +31,44 @@ def _internals() -> Any:
     return SimpleNamespace(core=core, ad=ad, batching=batching, mlir=mlir)
 
 
-def with_forward_mode(rule, tangent):
+def with_forward_mode(rule, tangent, whole=True):
     """``rule``, a custom_vjp function of arrays (and None), that also has a forward mode.
 
     ``tangent(residuals, tangents)`` takes what the rule's forward pass saved and one tangent an
     argument (None: it is constant), and returns the outputs' tangents (the first few, where the
     others do not move). It must be linear in the tangents, and the rule's backward pass its
     transpose; that one gets None for cotangents that are zero.
+
+    The outputs have this derivative when they are differentiated again too: the code of the forward
+    pass, which selects 0 where 0 is asked for, would have lost it there. ``whole=False``: what was
+    saved does not tell it; that code must. A rule with symbolic zeros saves its flags last.
     """
     if _tangent_map() is None:
         return rule
 
-    shell = jax.custom_jvp(rule.fun)
+    def moving_of(tangents):
+        return [not isinstance(t, SymbolicZero | None) for t in tangents]
 
     def jvp(primals, tangents):
-        active = [not isinstance(t, SymbolicZero | None) for t in tangents]
+        active = moving_of(tangents)
+        given = primals
         if rule.symbolic_zeros:
             marked = zip(primals, active, strict=True)
-            primals = [None if p is None else CustomVJPPrimal(p, a) for p, a in marked]
-        out, residuals = rule.fwd(*primals)
+            given = [None if p is None else CustomVJPPrimal(p, a) for p, a in marked]
+        out, residuals = rule.fwd(*given)
+        moved = tangents_of(out, residuals, tangents)
+        return (again(out, residuals, *primals) if whole else out), moved
+
+    def jvp_again(primals, tangents):
+        out, residuals, *_ = primals
+        tangents = tangents[2:]
+        if rule.symbolic_zeros:
+            flags = tuple(() if a else None for a in moving_of(tangents))
+            residuals = (*residuals[:-1], flags)
+        return again(*primals), tangents_of(out, residuals, tangents)
+
+    def tangents_of(out, residuals, tangents):
+        active = moving_of(tangents)
         out_leaves, out_tree = tree.flatten(out)
         residual_leaves, residual_tree = tree.flatten(residuals)
         n = len(residual_leaves)
@@ -78,9 +97,11 @@ def with_forward_mode(rule, tangent):
             next(moved) if moves else SymbolicZero(jax.typeof(o).to_tangent_aval())
             for o, moves in zip(out_leaves, inexact, strict=True)
         ]
-        return out, tree.unflatten(out_tree, out_tangents)
+        return tree.unflatten(out_tree, out_tangents)
 
+    shell, again = jax.custom_jvp(rule.fun), jax.custom_jvp(lambda out, *_: out)
     shell.defjvp(jvp, symbolic_zeros=True)
+    again.defjvp(jvp_again, symbolic_zeros=True)
     return shell
 
 

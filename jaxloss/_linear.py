@@ -313,7 +313,7 @@ def losses_by_token(
 
     rule = jax.custom_vjp(function)
     rule.defvjp(forward, backward, symbolic_zeros=True)
-    return with_forward_mode(rule, tangent)(*_flat(operands), *packing)
+    return with_forward_mode(rule, tangent, whole=False)(*_flat(operands), *packing)
 
 
 def weighted_sum(
@@ -374,7 +374,7 @@ def weighted_sum(
 
     rule = jax.custom_vjp(function)
     rule.defvjp(forward, backward, symbolic_zeros=True)
-    return with_forward_mode(rule, tangent)(weight, *_flat(operands), *packing)
+    return with_forward_mode(rule, tangent, whole=False)(weight, *_flat(operands), *packing)
 
 
 def reduced(

@@ -32,6 +32,8 @@ def widen(x: Array, class_mask: Array | None, scaling: Scaling | None) -> Array:
     x = widened(x)
     if scaling is not None:
         if scaling.softcap is not None:
+            if class_mask is not None:  # 0 times the slope of a NaN is NaN, in second derivatives
+                x = jnp.where(class_mask, x, 0)
             x = scaling.softcap * tanh(x / scaling.softcap)
         if scaling.temperature != 1:
             x = x / scaling.temperature

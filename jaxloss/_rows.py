@@ -15,6 +15,7 @@ The softmax is ``p_j = exp(x_j - m) / (1 + t)``, and what the gradient needs at 
 ``p_k - 1 = -s / (1 + t)``: the same number as ``expm1(-loss)``, without the loss's own rounding.
 """
 
+from functools import reduce
 from typing import Any, NamedTuple
 
 import jax
@@ -326,25 +327,27 @@ def _dense_gradient(logits, state, soft_targets, class_mask, scaling, ct, dtype)
     kept_minus_1 = -s * k
     p_kept = exp(-d) * k
     zero = jnp.zeros_like(m)
-    of_p, at_kept, active = zero, zero, zero != 0
+    of_p, at_kept, asked = zero, zero, zero != 0
     if ct.nll is not None:
-        of_p, at_kept, active = ct.nll, ct.nll * kept_minus_1, ct.nll != 0
+        of_p, at_kept, asked = ct.nll, ct.nll * kept_minus_1, ct.nll != 0
     if ct.logsumexp is not None:
         of_p, at_kept = of_p + ct.logsumexp, at_kept + ct.logsumexp * p_kept
-        active |= ct.logsumexp != 0
+        asked |= ct.logsumexp != 0
     if ct.soft is not None:
         # Q p_k - q_k; where p_k is near 1, Q is taken out of both: exact for a confident one-hot.
         of_p = of_p + ct.soft * mass
         soft_at_kept = mass * kept_minus_1 + other_mass
         soft_at_kept = jnp.where(p_kept < 0.5, mass * p_kept - (mass - other_mass), soft_at_kept)
         at_kept = at_kept + ct.soft * soft_at_kept
-        active |= ct.soft != 0
+        asked |= ct.soft != 0
     if ct.entropy is not None:
         # A label at -inf: p (log p + H) is 0 there, and not 0 * inf.
         at_kept += ct.entropy * p_kept * jnp.where(p_kept > 0, d - spread, 0)
-        active |= ct.entropy != 0
+        asked |= ct.entropy != 0
 
-    # A row that asks for nothing gets 0, whatever its logits hold: 0 * NaN would be NaN.
+    # A row that is asked for nothing gets 0, whatever its logits hold: 0 * NaN would be NaN. Where
+    # nothing is NaN it is 0 times its slope: selected, that 0 would not have this derivative.
+    active = asked | _sound(state)
     at_kept = jnp.where(active, at_kept, 0)
     given = logits, m, kept, k * of_p, at_kept, active
     soft = None if ct.soft is None or soft_targets is None else (ct.soft, soft_targets)
@@ -353,6 +356,19 @@ def _dense_gradient(logits, state, soft_targets, class_mask, scaling, ct, dtype)
     if all(other is None for other in others) and dtype == logits.dtype:
         return slope(_of_entries, *given)
     return _of_entries(*given, *others, dtype)
+
+
+def _sound(state: RowState) -> Array:
+    """The rows that have a distribution, and targets that are numbers."""
+    numbers = (state.m, 1 / (1 + state.t), state.mass, state.spread)
+    return reduce(jnp.logical_and, (jnp.isfinite(x) for x in numbers if x is not None))
+
+
+def asked_for(ct: Array, slope: Array) -> Array:
+    """``ct[..., None] * slope``. A row that is asked for nothing gets 0 of a slope that is NaN or
+    inf too."""
+    ct = ct[..., None]
+    return ct * jnp.where((ct == 0) & ~jnp.isfinite(slope), 0, slope)
 
 
 def _of_entries(
@@ -382,7 +398,8 @@ def _of_entries(
         dx -= ct[..., None] * soft_targets.astype(x.dtype)
     dx = jnp.where(is_kept(x, kept) | ~active[..., None], at_kept[..., None], dx)
     if scaling is not None:
-        dx = jnp.where(active[..., None], dx * _slope(logits, scaling), 0)
+        existing = logits if class_mask is None else jnp.where(class_mask, logits, 0)
+        dx = jnp.where(active[..., None], dx * _slope(existing, scaling), 0)
     dx = dx if class_mask is None else jnp.where(class_mask, dx, 0)
     return narrowed(dx, dtype or logits.dtype)
 
@@ -465,15 +482,12 @@ def row_losses(
             state = scalars._replace(kept=state.kept)
         dx = row_gradient(logits, state, soft_targets, class_mask, scaling, ct, top, logits.dtype)
         dq = d_extra = None
-        if soft_targets is not None:
-            each = ct.soft[..., None] * soft_gradient(
-                logits, state, soft_targets, class_mask, scaling, top
-            )
-            each = jnp.where(ct.soft[..., None] == 0, 0, each)
-            dq = sum_to(each, soft_targets)
-        if extra is not None:
-            each = ct.soft[..., None] * top_gradient(logits, state, class_mask, scaling, top)
-            d_extra = jnp.where(ct.soft[..., None] == 0, 0, each).astype(extra.dtype)
+        if soft_targets is not None and ct.soft is not None:
+            slope = soft_gradient(logits, state, soft_targets, class_mask, scaling, top)
+            dq = sum_to(asked_for(ct.soft, slope), soft_targets)
+        if extra is not None and ct.soft is not None:
+            slope = top_gradient(logits, state, class_mask, scaling, top)
+            d_extra = asked_for(ct.soft, slope).astype(extra.dtype)
         return dx, dq, d_extra, None, None, None
 
     def tangent(residuals, tangents):
@@ -521,8 +535,8 @@ def row_log_softmax(logits: Array, class_mask: Array | None = None) -> Array:
         wide = g.astype(accumulator_dtype(logits.dtype))
         others = jnp.sum(jnp.where(is_kept(wide, state.kept), 0, wide), axis=-1)
         state = state._replace(mass=-others - entry(wide, state.kept), other_mass=-others)
-        asked = jnp.any(wide != 0, axis=-1).astype(wide.dtype)
-        ct = RowLosses(None, asked, None, None)
+        asked = jnp.any(wide != 0, axis=-1) | _sound(state)
+        ct = RowLosses(None, asked.astype(wide.dtype), None, None)
         dx = row_gradient(logits, state, -wide, class_mask, None, ct, dtype=logits.dtype)
         return dx, None
 

@@ -104,7 +104,8 @@ def _bucket_rows(x, targets, classes, mask, scaling, want) -> _rows.RowLosses:
     lse = jnp.where(rounded == -jnp.inf, rest.logsumexp, lse)
     few = jnp.concatenate([named - m[..., None], lse[..., None]], axis=-1)
     asked = jnp.concatenate([targets.extra, targets.rest[..., None]], axis=-1)
-    rows = _rows.row_losses(few, None, asked, want=tuple({"logsumexp"} & {*want}))
+    # A class at -inf with a probability of 0 is none, for derivatives too.
+    rows = _rows.row_losses(few, None, asked, few != -jnp.inf, want=tuple({"logsumexp"} & {*want}))
     if rows.logsumexp is not None:
         rows = rows._replace(logsumexp=rows.logsumexp + m)
     if "entropy" in want:
@@ -160,7 +161,14 @@ def token_terms(
         log_prob = -rows.soft
     else:  # weighed or smoothed: the labels themselves take a pass of their own
         plain = _targets.make_targets(
-            labels, classes, dtype, weight=None, class_mask=class_mask, ignore_index=ignore_index
+            labels,
+            classes,
+            dtype,
+            weight=None,
+            sample_weight=sample_weight,
+            class_mask=class_mask,
+            token_mask=token_mask,
+            ignore_index=ignore_index,
         )
         own, *_ = rows_of(plain, classes, class_mask, None, 0.0, (), False)
         log_prob = jnp.where(targets.counts, -own.soft, 0)

@@ -38,8 +38,9 @@ def two_steps(x, y, **options):
     return jaxloss.nll_loss(jaxloss.log_softmax(x), y, **options)
 
 
-def linear(x, y, **options):
-    return jaxloss.linear_cross_entropy(x, jnp.eye(C, dtype=x.dtype), y, chunk_size=3, **options)
+def linear(x, labels, **options):
+    kernel = jnp.eye(C, dtype=x.dtype)
+    return jaxloss.linear_cross_entropy(x, kernel, labels, chunk_size=3, **options)
 
 
 def weights(x, w, s, loss, **options):
@@ -272,6 +273,45 @@ KINDS = {
     "jvp": lambda f: lambda x, y: jax.jvp(lambda x: f(x, y), (x,), (jnp.sin(x),)),
     "hessian": jax.hessian,
 }
+
+
+LOSSES_OF_TOKENS = {
+    "cross_entropy": jaxloss.cross_entropy,
+    "probabilities": lambda x, labels, **options: jaxloss.cross_entropy(
+        x, jax.nn.one_hot(labels, C, dtype=x.dtype), **options
+    ),
+    "top k": lambda x, labels, **options: jaxloss.cross_entropy(
+        x, jaxloss.TopKLabels(labels[:, None], jnp.ones((N, 1), x.dtype), "bucket"), **options
+    ),
+    "two steps": lambda x, labels, **options: two_steps(x, labels, **options),
+    "focal_loss": partial(jaxloss.focal_loss, gamma=0),
+    "token_stats": lambda x, labels, **_: -jaxloss.token_stats(x, labels).log_prob,
+    "kl_divergence": lambda x, labels, **options: jaxloss.kl_divergence(
+        x, jnp.where(jax.nn.one_hot(labels, C, dtype=bool), 0.0, -jnp.inf), **options
+    ),
+    **{how: partial(linear, implementation=how) for how in ("token_chunks", "vocab_blocks")},
+}
+
+
+@pytest.mark.parametrize("name", LOSSES_OF_TOKENS)
+def test_losses_weighed_by_0_have_mixed_derivatives(name):
+    """What learns to weigh examples starts at weights of 0, and looks at how the gradient moves."""
+    x, y, weight = jnp.asarray(X), jnp.asarray(Y % C), jnp.array([0.0, 1, 0, 2])
+
+    def losses(x):
+        return LOSSES_OF_TOKENS[name](x, labels=y, reduction="none")
+
+    def expected(x):
+        return -jnp.take_along_axis(jax.nn.log_softmax(x), y[:, None], axis=-1)[:, 0]
+
+    def both_ways(losses):
+        def slope(weight):
+            return jax.grad(lambda x: jnp.vdot(weight, losses(x)))(x)
+
+        return jax.jacfwd(slope)(weight), jax.jacrev(slope)(weight)
+
+    got, want = jax.jit(lambda: (both_ways(losses), both_ways(expected)))()
+    check(got, want)
 
 
 def every_kind(x, y):

@@ -3,7 +3,8 @@
 A case is a configuration (static: shapes, dtypes, options), kinds of rows and a seed. The ordinary
 suite draws many values for few configurations, since each is a compilation; ``pytest -m soak``
 draws from all of the options, ``JAXLOSS_SOAK_EXAMPLES`` configurations a function and number of
-devices.
+devices. First and second derivatives in all operands, in every mode, are compared in float64 with
+those of plain jnp.
 
 What is allowed is derived, per entry. Roundings are of the accumulator's dtype, ``eps`` apart:
 
@@ -30,6 +31,7 @@ from fuzz.binary import (
     program_of_focal,
     program_of_sigmoid,
 )
+from fuzz.derivatives import SPACES, fuzz_derivatives, program_of_derivatives
 from fuzz.divergence import fuzz_kl_divergence, fuzz_linear_kl_divergence, program_of_divergence
 from fuzz.logits import SOFTMAX, fuzz_cross_entropy, program_of_logits, sanitized
 from fuzz.product import LINEAR, fuzz_linear_cross_entropy, fuzz_linear_loss, program_of_product
@@ -181,6 +183,31 @@ FUZZ = {
 }
 
 
+# Of derivatives, what the ordinary suite takes.
+FEW = {
+    "cross_entropy": {
+        "c": 5,
+        "labels": "uniform",
+        "weight": True,
+        "where": "classes",
+        "logit_softcap": 5.0,
+        "sample_weight": "float",
+    },
+    "linear_cross_entropy": {
+        "c": 5,
+        "labels": "drop",
+        "weight": True,
+        "label_smoothing": 1.0,
+        "sample_weight": "bool",
+        "padding": 3,
+        "chunk_size": 2,
+        "implementation": "vocab_blocks",
+    },
+    "linear_token_stats": {"c": 5, "labels": "bucket", "where": "classes", "chunk_size": 2},
+    "focal_loss": {"c": 5, "weight": True, "gamma": 0.5},
+}
+
+
 # The two modes
 
 PROGRAMS = (
@@ -192,6 +219,7 @@ PROGRAMS = (
     program_of_focal,
     program_of_sigmoid,
     program_of_divergence,
+    program_of_derivatives,
 )
 CLASSES = {"TopKLabels": "labels", "TokenStats": "token_stats", "MetricSums": "metric_sums"}
 VALUES = st.tuples(
@@ -233,6 +261,17 @@ def test_a_few_programs_on_many_values(name):
     run_a_few(name)
 
 
+@pytest.mark.parametrize("name", FEW)
+def test_derivatives_of_a_few_programs_on_many_values(name):
+    first = {k: v[0] for k, v in SPACES[name].items()}
+
+    @given(st.integers(0, 2**32 - 1))
+    def check(seed):
+        fuzz_derivatives(name, {**first, **FEW[name], "way": "quick"}, seed)
+
+    check()
+
+
 @pytest.fixture
 def fresh_programs():
     """A program compiled for one device must not be used for eight."""
@@ -258,6 +297,10 @@ def test_a_few_programs_as_on_accelerators(name, monkeypatch, fresh_programs):
     run_a_few(name)
 
 
+def options_of(space):
+    return st.fixed_dictionaries({k: st.sampled_from(v) for k, v in space.items()})
+
+
 @pytest.mark.soak
 @pytest.mark.parametrize("place", ["one CPU", "eight CPUs", "an accelerator"])
 @pytest.mark.parametrize("name", FUZZ)
@@ -267,14 +310,35 @@ def test_soak(name, place, monkeypatch, fresh_programs, record_property):
     if place == "an accelerator":
         as_on_accelerators(monkeypatch)
     count = 0
-    options = st.fixed_dictionaries({k: st.sampled_from(v) for k, v in FUZZ[name].space.items()})
 
-    @given(options, st.lists(VALUES, min_size=12, max_size=20))
+    @given(options_of(FUZZ[name].space), st.lists(VALUES, min_size=12, max_size=20))
     def check(config, many):
         nonlocal count
         for values in many:
             count += 1
             run(name, config, *values)
+
+    try:
+        check()
+    finally:
+        record_property("cases", count)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("place", ["one CPU", "an accelerator"])
+@pytest.mark.parametrize("name", SPACES)
+def test_soak_of_derivatives(name, place, monkeypatch, fresh_programs, record_property):
+    monkeypatch.setattr(jax, "device_count", lambda *_: 1)
+    if place == "an accelerator":
+        as_on_accelerators(monkeypatch)
+    count = 0
+
+    @given(options_of(SPACES[name]), st.lists(st.integers(0, 2**32 - 1), min_size=6, max_size=6))
+    def check(config, seeds):
+        nonlocal count
+        for seed in seeds:
+            count += 1
+            fuzz_derivatives(name, config, seed)
 
     try:
         check()

@@ -158,6 +158,44 @@ def test_a_mask_of_0_times_inf(loss):
     assert np.all(gradient[1] == 0)
 
 
+@pytest.mark.parametrize("labels", ["index", "probabilities"])
+def test_the_gradient_of_a_class_weight_beside_a_mask_of_0_times_nan(labels):
+    """Selected after the class weight has multiplied it, a token of padding makes d_weight NaN."""
+    x, q = normal(3, 4).at[1].set(jnp.nan), jax.nn.softmax(normal(3, 4, seed=1))
+    y = np.array([1, 2, 3]) if labels == "index" else q.at[1].set(jnp.nan)
+    mask = np.array([1, 0, 1], np.float32)
+
+    def total(x, w, y, mask):
+        return jaxloss.nll_loss(x, y, weight=w, sample_weight=mask, reduction="sum")
+
+    got = jax.grad(total, (0, 1))(x, jnp.ones(4), y, mask)
+    some = np.array([0, 2])
+    expected = jax.grad(total, (0, 1))(x[some], jnp.ones(4), y[some], mask[some])
+    np.testing.assert_array_equal(got[0], np.zeros((3, 4)) + np.insert(expected[0], 1, 0, axis=0))
+    np.testing.assert_array_equal(got[1], expected[1])
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_the_kernel_beside_a_token_of_nan_whose_statistics_take_a_pass_of_their_own(schedule):
+    """They do beside a class weight: that pass too must leave out what does not count."""
+    hidden, kernel, q = normal(3, 4), normal(4, 5), jax.nn.softmax(normal(3, 5, seed=1))
+    mask = np.array([True, False, True])
+
+    def total(hidden, kernel, q, mask):
+        losses, stats = jaxloss.linear_cross_entropy(
+            hidden, kernel, q, weight=jnp.ones(5), sample_weight=mask, reduction="none",
+            return_stats=True, implementation=schedule, chunk_size=2,
+        )  # fmt: skip
+        return jnp.sum(losses + stats.log_prob)
+
+    got = jax.grad(total, (0, 1))(hidden.at[1].set(jnp.nan), kernel, q, mask)
+    some = np.array([0, 2])
+    expected = jax.grad(total, (0, 1))(hidden[some], kernel, q[some], mask[some])
+    np.testing.assert_array_equal(got[0][1], 0)
+    assert_within(got[0][some], expected[0], 32 * EPS, 4)
+    assert_within(got[1], expected[1], 32 * EPS, 4)
+
+
 def test_a_mean_of_means(loss):
     """Of chunks, microbatches or devices with 1 and 2 tokens that count."""
     x, y = normal(4, 5, scale=3), jnp.array([0, -100, 1, 2])
