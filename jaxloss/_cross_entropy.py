@@ -261,7 +261,7 @@ def cross_entropy(
     Differentiable in ``logits``, in probabilities as ``labels`` and in the weights, in forward and
     reverse mode to any order. The backward pass keeps the logits, the labels and a few numbers a
     row, and computes ``-s / (1 + t)`` at the label, which is ``softmax - 1`` without its
-    cancellation. Second derivatives want finite logits where a token does not count.
+    cancellation. Second derivatives want finite numbers where a token does not count.
 
     Example:
 

@@ -143,7 +143,7 @@ def row_part(
     below = mass = other_mass = spread = low = None
     if soft_targets is not None:
         q, here = soft_targets.astype(x.dtype), kept < x.shape[-1]
-        if q.shape[-1] == 1:  # one number for all classes: nothing of the logits' size is selected
+        if q.shape[-1] == 1 < x.shape[-1]:  # for all classes: nothing of their size is selected
             q, size, below = q[..., 0], x.shape[-1], high - y
             if top is not None:
                 # Selected, and not taken away again: at a class at -inf that would be inf - inf.

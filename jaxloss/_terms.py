@@ -101,11 +101,15 @@ def _bucket_rows(x, targets, classes, mask, scaling, want) -> _rows.RowLosses:
     m = _passes.finite(jnp.maximum(of_others, of_named))
     rounded = lax.stop_gradient(rest.logsumexp)
     lse = (of_others - m) + lax.stop_gradient(rest.above) + (rest.logsumexp - rounded)
-    lse = jnp.where(rounded == -jnp.inf, rest.logsumexp, lse)
+    # Of no other class there is no derivative; of no class at all it is NaN.
+    of_none = jnp.where(of_named == -jnp.inf, rest.logsumexp, -jnp.inf)
+    lse = jnp.where(rounded == -jnp.inf, of_none, lse)
     few = jnp.concatenate([named - m[..., None], lse[..., None]], axis=-1)
     asked = jnp.concatenate([targets.extra, targets.rest[..., None]], axis=-1)
-    # A class at -inf with a probability of 0 is none, for derivatives too.
-    rows = _rows.row_losses(few, None, asked, few != -jnp.inf, want=tuple({"logsumexp"} & {*want}))
+    # What is impossible and has a probability of 0 is no class, for derivatives too.
+    some = (few != -jnp.inf) | (asked != 0)
+    some |= jnp.all(few == -jnp.inf, axis=-1, keepdims=True)  # of nothing the gradient is NaN
+    rows = _rows.row_losses(few, None, asked, some, want=tuple({"logsumexp"} & {*want}))
     if rows.logsumexp is not None:
         rows = rows._replace(logsumexp=rows.logsumexp + m)
     if "entropy" in want:

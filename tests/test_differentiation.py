@@ -226,7 +226,7 @@ def test_masked_classes():
     check_together(of_existing(ours), of_existing(expected), (X,), names)
 
 
-@pytest.mark.parametrize("how", ["where", "top k", "num_classes", "vocab_blocks"])
+@pytest.mark.parametrize("how", ["where", "top k", "num_classes", "blocks of 1 and 2"])
 def test_second_derivatives_are_symmetric_where_a_class_does_not_exist(how):
     """Its probability is 0, and moves neither the loss nor the logits' gradient."""
     x, q = jnp.array([0.3, -1, 2], jnp.float64), jnp.array([0.6, 0.4, 0], jnp.float64)
@@ -239,8 +239,10 @@ def test_second_derivatives_are_symmetric_where_a_class_does_not_exist(how):
             return jaxloss.cross_entropy(x, jaxloss.TopKLabels(jnp.arange(3), q), where=mask)
         if how == "where":
             return jaxloss.cross_entropy(x, q, where=mask)
-        one = jnp.ones((1, 1), x.dtype)
-        return jaxloss.linear_cross_entropy(one, x[None], q[None], where=mask, implementation=how)
+        one, x, q = jnp.ones((1, 1), x.dtype), x[::-1], q[::-1]
+        return jaxloss.linear_cross_entropy(
+            one, x[None], q[None], where=mask[::-1], implementation="vocab_blocks", chunk_size=2
+        )
 
     one_way = jax.jacrev(jax.grad(loss, 0), 1)(x, q)
     p = jax.nn.softmax(x[:2])
@@ -273,6 +275,20 @@ KINDS = {
     "jvp": lambda f: lambda x, y: jax.jvp(lambda x: f(x, y), (x,), (jnp.sin(x),)),
     "hessian": jax.hessian,
 }
+
+
+def test_reverse_over_reverse_of_statistics_beside_smoothed_labels():
+    """Soft targets whose loss has no cotangent: it is the log-probability's alone."""
+
+    def entropy(x):
+        options = {"label_smoothing": 1.0, "reduction": "none", "return_stats": True}
+        return jnp.sum(jaxloss.cross_entropy(x, jnp.asarray(Y), **options)[1].entropy)
+
+    def expected(x):
+        p = jax.nn.softmax(x)
+        return -jnp.sum(jnp.where(Y[:, None] == -100, 0, p * jax.nn.log_softmax(x)))
+
+    check_together(entropy, expected, (X,), ("grad", "grad of grad", "jvp of grad"))
 
 
 LOSSES_OF_TOKENS = {

@@ -438,6 +438,16 @@ def test_bucket_labels_of_a_row_of_minus_infinity():
     np.testing.assert_array_equal(np.isnan(gradient).any(-1), [True, False])
 
 
+def test_bucket_labels_whose_other_classes_are_impossible():
+    """Their probability is asked for in vain: the loss is inf, and no logit's gradient is NaN."""
+    x = jnp.array([[1.0, -jnp.inf, -jnp.inf], [1.0, 0.0, 2.0]])
+    labels = jaxloss.TopKLabels(jnp.array([[0]] * 2), jnp.array([[0.5]] * 2), "bucket")
+    losses, gradient = losses_and_gradient(jaxloss.cross_entropy, x, labels)
+    assert losses[0] == np.inf
+    assert np.all(np.isfinite(gradient))
+    assert np.all(np.isfinite(losses[1]))
+
+
 def test_a_row_of_minus_infinity_has_no_prediction():
     """The first of all classes is at the maximum, whether it exists or not."""
     x = jnp.full((1, 3), -jnp.inf)
