@@ -178,7 +178,12 @@ def make_targets(
         counts &= token_mask
     if sample_weight is not None:
         counts &= sample_weight.astype(bool)
-    return targets._replace(counts=counts)
+    probabilities = targets.probabilities
+    some = token_mask is not None or sample_weight is not None
+    if some and weight is not None and probabilities is not None:
+        # Before the class weights multiply them: their gradient would be 0 * NaN.
+        probabilities = jnp.where(counts[..., None], probabilities, 0)
+    return targets._replace(counts=counts, probabilities=probabilities)
 
 
 def _weight_of(index: Array, weight: Array, classes: Classes, dtype) -> Array:

@@ -46,7 +46,12 @@ def exact_row(x, t, divergence, beta=0.5, temperature=1.0):
         return sum((u * v for u, v in zip(us, values, strict=True) if u), mpmath.mpf(0))
 
     def centred(us, values):
-        return [u * (v - mean(us, values)) if u else 0 for u, v in zip(us, values, strict=True)]
+        # u (v - mean), whose 120 digits are gone where one u is nearly 1: its own v is left out.
+        pairs = list(enumerate(zip(us, values, strict=True)))
+        return [
+            u * sum((w * (v - z) for j, (w, z) in pairs if w and j != i), mpmath.mpf(0)) if u else 0
+            for i, (u, v) in pairs
+        ]
 
     q, p, b = softmax(x), softmax(t), mpmath.mpf(beta)
     less = [min(pair) for pair in zip(p, q, strict=True)]
