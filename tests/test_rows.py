@@ -66,6 +66,30 @@ def test_a_cotangent_of_0_asks_for_nothing_of_an_infinite_loss(top):
     np.testing.assert_allclose(dq[1], np.where(np.isinf(expected), 0, expected), rtol=8 * EPS)
 
 
+@pytest.mark.nan_is_meant
+@pytest.mark.parametrize("labels", ["index", "probabilities"])
+def test_a_cotangent_of_0_is_selected_only_where_a_row_has_no_distribution(labels):
+    """Two classes that tie have t = 1, a row of nothing t = -1."""
+    x = jnp.array([[0, 0, -1e4], [-INF] * 3, [0, np.nan, 0], [0, INF, 0], [0, 0, 0]], jnp.float32)
+    y, q = jnp.array([0, 1, 2, 0, 3]), jnp.eye(3, dtype=jnp.float32)[jnp.array([0, 1, 2, 0, 0])]
+    q = q.at[4, 1].set(jnp.nan)
+
+    def losses(x):
+        y_or_q = y if labels == "index" else q
+        loss, stats = jaxloss.cross_entropy(x, y_or_q, reduction="none", return_stats=True)
+        return jnp.stack([loss, stats.logsumexp, stats.entropy])
+
+    pull = jax.jit(lambda ct: jax.vjp(losses, x)[1](ct)[0])
+    none = jnp.zeros((3, 5), jnp.float32)
+    np.testing.assert_array_equal(pull(none), 0)
+    moved = jax.jacfwd(pull)(none)  # [row, class, loss, row]
+    assert np.all(moved[1:4, :, :, 1:4] == 0)
+    of_loss, of_lse, of_entropy = np.asarray(moved)[0, :, :, 0].T
+    np.testing.assert_allclose(of_loss, [-0.5, 0.5, 0], atol=EPS)
+    np.testing.assert_allclose(of_lse, [0.5, 0.5, 0], atol=EPS)
+    np.testing.assert_allclose(of_entropy, 0, atol=EPS)
+
+
 @pytest.mark.parametrize("top", [False, True])
 def test_soft_losses_are_linear_in_the_targets(top):
     """Those of -1 too."""
