@@ -179,8 +179,7 @@ def make_targets(
     if sample_weight is not None:
         counts &= sample_weight.astype(bool)
     probabilities = targets.probabilities
-    some = token_mask is not None or sample_weight is not None
-    if some and weight is not None and probabilities is not None:
+    if weight is not None and probabilities is not None:
         # Before the class weights multiply them: their gradient would be 0 * NaN.
         probabilities = jnp.where(counts[..., None], probabilities, 0)
     return targets._replace(counts=counts, probabilities=probabilities)
