@@ -271,11 +271,11 @@ def _gradients(
         d_probabilities = d_weight = d_share = d_extra = None
         if ct.soft is not None and active.extra:
             slope = _rows.top_gradient(b.logits, here, b.mask, options.scaling, b.top)
-            d_extra = _rows.asked_for(ct.soft, slope)
+            d_extra = _passes.asked_for(ct.soft, slope)
         dense = active.probabilities or active.weight or active.share
         if ct.soft is not None and b.soft is not None and dense:
             slope = _rows.soft_gradient(b.logits, here, b.soft, b.mask, options.scaling, b.top)
-            slope = _rows.asked_for(ct.soft, slope)
+            slope = _passes.asked_for(ct.soft, slope)
 
             soft_b, pullback = jax.vjp(
                 partial(_soft, options, b.mask, size),

@@ -31,8 +31,7 @@ from jaxloss import _mesh
 from jaxloss._casts import accumulator_dtype, narrowed, widened
 from jaxloss._elementary import exp, log, log1p
 from jaxloss._forward_mode import with_forward_mode
-from jaxloss._passes import finite
-from jaxloss._rows import asked_for
+from jaxloss._passes import asked_for, finite
 
 NEAR = 2.0  # the distance below which the series serves
 

@@ -271,6 +271,13 @@ def finite(m: Array) -> Array:
     return jnp.where(m == -jnp.inf, 0, m)
 
 
+def asked_for(ct: Array, slope: Array) -> Array:
+    """``ct[..., None] * slope``. A row that is asked for nothing gets 0 of a slope that is NaN or
+    inf too."""
+    ct = ct[..., None]
+    return ct * jnp.where((ct == 0) & ~jnp.isfinite(slope), 0, slope)
+
+
 def highest(logits: Array, class_mask: Array | None, start: Any) -> tuple[Array, Array]:
     """(the row's maximum, +inf for NaN; its first class, that of the first column being start)."""
     # A soft cap does not move the maximum. Without the barrier a product could be computed twice,

@@ -29,6 +29,7 @@ from jaxloss._forward_mode import with_forward_mode
 from jaxloss._passes import (
     Scaling,
     apart,
+    asked_for,
     elsewhere,
     entries,
     entry,
@@ -362,13 +363,6 @@ def _sound(state: RowState) -> Array:
     """The rows that have a distribution, and targets that are numbers."""
     numbers = (state.m, 1 / (1 + state.t), state.mass, state.spread)
     return reduce(jnp.logical_and, (jnp.isfinite(x) for x in numbers if x is not None))
-
-
-def asked_for(ct: Array, slope: Array) -> Array:
-    """``ct[..., None] * slope``. A row that is asked for nothing gets 0 of a slope that is NaN or
-    inf too."""
-    ct = ct[..., None]
-    return ct * jnp.where((ct == 0) & ~jnp.isfinite(slope), 0, slope)
 
 
 def _of_entries(
