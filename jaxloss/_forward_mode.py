@@ -50,10 +50,9 @@ def with_forward_mode(rule, tangent, whole=True):
         return [not isinstance(t, SymbolicZero | None) for t in tangents]
 
     def jvp(primals, tangents):
-        active = moving_of(tangents)
         given = primals
         if rule.symbolic_zeros:
-            marked = zip(primals, active, strict=True)
+            marked = zip(primals, moving_of(tangents), strict=True)
             given = [None if p is None else CustomVJPPrimal(p, a) for p, a in marked]
         out, residuals = rule.fwd(*given)
         moved = tangents_of(out, residuals, tangents)

@@ -134,17 +134,17 @@ def token_terms(
     with_stats: bool,
 ) -> tuple[Array, TokenStats | None, _targets.Targets]:
     """Each token's loss (not yet masked), its statistics (masked), and what it asked for."""
-    targets = _targets.make_targets(
+    targets_of = partial(
+        _targets.make_targets,
         labels,
         classes,
         dtype,
-        weight=weight,
         sample_weight=sample_weight,
         class_mask=class_mask,
         token_mask=token_mask,
         ignore_index=ignore_index,
-        label_smoothing=label_smoothing,
     )
+    targets = targets_of(weight=weight, label_smoothing=label_smoothing)
     want = _targets.wanted(targets, label_smoothing, z_loss, with_stats)
     rank = None
     if classes.total == 0:
@@ -164,17 +164,7 @@ def token_terms(
     elif (not label_smoothing and weight is None) or classes.total == 0:
         log_prob = -rows.soft
     else:  # weighed or smoothed: the labels themselves take a pass of their own
-        plain = _targets.make_targets(
-            labels,
-            classes,
-            dtype,
-            weight=None,
-            sample_weight=sample_weight,
-            class_mask=class_mask,
-            token_mask=token_mask,
-            ignore_index=ignore_index,
-        )
-        own, *_ = rows_of(plain, classes, class_mask, None, 0.0, (), False)
+        own, *_ = rows_of(targets_of(weight=None), classes, class_mask, None, 0.0, (), False)
         log_prob = jnp.where(targets.counts, -own.soft, 0)
     predicted = targets.counts & (prediction >= 0)
     if rank is None:

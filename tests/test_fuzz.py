@@ -18,6 +18,7 @@ What is allowed is derived, per entry. Roundings are of the accumulator's dtype,
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import hypothesis.strategies as st
@@ -297,50 +298,42 @@ def test_a_few_programs_as_on_accelerators(name, monkeypatch, fresh_programs):
     run_a_few(name)
 
 
-def options_of(space):
-    return st.fixed_dictionaries({k: st.sampled_from(v) for k, v in space.items()})
+@pytest.fixture
+def soak(monkeypatch, fresh_programs, record_property):
+    def soak(place, space, cases, run_one):
+        devices = 8 if place == "eight CPUs" else 1
+        monkeypatch.setattr(jax, "device_count", lambda *_: devices)
+        if place == "an accelerator":
+            as_on_accelerators(monkeypatch)
+        count = 0
+        options = st.fixed_dictionaries({k: st.sampled_from(v) for k, v in space.items()})
+
+        @given(options, cases)
+        def check(config, many):
+            nonlocal count
+            for case in many:
+                count += 1
+                run_one(config, case)
+
+        try:
+            check()
+        finally:
+            record_property("cases", count)
+
+    return soak
 
 
 @pytest.mark.soak
 @pytest.mark.parametrize("place", ["one CPU", "eight CPUs", "an accelerator"])
 @pytest.mark.parametrize("name", FUZZ)
-def test_soak(name, place, monkeypatch, fresh_programs, record_property):
-    devices = 8 if place == "eight CPUs" else 1
-    monkeypatch.setattr(jax, "device_count", lambda *_: devices)
-    if place == "an accelerator":
-        as_on_accelerators(monkeypatch)
-    count = 0
-
-    @given(options_of(FUZZ[name].space), st.lists(VALUES, min_size=12, max_size=20))
-    def check(config, many):
-        nonlocal count
-        for values in many:
-            count += 1
-            run(name, config, *values)
-
-    try:
-        check()
-    finally:
-        record_property("cases", count)
+def test_soak(name, place, soak):
+    cases = st.lists(VALUES, min_size=12, max_size=20)
+    soak(place, FUZZ[name].space, cases, lambda config, values: run(name, config, *values))
 
 
 @pytest.mark.soak
 @pytest.mark.parametrize("place", ["one CPU", "an accelerator"])
 @pytest.mark.parametrize("name", SPACES)
-def test_soak_of_derivatives(name, place, monkeypatch, fresh_programs, record_property):
-    monkeypatch.setattr(jax, "device_count", lambda *_: 1)
-    if place == "an accelerator":
-        as_on_accelerators(monkeypatch)
-    count = 0
-
-    @given(options_of(SPACES[name]), st.lists(st.integers(0, 2**32 - 1), min_size=6, max_size=6))
-    def check(config, seeds):
-        nonlocal count
-        for seed in seeds:
-            count += 1
-            fuzz_derivatives(name, config, seed)
-
-    try:
-        check()
-    finally:
-        record_property("cases", count)
+def test_soak_of_derivatives(name, place, soak):
+    seeds = st.lists(st.integers(0, 2**32 - 1), min_size=6, max_size=6)
+    soak(place, SPACES[name], seeds, partial(fuzz_derivatives, name))

@@ -24,9 +24,7 @@ def every_derivative(f, operands, v):
     """Of ``f(operands)``, a number; directions ``v`` shaped as the operands."""
 
     def along(x):
-        return sum(
-            jnp.vdot(g, t) for g, t in zip(*map(jax.tree.leaves, (slope(x), v)), strict=True)
-        )
+        return sum(jax.tree.leaves(jax.tree.map(jnp.vdot, slope(x), v)))
 
     def tangent(x):
         return jax.jvp(f, (x,), (v,))[1]
@@ -82,15 +80,20 @@ def product(config, operands):
     return (operands["hidden"], operands["kernel"]), bias | axis
 
 
-def library_softmax_loss(config, operands, data):
-    y, given = library_labels(config, operands, data), weights_and_masks(config, operands, data)
+def of_logits(config, operands, data, **options):
+    """The function of these logits, materialised or a product, and labels."""
+    args, of_product = (operands.get("logits"),), {}
     if config["linear"]:
         args, of_product = product(config, operands)
         of_product |= {"num_classes": config["c"], "implementation": config["implementation"]}
-        loss = jaxloss.linear_cross_entropy
-    else:
-        args, of_product, loss = (operands["logits"],), {}, jaxloss.cross_entropy
-    out = loss(*args, y, **of_product, **options_of(config), **given, return_stats=config["stats"])
+    return getattr(jaxloss, config["of"])(
+        *args, library_labels(config, operands, data), **of_product, **options,
+        **weights_and_masks(config, operands, data),
+    )  # fmt: skip
+
+
+def library_softmax_loss(config, operands, data):
+    out = of_logits(config, operands, data, **options_of(config), return_stats=config["stats"])
     if not config["stats"]:
         return ours_total(config, out, data)
     return ours_total(config, out[0], data) + plain.of_statistics(out[1][:3], data)
@@ -116,14 +119,7 @@ def library_linear_loss(config, operands, data):
 
 def library_statistics(config, operands, data):
     options = {k: config[k] for k in ("ignore_index", "temperature", "logit_softcap")}
-    options |= weights_and_masks(config, operands, data)
-    y = library_labels(config, operands, data)
-    if not config["linear"]:
-        return plain.of_statistics(jaxloss.token_stats(operands["logits"], y, **options)[:3], data)
-    args, of_product = product(config, operands)
-    of_product |= {"num_classes": config["c"], "implementation": config["implementation"]}
-    stats = jaxloss.linear_token_stats(*args, y, **of_product, **options)
-    return plain.of_statistics(stats[:3], data)
+    return plain.of_statistics(of_logits(config, operands, data, **options)[:3], data)
 
 
 def library_log_softmax(config, operands, data):
@@ -137,12 +133,8 @@ def library_loss(config, operands, data):
         "nll_loss": (), "focal_loss": ("gamma",), "sigmoid_cross_entropy": ("label_smoothing",),
         "sigmoid_focal_loss": ("label_smoothing", "gamma", "alpha"),
     }[config["of"]]  # fmt: skip
-    loss = getattr(jaxloss, config["of"])(
-        operands["logits"], library_labels(config, operands, data),
-        ignore_index=config["ignore_index"], reduction=config["reduction"],
-        **{k: config[k] for k in names}, **weights_and_masks(config, operands, data),
-    )  # fmt: skip
-    return ours_total(config, loss, data)
+    options = {k: config[k] for k in ("ignore_index", "reduction", *names)}
+    return ours_total(config, of_logits(config, operands, data, **options), data)
 
 
 def library_divergence(config, operands, data):
@@ -244,37 +236,19 @@ def counted(config, rng, shape):
     return counts
 
 
-def draw_softmax(config, rng):
-    n, c = N, config["c"]
-    exists, counts = np.ones((n, c), bool), counted(config, rng, n)
-    if config["where"] == "classes":
-        exists = rng.random((n, c)) < 0.7
-        exists[:, rng.integers(c)] = True
+def draw_softmax(config, rng, exists, counts):
     operands = draw_logits(config, rng, exists, counts)
     if "divergence" in config:
         of_teacher = draw_logits(config, rng, exists, counts)
-        operands |= {f"teacher_{k}": v for k, v in of_teacher.items()}
-        data = {}
-    elif config["of"] == "log_softmax":
-        data = {}
-    else:
-        data, of_labels = draw_labels(config, rng, exists, counts)
-        operands |= of_labels
-    more = draw_weights(config, rng, n, counts)
-    operands, data = operands | more[0], data | more[1]
-    if config["where"]:
-        data["where"] = counts if config["where"] == "tokens" else exists
-    shape = (n, c) if config["of"] == "log_softmax" else n
-    return {**operands, "ct": cotangent(rng, shape)}, {**data, "exists": exists, "counts": counts}
+        return operands | {f"teacher_{k}": v for k, v in of_teacher.items()}, {}
+    if config["of"] == "log_softmax":
+        return operands, {}
+    data, of_labels = draw_labels(config, rng, exists, counts)
+    return operands | of_labels, data
 
 
-def cotangent(rng, shape):
-    return rng.normal(size=shape) * (rng.random(shape) < 0.8)
-
-
-def draw_binary(config, rng):
-    shape = (N, config["c"])
-    counts = counted(config, rng, shape)
+def draw_binary(config, rng, _, counts):
+    shape = counts.shape
     x = np.clip(rows_of(rng, KINDS, *shape, "float64"), -40, 40)
     operands, data = {"logits": np.where(counts, x, np.nan)}, {}
     y = rng.integers(0, 2, shape)
@@ -284,11 +258,24 @@ def draw_binary(config, rng):
         data["labels"] = np.where(counts, y, config["ignore_index"])
     else:
         data["labels"] = y
-    more = draw_weights(config, rng, shape, counts)
-    operands, data = operands | more[0], data | more[1]
+    return operands, data
+
+
+def draw(config, rng):
+    """(what is differentiated, the other arrays)."""
+    shape = (N, config["c"])
+    binary = config["of"].startswith("sigmoid")
+    exists, counts = np.ones(shape, bool), counted(config, rng, shape if binary else N)
+    if config["where"] == "classes":
+        exists = rng.random(shape) < 0.7
+        exists[:, rng.integers(config["c"])] = True
+    operands, data = (draw_binary if binary else draw_softmax)(config, rng, exists, counts)
+    weights, masks = draw_weights(config, rng, counts.shape, counts)
     if config["where"]:
-        data["where"] = counts
-    return {**operands, "ct": cotangent(rng, shape)}, {**data, "counts": counts}
+        masks["where"] = exists if config["where"] == "classes" else counts
+    by_class = shape if config["of"] == "log_softmax" else counts.shape
+    ct = rng.normal(size=by_class) * (rng.random(by_class) < 0.8)
+    return operands | weights | {"ct": ct}, data | masks | {"exists": exists, "counts": counts}
 
 
 def fuzz_derivatives(of, config, seed):
@@ -303,8 +290,7 @@ def check_derivatives(of, config, rng):
     config = {**PLAIN, **config, "of": of, "linear": of.startswith("linear")}
     config = sanitized(config)
     config["stats"] &= config["reduction"] == "none"
-    binary = of.startswith("sigmoid")
-    operands, data = (draw_binary if binary else draw_softmax)(config, rng)
+    operands, data = draw(config, rng)
     v = jax.tree.map(lambda x: rng.normal(size=x.shape), operands)
     with jax.enable_x64(True):
         ours, truth = program_of_derivatives(frozen_of(config))(operands, data, v)
@@ -332,7 +318,7 @@ NAMES = (
     "logit_softcap", "reduction", "way",
 )  # fmt: skip
 PLAIN = {
-    **dict.fromkeys(NAMES, None), "labels": "index", "weight": False, "label_smoothing": 0.0,
+    **dict.fromkeys(NAMES), "labels": "index", "weight": False, "label_smoothing": 0.0,
     "z_loss": 0.0, "reduction": "none", "stats": False, "layout": "last", "bias": False,
     "way": "quick", "temperature": 1.0, "holds": "numbers",
 }  # fmt: skip

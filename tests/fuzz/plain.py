@@ -27,7 +27,7 @@ def rows_of_logits(config, operands, data):
     else:
         x = operands["logits"]
     x = jnp.where(data["exists"] & data["counts"][:, None], x, 0)
-    cap, temperature = config["logit_softcap"], config.get("temperature", 1.0)
+    cap, temperature = config["logit_softcap"], config["temperature"]
     return (x if cap is None else cap * jnp.tanh(x / cap)) / temperature
 
 
@@ -94,7 +94,7 @@ def softmax_loss(config, operands, data):
     losses += label_weight * config["z_loss"] * jax.nn.logsumexp(x, axis=-1, where=exists) ** 2
     share = 1.0 if config["of"] == "linear_loss" else label_weight
     total = total_of(config, losses, operands, data, share)
-    if config.get("stats"):
+    if config["stats"]:
         total += of_statistics(statistics(config, operands, data), data)
     return total
 
