@@ -297,18 +297,19 @@ def flag(function: str, name: str, x: Any) -> bool:
 
 
 def softcap(function: str, cap: Any) -> float | None:
-    if cap is None:
-        return None
-    cap = number(function, "logit_softcap", cap)
-    if not 0 < cap < math.inf:
-        fail(function, "logit_softcap must be positive and finite, or None", repr(cap))
-    return cap
+    return None if cap is None else _scale(function, "logit_softcap", cap, ", or None")
 
 
 def temperature(function: str, x: Any) -> float:
-    x = number(function, "temperature", x)
-    if not 0 < x < math.inf:
-        fail(function, "temperature must be positive and finite", repr(x))
+    return _scale(function, "temperature", x)
+
+
+def _scale(function: str, name: str, x: Any, otherwise: str = "") -> float:
+    """What logits are divided by: in float32 another number would be 0 or inf."""
+    x, info = number(function, name, x), jnp.finfo(jnp.float32)
+    if not float(info.tiny) <= x <= float(info.max):
+        rule = f"{name} must be positive and finite, as a normal float32 is{otherwise}"
+        fail(function, rule, repr(x))
     return x
 
 

@@ -147,7 +147,7 @@ def batch_rows(x):
 
 def number_rows():
     number, flag = "must be a Python number; got", "return_stats must be True or False; got"
-    cap = "logit_softcap must be positive and finite, or None; got"
+    cap = "logit_softcap must be positive and finite, as a normal float32 is, or None; got"
     return [
         ({"label_smoothing": -0.1}, ValueError, r"label_smoothing must be in \[0, 1\]; got -0\.1"),
         ({"label_smoothing": 1.5}, ValueError, r"label_smoothing must be in \[0, 1\]; got 1\.5"),
@@ -162,6 +162,8 @@ def number_rows():
         ({"logit_softcap": 0.0}, ValueError, rf"{cap} 0\.0"),
         ({"logit_softcap": -30.0}, ValueError, rf"{cap} -30\.0"),
         ({"logit_softcap": np.inf}, ValueError, f"{cap} inf"),
+        ({"logit_softcap": 1e39}, ValueError, rf"{cap} 1e\+39"),
+        ({"logit_softcap": 1e-38}, ValueError, f"{cap} 1e-38"),
         ({"logit_softcap": np.float32(30)}, TypeError, f"logit_softcap {number} float32"),
         ({"return_stats": 1}, TypeError, f"{flag} 1"),
         ({"return_stats": None}, TypeError, f"{flag} None"),

@@ -252,9 +252,12 @@ def test_a_clipped_policy_objective(schedule):
 
 def test_errors():
     x, labels = case()
+    rule = "temperature must be positive and finite, as a normal float32 is"
     for bad, kind, text in (
-        (0.0, ValueError, "token_stats: temperature must be positive and finite; got 0.0"),
-        (np.inf, ValueError, "temperature must be positive and finite; got inf"),
+        (0.0, ValueError, rf"token_stats: {rule}; got 0\.0"),
+        (np.inf, ValueError, f"{rule}; got inf"),
+        (1e39, ValueError, rf"{rule}; got 1e\+39"),
+        (1e-38, ValueError, f"{rule}; got 1e-38"),
         (jnp.float32(1), TypeError, "temperature must be a Python number"),
     ):
         with pytest.raises(kind, match=text):
