@@ -10,6 +10,12 @@ def accumulator_dtype(dtype) -> jnp.dtype:
     return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
 
 
+def held_dtype(dtype) -> jnp.dtype:
+    """Of a gradient that has yet to be scaled. float16 has no room for it: the sum over a batch
+    overflows, and 1 / N of one token underflows before a loss scale could lift it."""
+    return jnp.dtype(jnp.float32) if dtype == jnp.float16 else dtype
+
+
 @jax.custom_jvp
 def _widen_bfloat16(x: Array) -> Array:
     """float32 of bfloat16, by a shift on CPU: XLA's conversion takes longer there than the exp."""

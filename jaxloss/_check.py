@@ -5,13 +5,16 @@
 
 import math
 import operator
+import sys
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple, NoReturn
 
 import chex
 import jax
 import jax.numpy as jnp
-from jax import Array
+import numpy as np
+from jax import Array, dtypes
 
 from jaxloss import _mesh
 from jaxloss._labels import RESTS, TopKLabels
@@ -36,9 +39,13 @@ def describe(x: Any) -> str:
 def array(function: str, name: str, x: Any) -> Array:
     if x is None:
         fail(function, f"{name} must be an array", "None", kind=TypeError)
+    if isinstance(x, np.ndarray | np.integer) and jnp.issubdtype(x.dtype, jnp.integer):
+        narrow = np.iinfo(dtypes.canonicalize_dtype(x.dtype))
+        if narrow.bits < np.iinfo(x.dtype).bits:  # 2^32 + 3 would wrap to 3
+            x = np.clip(x, narrow.min, narrow.max)
     try:
         return jnp.asarray(x)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         fail(function, f"{name} must be an array", f"{type(x).__name__} ({error})", kind=TypeError)
 
 
@@ -111,7 +118,11 @@ def class_axes(
 
 
 def number(
-    function: str, name: str, x: Any, low: float = -math.inf, high: float = math.inf
+    function: str,
+    name: str,
+    x: Any,
+    low: float = -sys.float_info.max,
+    high: float = sys.float_info.max,
 ) -> float:
     """A Python number: these options are compiled into the program."""
     if isinstance(x, bool) or not isinstance(x, int | float):
@@ -123,7 +134,7 @@ def number(
             TypeError,
         )
     chex.assert_scalar_in(
-        float(x),
+        x,
         low,
         high,
         custom_message=message(function, f"{name} must be in [{low:g}, {high:g}]", repr(x)),
@@ -137,7 +148,8 @@ def top_k_labels(function: str, name: str, batch: tuple[int, ...], y: TopKLabels
     if not jnp.issubdtype(indices.dtype, jnp.integer):
         rule = "labels.indices must be class indices (an integer dtype)"
         way_out = ""
-        if jnp.issubdtype(jnp.asarray(y.probabilities).dtype, jnp.integer):
+        of_values = array(function, "labels.probabilities", y.probabilities)
+        if jnp.issubdtype(of_values.dtype, jnp.integer):
             way_out = "jax.lax.top_k returns (values, indices), TopKLabels takes indices first."
         fail(function, rule, describe(indices), way_out, TypeError)
     probabilities = floating(function, "labels.probabilities", y.probabilities)
@@ -263,6 +275,18 @@ def num_classes(logits: Array, axes: tuple[int, ...]) -> int:
     return math.prod(logits.shape[a] for a in axes)
 
 
+def precision(function: str, x: Any) -> Any:
+    if x is None:
+        return None
+    one = jax.ShapeDtypeStruct((1, 1), jnp.float32)
+    try:
+        hash(x)  # it is compiled into the program
+        jax.eval_shape(partial(jnp.matmul, precision=x), one, one)
+    except (TypeError, ValueError) as error:
+        fail(function, "precision must be one of jax.lax.dot_general's", repr(x), str(error))
+    return x
+
+
 def word(function: str, name: str, x: Any, words: Sequence[str]) -> Any:
     if x not in words:
         fail(function, f"{name} must be one of {', '.join(map(repr, words))}", repr(x))
@@ -297,20 +321,17 @@ def flag(function: str, name: str, x: Any) -> bool:
 
 
 def softcap(function: str, cap: Any) -> float | None:
-    return None if cap is None else _scale(function, "logit_softcap", cap, ", or None")
+    return None if cap is None else _divisor(function, "logit_softcap", cap)
 
 
 def temperature(function: str, x: Any) -> float:
-    return _scale(function, "temperature", x)
+    return _divisor(function, "temperature", x)
 
 
-def _scale(function: str, name: str, x: Any, otherwise: str = "") -> float:
-    """What logits are divided by: in float32 another number would be 0 or inf."""
-    x, info = number(function, name, x), jnp.finfo(jnp.float32)
-    if not float(info.tiny) <= x <= float(info.max):
-        rule = f"{name} must be positive and finite, as a normal float32 is{otherwise}"
-        fail(function, rule, repr(x))
-    return x
+def _divisor(function: str, name: str, x: Any) -> float:
+    """What logits are divided by: past these, it is 0 or inf in float32."""
+    info = jnp.finfo(jnp.float32)
+    return number(function, name, x, float(info.tiny), float(info.max))
 
 
 def bucket(function: str, labels: Any, weight: Any, label_smoothing: float) -> None:

@@ -80,9 +80,9 @@ def kl_divergence(
       The loss, float32 (float64 where an argument is); gradients have their inputs' dtypes. Never
       negative, 0 for equal logits. A token that does not count has loss 0 and gradient 0, whatever
       its logits hold. A class at -inf on both sides is none. At -inf on one side, it makes KL
-      inf (and its gradient not finite) where the other side is the first; ``"jensen_shannon"`` is
-      always finite. A row that holds NaN or +inf, or nothing but -inf on one side, is NaN, it
-      alone.
+      inf (and the gradient of the other side not finite) where that other side is the first;
+      ``"jensen_shannon"`` is always finite. A row that holds NaN or +inf, or nothing but -inf on
+      one side, is NaN, it alone.
 
     Raises:
       TypeError: an argument has the wrong dtype, or an option is no Python number.
@@ -173,8 +173,9 @@ def linear_kl_divergence(
       bias, teacher_bias: ``[V]``, ``[V2]``.
       vocab_axis, teacher_vocab_axis: the axes of the kernels that hold the columns; None: the
         teacher's is the student's.
-      num_classes: C. Columns of either kernel at and past it are padding and never enter the sums.
-        By default all columns, V = V2.
+      num_classes: C. Columns of either kernel at and past it are padding and never enter the sums;
+        they want finite numbers, as in :func:`linear_cross_entropy`. By default all columns,
+        V = V2.
       divergence, beta, temperature, sample_weight, where, reduction: as in :func:`kl_divergence`.
       token_axis_name: inside ``shard_map``, the mesh axis, or axes, that the tokens are split over:
         ``"sum"`` and ``"mean"`` are over all of them.
@@ -254,7 +255,7 @@ def linear_kl_divergence(
         vocab_axis,
         classes,
         _check.chunk_size(call, chunk_size, default, most),
-        precision,
+        _check.precision(call, precision),
         teacher_axis=its_axis,
         token_axes=token_axes if reduction != "none" else (),
     )

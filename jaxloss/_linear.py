@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxloss import _mesh
-from jaxloss._casts import accumulator_dtype
+from jaxloss._casts import accumulator_dtype, held_dtype
 from jaxloss._chunks import (
     FROZEN_KERNEL_MIB,
     Packing,
@@ -217,7 +217,7 @@ def _gradients(
     def narrow(g, x):
         # Parts of a sum over devices are not narrowed before it.
         summed = _mesh.varies_over(g) - _mesh.varies_over(x)
-        return accumulator_dtype(x.dtype) if summed else x.dtype
+        return accumulator_dtype(x.dtype) if summed else held_dtype(x.dtype)
 
     def rows(g, x):
         return _mesh.blank(g, x.shape, narrow(g, x))
@@ -248,7 +248,7 @@ def _gradients(
 
 def _settled(grads: Operands, operands: Operands, keep=frozenset()) -> Operands:
     def settled(g, x):
-        return _mesh.settle(g, _mesh.varies_over(x) | keep).astype(x.dtype)
+        return _mesh.settle(g, _mesh.varies_over(x) | keep).astype(held_dtype(x.dtype))
 
     return _map(settled, grads, operands)
 
@@ -296,7 +296,8 @@ def losses_by_token(
         gradients = _differentiable(partial(_gradients, loss_fn, geometry, active))
         given = nested(values[:count])
         *_, grads = gradients(given, Packing(*values[count:]), ct[0])
-        return (*_flat(_settled(grads, given)), None, None)
+        grads = _map(lambda g, x: g.astype(x.dtype), _settled(grads, given), given)
+        return (*_flat(grads), None, None)
 
     def tangent(residuals, tangents):
         values, _ = residuals
@@ -316,6 +317,15 @@ def losses_by_token(
     return with_forward_mode(rule, tangent, whole=False)(*_flat(operands), *packing)
 
 
+def _scale_of(weight: Array, operands: Operands) -> Array | None:
+    """What the weights are divided by in the products, which narrow them to the operands' dtype."""
+    if not any(x.dtype == jnp.float16 for x in (operands.hidden, *operands.teacher[:1])):
+        return None
+    # To at most 64: probabilities of 1e-9 are not lost, nor slopes of a thousand.
+    largest = jnp.max(jnp.abs(weight), initial=0)
+    return jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1) / 64
+
+
 def weighted_sum(
     loss_fn: LossFn,
     geometry: Geometry,
@@ -332,7 +342,9 @@ def weighted_sum(
     compute = value or _differentiable(partial(_losses, loss_fn, geometry))
 
     wide = weight.dtype
-    homes = [_mesh.varies_over(x) for x in (weight, *_flat(operands))]
+    differentiated = weight, *_flat(operands)
+    homes = [_mesh.varies_over(x) for x in differentiated]
+    dtypes = [None if x is None else x.dtype for x in differentiated]
     summed = {*geometry.vocab_axes, *geometry.token_axes}
     varies = frozenset().union(*homes, *map(_mesh.varies_over, packing)) - summed
 
@@ -350,19 +362,23 @@ def weighted_sum(
         flags = [a is not None and a.perturbed for a in args[:count]]
         gradients = _differentiable(partial(_gradients, loss_fn, geometry, nested(flags)))
         given = nested(values[:count])
-        (losses,), others, grads = gradients(given, Packing(*values[count:]), (weight.value,))
+        scale = _scale_of(weight.value, given)
+        cts = weight.value if scale is None else weight.value / scale
+        (losses,), others, grads = gradients(given, Packing(*values[count:]), (cts,))
+        if scale is not None:
+            grads = _map(lambda g, _: g * scale.astype(g.dtype), grads, given)
         # Summed over devices now where they all have the same cotangent to scale by.
         grads = _settled(grads, given, varies)
         d_weight = losses if weight.perturbed else None
         return (total(weight.value, losses), others), (d_weight, *_flat(grads))
 
     def backward(residuals, ct):
-        def scale(g, home):
+        def scaled(g, home, dtype):
             if g is None:
                 return None
-            return _mesh.settle(ct[0] * g.astype(ct[0].dtype), home).astype(g.dtype)
+            return _mesh.settle(ct[0] * g.astype(ct[0].dtype), home).astype(dtype)
 
-        return (*map(scale, residuals, homes), None, None)
+        return (*map(scaled, residuals, homes, dtypes), None, None)
 
     def tangent(residuals, tangents):
         out = jnp.zeros((), wide)

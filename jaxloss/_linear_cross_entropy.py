@@ -143,7 +143,8 @@ def linear_cross_entropy(
       bias: ``[V]``.
       vocab_axis: the axis of ``kernel`` that holds the V columns.
       num_classes: C, by default V. Columns at and past it are padding and never enter the sum;
-        ``weight``, ``where`` and probabilities have C classes.
+        ``weight``, ``where`` and probabilities have C classes. The gradient of ``hidden`` is a
+        product with 0 there, so padding wants finite numbers.
       weight, ignore_index, label_smoothing, z_loss, logit_softcap, sample_weight, where, reduction,
         return_stats: as in :func:`cross_entropy`.
       vocab_axis_name, token_axis_name: as in :func:`cross_entropy`; the columns of ``kernel`` and
@@ -290,6 +291,7 @@ def losses_of_product(
         _check.softcap(call, logit_softcap), _check.temperature(call, temperature)
     )
     with_stats = _check.flag(call, "return_stats", return_stats)
+    precision = _check.precision(call, precision)
     labels, _, sample_weight, class_mask, token_mask = checked.arrays
     ignored = checked.static["ignore_index"]
     # Chunks leave out the tokens that do not count, the TPU's kernel computes all.

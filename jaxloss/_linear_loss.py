@@ -122,7 +122,7 @@ def linear_loss(
     counts = jnp.ones(lead, bool) if sample_weight is None else sample_weight.astype(bool)
     targets = _targets.Targets(None, None, counts)
     weights = _targets.token_weights(targets, sample_weight, reduction, wide)
-    geometry = _products.Geometry(vocab_axis, columns, chunk, precision)
+    geometry = _products.Geometry(vocab_axis, columns, chunk, _check.precision(call, precision))
     operands = _linear.Operands(
         hidden.reshape(tokens, hidden.shape[-1]),
         kernel,

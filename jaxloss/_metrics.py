@@ -60,8 +60,8 @@ def _positive(call: str, name: str, x: Any) -> int:
 
 
 def _top_k(call: str, top_k: Any) -> tuple[int, ...]:
-    if not isinstance(top_k, tuple | list):
-        _check.fail(call, "top_k must be a tuple of ints", repr(top_k), kind=TypeError)
+    if not isinstance(top_k, Sequence) or isinstance(top_k, str):
+        _check.fail(call, "top_k must be a sequence of ints", repr(top_k), kind=TypeError)
     ks = tuple(_positive(call, "each of top_k", k) for k in top_k)
     if len(set(ks)) != len(ks):
         _check.fail(call, "top_k must name each k once", repr(top_k))

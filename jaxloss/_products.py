@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxloss import _mesh
-from jaxloss._casts import accumulator_dtype
+from jaxloss._casts import accumulator_dtype, held_dtype
 
 
 class Geometry(NamedTuple):
@@ -86,7 +86,7 @@ def product_gradients(
     alone &= not geometry.gathered and not _mesh.varies_over(dx) - _mesh.varies_over(kernel)
     # On a GPU alone the product is asked for narrow sums (it adds in float32 all the same): there
     # XLA would narrow them in a pass of its own, elsewhere it needs no asking.
-    out = kernel.dtype if alone and jax.default_backend() == "gpu" else None
+    out = held_dtype(kernel.dtype) if alone and jax.default_backend() == "gpu" else None
     return (
         d_hidden(dx, kernel, geometry) if of_hidden else None,
         d_kernel(dx, hidden, geometry, out) if of_kernel else None,

@@ -157,12 +157,24 @@ def make_targets(
 
     ``weight[C]`` and indices speak of all classes, ``class_mask`` of the columns here.
     """
+    counted = token_mask
+    if sample_weight is not None:
+        given = sample_weight.astype(bool)
+        counted = given if counted is None else counted & given
     share = None
     if label_smoothing and classes.total:
         share = label_smoothing / jnp.maximum(number_of_classes(classes, class_mask, dtype), 1)
     if isinstance(labels, TopKLabels):
         targets = _of_top(
-            labels, classes, dtype, weight, class_mask, ignore_index, label_smoothing, share
+            labels,
+            classes,
+            dtype,
+            weight,
+            counted,
+            class_mask,
+            ignore_index,
+            label_smoothing,
+            share,
         )
     elif jnp.issubdtype(labels.dtype, jnp.integer):
         index, counts = class_indices(labels, classes.total, ignore_index)
@@ -173,16 +185,13 @@ def make_targets(
     else:
         counts = jnp.ones(labels.shape[:-1], bool)
         targets = Targets(None, None, counts, probabilities=labels, share=share)
-    counts = targets.counts
-    if token_mask is not None:
-        counts &= token_mask
-    if sample_weight is not None:
-        counts &= sample_weight.astype(bool)
+    if counted is None:
+        return targets
     probabilities = targets.probabilities
     if weight is not None and probabilities is not None:
         # Before the class weights multiply them: their gradient would be 0 * NaN.
-        probabilities = jnp.where(counts[..., None], probabilities, 0)
-    return targets._replace(counts=counts, probabilities=probabilities)
+        probabilities = jnp.where(counted[..., None], probabilities, 0)
+    return targets._replace(counts=targets.counts & counted, probabilities=probabilities)
 
 
 def _weight_of(index: Array, weight: Array, classes: Classes, dtype) -> Array:
@@ -207,6 +216,7 @@ def _of_top(
     classes: Classes,
     dtype,
     weight: Array | None,
+    counted: Array | None,
     class_mask: Array | None,
     ignore_index: int | None,
     label_smoothing: float,
@@ -221,6 +231,8 @@ def _of_top(
         twice = (ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] < classes.total)
         wrong |= jnp.any(twice, axis=-1, keepdims=True)
     q = jnp.where(wrong, jnp.nan, q)
+    if counted is not None and weight is not None:
+        q = jnp.where(counted[..., None], q, 0)  # as make_targets does to all probabilities
     index = jnp.where(index < classes.total, index, 0)
     index = jnp.where(taken, index, classes.total)
     column = _column(index, classes)

@@ -42,7 +42,7 @@ def token_stats(
       logit_softcap: ``cap > 0``: ``cap * tanh(logits / cap)`` before the temperature.
 
     Returns:
-      :class:`TokenStats`, each shaped as the labels: float32 (float64 for float64 logits) and
+      :class:`TokenStats`, each shaped as the losses: float32 (float64 for float64 logits) and
       int32. A token that does not count has 0 in the floats and -1 in the integers.
 
     Raises:

@@ -15,7 +15,7 @@ from jaxloss._labels import TopKLabels
 def total_weight(
     labels: ArrayLike | TopKLabels,
     *,
-    axis: int = -1,
+    axis: int | tuple[int, ...] = -1,
     weight: ArrayLike | None = None,
     ignore_index: int | None = -100,
     sample_weight: ArrayLike | None = None,
@@ -34,7 +34,7 @@ def total_weight(
     Args:
       labels: class indices ``[...]``, class probabilities with C at ``axis``, or
         :class:`TopKLabels`.
-      axis: the class axis of probabilities.
+      axis: the class axis of probabilities, or a tuple of axes.
       weight, ignore_index, sample_weight, token_axis_name: as in :func:`cross_entropy`.
       where: boolean, shaped as the losses: the tokens that count.
 
@@ -69,8 +69,8 @@ def total_weight(
         batch = labels.shape
         if not jnp.issubdtype(labels.dtype, jnp.integer):
             labels = _check.floating(call, "labels", labels)
-            (axis,) = _check.class_axes(call, labels, "labels", axis)
-            batch = _check.batch_shape(labels, (axis,))
+            axes = _check.class_axes(call, labels, "labels", axis)
+            batch = _check.batch_shape(labels, axes)
     sample_weight = _check.check_sample_weight(call, sample_weight, batch)
     mask = None if where is None else _check.boolean(call, where)
     if mask is not None:

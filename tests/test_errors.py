@@ -147,7 +147,7 @@ def batch_rows(x):
 
 def number_rows():
     number, flag = "must be a Python number; got", "return_stats must be True or False; got"
-    cap = "logit_softcap must be positive and finite, as a normal float32 is, or None; got"
+    cap = r"logit_softcap must be in \[1\.17549e-38, 3\.40282e\+38\]; got"
     return [
         ({"label_smoothing": -0.1}, ValueError, r"label_smoothing must be in \[0, 1\]; got -0\.1"),
         ({"label_smoothing": 1.5}, ValueError, r"label_smoothing must be in \[0, 1\]; got 1\.5"),
@@ -156,6 +156,8 @@ def number_rows():
         ({"label_smoothing": True}, TypeError, f"label_smoothing {number} bool"),
         ({"z_loss": -1e-4}, ValueError, r"z_loss must be in \[0, .*; got -0\.0001"),
         ({"z_loss": np.nan}, ValueError, r"z_loss must be in \[0, .*; got nan"),
+        ({"z_loss": np.inf}, ValueError, r"z_loss must be in \[0, .*; got inf"),
+        ({"z_loss": 10**400}, ValueError, r"z_loss must be in \[0, .*; got 1000"),
         ({"z_loss": np.float32(1)}, TypeError, f"z_loss {number} float32.*mark it static"),
         ({"z_loss": "1"}, TypeError, f"z_loss {number} str"),
         ({"z_loss": None}, TypeError, f"z_loss {number} NoneType"),
@@ -164,6 +166,7 @@ def number_rows():
         ({"logit_softcap": np.inf}, ValueError, f"{cap} inf"),
         ({"logit_softcap": 1e39}, ValueError, rf"{cap} 1e\+39"),
         ({"logit_softcap": 1e-38}, ValueError, f"{cap} 1e-38"),
+        ({"logit_softcap": np.nan}, ValueError, f"{cap} nan"),
         ({"logit_softcap": np.float32(30)}, TypeError, f"logit_softcap {number} float32"),
         ({"return_stats": 1}, TypeError, f"{flag} 1"),
         ({"return_stats": None}, TypeError, f"{flag} None"),
@@ -193,6 +196,8 @@ def linear_rows():
             r"kernel must .* D = 3, at axis 0; .*\(4, 3\), kernel .*\(2, 3\).*vocab_axis=0",
         ),
         ({"kernel": None}, TypeError, "kernel must be an array; got None"),
+        ({"precision": "low"}, ValueError, "precision must be one of .*; got 'low'"),
+        ({"precision": ["high"]}, ValueError, r"precision must be one of .*; got \['high'\]"),
         ({"kernel": K[None]}, ValueError, r"kernel must be \[D, V\].*; got float32\(1, 2, 3\)"),
         (
             {"kernel": K.astype(np.int32)},

@@ -563,6 +563,49 @@ def test_float16_sums_past_its_range():
         assert_within(losses, 17 * np.log(2), 8 * EPS)
 
 
+def linear_loss(hidden, kernel, y, **options):
+    each = partial(jaxloss.cross_entropy, reduction="none")
+    return jaxloss.linear_loss(each, hidden, kernel, y, **options)
+
+
+def linear_kl(hidden, kernel, y, **options):
+    """Of a teacher that is sure of ``y``: the same gradient."""
+    teacher = 30 * jax.nn.one_hot(y, kernel.shape[1], dtype=hidden.dtype)
+    eye = jnp.eye(kernel.shape[1], dtype=hidden.dtype)
+    return jaxloss.linear_kl_divergence(hidden, kernel, teacher, eye, **options)
+
+
+PRODUCTS = {
+    **{s: partial(jaxloss.linear_cross_entropy, implementation=s) for s in SCHEDULES},
+    "linear_loss": linear_loss,
+    "linear_kl": linear_kl,
+}
+
+
+@pytest.mark.parametrize("chunk_size", [300, 4096])
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_float16_gradients_below_and_past_its_range(name, chunk_size):
+    """Taken along in the forward pass, the gradients know of no loss scale yet, and of no 1 / N."""
+    n, loss = 4096, partial(PRODUCTS[name], chunk_size=chunk_size)
+    y = jnp.zeros(n, jnp.int32)
+    hidden, kernel = jnp.ones((n, 1), jnp.float16), jnp.array([[8.0, 0.0]], jnp.float16)
+    p = 1 / (1 + np.exp(8.0))
+    assert jnp.float16(p / n) in (0, jnp.finfo(jnp.float16).smallest_subnormal)
+    scaled = jax.grad(lambda h, k: 2.0**15 * loss(h, k, y), (0, 1))
+    of_hidden, of_kernel = jit_quickly(scaled)(hidden, kernel)
+    assert of_hidden.dtype == of_kernel.dtype == jnp.float16
+    assert_within(of_kernel, [[-(2**15) * p, 2**15 * p]], 2**-9)
+    assert_within(of_hidden, np.full((n, 1), -8 * 8 * p), 2**-9)
+    _, moved = jax.jvp(lambda k: 2.0**15 * loss(hidden, k, y), (kernel,), (kernel,))
+    assert_within(moved, -8 * 2**15 * p, 2**-9)
+
+    hidden, kernel = jnp.full((n, 1), 64, jnp.float16), jnp.zeros((1, 2), jnp.float16)
+    mean = jax.grad(lambda k: loss(hidden, k, y, reduction="sum") / n)
+    assert_within(jit_quickly(mean)(kernel), [[-32, 32]], 2**-9)
+    weighted = jax.grad(lambda k: loss(hidden, k, y, sample_weight=jnp.full(n, 1e-9)))
+    assert_within(jit_quickly(weighted)(kernel), [[-32, 32]], 2**-9)
+
+
 INDEXED = ("gather", "scatter", "dynamic_slice", "dynamic_update_slice", "argmax", "iota")
 
 

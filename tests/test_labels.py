@@ -96,6 +96,17 @@ def test_labels_do_not_wrap():
         assert np.isnan(jaxloss.cross_entropy(jnp.zeros((2, 5)), y, reduction="none"))[1]
     y = jnp.array([3, 2**32 - 100], jnp.uint32)  # not the -100 that is ignored
     assert np.isnan(jaxloss.cross_entropy(jnp.zeros((2, 5)), y, reduction="none"))[1]
+    for wide in (2**32 + 3, 2**32 - 100, -(2**32) + 3):  # of NumPy, which JAX makes 32 bits of
+        y = np.array([3, wide])
+        each = jaxloss.cross_entropy(jnp.zeros((2, 5)), y, reduction="none")
+        np.testing.assert_array_equal(np.isnan(each), [False, True])
+        assert jaxloss.next_token_labels(y)[0] not in (3, -100)
+        with pytest.raises(ValueError, match=r"got .* at \(1,\)"):
+            jaxloss.check_labels(y, 5)
+    if jax.config.jax_enable_x64:
+        return
+    with pytest.raises(TypeError, match=r"labels must be an array; got list \(.*4294967299"):
+        jaxloss.cross_entropy(jnp.zeros((2, 5)), [3, 2**32 + 3])
 
 
 @pytest.mark.nan_is_meant
@@ -148,6 +159,9 @@ def test_check_labels_eagerly():
         jaxloss.check_labels(jnp.array([-100]), 5, ignore_index=None)
     with pytest.raises(TypeError, match=r"an integer dtype.*got float32\(1,\)"):
         jaxloss.check_labels(jnp.array([1.0], jnp.float32), 5)
+    for bad in (-3, 2**31):
+        with pytest.raises(ValueError, match=rf"num_classes must be in .*; got {bad}"):
+            jaxloss.check_labels(jnp.array([1]), bad)
 
 
 def test_check_labels_under_jit():

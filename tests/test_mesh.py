@@ -678,6 +678,7 @@ def test_total_weight():
     assert jaxloss.total_weight(y, where=jnp.array([True, True, False, False])) == 1
     assert jaxloss.total_weight(jnp.full((3, 4), 0.25), sample_weight=jnp.array([1, 0, 3])) == 4
     assert jaxloss.total_weight(jnp.zeros((4, 2)), axis=0) == 2
+    assert jaxloss.total_weight(jnp.zeros((4, 2, 3)), axis=(0, -1)) == 2
     mesh, *_ = build("8 tokens")
     f = jax.shard_map(
         lambda y: jaxloss.total_weight(y, token_axis_name="t"),

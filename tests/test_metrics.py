@@ -413,7 +413,7 @@ def test_wrong_arguments(call, arguments, error, text):
 @pytest.mark.parametrize(
     ("options", "error", "text"),
     [
-        ({"top_k": 5}, TypeError, "top_k must be a tuple of ints; got 5"),
+        ({"top_k": 5}, TypeError, "top_k must be a sequence of ints; got 5"),
         ({"top_k": (1, 2.0)}, TypeError, r"each of top_k must be an int; got 2\.0"),
         ({"top_k": (1, None)}, TypeError, "each of top_k must be an int; got None"),
         ({"top_k": (0,)}, ValueError, "each of top_k must be at least 1; got 0"),

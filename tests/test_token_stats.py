@@ -252,12 +252,13 @@ def test_a_clipped_policy_objective(schedule):
 
 def test_errors():
     x, labels = case()
-    rule = "temperature must be positive and finite, as a normal float32 is"
+    rule = r"temperature must be in \[1\.17549e-38, 3\.40282e\+38\]"
     for bad, kind, text in (
         (0.0, ValueError, rf"token_stats: {rule}; got 0\.0"),
         (np.inf, ValueError, f"{rule}; got inf"),
         (1e39, ValueError, rf"{rule}; got 1e\+39"),
         (1e-38, ValueError, f"{rule}; got 1e-38"),
+        (np.nan, ValueError, f"{rule}; got nan"),
         (jnp.float32(1), TypeError, "temperature must be a Python number"),
     ):
         with pytest.raises(kind, match=text):

@@ -310,6 +310,33 @@ def test_tokens_that_do_not_count_leave_the_weights_gradient_alone(rest, schedul
         np.testing.assert_allclose(g, e, rtol=1e-5, atol=1e-5 * np.max(np.abs(e)))
 
 
+@pytest.mark.nan_is_meant
+@pytest.mark.parametrize("schedule", [None, *SCHEDULES])
+@pytest.mark.parametrize("rest", ["drop", "uniform"])
+@pytest.mark.parametrize("by", ["where", "sample_weight"])
+def test_tokens_that_do_not_count_may_name_anything(by, rest, schedule):
+    """Padding names class 0 twice: NaN in its own row, if that counted."""
+    index = jnp.array([[0, 1], [0, 0], [0, 9], [1, 2]])
+    q = jnp.array([[0.5, 0.3], [0.0, 0.0], [0.5, 0.5], [jnp.nan, 0.1]])
+    labels = TopKLabels(index, q, rest)
+    counts = jnp.array([True, False, False, False])
+    x, weight = jnp.zeros((4, 3)), jnp.array([1.0, 2.0, 4.0])
+    others = 0.2 if rest == "uniform" else 0.0
+    expected = np.log(3.0) * np.array([0.5, 0.3, others])
+
+    def loss(weight):
+        options = {"weight": weight, by: counts}
+        if schedule is None:
+            return jaxloss.cross_entropy(x, labels, **options)
+        return jaxloss.linear_cross_entropy(
+            x, jnp.zeros((3, 3)), labels, implementation=schedule, **options
+        )
+
+    value, got = jit_quickly(jax.value_and_grad(loss))(weight)
+    np.testing.assert_allclose(got, expected, rtol=1e-6)
+    np.testing.assert_allclose(value, expected @ weight, rtol=1e-6)
+
+
 def test_total_weight():
     _, index, q = case()
     labels, sample_weight = TopKLabels(index, q, "uniform"), jnp.arange(N, dtype=jnp.float32)
@@ -459,6 +486,7 @@ X, Y, Q = np.zeros((4, 9), np.float32), np.zeros((4, 2), np.int32), np.zeros((4,
     [
         ((Q, Y), {}, TypeError, r"labels.indices must be .*takes indices first"),
         ((Q, Q), {}, TypeError, r"labels.indices must be class indices \(an integer dtype\); got "),
+        ((Q, None), {}, TypeError, "labels.probabilities must be an array; got None"),
         ((Y, Y), {}, TypeError, "labels.probabilities must have a real floating dtype"),
         ((Y[:3], Q), {}, ValueError, r"labels.indices must be \[..., k\] with .* \(4,\)"),
         ((Y[:, 0], Q), {}, ValueError, r"labels.indices must be \[..., k\]"),
