@@ -184,6 +184,7 @@ def linear_cross_entropy(
     A scalar loss takes its gradients along in the forward pass: three matrix products in all (one
     where nothing is differentiated, two where only ``hidden`` or only ``kernel`` is), and holds one
     chunk of logits beside a float32 accumulator of the kernel's gradient, or of all tokens none.
+    Those of float16 operands wait in float32 for the cotangent, which may be a loss scale.
     ``reduction="none"`` computes each chunk's logits again in the backward pass. Tokens that do not
     count are not computed: with 75 % of the labels ignored, a quarter of the chunks run. Vocabulary
     blocks take four products whatever the reduction and compute every token, but hold one block of
