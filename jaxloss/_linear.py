@@ -317,12 +317,16 @@ def losses_by_token(
     return with_forward_mode(rule, tangent, whole=False)(*_flat(operands), *packing)
 
 
-def _scale_of(weight: Array, operands: Operands) -> Array | None:
-    """What the weights are divided by in the products, which narrow them to the operands' dtype."""
+def _scale_of(weight: Array, operands: Operands, axes: _mesh.Axes) -> Array | None:
+    """What the weights are divided by in the products, which narrow them to the operands' dtype.
+
+    One number for all the devices along ``axes``, whose gradients are summed before it is undone.
+    """
     if not any(x.dtype == jnp.float16 for x in (operands.hidden, *operands.teacher[:1])):
         return None
     # To at most 64: probabilities of 1e-9 are not lost, nor slopes of a thousand.
     largest = jnp.max(jnp.abs(weight), initial=0)
+    largest = _mesh.largest(largest, axes) if axes else largest
     return jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1) / 64
 
 
@@ -362,7 +366,7 @@ def weighted_sum(
         flags = [a is not None and a.perturbed for a in args[:count]]
         gradients = _differentiable(partial(_gradients, loss_fn, geometry, nested(flags)))
         given = nested(values[:count])
-        scale = _scale_of(weight.value, given)
+        scale = _scale_of(weight.value, given, geometry.token_axes)
         cts = weight.value if scale is None else weight.value / scale
         (losses,), others, grads = gradients(given, Packing(*values[count:]), (cts,))
         if scale is not None:

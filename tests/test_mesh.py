@@ -496,6 +496,19 @@ def test_linear_on_an_explicit_mesh(mesh, spec, options, dtype, schedule):
     assert_close(got, jit_quickly(f)(*arrays), dtype)
 
 
+def test_float16_gradients_of_devices_that_weigh_unlike():
+    """What they are scaled by in the products is undone after they are summed over devices."""
+    mesh, f, put, arrays = explicit("2x4", P("t", "v"), jnp.float16, "token_chunks", {})
+    *arrays, s = arrays
+    s = jnp.where(jnp.arange(N) < N // 2, s, 1e3 * s)
+    with jax.set_mesh(mesh):
+        _, (_, d_kernel, *_) = jit_quickly(f)(*put[:-1], jax.device_put(s, put[-1].sharding))
+    wide = [a.astype(jnp.float32) if a.dtype == jnp.float16 else a for a in arrays]
+    expected = jit_quickly(f)(*wide, s)[1][1]
+    assert d_kernel.dtype == jnp.float16
+    np.testing.assert_allclose(d_kernel, expected, rtol=0, atol=2**-9 * np.max(np.abs(expected)))
+
+
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_probabilities_and_masks_on_an_explicit_mesh(schedule):
     """Of 27 classes in 32 columns: the last device's are padding but for three."""
