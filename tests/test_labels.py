@@ -159,7 +159,8 @@ def test_check_labels_eagerly():
         jaxloss.check_labels(jnp.array([-100]), 5, ignore_index=None)
     with pytest.raises(TypeError, match=r"an integer dtype.*got float32\(1,\)"):
         jaxloss.check_labels(jnp.array([1.0], jnp.float32), 5)
-    for bad in (-3, 2**31):
+    jaxloss.check_labels(jnp.array([-100]), 0)
+    for bad in (-1, 2**31):
         with pytest.raises(ValueError, match=rf"num_classes must be in .*; got {bad}"):
             jaxloss.check_labels(jnp.array([1]), bad)
 
@@ -177,6 +178,17 @@ def test_check_labels_under_jit():
         error.throw()
     with pytest.raises(Exception, match="got 7 at flat index 1"):
         chex.chexify(jax.jit(step), async_check=False)(jnp.array([0, 7]))
+
+
+@pytest.mark.nan_is_meant
+@pytest.mark.parametrize("options", [{"temperature": 0.5}, {"logit_softcap": 3.0}])
+def test_a_token_of_nan_that_is_asked_for_nothing(options):
+    x, y = jnp.array([[jnp.nan, 1.0], [0.5, 2.0]]), jnp.array([0, 1])
+    pullback = jax.vjp(lambda x: jaxloss.token_stats(x, y, **options).log_prob, x)[1]
+    (dx,) = pullback(jnp.array([0.0, 1.0]))
+    np.testing.assert_array_equal(dx[0], 0)
+    assert np.all(np.isfinite(dx))
+    assert np.all(dx[1] != 0)
 
 
 @pytest.mark.parametrize(

@@ -250,6 +250,30 @@ def test_a_clipped_policy_objective(schedule):
         np.testing.assert_allclose(g, e, rtol=2e-5, atol=1e-6)
 
 
+def test_the_gradient_with_every_option_at_once():
+    """Probabilities, the entropy, a mask and a scale: no pass is left out for another."""
+    x, q = jnp.array([[1.0, 2.0, 9.0, -1.0]]), jnp.array([[0.25, 0.5, 0.0, 0.25]])
+    exists = jnp.array([True, True, False, True])
+
+    def ours(x):
+        stats = jaxloss.token_stats(x, q, where=exists[None], logit_softcap=3.0, temperature=0.5)
+        return jnp.sum(stats.log_prob + 2 * stats.entropy)
+
+    def plain(x):
+        log_p = jax.nn.log_softmax(3 * jnp.tanh(x[:, np.asarray(exists)] / 3) / 0.5)
+        return jnp.sum((q[:, np.asarray(exists)] - 2 * jnp.exp(log_p)) * log_p)
+
+    np.testing.assert_allclose(jax.grad(ours)(x), jax.grad(plain)(x), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("label", [0, 1, 2])
+def test_the_entropy_of_two_that_tie(label):
+    x = np.array([5.0, 5.0, 1.0])
+    p = np.exp(x) / np.sum(np.exp(x))
+    got = jaxloss.token_stats(jnp.asarray(x, jnp.float32), jnp.array(label)).entropy
+    np.testing.assert_allclose(got, -np.sum(p * np.log(p)), rtol=1e-6)
+
+
 def test_errors():
     x, labels = case()
     rule = r"temperature must be in \[1\.17549e-38, 3\.40282e\+38\]"

@@ -313,19 +313,24 @@ def test_tokens_that_do_not_count_leave_the_weights_gradient_alone(rest, schedul
 @pytest.mark.nan_is_meant
 @pytest.mark.parametrize("schedule", [None, *SCHEDULES])
 @pytest.mark.parametrize("rest", ["drop", "uniform"])
-@pytest.mark.parametrize("by", ["where", "sample_weight"])
+@pytest.mark.parametrize("by", ["where", "sample_weight", "both"])
 def test_tokens_that_do_not_count_may_name_anything(by, rest, schedule):
     """Padding names class 0 twice: NaN in its own row, if that counted."""
     index = jnp.array([[0, 1], [0, 0], [0, 9], [1, 2]])
     q = jnp.array([[0.5, 0.3], [0.0, 0.0], [0.5, 0.5], [jnp.nan, 0.1]])
     labels = TopKLabels(index, q, rest)
-    counts = jnp.array([True, False, False, False])
+    each = {by: jnp.array([True, False, False, False])}
+    if by == "both":
+        each = {
+            "where": jnp.array([True, True, False, False]),
+            "sample_weight": jnp.array([1.0, 0.0, 2.0, 0.0]),
+        }
     x, weight = jnp.zeros((4, 3)), jnp.array([1.0, 2.0, 4.0])
     others = 0.2 if rest == "uniform" else 0.0
     expected = np.log(3.0) * np.array([0.5, 0.3, others])
 
     def loss(weight):
-        options = {"weight": weight, by: counts}
+        options = {"weight": weight, **each}
         if schedule is None:
             return jaxloss.cross_entropy(x, labels, **options)
         return jaxloss.linear_cross_entropy(
