@@ -239,9 +239,9 @@ def test_second_derivatives_are_symmetric_where_a_class_does_not_exist(how):
             return jaxloss.cross_entropy(x, jaxloss.TopKLabels(jnp.arange(3), q), where=mask)
         if how == "where":
             return jaxloss.cross_entropy(x, q, where=mask)
-        one, x, q = jnp.ones((1, 1), x.dtype), x[::-1], q[::-1]
+        ones, x, q = jnp.ones((2, 1), x.dtype), x[::-1], jnp.stack([q[::-1]] * 2)
         return jaxloss.linear_cross_entropy(
-            one, x[None], q[None], where=mask[::-1], implementation="vocab_blocks", chunk_size=2
+            ones, x[None], q, where=mask[::-1], implementation="vocab_blocks", chunk_size=2
         )
 
     one_way = jax.jacrev(jax.grad(loss, 0), 1)(x, q)
