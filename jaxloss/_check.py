@@ -145,14 +145,14 @@ def number(
 
 def top_k_labels(function: str, name: str, batch: tuple[int, ...], y: TopKLabels) -> TopKLabels:
     indices = array(function, "labels.indices", y.indices)
+    probabilities = array(function, "labels.probabilities", y.probabilities)
     if not jnp.issubdtype(indices.dtype, jnp.integer):
         rule = "labels.indices must be class indices (an integer dtype)"
         way_out = ""
-        of_values = array(function, "labels.probabilities", y.probabilities)
-        if jnp.issubdtype(of_values.dtype, jnp.integer):
+        if jnp.issubdtype(probabilities.dtype, jnp.integer):
             way_out = "jax.lax.top_k returns (values, indices), TopKLabels takes indices first."
         fail(function, rule, describe(indices), way_out, TypeError)
-    probabilities = floating(function, "labels.probabilities", y.probabilities)
+    probabilities = floating(function, "labels.probabilities", probabilities)
     if indices.shape[:-1] != batch or indices.ndim != len(batch) + 1:
         rule = f"labels.indices must be [..., k] with the batch shape of {name}, {batch}"
         fail(function, rule, describe(indices))
@@ -302,7 +302,10 @@ def integer(function: str, name: str, x: Any, low: int, high: int | None, *, def
         return default
     if not is_index(x):
         fail(function, f"{name} must be an int or None", type(x).__name__, kind=TypeError)
-    x = operator.index(x)
+    return bounded(function, name, operator.index(x), low, high)
+
+
+def bounded(function: str, name: str, x: int, low: int, high: int | None = None) -> int:
     if x < low or (high is not None and x > high):
         bounds = f"at least {low}" if high is None else f"in [{low}, {high}]"
         fail(function, f"{name} must be {bounds}", repr(x))

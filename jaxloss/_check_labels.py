@@ -43,8 +43,7 @@ def check_labels(labels, num_classes: int, ignore_index: int | None = -100) -> N
         rule = "labels must be class indices (an integer dtype)"
         _check.fail("check_labels", rule, _check.describe(labels), kind=TypeError)
     num_classes = _check.index("check_labels", "num_classes", num_classes)
-    most = jnp.iinfo(jnp.int32).max
-    num_classes = _check.integer("check_labels", "num_classes", num_classes, 0, most, default=0)
+    _check.bounded("check_labels", "num_classes", num_classes, 0, jnp.iinfo(jnp.int32).max)
     ignore_index = _check.ignored("check_labels", ignore_index)
     rule = f"labels must be in [0, {num_classes}) or equal ignore_index, {ignore_index}"
     if labels.size == 0:

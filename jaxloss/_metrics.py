@@ -53,10 +53,7 @@ class MetricSums:
 
 
 def _positive(call: str, name: str, x: Any) -> int:
-    x = _check.index(call, name, x)
-    if x < 1:
-        _check.fail(call, f"{name} must be at least 1", repr(x))
-    return x
+    return _check.bounded(call, name, _check.index(call, name, x), 1)
 
 
 def _top_k(call: str, top_k: Any) -> tuple[int, ...]:
