@@ -143,7 +143,7 @@ def _swept(options: Options, operands: Operands, constants: Constants):
             best = jax.tree.map(partial(jnp.where, better), new_best, best)
         if of_label is not None:
             of_label += new_of_label
-        return _rows.merge(part, new_part, labelled), best, of_label
+        return _rows.merge(part, new_part, labelled, options.scaling), best, of_label
 
     geometry = options.geometry
     part, best, of_label = _over_blocks(geometry.num_classes, geometry.chunk, step, combine)
@@ -201,8 +201,9 @@ def _forward(options: Options, operands: Operands, constants: Constants):
         part = _fused(options, operands, constants)
     else:
         part, best, of_label = _swept(options, operands, constants)
-    part = _rows.merge_shards(part, axes, constants.kept is not None, classes)
-    losses, state = _rows.finish(part, options.want)
+    labelled = constants.kept is not None
+    part = _rows.merge_shards(part, axes, labelled, classes, options.scaling)
+    losses, state = _rows.finish(part, options.want, options.scaling)
     prediction = rank = None
     if best is not None:
         first = classes * lax.axis_index(axes) if axes else 0

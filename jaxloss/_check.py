@@ -323,8 +323,14 @@ def flag(function: str, name: str, x: Any) -> bool:
     return x
 
 
-def softcap(function: str, cap: Any) -> float | None:
-    return None if cap is None else _divisor(function, "logit_softcap", cap)
+def scaling(function: str, cap: Any, x: Any) -> tuple[float | None, float]:
+    """The soft cap and the temperature."""
+    cap = None if cap is None else _divisor(function, "logit_softcap", cap)
+    x = temperature(function, x)
+    if cap is not None:
+        most = float(jnp.finfo(jnp.float32).max)
+        number(function, "logit_softcap / temperature", cap / x, 0, most)
+    return cap, x
 
 
 def temperature(function: str, x: Any) -> float:

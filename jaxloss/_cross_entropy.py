@@ -334,9 +334,7 @@ def losses_of_logits(
         token_axes=token_axes,
         label_smoothing=smoothing,
         z_loss=_check.number(call, "z_loss", z_loss, 0, sys.float_info.max),
-        scaling=_passes.scaling_of(
-            _check.softcap(call, logit_softcap), _check.temperature(call, temperature)
-        ),
+        scaling=_passes.scaling_of(*_check.scaling(call, logit_softcap, temperature)),
         return_stats=_check.flag(call, "return_stats", return_stats),
     )
 

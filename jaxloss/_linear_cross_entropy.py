@@ -288,9 +288,7 @@ def losses_of_product(
         call, "kernel", kernel, {"hidden": hidden, **checked.of_tokens}, vocab_axes, token_axes
     )
 
-    scaling = _passes.scaling_of(
-        _check.softcap(call, logit_softcap), _check.temperature(call, temperature)
-    )
+    scaling = _passes.scaling_of(*_check.scaling(call, logit_softcap, temperature))
     with_stats = _check.flag(call, "return_stats", return_stats)
     precision = _check.precision(call, precision)
     labels, _, sample_weight, class_mask, token_mask = checked.arrays

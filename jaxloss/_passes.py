@@ -19,25 +19,74 @@ class Scaling(NamedTuple):
     softcap: float | None
     temperature: float
 
+    @property
+    def unit(self) -> float:
+        return (self.softcap or 1) / self.temperature
+
 
 def scaling_of(softcap: float | None, temperature: float = 1.0) -> Scaling | None:
     return None if softcap is None and temperature == 1 else Scaling(softcap, temperature)
 
 
 def widen(x: Array, class_mask: Array | None, scaling: Scaling | None) -> Array:
-    """The logits as they are reasoned about: in the accumulator's dtype, scaled, then masked.
+    """The logits as they are compared: in the accumulator's dtype, in units of ``scaling.unit``,
+    then masked.
 
-    The cap comes first: a class that is masked has -inf, and cap * tanh(-inf / cap) is -cap.
+    The cap comes first: a class that is masked has -inf, and tanh(-inf) is -1.
     """
     x = widened(x)
-    if scaling is not None:
-        if scaling.softcap is not None:
-            if class_mask is not None:  # 0 times the slope of a NaN is NaN, in second derivatives
-                x = jnp.where(class_mask, x, 0)
-            x = scaling.softcap * tanh(x / scaling.softcap)
-        if scaling.temperature != 1:
-            x = x / scaling.temperature
+    if cap_of(scaling) is not None and class_mask is not None:
+        x = jnp.where(class_mask, x, 0)  # 0 times the slope of a NaN is NaN, in second derivatives
+    x = capped(x, scaling)
     return x if class_mask is None else jnp.where(class_mask, x, -jnp.inf)
+
+
+def cap_of(scaling: Scaling | None) -> float | None:
+    return None if scaling is None else scaling.softcap
+
+
+def capped(x: Array, scaling: Scaling | None) -> Array:
+    cap = cap_of(scaling)
+    return x if cap is None else tanh(x / cap)
+
+
+def for_passes(
+    logits: Array, class_mask: Array | None, scaling: Scaling | None
+) -> tuple[Array, Scaling | None]:
+    """(what several passes read; what is left to do with it, by ``read``).
+
+    The logits themselves where nothing is masked: XLA:CPU would write out what passes share.
+    """
+    if class_mask is None:
+        return logits, scaling
+    left = None if scaling is None else Scaling(None, 1 / scaling.unit)
+    return widen(logits, class_mask, scaling), left
+
+
+def read(x: Array, m: Array, scaling: Scaling | None) -> Array:
+    """``m``: the row's maximum."""
+    x, cap = x.astype(accumulator_dtype(x.dtype)), cap_of(scaling)
+    return x if cap is None else tanh(x / hidden(cap, m)[0])
+
+
+def hidden(number: float, m: Array) -> tuple[Array, Array]:
+    """Both, behind a barrier.
+
+    XLA:CPU writes out the broadcast of what several passes share, of a number too, but not of what
+    a barrier gives; barriers of the same operands are one.
+    """
+    # The maximum has no derivative.
+    return lax.optimization_barrier((jnp.asarray(number, m.dtype), lax.stop_gradient(m)))
+
+
+def scaled(x: Array, scaling: Scaling | None) -> Array:
+    """Logits that ``widen`` gave, or their differences, in nats.
+
+    The difference first: exact, whatever offset the logits share. Of scaled logits it would be of
+    two roundings, of which compilers leave one out where the product is part of the same pass: the
+    maximum is then not the largest, and exponentials overflow.
+    """
+    return x if scaling is None else x * scaling.unit
 
 
 def is_kept(x: Array, kept: Array) -> Array:
@@ -61,22 +110,38 @@ def _index_is_exact(x: Array) -> bool:
     return x.shape[-1] <= 2 ** (jnp.finfo(accumulator_dtype(x.dtype)).nmant + 1)
 
 
-def _selected_exponentials(x: Array, m: Array, kept: Array) -> Array:
+def above(x: Array, m: Array, scaling: Scaling | None) -> Array:
+    """x_j - m in nats."""
+    if scaling is None:
+        return x - m[..., None]
+    unit, m = hidden(scaling.unit, m)
+    return (x - m[..., None]) * unit
+
+
+def exponentials(x: Array, m: Array, scaling: Scaling | None) -> Array:
+    """exp(x_j - m) in nats."""
+    return exp(above(x, m, scaling))
+
+
+def _selected_exponentials(
+    x: Array, m: Array, kept: Array, scaling: Scaling | None = None
+) -> Array:
     """exp(x_j - m), and 0 at the kept entry."""
-    return jnp.where(is_kept(x, kept), 0, exp(x - m[..., None]))
+    return jnp.where(is_kept(x, kept), 0, exponentials(x, m, scaling))
 
 
-def other_exponentials(x: Array, m: Array, kept: Array) -> Array:
+def other_exponentials(x: Array, m: Array, kept: Array, scaling: Scaling | None = None) -> Array:
     """The same, in the form that an array of them is best written in."""
 
     def overwritten(x, m, kept):
-        e, at = exp(x - m[..., None]), kept[..., None]
+        e, at = exponentials(x, m, scaling), kept[..., None]
         return jnp.put_along_axis(e, at, 0, axis=-1, inplace=False, mode="drop")
 
+    selected = partial(_selected_exponentials, scaling=scaling)
     # The select costs XLA:CPU up to a quarter of the loss's time, the scatter 10 ns a row.
     if x.shape[-1] < 256 or not _on_one_device():
-        return _selected_exponentials(x, m, kept)
-    return lax.platform_dependent(x, m, kept, cpu=overwritten, default=_selected_exponentials)
+        return selected(x, m, kept)
+    return lax.platform_dependent(x, m, kept, cpu=overwritten, default=selected)
 
 
 def _on_one_device() -> bool:
@@ -85,21 +150,23 @@ def _on_one_device() -> bool:
     return jax.device_count() == 1
 
 
-def _sum_of_others(x: Array, m: Array, kept: Array) -> Array:
+def _sum_of_others(x: Array, m: Array, kept: Array, scaling: Scaling | None = None) -> Array:
     """sum_{j != k} exp(x_j - m), in one pass that holds no array of the logits' size.
 
     min(|j - k|, 1) is 0 at the kept entry and 1 elsewhere. XLA:CPU fuses it into the vectorised
     sum; with a select (or an iota, or an integer comparison) it writes the summand out first,
     three times slower.
     """
-    wide = accumulator_dtype(x.dtype)
+    x = read(x, m, scaling)
     if not _index_is_exact(x):
-        return jnp.sum(_selected_exponentials(x.astype(wide), m, kept), axis=-1)
-    other = jnp.minimum(jnp.abs(_class_index(x) - kept.astype(wide)[..., None]), 1)
-    return jnp.sum(other * exp(x.astype(wide) - m[..., None]), axis=-1)
+        return jnp.sum(_selected_exponentials(x, m, kept, scaling), axis=-1)
+    other = jnp.minimum(jnp.abs(_class_index(x) - kept.astype(x.dtype)[..., None]), 1)
+    return jnp.sum(other * exponentials(x, m, scaling), axis=-1)
 
 
-def _sum_of_others_in_blocks(x: Array, m: Array, kept: Array) -> Array:
+def _sum_of_others_in_blocks(
+    x: Array, m: Array, kept: Array, scaling: Scaling | None = None
+) -> Array:
     """The same, a row of C classes taken as C / block rows, each in cache.
 
     On long rows XLA:CPU's sum materialises its summand after all, 8 to 16 times slower. The
@@ -112,7 +179,7 @@ def _sum_of_others_in_blocks(x: Array, m: Array, kept: Array) -> Array:
     start = block * lax.broadcasted_iota(kept.dtype, spread, kept.ndim)
     kept = (kept[..., None] - start).reshape(-1)
     x, m = apart(x.reshape(-1, block), m)
-    return jnp.sum(_sum_of_others(x, m, kept).reshape(spread), axis=-1)
+    return jnp.sum(_sum_of_others(x, m, kept, scaling).reshape(spread), axis=-1)
 
 
 def _block_size(size: int) -> int:
@@ -122,10 +189,12 @@ def _block_size(size: int) -> int:
     return next((b for b in range(4096, 255, -1) if size % b == 0), size)
 
 
-def sum_exponentials(x: Array, m: Array, kept: Array) -> Array:
+def sum_exponentials(x: Array, m: Array, kept: Array, scaling: Scaling | None = None) -> Array:
+    whole = partial(_sum_of_others, scaling=scaling)
     if _block_size(x.shape[-1]) == x.shape[-1] or not _on_one_device():
-        return _sum_of_others(x, m, kept)
-    return lax.platform_dependent(x, m, kept, cpu=_sum_of_others_in_blocks, default=_sum_of_others)
+        return whole(x, m, kept)
+    in_blocks = partial(_sum_of_others_in_blocks, scaling=scaling)
+    return lax.platform_dependent(x, m, kept, cpu=in_blocks, default=whole)
 
 
 def row_sum(
@@ -141,12 +210,12 @@ def row_sum(
         # Written out once, to where the gradient will stand, and scaled there by the backward
         # pass: one exponential an entry instead of two.
         x = widen(logits, class_mask, scaling)
-        return jnp.sum(other_exponentials(x, m, kept), axis=-1)
-    as_read = class_mask is None and scaling is None
-    return sum_exponentials(logits if as_read else widen(logits, class_mask, scaling), m, kept)
+        return jnp.sum(other_exponentials(x, m, kept, scaling), axis=-1)
+    x, left = for_passes(logits, class_mask, scaling)
+    return sum_exponentials(x, m, kept, left)
 
 
-def _merged(x: Array, kept: Array) -> Any:
+def _merged(x: Array, kept: Array, scaling: Scaling | None = None) -> Any:
     """A class is a part of its row, and parts merge: the larger maximum stays, the other's sum is
     scaled to it."""
 
@@ -154,32 +223,35 @@ def _merged(x: Array, kept: Array) -> Any:
         (m, s), (n, t) = a, b
         m, n = lax.stop_gradient((m, n))
         # Equal first: -inf less -inf is NaN. In lax, which is traced in a third of jnp's time.
-        scale = lax.select(lax.eq(m, n), lax.full_like(m, 1), exp(-lax.abs(m - n)))
+        apart = scaled(-lax.abs(m - n), scaling)
+        scale = lax.select(lax.eq(m, n), lax.full_like(m, 1), exp(apart))
         return lax.max(m, n), lax.select(lax.ge(m, n), s + t * scale, t + s * scale)
 
     x = widened(x)
     # 1, but NaN for +inf as exp(x_j - m) is there, with the derivative of exp(x_j - m): JAX loses
     # the rule below where it differentiates twice through jax.checkpoint within shard_map.
-    one = 1 + (x - lax.stop_gradient(x))
+    one = 1 + scaled(x - lax.stop_gradient(x), scaling)
     others = jnp.where(is_kept(x, kept) | (x == -jnp.inf), 0, one)
     nothing = jnp.array(-jnp.inf, x.dtype), jnp.zeros((), x.dtype)
     nothing = tuple(_mesh.spread(v, _mesh.varies_over(x)) for v in nothing)
     return lax.reduce((x, others), nothing, merged, (x.ndim - 1,))
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(2,))
-def max_and_sum_in_one(x: Array, kept: Array, compute: Callable = _merged) -> Any:
+@partial(jax.custom_jvp, nondiff_argnums=(2, 3))
+def max_and_sum_in_one(
+    x: Array, kept: Array, compute: Callable = _merged, scaling: Scaling | None = None
+) -> Any:
     """(max_j x_j, sum_{j != k} exp(x_j - max)) in one reduction, which reads ``x`` once."""
     return compute(x, kept)
 
 
 @max_and_sum_in_one.defjvp
-def _(compute, primals, tangents):
+def _(compute, scaling, primals, tangents):
     # The maximum is a number to subtract, as good as any other near it: it has no derivative.
     x, kept = primals
-    m, s = max_and_sum_in_one(x, kept, compute)
-    x, dx = widened(x), tangents[0].astype(m.dtype)
-    moved = jnp.sum(_selected_exponentials(x, finite(m), kept) * dx, axis=-1)
+    m, s = max_and_sum_in_one(x, kept, compute, scaling)
+    x, dx = widened(x), scaled(tangents[0].astype(m.dtype), scaling)
+    moved = jnp.sum(_selected_exponentials(x, finite(m), kept, scaling) * dx, axis=-1)
     return (m, s), (jnp.zeros_like(m), moved)
 
 
@@ -196,7 +268,8 @@ def max_and_sum(
         return m, row_sum(logits, finite(m), kept, class_mask, scaling, written)
 
     def in_one(logits, kept, class_mask):
-        return max_and_sum_in_one(widen(logits, class_mask, scaling), kept)
+        compute = partial(_merged, scaling=scaling)
+        return max_and_sum_in_one(widen(logits, class_mask, scaling), kept, compute, scaling)
 
     forms = {"cpu": in_two, "default": in_one}
     if class_mask is None and scaling is None and _fit_kernels(logits):
@@ -258,12 +331,17 @@ def _(primals, tangents):
 
 
 def row_max(logits: Array, class_mask: Array | None, scaling: Scaling | None) -> Array:
-    if class_mask is None and scaling is None:
+    if class_mask is None:
         # In the logits' own dtype (a maximum does not round): no wide copy for two readers.
         m = jnp.max(logits, axis=-1).astype(accumulator_dtype(logits.dtype))
     else:
-        m = jnp.max(widen(logits, class_mask, scaling), axis=-1)
-    return lax.stop_gradient(m)
+        m = jnp.max(widen(logits, class_mask, None), axis=-1)
+    m = lax.stop_gradient(m)
+    if cap_of(scaling) is None:
+        return m
+    m = capped(m, scaling)  # which moves no maximum
+    # A cap lifts -inf, but not of classes that are all masked.
+    return m if class_mask is None else jnp.where(jnp.any(class_mask, axis=-1), m, -jnp.inf)
 
 
 def finite(m: Array) -> Array:
@@ -367,7 +445,7 @@ def within(index: Array, start: Any, size: int) -> Array:
     return jnp.where((index >= start) & (index < start + size), index - start, size)
 
 
-def near_max(logits: Array, m: Array, class_mask: Array | None, scaling: Scaling | None) -> Array:
+def near_max(logits: Array, m: Array, class_mask: Array | None) -> Array:
     """The first class within a few roundings of the row's maximum: the entry to keep out. int32.
 
     A minimum over ``j + 2^30 [x_j < m]``, with the bracket as a clipped multiple of the difference:
@@ -376,29 +454,26 @@ def near_max(logits: Array, m: Array, class_mask: Array | None, scaling: Scaling
     subtraction sees it unrounded.
     """
     x = lax.stop_gradient(logits)
-    as_read = class_mask is None and scaling is None
-    x = x.astype(m.dtype) if as_read else widen(x, class_mask, scaling)
+    x = x.astype(m.dtype) if class_mask is None else widen(x, class_mask, None)
     if not _index_is_exact(x):
         return jnp.argmax(x, axis=-1).astype(jnp.int32)
-    found = jnp.min(_class_index(x) + lies_below(x, near(m), 2.0**30), axis=-1)
+    found = jnp.min(_class_index(x) + lies_below(x, m, 2.0**30), axis=-1)
     # A row of -inf lies below the finite stand-in for its maximum, and NaN is no index.
     return jnp.where(found < x.shape[-1], found, 0).astype(jnp.int32)
 
 
-def near(m: Array) -> Array:
-    """A few roundings below ``m``."""
-    info = jnp.finfo(m.dtype)
-    # The barrier keeps XLA from materialising the broadcast of m that other readers share.
-    return lax.optimization_barrier(m - 4 * info.eps * jnp.abs(m) - info.tiny)
-
-
-def lies_below(x: Array, bound: Array, value: float) -> Array:
-    """``value`` where ``x[..., C]`` is less than the row's bound, 0 elsewhere: for a summand."""
-    tiny = jnp.finfo(x.dtype).tiny
+def lies_below(x: Array, m: Array, value: float) -> Array:
+    """``value`` where ``x[..., C]`` is more than a few roundings below ``m``, 0 elsewhere: for a
+    summand."""
+    info = jnp.finfo(x.dtype)
+    bound = m - 4 * info.eps * jnp.abs(m) - info.tiny
+    # Behind a barrier as in ``hidden``.
+    numbers = (jnp.asarray(c, x.dtype) for c in (1 / info.tiny, 0, value))
+    bound, steep, zero, most = lax.optimization_barrier(lax.stop_gradient((bound, *numbers)))
     # The maximum stands between the factors, or XLA folds them to inf (0 * inf is NaN); right under
     # the minimum it would make a clamp of both, which XLA:CPU writes out.
     difference = lax.stop_gradient(bound[..., None] - x)  # a step has no slope
-    return jnp.minimum(jnp.maximum(difference / tiny, 0) / tiny, value)
+    return jnp.minimum(jnp.maximum(difference * steep, zero) * steep, most)
 
 
 def of_rank(x: Any, rank: int) -> Any:

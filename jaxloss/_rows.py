@@ -28,22 +28,27 @@ from jaxloss._elementary import exp, expm1, log1p
 from jaxloss._forward_mode import with_forward_mode
 from jaxloss._passes import (
     Scaling,
+    above,
     apart,
     asked_for,
+    cap_of,
     elsewhere,
     entries,
     entry,
+    exponentials,
     finite,
+    for_passes,
     is_kept,
     lies_below,
     max_and_sum,
-    near,
     near_max,
     of_rank,
     other_exponentials,
     put_at,
+    read,
     row_max,
     row_sum,
+    scaled,
     slope,
     widen,
 )
@@ -63,7 +68,7 @@ class RowLosses(NamedTuple):
 class RowState(NamedTuple):
     """What the backward pass needs beside the logits: scalars of a row."""
 
-    m: Array
+    m: Array  # in units of the scaling, as logits are widened; the rest is in nats
     s: Array
     d: Array
     t: Array
@@ -74,7 +79,10 @@ class RowState(NamedTuple):
 
 
 class RowPart(NamedTuple):
-    """What some of a row's classes add to it: parts of disjoint classes merge."""
+    """What some of a row's classes add to it: parts of disjoint classes merge.
+
+    ``m`` and ``x_kept`` are in units of the scaling, as logits are widened; the rest is in nats.
+    """
 
     m: Array  # -inf for classes that are all at -inf
     s: Array
@@ -89,7 +97,7 @@ class RowPart(NamedTuple):
 
 def _slope(x: Array, scaling: Scaling) -> Any:
     if scaling.softcap is None:
-        return 1 / scaling.temperature
+        return scaling.unit
     # sech^2, not 1 - tanh^2: the latter is 0 past |x| = 9 cap where the slope is still 6e-8.
     e = exp(-2 * jnp.abs(widened(x) / scaling.softcap))
     return 4 * e / ((1 + e) ** 2 * scaling.temperature)
@@ -115,7 +123,8 @@ def row_part(
     if kept is None:
         highest = row_max(logits, class_mask, scaling)
         m = finite(highest)
-        kept = near_max(logits, m, class_mask, scaling)
+        # A cap moves no maximum: it is looked for in the logits themselves.
+        kept = near_max(logits, finite(row_max(logits, class_mask, None)), class_mask)
         s = row_sum(logits, m, kept, class_mask, scaling, written)
     else:
         highest, s = max_and_sum(logits, kept, class_mask, scaling, written)
@@ -126,8 +135,8 @@ def row_part(
     raw = entry(lax.optimization_barrier(logits) if x.dtype != logits.dtype else logits, kept)
     exists = None if class_mask is None else entry(jnp.broadcast_to(class_mask, x.shape), kept)
     x_kept = widen(raw, exists, scaling)
-    if scaling is not None:
-        # Scaled by other instructions than the maximum, it may lie above it, or below its equal.
+    if cap_of(scaling) is not None:
+        # Capped by other instructions than the maximum, it may lie above it, or below its equal.
         first = widen(raw, exists, None) == row_max(logits, class_mask, None)
         if exists is not None:  # a cap lifts -inf, but not of a class that is masked
             first &= exists
@@ -137,15 +146,15 @@ def row_part(
     x_kept = jnp.where(kept < x.shape[-1], x_kept, jnp.nan)
     if soft_targets is None and top is None and "entropy" not in want:
         return RowPart(highest, s, x_kept, kept)
-    as_read = class_mask is None and scaling is None
+    given, left = for_passes(logits, class_mask, scaling)
     # x and m again, for the reductions below.
-    y, high = apart(logits if as_read else x, m)
-    y, high = y.astype(x.dtype), high[..., None]
+    y, high = apart(given, m)
+    y = read(y, high, left)
     below = mass = other_mass = spread = low = None
     if soft_targets is not None:
         q, here = soft_targets.astype(x.dtype), kept < x.shape[-1]
         if q.shape[-1] == 1 < x.shape[-1]:  # for all classes: nothing of their size is selected
-            q, size, below = q[..., 0], x.shape[-1], high - y
+            q, size, below = q[..., 0], x.shape[-1], -above(y, high, left)
             if top is not None:
                 # Selected, and not taken away again: at a class at -inf that would be inf - inf.
                 below = jnp.where(elsewhere(x, top[0]), below, 0)
@@ -163,15 +172,16 @@ def row_part(
             other_mass = jnp.where(is_kept(x, kept), 0, jnp.broadcast_to(q, x.shape))
             other_mass = jnp.sum(other_mass, axis=-1)
             # q_j = 0 asks for nothing, of a class at -inf either (0 * inf is NaN).
-            below = jnp.where(q == 0, 0, q * (m[..., None] - jnp.where(q == 0, 0, x)))
-            below = jnp.sum(below, axis=-1)
+            below = scaled(m[..., None] - jnp.where(q == 0, 0, x), scaling)
+            below = jnp.sum(jnp.where(q == 0, 0, q * below), axis=-1)
         mass = other_mass + at_kept
     if top is not None:
         index, extra = top
         extra = jnp.where(index < x.shape[-1], extra.astype(x.dtype), 0)
         x_top = widen(*_at(index, logits, class_mask), scaling)
         extra = jnp.where((x_top == -jnp.inf) & (extra == 0), 0, extra)  # as q above
-        below_top = jnp.where(extra == 0, 0, extra * _below(x_top, m, extra == 0))
+        below_top = scaled(_below(x_top, m, extra == 0), scaling)
+        below_top = jnp.where(extra == 0, 0, extra * below_top)
         others = jnp.where(index == kept[..., None], 0, extra)
         some = (jnp.sum(v, axis=-1) for v in (below_top, extra, others))
         dense = (below, mass, other_mass)
@@ -180,14 +190,16 @@ def row_part(
         )
     if "entropy" in want:
         # Bounded, so that a class at -inf adds 0: XLA:CPU would write out a summand that selects.
-        distance = high - y if scaling is None else jnp.abs(high - y)  # which rounds either way
+        distance = -above(y, high, left)
+        if cap_of(scaling) is not None:  # a cap rounds either way
+            distance = jnp.abs(distance)
         distance = jnp.minimum(distance, jnp.finfo(x.dtype).max)
-        spread = jnp.sum(exp(y - high) * distance, axis=-1)
+        spread = jnp.sum(exponentials(y, high, left) * distance, axis=-1)
         if labelled:
-            y, (m, _) = apart(logits if as_read else x, (m, spread))
-            y = y.astype(x.dtype)
+            y, (m, _) = apart(given, (m, spread))
+            y = read(y, m, left)
             # In halves: the ones of a factor 1, which s has too, XLA:CPU would write out for both.
-            low = jnp.sum(lies_below(y, near(m), 2.0) * exp(y - m[..., None]), axis=-1) / 2
+            low = jnp.sum(lies_below(y, m, 2.0) * exponentials(y, m, left), axis=-1) / 2
     return RowPart(highest, s, x_kept, kept, below, mass, other_mass, spread, low)
 
 
@@ -204,7 +216,7 @@ def _below(x: Array, m: Array, unless: Array) -> Array:
     return m[..., None] - jnp.where(unless, m[..., None], x)
 
 
-def _seen_from(part: RowPart, m: Array, keeps: Array) -> RowPart:
+def _seen_from(part: RowPart, m: Array, keeps: Array, scaling: Scaling | None) -> RowPart:
     """The part with its sums scaled to ``m``, the maximum of more classes than its own.
 
     ``keeps``: its kept entry stays out of the sums; otherwise it joins the others.
@@ -212,10 +224,11 @@ def _seen_from(part: RowPart, m: Array, keeps: Array) -> RowPart:
 
     def lifted(x, weight):  # sum of weights * (part.m - x_j), seen from m
         # Two parts of classes at -inf: their maxima are no distance apart.
-        return x + jnp.where((weight == 0) | (m == part.m), 0, (m - part.m) * weight)
+        return x + jnp.where((weight == 0) | (m == part.m), 0, scaled(m - part.m, scaling) * weight)
 
-    whole = part.s + jnp.where(jnp.isnan(part.x_kept), 0, exp(part.x_kept - finite(part.m)))
-    scale = exp(part.m - finite(m))
+    kept = exp(scaled(part.x_kept - finite(part.m), scaling))
+    whole = part.s + jnp.where(jnp.isnan(part.x_kept), 0, kept)
+    scale = exp(scaled(part.m - finite(m), scaling))
     below, other_mass, spread, low = part.below, part.other_mass, part.spread, part.low
     if part.mass is not None:
         below, other_mass = lifted(below, part.mass), jnp.where(keeps, other_mass, part.mass)
@@ -231,7 +244,7 @@ def added(x: Any, y: Any) -> Any:
     return None if x is None else x + y
 
 
-def merge(a: RowPart, b: RowPart, labelled: bool) -> RowPart:
+def merge(a: RowPart, b: RowPart, labelled: bool, scaling: Scaling | None = None) -> RowPart:
     """The part of the classes of both: keep the larger ``m``, scale the other's sums.
 
     ``labelled``: one entry, a label's, is kept out of at most one of them. Otherwise each keeps
@@ -239,7 +252,7 @@ def merge(a: RowPart, b: RowPart, labelled: bool) -> RowPart:
     """
     m = jnp.maximum(a.m, b.m)
     keep_b = jnp.isnan(a.x_kept) if labelled else b.m > a.m
-    a, b = _seen_from(a, m, ~keep_b), _seen_from(b, m, keep_b)
+    a, b = _seen_from(a, m, ~keep_b, scaling), _seen_from(b, m, keep_b, scaling)
     return RowPart(
         m,
         a.s + b.s,
@@ -249,7 +262,9 @@ def merge(a: RowPart, b: RowPart, labelled: bool) -> RowPart:
     )
 
 
-def merge_shards(part: RowPart, axes: _mesh.Axes, labelled: bool, size: int) -> RowPart:
+def merge_shards(
+    part: RowPart, axes: _mesh.Axes, labelled: bool, size: int, scaling: Scaling | None = None
+) -> RowPart:
     """The part of the classes of all devices along the mesh axes, each holding ``size`` of them.
 
     One maximum and one sum, of a few numbers a row. ``kept`` stays the place on this device.
@@ -258,11 +273,12 @@ def merge_shards(part: RowPart, axes: _mesh.Axes, labelled: bool, size: int) -> 
         return part
     m = _mesh.largest(part.m, axes)
     keeps = ~jnp.isnan(part.x_kept) if labelled else part.m == m
-    here = _seen_from(part, m, keeps)
+    here = _seen_from(part, m, keeps, scaling)
     x_kept = jnp.where(keeps, part.x_kept, 0)
     sums = {"part": (here.s, *here[4:]), "x_kept": x_kept, "keepers": keeps.astype(m.dtype)}
     if not labelled:
-        sums["e_kept"] = jnp.where(keeps, exp(part.x_kept - finite(m)), 0)
+        e_kept = exp(scaled(part.x_kept - finite(m), scaling))
+        sums["e_kept"] = jnp.where(keeps, e_kept, 0)
     sums = _mesh.sums(sums, axes)
     (s, *rest), x_kept, keepers = sums["part"], sums["x_kept"], sums["keepers"]
     if labelled:
@@ -275,10 +291,12 @@ def merge_shards(part: RowPart, axes: _mesh.Axes, labelled: bool, size: int) -> 
     return RowPart(m, s, x_kept, jnp.where(keeps & one, part.kept, size), *rest)
 
 
-def finish(part: RowPart, want: tuple[str, ...]) -> tuple[RowLosses, RowState]:
+def finish(
+    part: RowPart, want: tuple[str, ...], scaling: Scaling | None = None
+) -> tuple[RowLosses, RowState]:
     """What the part of all classes gives."""
     m = finite(part.m)
-    d = m - part.x_kept
+    d = scaled(m - part.x_kept, scaling)
     t = part.s + expm1(-d)
     r = of_all = log1p(t)
     if part.low is not None:
@@ -291,7 +309,7 @@ def finish(part: RowPart, want: tuple[str, ...]) -> tuple[RowLosses, RowState]:
     losses = RowLosses(
         nll=d + r if "nll" in want else None,
         soft=None if part.mass is None else part.below + part.mass * r,
-        logsumexp=m + r if "logsumexp" in want else None,
+        logsumexp=scaled(m, scaling) + r if "logsumexp" in want else None,
         entropy=None if spread is None else spread + of_all,
         # No class at all, no confidence: 1 + t is 0.
         confidence=jnp.where(t > -1, 1 / (1 + t), jnp.nan) if "confidence" in want else None,
@@ -381,11 +399,14 @@ def _of_entries(
     """``_passes.slope``'s; ``soft`` and ``entropy`` are the cotangent and what it multiplies."""
     x = widen(logits, class_mask, scaling)
     # Where the forward pass wrote its summand out, this is it.
-    e = other_exponentials(x, m, kept) if _write_out(logits) else exp(x - m[..., None])
+    if _write_out(logits):
+        e = other_exponentials(x, m, kept, scaling)
+    else:
+        e = exponentials(x, m, scaling)
     dx = e * scale[..., None]
     if entropy is not None:
         ct, spread = entropy
-        below = m[..., None] - jnp.where(e > 0, x, 0)
+        below = scaled(m[..., None] - jnp.where(e > 0, x, 0), scaling)
         dx += jnp.where(e > 0, e * ct[..., None] * (below - spread[..., None]), 0)
     if soft is not None:
         ct, soft_targets = soft
@@ -405,7 +426,8 @@ def soft_gradient(logits, state, soft_targets, class_mask, scaling, top=None):
     if top is not None:
         impossible |= ~elsewhere(x, top[0])
     r = log1p(state.t)[..., None]
-    return jnp.where(impossible, 0, (state.m[..., None] - jnp.where(impossible, 0, x)) + r)
+    below = scaled(state.m[..., None] - jnp.where(impossible, 0, x), scaling)
+    return jnp.where(impossible, 0, below + r)
 
 
 def top_gradient(logits, state, class_mask, scaling, top):
@@ -413,7 +435,8 @@ def top_gradient(logits, state, class_mask, scaling, top):
     index, extra = top
     x, nowhere = widen(*_at(index, logits, class_mask), scaling), index >= logits.shape[-1]
     unless = nowhere | ((x == -jnp.inf) & (extra == 0))
-    return jnp.where(unless, 0, _below(x, state.m, unless) + log1p(state.t)[..., None])
+    below = scaled(_below(x, state.m, unless), scaling)
+    return jnp.where(unless, 0, below + log1p(state.t)[..., None])
 
 
 def with_derivative(want: tuple[str, ...], soft_targets: Any, extra: Any) -> tuple[str, ...]:
@@ -455,14 +478,14 @@ def row_losses(
     def part_of(logits, soft_targets, extra, kept, class_mask, index, share=False):
         top = None if extra is None else (index, extra)
         part = row_part(logits, kept, soft_targets, class_mask, scaling, want, top=top, share=share)
-        return merge_shards(part, vocab_axes, kept is not None, logits.shape[-1])
+        return merge_shards(part, vocab_axes, kept is not None, logits.shape[-1], scaling)
 
     def losses(*args):
-        return finish(part_of(*args), want)[0]
+        return finish(part_of(*args), want, scaling)[0]
 
     def forward(logits, soft_targets, extra, kept, class_mask, index):
         part = part_of(logits, soft_targets, extra, kept, class_mask, index, share=True)
-        out, state = finish(part, want)
+        out, state = finish(part, want, scaling)
         return out, (logits, state, soft_targets, extra, class_mask, index)
 
     def backward(residuals, ct):
@@ -529,7 +552,9 @@ def row_log_softmax(logits: Array, class_mask: Array | None = None) -> Array:
         wide = g.astype(accumulator_dtype(logits.dtype))
         others = jnp.sum(jnp.where(is_kept(wide, state.kept), 0, wide), axis=-1)
         state = state._replace(mass=-others - entry(wide, state.kept), other_mass=-others)
-        asked = jnp.any(wide != 0, axis=-1) | _sound(state)
+        # Of a sum of all of out g is a constant, whose reduction XLA would take 20 s to fold.
+        given = lax.optimization_barrier(lax.stop_gradient(wide))
+        asked = jnp.any(given != 0, axis=-1) | _sound(state)
         ct = RowLosses(None, asked.astype(wide.dtype), None, None)
         dx = row_gradient(logits, state, -wide, class_mask, None, ct, dtype=logits.dtype)
         return dx, None

@@ -100,18 +100,20 @@ def _bucket_rows(x, targets, classes, mask, scaling, want) -> _rows.RowLosses:
     of_named = jnp.max(lax.stop_gradient(named), axis=-1, initial=-jnp.inf)
     m = _passes.finite(jnp.maximum(of_others, of_named))
     rounded = lax.stop_gradient(rest.logsumexp)
-    lse = (of_others - m) + lax.stop_gradient(rest.above) + (rest.logsumexp - rounded)
+    lse = _passes.scaled(of_others - m, scaling) + lax.stop_gradient(rest.above)
+    lse += rest.logsumexp - rounded
     # Of no other class there is no derivative; of no class at all it is NaN.
     of_none = jnp.where(of_named == -jnp.inf, rest.logsumexp, -jnp.inf)
     lse = jnp.where(rounded == -jnp.inf, of_none, lse)
-    few = jnp.concatenate([named - m[..., None], lse[..., None]], axis=-1)
+    named = _passes.scaled(named - m[..., None], scaling)
+    few = jnp.concatenate([named, lse[..., None]], axis=-1)
     asked = jnp.concatenate([targets.extra, targets.rest[..., None]], axis=-1)
     # What is impossible and has a probability of 0 is no class, for derivatives too.
     some = (few != -jnp.inf) | (asked != 0)
     some |= jnp.all(few == -jnp.inf, axis=-1, keepdims=True)  # of nothing the gradient is NaN
     rows = _rows.row_losses(few, None, asked, some, want=tuple({"logsumexp"} & {*want}))
     if rows.logsumexp is not None:
-        rows = rows._replace(logsumexp=rows.logsumexp + m)
+        rows = rows._replace(logsumexp=rows.logsumexp + _passes.scaled(m, scaling))
     if "entropy" in want:
         stats = losses(None, mask, want=("entropy", "confidence"))
         rows = rows._replace(entropy=stats.entropy, confidence=stats.confidence)

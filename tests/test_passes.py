@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import EPS
 from jax.experimental import checkify
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -128,7 +129,7 @@ def test_which_classes_are_split(spec):
 
 
 def near_max(x, m, _):
-    return _passes.near_max(x, m, None, None)
+    return _passes.near_max(x, m, None)
 
 
 @pytest.mark.parametrize(
@@ -175,19 +176,24 @@ def test_scaling():
     assert _passes.scaling_of(3.0) == Scaling(3.0, 1.0)
     x = jnp.array([[1.0, -4.0]])
     mask = jnp.array([[True, False]])
-    np.testing.assert_array_equal(_passes.widen(x, mask, Scaling(None, 2)), [[0.5, -jnp.inf]])
-    np.testing.assert_array_equal(_passes.widen(x, None, Scaling(4.0, 1)), 4 * jnp.tanh(x / 4))
+    for scaling, expected in (
+        (Scaling(None, 2), [[0.5, -jnp.inf]]),
+        (Scaling(4.0, 1), [[4 * np.tanh(0.25), -jnp.inf]]),
+        (Scaling(4.0, 2), [[2 * np.tanh(0.25), -jnp.inf]]),
+    ):
+        got = _passes.scaled(_passes.widen(x, mask, scaling), scaling)
+        np.testing.assert_allclose(got, expected, rtol=2 * EPS)
 
 
 def test_the_first_of_the_largest():
     """Not one that a rounding of a huge logit brings near, and at 0 as anywhere."""
     rows = [[0.0, 1.0, 1.0], [-1.0, 0.0, -1.0], [-3e38, -3e38, 1e-38], [7.0, 7.0, 8.0]]
     x = jnp.pad(jnp.array(rows), ((0, 0), (97, 0)), constant_values=-jnp.inf)
-    found = _passes.near_max(x, jnp.max(x, axis=-1), None, None)
+    found = _passes.near_max(x, jnp.max(x, axis=-1), None)
     np.testing.assert_array_equal(found, jnp.argmax(x, axis=-1))
     mask = jnp.arange(100) < 99
     m = _passes.row_max(x, mask, None)
-    found = _passes.near_max(x, m, mask[None], None)
+    found = _passes.near_max(x, m, mask[None])
     np.testing.assert_array_equal(found, jnp.argmax(jnp.where(mask, x, -jnp.inf), axis=-1))
 
 
@@ -295,5 +301,9 @@ def test_exponentials_are_held_where_their_gradient_follows(one_device, f, times
 @pytest.mark.parametrize("scaling", [Scaling(3.0, 0.25), Scaling(3.0, 1.0), Scaling(None, 0.25)])
 def test_slopes_of_the_scaling(scaling):
     x = jnp.linspace(-9, 9, 37)
-    slopes = jax.vmap(jax.grad(lambda v: _passes.widen(v, None, scaling)))(x)
+
+    def f(x):
+        return _passes.scaled(_passes.widen(x, None, scaling), scaling)
+
+    slopes = jax.vmap(jax.grad(f))(x)
     np.testing.assert_allclose(_rows._slope(x, scaling), slopes, rtol=1e-5, atol=1e-7)

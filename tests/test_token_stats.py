@@ -9,7 +9,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import EPS, assert_within, equations, hurting_logits, margins, products, reference
+from helpers import (
+    EPS,
+    assert_within,
+    equations,
+    exact_gradient,
+    hurting_logits,
+    margins,
+    products,
+    reference,
+)
 
 import jaxloss
 from jaxloss import TokenStats
@@ -92,6 +101,61 @@ def test_a_label_that_no_device_holds_has_no_rank():
         )
     )(x)
     np.testing.assert_array_equal(rank, [-1, 5, -1])
+
+
+def split_over_two(x, labels, **options):
+    mesh = jax.make_mesh((2,), ("vocab",), axis_types=(jax.sharding.AxisType.Auto,))
+    specs = jax.sharding.PartitionSpec(None, "vocab"), jax.sharding.PartitionSpec()
+    f = partial(jaxloss.token_stats, vocab_axis_name="vocab", **options)
+    return jax.shard_map(f, mesh=mesh, in_specs=specs, out_specs=specs[1])(x, labels)
+
+
+def by_product(x, labels, **options):
+    return jaxloss.linear_token_stats(x, jnp.eye(x.shape[-1]), labels, **options)
+
+
+HOW = {
+    "logits": jaxloss.token_stats,
+    "token_chunks": partial(by_product, chunk_size=4),
+    "vocab_blocks": partial(by_product, implementation="vocab_blocks", chunk_size=3),
+    "split": split_over_two,
+}
+
+
+@pytest.mark.parametrize("temperature", [0.3, 1e-3])
+@pytest.mark.parametrize("how", HOW)
+def test_a_temperature_divides_what_is_left_of_an_offset(how, temperature):
+    """The difference of two scaled logits has the rounding of each: of 10000 / T, however close
+    they are."""
+    rng = np.random.default_rng(3)
+    x = jnp.asarray(1e4 + np.round(rng.normal(size=(9, 12)) * 64) / 1024, jnp.float32)
+    labels = jnp.asarray(rng.integers(0, 12, 9), jnp.int32)
+    scaled = np.asarray(x, np.longdouble) / temperature
+    truth = reference(scaled, np.asarray(labels), reduction="none")
+
+    def f(x):
+        return HOW[how](x, labels, temperature=temperature)
+
+    got = jax.jit(f)(x)
+    relative = (np.ptp(scaled, axis=-1).max() + 16) * 2 * EPS
+    assert_within(got.log_prob, truth.log_prob, relative)
+    assert_within(got.entropy, truth.entropy, relative, 1e-30)
+    assert_within(got.logsumexp, truth.logsumexp, 2 * EPS)
+    assert_within(got.confidence, np.exp(scaled.max(-1) - truth.logsumexp), relative)
+    slope = jax.jit(jax.grad(lambda x: -jnp.sum(f(x).log_prob)))(x)
+    slope = np.asarray(slope, np.longdouble) * temperature
+    assert_within(slope, exact_gradient(scaled, np.asarray(labels)), 2 * relative)
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_hardly_any_temperature(how):
+    """The greedy choice, and no probability more than 1."""
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(9, 12)), jnp.float32)
+    labels = jnp.argmax(x, axis=-1)
+    got = jax.jit(partial(HOW[how], temperature=1e-8))(x, labels)
+    np.testing.assert_array_equal(got.confidence, 1)
+    np.testing.assert_array_equal((got.log_prob, got.entropy), 0)
+    np.testing.assert_array_equal(got.prediction, labels)
 
 
 def test_of_a_temperature_and_a_cap():
@@ -289,5 +353,8 @@ def test_errors():
             jaxloss.token_stats(x, labels, temperature=bad)
         with pytest.raises(kind, match="linear_token_stats: temperature"):
             jaxloss.linear_token_stats(x, jnp.eye(13, dtype=x.dtype), labels, temperature=bad)
+    rule = r"logit_softcap / temperature must be in \[0, 3\.40282e\+38\]; got 1e\+40"
+    with pytest.raises(ValueError, match=f"token_stats: {rule}"):
+        jaxloss.token_stats(x, labels, temperature=1e-10, logit_softcap=1e30)
     with pytest.raises(ValueError, match="token_stats: labels must have the shape of logits"):
         jaxloss.token_stats(x, labels[:4])

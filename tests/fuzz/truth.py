@@ -113,7 +113,7 @@ class Rows(NamedTuple):
     entropy: Any
     condition: Any  # [N] relative error of a probability
     lse_error: Any  # [N] absolute
-    # [N] Scaled logits are rounded, otherwise in each pass, so that the maximum is known to this:
+    # [N] Capped logits are rounded, otherwise in each pass, so that the maximum is known to this:
     # absolute, in all that does not compare the label with it first.
     scaled: Any
 
@@ -146,8 +146,8 @@ def softmax_rows(x, mask, at: Precision, cap=None, temperature=1.0, blocks=1) ->
     high, low = np.max(np.where(possible, y, -INF), -1), np.min(np.where(possible, y, INF), -1)
     spread = np.where(bad, 0, high - np.where(bad, 0, low))
     size = np.maximum(np.abs(np.where(bad, 0, high)), np.abs(np.where(bad, 0, low)))
-    # tanh, a product and a quotient round what is then subtracted: 6 half roundings a side.
-    scaled = 3 * size if cap is not None or temperature != 1 else 0
+    # tanh rounds what is then subtracted, 6 half roundings a side; a temperature divides after.
+    scaled = 3 * size if cap is not None else 0
     terms = c / 4 + blocks
     condition = (np.minimum(spread, at.reach) + scaled + 16 + terms) * 2 * at.eps
     lse_error = (4 * np.abs(m) + 6 * scaled) * at.eps + r * condition + 4 * at.eps * r
