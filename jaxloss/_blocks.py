@@ -326,11 +326,8 @@ def _gradients(
 
 
 def _tangents(options: Options, residuals, tangents) -> _rows.RowLosses:
-    """Rows do not mix: the derivative of one number is the gradient at its unit cotangent."""
     operands, constants, state = residuals
     geometry = options.geometry
-    none = _rows.RowLosses(None, None, None, None)
-    one = jnp.ones_like(state.m)
     moving = [i for i, t in enumerate(tangents) if t is not None]
 
     def step(start, size):
@@ -344,20 +341,10 @@ def _tangents(options: Options, residuals, tangents) -> _rows.RowLosses:
 
         primals, moves = [operands[i] for i in moving], [tangents[i] for i in moving]
         out, moved, (mask, top) = jax.jvp(some, primals, moves, has_aux=True)
-        (x, soft, extra), (dx, d_soft, d_extra) = out, moved
+        (x, soft, _), (dx, d_soft, d_extra) = out, moved
         here = _at_block(state, start, size)
-        out = {}
-        for name in _rows.with_derivative(options.want, soft, extra):
-            ct = none._replace(**{name: one})
-            slope = _rows.row_gradient(x, here, soft, mask, options.scaling, ct, top)
-            out[name] = jnp.sum(slope * dx, axis=-1)
-        if soft is not None and d_soft is not None:
-            slope = _rows.soft_gradient(x, here, soft, mask, options.scaling, top)
-            out["soft"] += jnp.sum(slope * d_soft.astype(x.dtype), axis=-1)
-        if extra is not None and d_extra is not None:
-            slope = _rows.top_gradient(x, here, mask, options.scaling, top)
-            out["soft"] += jnp.sum(slope * d_extra.astype(x.dtype), axis=-1)
-        return none._replace(**out)
+        given = x, here, soft, mask, options.scaling, top
+        return _rows.row_tangents(options.want, *given, dx, d_soft, d_extra)
 
     def combine(total, new):
         return new if total is None else jax.tree.map(jnp.add, total, new)

@@ -166,7 +166,7 @@ def _labels(function: str, name: str, logits: Array, axes: tuple[int, ...], y: A
     """Class indices (integers, logits without the class axes) or probabilities (like logits)."""
     if isinstance(y, TopKLabels):
         return top_k_labels(function, name, batch_shape(logits, axes), y)
-    y = array(function, "labels", y)
+    y = indices_or_probabilities(function, y)
     batch = batch_shape(logits, axes)
     axis = axes[0] if len(axes) == 1 else axes
     if jnp.issubdtype(y.dtype, jnp.integer):
@@ -177,23 +177,24 @@ def _labels(function: str, name: str, logits: Array, axes: tuple[int, ...], y: A
         elif len(axes) == 1 and y.shape == (*batch[: axes[0]], 1, *batch[axes[0] :]):
             way_out = f"Drop the size-1 class axis: labels.squeeze({axis})."
         shape(function, "labels", y, batch, rule, way_out or f"{name}: {describe(logits)}.")
-    elif jnp.issubdtype(y.dtype, jnp.floating):
+    else:
         rule = f"the shape of {name} when they are probabilities (floating)"
         way_out = ""
         if y.shape == batch:
             way_out = "Class indices are integers: labels.astype(jnp.int32)."
         shape(function, "labels", y, logits.shape, rule, way_out)
-    else:
-        fail(
-            function,
-            "labels must be class indices (an integer dtype) or class probabilities (floating)",
-            describe(y),
-            kind=TypeError,
-        )
     return y
 
 
-def _class_weight(function: str, weight: Any, num_classes: int) -> Array | None:
+def indices_or_probabilities(function: str, y: Any) -> Array:
+    y = array(function, "labels", y)
+    if not any(jnp.issubdtype(y.dtype, kind) for kind in (jnp.integer, jnp.floating)):
+        rule = "labels must be class indices (an integer dtype) or class probabilities (floating)"
+        fail(function, rule, describe(y), kind=TypeError)
+    return y
+
+
+def class_weight(function: str, weight: Any, num_classes: int) -> Array | None:
     if weight is None:
         return None
     weight = floating(function, "weight", weight)
@@ -288,7 +289,7 @@ def precision(function: str, x: Any) -> Any:
 
 
 def word(function: str, name: str, x: Any, words: Sequence[str]) -> Any:
-    if x not in words:
+    if not isinstance(x, str) or x not in words:
         fail(function, f"{name} must be one of {', '.join(map(repr, words))}", repr(x))
     return x
 
@@ -476,7 +477,7 @@ def token_arguments(
     columns = num_classes(logits, axes) * _mesh.size(vocab_axes)
     classes = integer(function, "num_classes", classes, 0, columns, default=columns)
     labels = _labels(function, name, logits, axes, labels)
-    weight = _class_weight(function, weight, classes)
+    weight = class_weight(function, weight, classes)
     sample_weight = check_sample_weight(function, sample_weight, batch_shape(logits, axes))
     class_mask, token_mask = masks(function, name, where, logits, axes)
     of_tokens = None

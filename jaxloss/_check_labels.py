@@ -7,11 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 from jax.experimental import checkify
+from jax.typing import ArrayLike
 
 from jaxloss import _check, _targets
 
 
-def check_labels(labels, num_classes: int, ignore_index: int | None = -100) -> None:
+def check_labels(labels: ArrayLike, num_classes: int, ignore_index: int | None = -100) -> None:
     """Raises if a class index is neither in ``[0, num_classes)`` nor ``ignore_index``.
 
     The losses answer such a label with NaN in its own row. This is the assertion for those who
@@ -27,6 +28,8 @@ def check_labels(labels, num_classes: int, ignore_index: int | None = -100) -> N
         ``checkify.check``: transform the function with ``jax.experimental.checkify.checkify`` or
         ``chex.chexify``, which report it.
       TypeError: ``labels`` are no integers.
+
+    Under ``vmap`` labels of a batch member are checked; integers have no derivative.
 
     Example:
 
@@ -48,7 +51,8 @@ def check_labels(labels, num_classes: int, ignore_index: int | None = -100) -> N
     rule = f"labels must be in [0, {num_classes}) or equal ignore_index, {ignore_index}"
     if labels.size == 0:
         return
-    found = _first_wrong(labels, num_classes, ignore_index)
+    with jax.ensure_compile_time_eval():  # of labels that a trace holds as constants
+        found = _first_wrong(labels, num_classes, ignore_index)
     if isinstance(labels, Tracer):
         wrong, label, index = found
         text = _check.message("check_labels", rule, "{label} at flat index {index}")
@@ -63,7 +67,10 @@ def check_labels(labels, num_classes: int, ignore_index: int | None = -100) -> N
 @partial(jax.jit, static_argnums=(1, 2))
 def _first_wrong(labels, num_classes, ignore_index):
     """(whether a label is wrong, the first such, its flat index)"""
-    kept, not_ignored = _targets.class_indices(labels.ravel(), num_classes, ignore_index)
+    kept, not_ignored = _targets.class_indices(labels, num_classes, ignore_index)
     wrong = (kept == num_classes) & not_ignored
-    first = jnp.argmax(wrong)
-    return wrong[first], labels.ravel()[first], first
+    # Not by argmax and an index, which JAX refuses where an explicit mesh splits the labels.
+    flat = jnp.arange(labels.size, dtype=jnp.int32).reshape(labels.shape)
+    first = jnp.min(jnp.where(wrong, flat, labels.size))
+    label = jnp.sum(jnp.where(flat == first, labels, 0), dtype=labels.dtype)
+    return jnp.any(wrong), label, first

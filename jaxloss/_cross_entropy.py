@@ -1,7 +1,6 @@
 """The three functions of logits: log_softmax, nll_loss, cross_entropy."""
 
 import math
-import sys
 from functools import partial
 from typing import Any, Literal, cast
 
@@ -12,6 +11,8 @@ from jax.typing import ArrayLike
 
 from jaxloss import _check, _passes, _rows, _targets
 from jaxloss._casts import accumulator_dtype
+from jaxloss._forward_mode import with_forward_mode
+from jaxloss._labels import TopKLabels
 from jaxloss._terms import rows_of_logits, token_terms
 
 Reduction = Literal["none", "mean", "sum"]
@@ -114,8 +115,8 @@ def nll_loss(
     Args:
       log_probs: ``[..., C]``, C at ``axis``; a floating dtype. What ``log_softmax`` returns:
         nothing is normalised here.
-      labels, axis, weight, ignore_index, sample_weight, where, reduction: as in
-        :func:`cross_entropy`.
+      labels: class indices or class probabilities, as in :func:`cross_entropy`.
+      axis, weight, ignore_index, sample_weight, where, reduction: as in :func:`cross_entropy`.
 
     Returns:
       float32 (float64 for float64 input): the losses, shaped as ``log_probs`` without ``axis``, or
@@ -138,7 +139,9 @@ def nll_loss(
     """
     call, name = "nll_loss", "log_probs"
     log_probs = _check.floating(call, name, log_probs)
-    labels = _check.array(call, "labels", labels)
+    if isinstance(labels, TopKLabels):
+        rule = "labels must be class indices or class probabilities"
+        _check.fail(call, rule, "TopKLabels", "cross_entropy takes them.", TypeError)
     checked = _check.token_arguments(
         call, name, log_probs, labels, axis, weight, ignore_index, sample_weight, where, reduction
     )
@@ -177,14 +180,32 @@ def _nll_loss(
     nll, soft, counts = None, None, targets.counts
     if targets.kept is not None:
         # 0 - x, since -0 is no loss.
-        nll = jnp.where(counts, 0 - _passes.entry_or_nan(x, targets.kept), 0)
+        log_prob = _nan_where(targets.kept >= num_classes, _passes.entry(x, targets.kept))
+        nll = jnp.where(counts, 0 - log_prob, 0)
     else:
         q = jnp.where(counts[..., None], cast(Array, targets.probabilities), 0)
         q = _targets.soft_targets(q, None, None, weight, 0.0, num_classes, x.dtype)
         nothing = ~counts[..., None] | ((x == -jnp.inf) & (q == 0))
         soft = jnp.sum(q.astype(x.dtype) * jnp.where(nothing, 0, -x), axis=-1)
-    losses = _targets.token_losses(_rows.RowLosses(nll, soft, None, None), targets, 0.0, 0.0)
+    losses = _targets.token_losses(_rows.RowLosses(nll, soft), targets, 0.0, 0.0)
     return _targets.reduce_losses(losses, targets, sample_weight, reduction)
+
+
+def _nan_where(wrong: Array, x: Array) -> Array:
+    """``x``, NaN where it is wrong to ask for it, and so is the gradient; 0 where none is asked."""
+
+    def forward(x, wrong):
+        return jnp.where(wrong, jnp.nan, x), wrong
+
+    def backward(wrong, ct):
+        return jnp.where(wrong & (ct != 0), jnp.nan, ct), None
+
+    def tangent(wrong, tangents):
+        return jnp.where(wrong, jnp.nan, tangents[0])
+
+    rule = jax.custom_vjp(lambda x, wrong: forward(x, wrong)[0])
+    rule.defvjp(forward, backward)
+    return with_forward_mode(rule, tangent)(x, wrong)
 
 
 def cross_entropy(
@@ -333,7 +354,7 @@ def losses_of_logits(
         vocab_axes=vocab_axes,
         token_axes=token_axes,
         label_smoothing=smoothing,
-        z_loss=_check.number(call, "z_loss", z_loss, 0, sys.float_info.max),
+        z_loss=_check.number(call, "z_loss", z_loss, 0),
         scaling=_passes.scaling_of(*_check.scaling(call, logit_softcap, temperature)),
         return_stats=_check.flag(call, "return_stats", return_stats),
     )

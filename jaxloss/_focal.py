@@ -1,6 +1,5 @@
 """The focal loss of class indices, and the factor that every focal loss has: ``(1 - p)^gamma``."""
 
-import sys
 from functools import partial
 from typing import Any
 
@@ -51,7 +50,7 @@ def _times_power_jvp(gamma, primals, tangents):
 
 
 def check_gamma(function: str, gamma: Any) -> float:
-    return _check.number(function, "gamma", gamma, 0, sys.float_info.max)
+    return _check.number(function, "gamma", gamma, 0)
 
 
 def focal_loss(

@@ -1,5 +1,6 @@
-"""linear_cross_entropy on an explicit mesh: the operands' types say what is split over what."""
+"""Products on an explicit mesh: the operands' types say what is split over what."""
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -27,6 +28,9 @@ class Layout(NamedTuple):
     @property
     def token_axes(self) -> _mesh.Axes:
         return tuple(name for entry in self.tokens for name in _names(entry))
+
+    def devices(self, axes: _mesh.Axes) -> int:
+        return math.prod(self.mesh.shape[name] for name in axes)
 
 
 def _names(entry: Any) -> _mesh.Axes:
@@ -66,11 +70,9 @@ def of_types(call: str, hidden: Array, kernel: Array, vocab_axis: int) -> Layout
         vocab = first or vocab
         if last:
             gathered.append((axis, last))
-    shards = 1
-    for name in vocab:
-        shards *= mesh.shape[name]
-    columns = kernel.shape[vocab_axis] // shards
-    return Layout(mesh, tuple(tokens), of_kernel, vocab_axis, vocab, tuple(gathered), columns)
+    columns = kernel.shape[vocab_axis]
+    layout = Layout(mesh, tuple(tokens), of_kernel, vocab_axis, vocab, tuple(gathered), columns)
+    return layout._replace(columns=columns // layout.devices(vocab))
 
 
 def refuse(call: str, hidden: Array, kernel: Array, vocab_axis: int, of: str = "") -> None:
@@ -81,8 +83,16 @@ def refuse(call: str, hidden: Array, kernel: Array, vocab_axis: int, of: str = "
         _check.fail(call, "operands of an explicit mesh must not be sharded", got, way_out)
 
 
+# Under jit, so that what is called eagerly is compiled once.
+@partial(jax.jit, static_argnames=("schedule", "layout", "static", "reduction", "return_stats"))
 def over_mesh(
-    schedule: Callable, layout: Layout, arrays: tuple, reduction: str, return_stats: bool
+    arrays: tuple,
+    *,
+    schedule: Callable,
+    layout: Layout,
+    static: tuple,
+    reduction: str,
+    return_stats: bool,
 ) -> Any:
     """``schedule(*arrays)`` inside ``shard_map``, every array split as the layout says."""
     hidden, kernel, bias, labels, weight, sample_weight, class_mask, token_mask = arrays
@@ -119,12 +129,7 @@ def over_mesh(
     )
     out = rows if reduction == "none" else P()
     return jax.shard_map(
-        partial(
-            schedule,
-            vocab_axes=layout.vocab_axes,
-            token_axes=layout.token_axes if reduction != "none" else (),
-            gathered=layout.gathered,
-        ),
+        partial(schedule, **dict(static)),
         mesh=layout.mesh,
         in_specs=specs,
         out_specs=(out, rows) if return_stats else out,

@@ -325,8 +325,7 @@ def _scale_of(weight: Array, operands: Operands, axes: _mesh.Axes) -> Array | No
     if not any(x.dtype == jnp.float16 for x in (operands.hidden, *operands.teacher[:1])):
         return None
     # To at most 64: probabilities of 1e-9 are not lost, nor slopes of a thousand.
-    largest = jnp.max(jnp.abs(weight), initial=0)
-    largest = _mesh.largest(largest, axes) if axes else largest
+    largest = _mesh.largest(jnp.max(jnp.abs(weight), initial=0), axes)
     return jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1) / 64
 
 

@@ -1,9 +1,8 @@
 """linear_cross_entropy: the loss of ``hidden @ kernel`` without the logits."""
 
 import math
-import sys
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +13,7 @@ from jaxloss import (
     _blocks,
     _check,
     _chunks,
+    _implementation,
     _layout,
     _linear,
     _mesh,
@@ -23,63 +23,11 @@ from jaxloss import (
 )
 from jaxloss._casts import accumulator_dtype
 from jaxloss._cross_entropy import AxisName, Reduction
+from jaxloss._implementation import Implementation
 from jaxloss._labels import TopKLabels
 from jaxloss._terms import TokenStats, rows_of_logits, token_terms
 
-Implementation = Literal["token_chunks", "vocab_blocks", "mosaic_tpu", "mosaic_gpu"]
-IMPLEMENTATIONS = get_args(Implementation)
-KERNELS = ("mosaic_tpu", "mosaic_gpu")
 INTEGERS = ("prediction", "rank")  # of TokenStats: -1 where a token does not count
-FEW = 16  # tokens a chunk, too few for products that read the whole kernel
-
-
-def _default(tokens: int, columns: int) -> Implementation:
-    few = _chunks.default_chunk(tokens, columns) < min(FEW, tokens)
-    return "vocab_blocks" if few else "token_chunks"
-
-
-def _kernel_here() -> Implementation | None:
-    """The name of the kernel for this backend."""
-    if jax.default_backend() == "tpu":
-        return "mosaic_tpu"
-    return "mosaic_gpu" if _passes.is_hopper() else None
-
-
-def _beyond_the_kernel(
-    name, dtype, labels, class_mask, label_smoothing, scaling, with_stats
-) -> list[str]:
-    """What of a call the kernel ``name`` has no form of."""
-    backend, chip = jax.default_backend(), jax.devices()[0].device_kind
-    if name == "mosaic_tpu":  # its tiles do not fit into the oldest
-        old = chip.startswith(("TPU v2", "TPU v3", "TPU v4"))
-    else:
-        old = not _passes.is_hopper()
-    other = backend != name.removeprefix("mosaic_")
-    cases = (
-        (f"the backend {backend}", other),
-        (f"a {chip}", old and not other),
-        (f"operands of {dtype}", dtype != jnp.bfloat16),
-        ("labels that are no class indices", not _targets.is_indices(labels)),
-        ("where over classes", class_mask is not None),
-        ("label_smoothing", label_smoothing != 0),
-        ("a soft cap or a temperature", scaling is not None),
-        ("statistics", with_stats),
-    )
-    return [what for what, here in cases if here]
-
-
-def _kernel_fits(name: Any, hidden: Array, vocab: int, columns: int) -> bool:
-    tokens, features = math.prod(hidden.shape[:-1]), hidden.shape[-1]
-    if not isinstance(tokens, int) or min(tokens, columns) == 0:
-        return False  # a batch that jax.export leaves open has no tiles
-    # Pallas: a third of the whole import.
-    if name == "mosaic_gpu":
-        from jaxloss._kernels import linear_gpu
-
-        return linear_gpu.takes(tokens, features, vocab)
-    from jaxloss._kernels import linear_tpu
-
-    return linear_tpu.tiles(tokens, features) is not None
 
 
 def rows_of_mask(mask: Array | None, lead: tuple[int, ...]) -> tuple[Array | None, Array | None]:
@@ -161,8 +109,8 @@ def linear_cross_entropy(
         blocks whose log-sum-exp a kernel computes: ``"mosaic_tpu"`` on a TPU after v4,
         ``"mosaic_gpu"`` on a Hopper GPU (an H100, an H200). A kernel takes bfloat16 operands and
         class indices, no smoothing, soft cap, statistics or ``where`` over classes. What it has no
-        tiles for goes as with ``"vocab_blocks"``: on a TPU rows of some 30000 features and more and
-        padded columns that a mesh splits, on a GPU features or columns that are no multiple of 64,
+        tiles for goes as with ``"vocab_blocks"``: padded columns that a mesh splits, on a TPU rows
+        of some 30000 features and more, on a GPU features or columns that are no multiple of 64,
         fewer than 192 features, and little to do (N D V < 2^33). None takes token chunks, but
         vocabulary blocks where fewer than 16 tokens would fit into the budget (not for
         ``rest="bucket"`` of :class:`TopKLabels`, which chunks alone can take); and a kernel that
@@ -281,77 +229,66 @@ def losses_of_product(
         call, "hidden @ kernel", logits, labels, -1, weight, ignore_index, sample_weight, where,
         reduction, num_classes, vocab_axes,
     )  # fmt: skip
+    labels, _, sample_weight, class_mask, token_mask = checked.arrays
+    classes, ignored = checked.static["num_classes"], checked.static["ignore_index"]
     smoothing = _check.number(call, "label_smoothing", label_smoothing, 0, 1)
-    _check.bucket(call, checked.arrays[0], weight, smoothing)
-    bucket = getattr(checked.arrays[0], "rest", None) == "bucket"
+    _check.bucket(call, labels, weight, smoothing)
     _check.split(
         call, "kernel", kernel, {"hidden": hidden, **checked.of_tokens}, vocab_axes, token_axes
     )
-
     scaling = _passes.scaling_of(*_check.scaling(call, logit_softcap, temperature))
     with_stats = _check.flag(call, "return_stats", return_stats)
     precision = _check.precision(call, precision)
-    labels, _, sample_weight, class_mask, token_mask = checked.arrays
-    ignored = checked.static["ignore_index"]
-    # Chunks leave out the tokens that do not count, the TPU's kernel computes all.
-    all_count = ignored is None and sample_weight is None and token_mask is None
-    chip = _kernel_here()
-    by_rule = implementation is None and chunk_size is None
-    by_rule &= chip == "mosaic_gpu" or (chip == "mosaic_tpu" and all_count)
-    wanted = chip if by_rule else implementation if implementation in KERNELS else None
-    beyond = []
-    if wanted:
-        of_call = hidden.dtype, labels, class_mask, smoothing, scaling, with_stats
-        beyond = _beyond_the_kernel(wanted, *of_call)
 
-    def schedule(hidden, kernel, bias, *arrays, **mesh):
-        tokens = _chunks.size_to_plan_for(math.prod(hidden.shape[:-1]))
-        here = local if not layout else layout.columns
-        # By its name it is taken anywhere: JAX says so where a partitioner would have to split it.
-        fused = wanted and not beyond and (implementation or _passes.is_whole())
-        fused = bool(fused and _kernel_fits(wanted, hidden, kernel.shape[vocab_axis], here))
-        name = implementation
-        if name is None and fused and wanted == "mosaic_tpu":
-            name = wanted
-        elif name is None:
-            name = "token_chunks" if bucket else _default(tokens, here)
-        _check.word(call, "implementation", name, IMPLEMENTATIONS)
-        if bucket and name == "vocab_blocks":
-            rule = "labels with rest='bucket' need implementation='token_chunks'"
-            _check.fail(call, rule, repr(name))
-        if name in KERNELS and beyond:
-            where = "a TPU" if name == "mosaic_tpu" else "a Hopper GPU"
-            rule = f"implementation={name!r} takes class indices and bfloat16 operands on {where}"
-            _check.fail(call, rule, ", ".join(beyond), "Leave implementation out.")
-        by_tokens = name == "token_chunks"
-        if by_tokens:
-            default = _chunks.default_chunk(tokens, here, hidden.shape[-1])
-        else:
-            default = _blocks.default_block(tokens, here)
-        most = tokens if by_tokens else here
-        chunk = _check.chunk_size(call, chunk_size, default, most)
-        return (_by_token_chunks if by_tokens else _by_vocab_blocks)(
-            hidden,
-            kernel,
-            bias,
-            *arrays,
-            geometry=_products.Geometry(vocab_axis, here, chunk, precision, **mesh),
-            num_classes=checked.static["num_classes"],
-            reduction=reduction,
-            scaling=scaling,
-            fused=fused,
-            options=(
-                ("ignore_index", ignored),
-                ("label_smoothing", smoothing),
-                ("z_loss", _check.number(call, "z_loss", z_loss, 0, sys.float_info.max)),
-                ("with_stats", with_stats),
-            ),
-        )
-
+    tokens, shards, gathered = math.prod(hidden.shape[:-1]), _mesh.size(vocab_axes), ()
+    if layout is not None:
+        tokens //= layout.devices(layout.token_axes)
+        shards = layout.devices(layout.vocab_axes)
+        columns = local = layout.columns
+        vocab_axes, gathered = layout.vocab_axes, layout.gathered
+        token_axes = layout.token_axes if reduction != "none" else ()
+    chosen = _implementation.choose(
+        call,
+        implementation,
+        chunk_size,
+        _implementation.Size(tokens, hidden.shape[-1], columns, local, classes != local * shards),
+        _implementation.Asked(hidden.dtype, labels, class_mask, smoothing, scaling, with_stats),
+        all_count=ignored is None and sample_weight is None and token_mask is None,
+        whole=layout is not None or _passes.is_whole(),
+    )
+    static = {
+        "geometry": _products.Geometry(
+            vocab_axis,
+            local,
+            chosen.chunk,
+            precision,
+            vocab_axes=vocab_axes,
+            token_axes=token_axes,
+            gathered=gathered,
+        ),
+        "num_classes": classes,
+        "reduction": reduction,
+        "scaling": scaling,
+        "fused": chosen.fused,
+        "options": (
+            ("ignore_index", ignored),
+            ("label_smoothing", smoothing),
+            ("z_loss", _check.number(call, "z_loss", z_loss, 0)),
+            ("with_stats", with_stats),
+        ),
+    }
+    schedule = _by_token_chunks if chosen.by_tokens else _by_vocab_blocks
     arrays = (hidden, kernel, bias, *checked.arrays)
     if layout is None:
-        return schedule(*arrays, vocab_axes=vocab_axes, token_axes=token_axes)
-    return _layout.over_mesh(schedule, layout, arrays, reduction, return_stats)
+        return schedule(*arrays, **static)
+    return _layout.over_mesh(
+        arrays,
+        schedule=schedule,
+        layout=layout,
+        static=tuple(static.items()),
+        reduction=reduction,
+        return_stats=with_stats,
+    )
 
 
 @partial(
@@ -452,9 +389,7 @@ def _by_vocab_blocks(
         varies = _mesh.varies_over(rows).union(*map(_mesh.varies_over, jax.tree.leaves(labels)))
         weight = _mesh.spread(_targets.weight_here(weight, classes), varies)
         return _blocks.row_losses_by_block(
-            _blocks.Options(
-                geometry, label_smoothing, scaling, want, predict, wide, fused and exists is None
-            ),
+            _blocks.Options(geometry, label_smoothing, scaling, want, predict, wide, fused),
             _blocks.Operands(
                 # 0 * NaN is NaN: a token that does not count must not reach d_kernel.
                 jnp.where(targets.counts[:, None], rows, 0),

@@ -38,7 +38,9 @@ def linear_loss(
       kernel: ``[D, V]``, or ``[V, D]`` with ``vocab_axis=0``; the dtype of ``hidden``.
       per_token: arrays ``[..., *rest]`` with hidden's leading shape: labels, a teacher's hidden.
       bias: ``[V]``.
-      vocab_axis, precision, chunk_size: as in :func:`linear_cross_entropy`.
+      vocab_axis, precision: as in :func:`linear_cross_entropy`.
+      chunk_size: likewise; None never takes all tokens at once for want of an accumulator, as what
+        ``loss_fn`` holds of them is not known.
       sample_weight: ``[...]``, a weight a token, or a boolean mask. Tokens of weight 0 are not
         computed; their loss and gradient are exactly 0.
       reduction: ``"none"``, ``"sum"`` or ``"mean"``. A mean over nothing is NaN, with gradient 0.
@@ -48,7 +50,8 @@ def linear_loss(
 
     Raises:
       TypeError, ValueError: as :func:`linear_cross_entropy`; or an array of ``per_token`` has
-        another leading shape, or ``loss_fn`` does not return ``[n]``, floating.
+        another leading shape, or ``loss_fn`` does not return ``[n]``, floating, or operands of an
+        explicit mesh are sharded. Inside of ``shard_map`` a sum or mean is the device's own.
 
     Differentiable in ``hidden``, ``kernel``, ``bias``, floating ``per_token``, ``sample_weight``
     and what ``loss_fn`` closes over, in every mode that ``loss_fn`` is; memory and products as
@@ -61,7 +64,7 @@ def linear_loss(
       >>> import jaxloss
       >>> def focal(logits, labels):
       ...     loss = jaxloss.cross_entropy(logits, labels, reduction="none")
-      ...     return (1 - jnp.exp(-loss)) ** 2 * loss
+      ...     return jnp.expm1(-loss) ** 2 * loss
       >>> hidden = jax.random.normal(jax.random.key(0), (6, 4))
       >>> kernel = jax.random.normal(jax.random.key(1), (4, 10))
       >>> labels = jnp.arange(6)

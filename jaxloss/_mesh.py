@@ -36,7 +36,8 @@ def together(*xs: Any) -> tuple:
 
 
 def largest(x: Array, axes: Axes) -> Array:
-    return lax.pmax(lax.stop_gradient(x), axes)
+    x = lax.stop_gradient(x)
+    return lax.pmax(x, axes) if axes else x  # over none, JAX 0.10 refuses
 
 
 def sums(xs: Any, axes: Axes) -> Any:

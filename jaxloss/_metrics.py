@@ -1,5 +1,6 @@
 """Metrics of a whole evaluation, from sums that add over steps and devices."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -8,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array, lax
+from jax import Array, export, lax
 from jax.typing import ArrayLike
 
 from jaxloss import _check, _targets
@@ -50,6 +51,15 @@ class MetricSums:
     bin_confidence: Any
     bin_hits: Any
     top_k: tuple[int, ...] = (1,)
+
+
+# A program that returns them can be stored, and run where jaxloss is imported.
+export.register_pytree_node_serialization(
+    MetricSums,
+    serialized_name="jaxloss.MetricSums",
+    serialize_auxdata=lambda meta_fields: json.dumps(meta_fields).encode(),
+    deserialize_auxdata=lambda data: tuple(map(tuple, json.loads(data))),
+)
 
 
 def _positive(call: str, name: str, x: Any) -> int:
@@ -194,7 +204,8 @@ def _metric_sums(stats, sample_weight, *, top_k, bins, token_axes):
 
     of_bins = jnp.stack([of_tokens[0], weighted(confidence), of_tokens[3]])
     edges = (np.arange(bins + 1) / bins).astype(dtype)
-    binned = jnp.where(jnp.isnan(confidence), 1, confidence)  # its NaN must reach some bin
+    # NaN must reach some bin, and so must what a rounding lifts above 1.
+    binned = jnp.where(jnp.isnan(confidence), 1, jnp.minimum(confidence, 1))
 
     def in_bin(edge):
         low, high = edge

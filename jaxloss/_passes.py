@@ -101,6 +101,11 @@ def _classes_are_split(x: Array) -> bool:
     return len(spec) == x.ndim and spec[-1] is not None
 
 
+def _is_split(x: Array) -> bool:
+    """Over the devices of an explicit mesh in any axis, where JAX refuses to scatter."""
+    return any(entry is not None for entry in jax.typeof(x).sharding.spec)
+
+
 def _class_index(x: Array) -> Array:
     index = jnp.arange(x.shape[-1], dtype=accumulator_dtype(x.dtype))
     return index.reshape((1,) * (x.ndim - 1) + index.shape)
@@ -160,7 +165,8 @@ def _sum_of_others(x: Array, m: Array, kept: Array, scaling: Scaling | None = No
     x = read(x, m, scaling)
     if not _index_is_exact(x):
         return jnp.sum(_selected_exponentials(x, m, kept, scaling), axis=-1)
-    other = jnp.minimum(jnp.abs(_class_index(x) - kept.astype(x.dtype)[..., None]), 1)
+    one, m = hidden(1, m)
+    other = jnp.minimum(jnp.abs(_class_index(x) - kept.astype(x.dtype)[..., None]), one)
     return jnp.sum(other * exponentials(x, m, scaling), axis=-1)
 
 
@@ -403,13 +409,13 @@ def ahead(x: Array, of_label: Array, label: Array) -> Array:
         at = lax.broadcasted_iota(label.dtype, x.shape, x.ndim - 1) - label[..., None]
         larger = (x > of_label) | ((x == of_label) & (at < 0))
         return jnp.sum(larger & (at != 0), axis=-1, dtype=jnp.int32)
-    tiny = jnp.finfo(wide).tiny
+    tiny, (one, of_label) = jnp.finfo(wide).tiny, hidden(1, of_label)
     below = label.astype(wide)[..., None] - _class_index(x)
     # 2^30 for a larger logit, 0 for an equal one, below -2^30 for a smaller one.
     larger = jnp.minimum(jnp.maximum((x - of_label) / tiny, -1) / tiny, 2.0**30)
-    first = jnp.maximum(larger + jnp.minimum(below, 1), 0) * 2
+    first = jnp.maximum(larger + jnp.minimum(below, one), 0) * 2
     # The label's own logit may have been rounded otherwise than the one it is compared with.
-    return jnp.sum(jnp.minimum(first, jnp.minimum(jnp.abs(below), 1)), axis=-1).astype(jnp.int32)
+    return jnp.sum(jnp.minimum(first, jnp.minimum(jnp.abs(below), one)), axis=-1).astype(jnp.int32)
 
 
 def rank(
@@ -506,7 +512,7 @@ def entries(x: Array, index: Array) -> Array:
 
 def put_at(x: Array, index: Array, values: Array) -> Array:
     """``x`` with ``values[..., k]`` at the distinct ``index[..., k]``; past the end: nowhere."""
-    if _classes_are_split(x):
+    if _is_split(x):
         hit = is_kept(x[..., None, :], index)
         return jnp.where(jnp.any(hit, axis=-2), _only(hit, values[..., None], -2), x)
     if x.dtype.itemsize == 2:  # XLA:CPU scatters narrow floats by way of a float32 copy
@@ -519,8 +525,3 @@ def put_at(x: Array, index: Array, values: Array) -> Array:
 def elsewhere(x: Array, index: Array) -> Array:
     """Which entries of ``x[..., C]`` are at none of ``index[..., k]``."""
     return put_at(jnp.ones_like(x, bool), index, jnp.zeros_like(index, bool))
-
-
-def entry_or_nan(x: Array, index: Array) -> Array:
-    """x[..., index], NaN where the index is past the end."""
-    return jnp.where(index < x.shape[-1], entry(x, index), jnp.nan)

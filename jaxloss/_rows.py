@@ -57,10 +57,10 @@ from jaxloss._passes import (
 class RowLosses(NamedTuple):
     """One number a row (an Array); None where it was not asked for."""
 
-    nll: Any  # logsumexp(x) - x_k
-    soft: Any  # sum_j q_j (logsumexp(x) - x_j), for soft targets q
-    logsumexp: Any
-    entropy: Any
+    nll: Any = None  # logsumexp(x) - x_k
+    soft: Any = None  # sum_j q_j (logsumexp(x) - x_j), for soft targets q
+    logsumexp: Any = None
+    entropy: Any = None
     confidence: Any = None  # max_j p_j; without a derivative
     above: Any = None  # logsumexp(x) - max_j x_j; without a derivative
 
@@ -311,8 +311,10 @@ def finish(
         soft=None if part.mass is None else part.below + part.mass * r,
         logsumexp=scaled(m, scaling) + r if "logsumexp" in want else None,
         entropy=None if spread is None else spread + of_all,
-        # No class at all, no confidence: 1 + t is 0.
-        confidence=jnp.where(t > -1, 1 / (1 + t), jnp.nan) if "confidence" in want else None,
+        # No class at all, no confidence: 1 + t is 0. Of any it is 1 or more, but for its rounding.
+        confidence=jnp.where(t > -1, 1 / (1 + jnp.maximum(t, 0)), jnp.nan)
+        if "confidence" in want
+        else None,
         above=r if "above" in want else None,
     )
     return losses, RowState(m, part.s, d, t, part.kept, part.mass, part.other_mass, spread)
@@ -439,10 +441,33 @@ def top_gradient(logits, state, class_mask, scaling, top):
     return jnp.where(unless, 0, below + log1p(state.t)[..., None])
 
 
-def with_derivative(want: tuple[str, ...], soft_targets: Any, extra: Any) -> tuple[str, ...]:
+def with_derivative(want: tuple[str, ...], soft_targets: Any, top: Any) -> tuple[str, ...]:
     """The numbers of ``RowLosses`` that are there and have one."""
     some = tuple(name for name in want if name not in ("confidence", "above"))
-    return some if soft_targets is None and extra is None else (*some, "soft")
+    return some if soft_targets is None and top is None else (*some, "soft")
+
+
+def row_tangents(
+    want, logits, state, soft_targets, class_mask, scaling, top, d_logits, d_soft_targets, d_extra
+) -> RowLosses:
+    """Rows do not mix: the derivative of one number is the gradient at its unit cotangent."""
+    out: dict[str, Any] = {}
+
+    def along(slope, d):
+        return jnp.sum(slope * d.astype(slope.dtype), axis=-1)
+
+    for name in with_derivative(want, soft_targets, top):
+        out[name] = jnp.zeros_like(state.m)
+        if d_logits is not None:
+            ct = RowLosses(**{name: jnp.ones_like(state.m)})
+            slope = row_gradient(logits, state, soft_targets, class_mask, scaling, ct, top)
+            out[name] += along(slope, d_logits)
+    if d_soft_targets is not None:
+        slope = soft_gradient(logits, state, soft_targets, class_mask, scaling, top)
+        out["soft"] += along(slope, d_soft_targets)
+    if d_extra is not None:
+        out["soft"] += along(top_gradient(logits, state, class_mask, scaling, top), d_extra)
+    return RowLosses(**out)
 
 
 def sum_to(x: Array, like: Array) -> Array:
@@ -508,26 +533,11 @@ def row_losses(
         return dx, dq, d_extra, None, None, None
 
     def tangent(residuals, tangents):
-        # Rows do not mix: the derivative of one number is the gradient at its unit cotangent.
         logits, state, soft_targets, extra, class_mask, index = residuals
         top = None if extra is None else (index, extra)
-        d_logits, d_soft_targets, d_extra = tangents[:3]
-        wide = accumulator_dtype(logits.dtype)
-        none = RowLosses(None, None, None, None)
-        out: dict[str, Any] = {}
-        for name in with_derivative(want, soft_targets, extra):
-            out[name] = jnp.zeros_like(state.m)
-            if d_logits is not None:
-                ct = none._replace(**{name: jnp.ones_like(state.m)})
-                slope = row_gradient(logits, state, soft_targets, class_mask, scaling, ct, top)
-                out[name] += jnp.sum(slope * d_logits.astype(wide), axis=-1)
-        if d_soft_targets is not None:
-            slope = soft_gradient(logits, state, soft_targets, class_mask, scaling, top)
-            out["soft"] += jnp.sum(slope * d_soft_targets.astype(wide), axis=-1)
-        if d_extra is not None:
-            slope = top_gradient(logits, state, class_mask, scaling, top)
-            out["soft"] += jnp.sum(slope * d_extra.astype(wide), axis=-1)
-        return none._replace(**(_mesh.sums(out, vocab_axes) if vocab_axes else out))
+        given = logits, state, soft_targets, class_mask, scaling, top
+        moved = row_tangents(want, *given, *tangents[:3])
+        return _mesh.sums(moved, vocab_axes) if vocab_axes else moved
 
     index, extra = (None, None) if top is None else top
     mask = of_rank(class_mask, logits.ndim)
@@ -555,7 +565,7 @@ def row_log_softmax(logits: Array, class_mask: Array | None = None) -> Array:
         # Of a sum of all of out g is a constant, whose reduction XLA would take 20 s to fold.
         given = lax.optimization_barrier(lax.stop_gradient(wide))
         asked = jnp.any(given != 0, axis=-1) | _sound(state)
-        ct = RowLosses(None, asked.astype(wide.dtype), None, None)
+        ct = RowLosses(soft=asked.astype(wide.dtype))
         dx = row_gradient(logits, state, -wide, class_mask, None, ct, dtype=logits.dtype)
         return dx, None
 

@@ -180,7 +180,8 @@ def sequence_weight(
     if segment_ids is None and num_segments is not None:
         _check.fail(call, "num_segments counts segment_ids", f"{num_segments!r} without them")
     default = labels.shape[-1] + 1
-    num_segments = _check.integer(call, "num_segments", num_segments, 1, None, default=default)
+    most = jnp.iinfo(jnp.int32).max
+    num_segments = _check.integer(call, "num_segments", num_segments, 1, most, default=default)
     return _sequence_weight(
         labels,
         segment_ids,

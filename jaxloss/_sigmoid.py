@@ -5,7 +5,6 @@ With ``y`` the probability that is asked for and ``z = 1 - y``, an entry's loss 
 here is subtracted from 1 but ``y``: a sigmoid near 1 has lost what it lacks.
 """
 
-import sys
 from functools import partial
 from typing import Any
 
@@ -162,7 +161,7 @@ def _entry_weight(function: str, name: str, weight: Any, logits: Array, scalar=F
 
 def _pos_weight(function: str, weight: Any, logits: Array) -> Any:
     if isinstance(weight, int | float):
-        weight = _check.number(function, "pos_weight", weight, 0, sys.float_info.max)
+        weight = _check.number(function, "pos_weight", weight, 0)
         weight = jnp.asarray(weight, accumulator_dtype(logits.dtype))
     return _entry_weight(function, "pos_weight", weight, logits, scalar=True)
 

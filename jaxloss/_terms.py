@@ -15,16 +15,17 @@ class TokenStats(NamedTuple):
     """What one token's logits say, from the pass that computed the loss; each shaped as the losses.
 
     A token that does not count (its label is ignored, masked or weighed by 0) has 0 in each of the
-    floats and -1 in the integers; a label out of range has NaN in the floats.
+    floats and -1 in the integers; a label out of range has NaN in the floats. The floats are
+    float32 (float64 for float64 logits); those that have a derivative have it in every mode.
 
     Attributes:
       log_prob: ``log p_y``, the label's log-probability (for probabilities ``q`` as labels, its
-        expectation ``sum_j q_j log p_j``), without weights, smoothing or z-loss. float32.
-      logsumexp: ``log sum_j exp(x_j)``. float32.
-      entropy: ``-sum_j p_j log p_j``, in nats. float32.
+        expectation ``sum_j q_j log p_j``), without weights, smoothing or z-loss.
+      logsumexp: ``log sum_j exp(x_j)``.
+      entropy: ``-sum_j p_j log p_j``, in nats.
       prediction: the first class at the maximum; -1 where the logits hold NaN or +inf, or nothing
         but -inf. int32.
-      confidence: the prediction's probability. float32, without a derivative.
+      confidence: the prediction's probability, without a derivative.
       rank: the label's place in the order of predictions, by falling logit and then by index: 0
         where it is the prediction, so that ``rank < k`` says whether it is among the first k. -1
         where there is no prediction, or no one label. int32.

@@ -5,7 +5,8 @@ from typing import Any
 from jax.typing import ArrayLike
 
 from jaxloss._cross_entropy import AxisName, losses_of_logits
-from jaxloss._linear_cross_entropy import Implementation, losses_of_product
+from jaxloss._implementation import Implementation
+from jaxloss._linear_cross_entropy import losses_of_product
 from jaxloss._terms import TokenStats
 
 
@@ -38,7 +39,8 @@ def token_stats(
         without ``axis``), class probabilities (floating, the shape of ``logits``), or
         :class:`TopKLabels`.
       axis, num_classes, ignore_index, where, vocab_axis_name: as in :func:`cross_entropy`.
-      temperature: ``T > 0``, what the logits are divided by; a Python number.
+      temperature: ``T > 0``, what the logits are divided by; a Python number. Their differences
+        are, so that an offset that they share costs no digits.
       logit_softcap: ``cap > 0``: ``cap * tanh(logits / cap)`` before the temperature.
 
     Returns:

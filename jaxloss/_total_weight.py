@@ -34,7 +34,7 @@ def total_weight(
     Args:
       labels: class indices ``[...]``, class probabilities with C at ``axis``, or
         :class:`TopKLabels`.
-      axis: the class axis of probabilities, or a tuple of axes.
+      axis: the class axis of probabilities, or a tuple of axes; class indices have none.
       weight, ignore_index, sample_weight, token_axis_name: as in :func:`cross_entropy`.
       where: boolean, shaped as the losses: the tokens that count.
 
@@ -61,16 +61,16 @@ def total_weight(
     Source: the denominator of ``torch.nn.functional.cross_entropy``'s mean.
     """
     call = "total_weight"
+    classes = None  # as many as one likes
     if isinstance(labels, TopKLabels):
         batch = jnp.shape(labels.indices)[:-1]
         labels = _check.top_k_labels(call, "labels.probabilities", batch, labels)
     else:
-        labels = _check.array(call, "labels", labels)
+        labels = _check.indices_or_probabilities(call, labels)
         batch = labels.shape
-        if not jnp.issubdtype(labels.dtype, jnp.integer):
-            labels = _check.floating(call, "labels", labels)
+        if _targets.is_probabilities(labels):
             axes = _check.class_axes(call, labels, "labels", axis)
-            batch = _check.batch_shape(labels, axes)
+            batch, classes = _check.batch_shape(labels, axes), _check.num_classes(labels, axes)
     sample_weight = _check.check_sample_weight(call, sample_weight, batch)
     mask = None if where is None else _check.boolean(call, where)
     if mask is not None:
@@ -78,11 +78,11 @@ def total_weight(
     token_axes = _check.mesh_axes(call, "token_axis_name", token_axis_name)
     of_tokens = labels.indices if isinstance(labels, TopKLabels) else labels
     _check.split(call, "labels", of_tokens, {"sample_weight": sample_weight}, (), token_axes)
-    classes = jnp.iinfo(jnp.int32).max
-    if weight is not None:
-        weight = _check.floating(call, "weight", weight)
-        _check.shape(call, "weight", weight, weight.shape[:1] or (1,), "one entry a class")
-        classes = weight.shape[0]
+    if weight is not None and classes is None:
+        classes = (*jnp.shape(weight), 1)[0]
+    if classes is None:
+        classes = jnp.iinfo(jnp.int32).max
+    weight = _check.class_weight(call, weight, classes)
     dense = _targets.is_probabilities(labels)
     return _total_weight(
         None if dense else labels,  # of probabilities nothing but the number of tokens matters

@@ -307,6 +307,11 @@ def test_the_right_call_is_accepted(name):
     getattr(jaxloss, name)(**RIGHT[name])
 
 
+def test_an_array_is_no_word():
+    with pytest.raises(ValueError, match=r"reduction must be one of .*; got array\(\[1, 2\]\)"):
+        jaxloss.cross_entropy(X, Y, reduction=np.array([1, 2]))
+
+
 @pytest.mark.parametrize("name", ["cross_entropy", "linear_cross_entropy"])
 @pytest.mark.parametrize("option", ["label_smoothing", "z_loss", "logit_softcap"])
 def test_a_traced_number_is_told_to_be_static(name, option):

@@ -209,6 +209,10 @@ def test_results_and_labels_of_several_arrays():
     other = jaxloss.TopKLabels(indices, probabilities, rest="bucket")
     with pytest.raises(ValueError, match="pytree"):
         program.call(x, other)
+    sums_of = partial(jaxloss.metric_sums, top_k=(2, 5))
+    sums = reloaded(sums_of, stats).call(stats)
+    assert sums.top_k == (1, 2, 5)
+    assert_same(sums, jax.jit(sums_of)(stats))
 
 
 def own_loss(hidden, kernel, labels):

@@ -385,6 +385,25 @@ def test_the_value_alone_equals_that_of_chunks(hopper, options):
 
 
 @interpreted
+def test_padding_that_a_mesh_splits_is_left_to_chunks(hopper):
+    """Which columns are no classes depends on the device: the kernel has no form of it."""
+    hidden, kernel, labels, _ = problem(16, 192, 640)
+    labels %= 600
+    given = hidden, kernel, labels
+    mesh = jax.make_mesh((1,), ("vocab",), axis_types=(jax.sharding.AxisType.Auto,))
+    p = jax.sharding.PartitionSpec
+    specs = {"in_specs": (p(), p(None, "vocab"), p()), "out_specs": p()}
+    got = []
+    for classes, taken in ((640, True), (600, False)):
+        loss = loss_of(None, num_classes=classes, vocab_axis_name="vocab")
+        split = jax.shard_map(loss, mesh=mesh, **specs)
+        assert ("jaxloss_linear_row_part" in program(split, *given)) == taken
+        got.append(jax.jit(split)(*given))
+    expected = [jax.jit(loss_of("token_chunks", num_classes=c))(*given) for c in (640, 600)]
+    np.testing.assert_allclose(got, expected, rtol=2e-6)
+
+
+@interpreted
 def test_gradients_by_default_are_those_of_chunks(hopper):
     """The value beside them too: it is that of the logits that they are of."""
     hidden, kernel, labels, _ = problem(16, 192, 640)

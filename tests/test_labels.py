@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental import checkify
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import jaxloss
 
@@ -75,10 +77,8 @@ def test_a_label_out_of_range_is_nan_in_its_row(loss, weighted):
         for f in both_ways(jax.grad(lambda x, y, r=reduction: loss(x, y, reduction=r, **options))):
             for y in wrong:
                 gradient = np.asarray(f(X, y))
-                if loss is LOSSES["linear"]:  # NaN * 0 of another token's kernel gradient aside
-                    assert np.isnan(gradient[1]).all()
                 assert np.isfinite(np.delete(gradient, 1, axis=0)).all()
-                assert loss is LOSSES["two steps"] or np.isnan(gradient[1]).all()
+                assert np.isnan(gradient[1]).all()
 
 
 @pytest.mark.parametrize("dtype", ["int8", "uint8", "int16", "uint16", "int32", "uint32"])
@@ -178,6 +178,47 @@ def test_check_labels_under_jit():
         error.throw()
     with pytest.raises(Exception, match="got 7 at flat index 1"):
         chex.chexify(jax.jit(step), async_check=False)(jnp.array([0, 7]))
+
+
+def test_check_labels_that_a_program_holds():
+    """They are known while it is traced."""
+    labels = jnp.array([0, 7])
+
+    def step(x):
+        jaxloss.check_labels(labels, 5)
+        return x
+
+    with pytest.raises(ValueError, match=r"got 7 at \(1,\)"):
+        jax.jit(step)(0.0)
+
+
+def test_check_labels_of_an_explicit_mesh():
+    mesh = jax.make_mesh((2,), ("t",), axis_types=(AxisType.Explicit,))
+    with jax.set_mesh(mesh):
+        y = jax.device_put(jnp.array([[0, 4], [1, 7]]), NamedSharding(mesh, P("t")))
+        with pytest.raises(ValueError, match=r"got 7 at \(1, 1\)"):
+            jaxloss.check_labels(y, 5)
+        error, _ = checkify.checkify(jax.jit(partial(jaxloss.check_labels, num_classes=5)))(y)
+        assert "got 7 at flat index 3" in error.get()
+
+
+def test_top_k_labels_are_none_of_nll_loss():
+    labels = jaxloss.TopKLabels(jnp.zeros((5, 2), jnp.int32), jnp.full((5, 2), 0.5))
+    with pytest.raises(TypeError, match=r"nll_loss: .*; got TopKLabels\. cross_entropy takes them"):
+        jaxloss.nll_loss(jnp.asarray(X), labels)
+
+
+@pytest.mark.nan_is_meant
+def test_a_label_out_of_range_that_is_asked_for_nothing():
+    """Of nll_loss too, whose rule is its own; and in forward mode."""
+    log_probs, y = jnp.asarray(X), jnp.array([0, 4, 2, -100, 3])
+    f = partial(jaxloss.nll_loss, labels=y, reduction="none")
+    (gradient,) = jax.vjp(f, log_probs)[1](jnp.array([1.0, 0.0, 2.0, 1.0, 0.0]))
+    expected = np.zeros(X.shape)
+    expected[0, 0], expected[2, 2] = -1, -2
+    np.testing.assert_array_equal(gradient, expected)
+    moved = jax.jvp(f, (log_probs,), (jnp.ones_like(log_probs),))[1]
+    np.testing.assert_array_equal(moved, [-1, np.nan, -1, 0, -1])
 
 
 @pytest.mark.nan_is_meant

@@ -53,16 +53,23 @@ def test_temporary_memory(shape, dtype):
 
 
 def test_temporary_memory_on_one_device():
-    """Where conversions are merged that several devices keep apart."""
+    """Where conversions are merged that several devices keep apart, and the broadcasts of numbers
+    that several passes share are written out."""
     program = """
 import jax, jax.numpy as jnp, jaxloss
+from functools import partial
+losses = [partial(jaxloss.cross_entropy, **options) for options in (
+    {}, {"label_smoothing": 0.1}, {"logit_softcap": 30.0, "label_smoothing": 0.1, "z_loss": 0.1},
+)]
+losses.append(lambda x, y: -jaxloss.token_stats(x, y, temperature=0.7).log_prob.mean())
+stats = [partial(jaxloss.token_stats, **options) for options in (
+    {}, {"temperature": 0.7}, {"logit_softcap": 30.0},
+)]
 for dtype in (jnp.float32, jnp.bfloat16):
     args = jax.ShapeDtypeStruct((1024, 8000), dtype), jax.ShapeDtypeStruct((1024,), jnp.int32)
-    for smoothing in (0.0, 0.1):
-        loss = lambda x, y: jaxloss.cross_entropy(x, y, label_smoothing=smoothing)
-        for f in (loss, jax.value_and_grad(loss)):
-            held = jax.jit(f).lower(*args).compile().memory_analysis().temp_size_in_bytes
-            assert held <= 2**17, (dtype, smoothing, held)  # float32 logits would be 31 MiB
+    for f in (*losses, *map(jax.value_and_grad, losses), *stats):
+        held = jax.jit(f).lower(*args).compile().memory_analysis().temp_size_in_bytes
+        assert held <= 2**17, (dtype, f, held)  # float32 logits would be 31 MiB
 """
     environment = {**os.environ, "XLA_FLAGS": ""}
     subprocess.run([sys.executable, "-W", "ignore", "-c", program], check=True, env=environment)

@@ -569,6 +569,31 @@ def test_tokens_that_do_not_count_on_an_explicit_mesh(schedule, labels):
     assert_close(got, jit_quickly(run)(h, k, w, y, s), jnp.float32)
 
 
+@pytest.mark.parametrize("rest", ["drop", "uniform", "bucket"])
+@pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto], ids=["explicit", "shard_map"])
+def test_top_k_labels_of_tokens_that_are_split(kind, rest):
+    """JAX scatters into no array of an explicit mesh; JAX 0.10 takes no maximum over no axes."""
+    mesh, *_ = build("8 tokens", kind)
+    given, y, _, _ = problem(jnp.float32)
+    x, y = given["x"], jnp.maximum(y, 0)
+    index, q = jnp.stack([y, (y + 1) % V], axis=-1), jnp.full((N, 2), 0.4)
+
+    def losses(x, index, q):
+        return jaxloss.cross_entropy(x, jaxloss.TopKLabels(index, q, rest), reduction="none")
+
+    def run(x, index, q):
+        return jax.value_and_grad(lambda x, q: jnp.sum(spread(x, index, q)), (0, 1))(x, q)
+
+    spread = losses
+    expected = jit_quickly(run)(x, index, q)
+    if kind == AxisType.Auto:
+        spread = jax.shard_map(losses, mesh=mesh, in_specs=(P("t"),) * 3, out_specs=P("t"))
+    with jax.set_mesh(mesh):
+        split = (jax.device_put(a, NamedSharding(mesh, P("t"))) for a in (x, index, q))
+        got = jit_quickly(run)(*split)
+    assert_close(got, expected, jnp.float32)
+
+
 def test_linear_with_a_tied_table_on_an_explicit_mesh():
     mesh, f, put, arrays = explicit("2x4", P("t", "v"), jnp.float32, "token_chunks", {}, 0)
     with jax.set_mesh(mesh):
@@ -778,8 +803,12 @@ def test_errors_of_total_weight_and_num_classes():
         jaxloss.total_weight(y, where=jnp.ones(3, bool))
     with pytest.raises(ValueError, match=r"total_weight: sample_weight must have .*\(16,\)"):
         jaxloss.total_weight(y, sample_weight=jnp.ones((16, 1)))
-    with pytest.raises(TypeError, match="total_weight: labels must have a real floating dtype"):
+    with pytest.raises(TypeError, match=r"total_weight: labels must be class indices .* or class"):
         jaxloss.total_weight(jnp.zeros(3, bool))
+    with pytest.raises(ValueError, match=r"total_weight: weight must have one entry a class, \(3,"):
+        jaxloss.total_weight(jnp.zeros((4, 3)), weight=jnp.ones(7))
+    with pytest.raises(ValueError, match=r"total_weight: weight must have one entry a class, \(2,"):
+        jaxloss.total_weight(jnp.zeros(4, jnp.int32), weight=jnp.ones((2, 2)))
     with pytest.raises(ValueError, match=r"num_classes must be in \[0, 32\]; got 33"):
         jaxloss.cross_entropy(given["x"], y, num_classes=33)
     with pytest.raises(ValueError, match=r"weight must have one entry a class, \(30,\)"):

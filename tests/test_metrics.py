@@ -133,6 +133,7 @@ def test_bins_are_closed_on_the_right(bins):
         (edges, np.ones(bins)),  # 1 in the last
         (above, [0, *[1] * (bins - 1)]),
         (below, np.ones(bins)),
+        (np.nextafter(np.float32([1]), np.float32(2)), [*[0] * (bins - 1), 1]),  # a rounding
     ):
         sums = jaxloss.metric_sums(stats_of(confidence), bins=bins)
         np.testing.assert_array_equal(sums.bin_weight.sum(axis=0), expected)

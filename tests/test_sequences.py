@@ -405,7 +405,7 @@ NEXT, WEIGHT = jaxloss.next_token_labels, jaxloss.sequence_weight
             WEIGHT,
             {"segment_ids": TOKENS, "num_segments": 0},
             ValueError,
-            "num_segments must be at least 1; got 0",
+            r"num_segments must be in \[1, 2147483647\]; got 0",
         ),
         (
             WEIGHT,

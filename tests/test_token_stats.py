@@ -78,6 +78,12 @@ def test_a_row_of_no_class_has_no_confidence():
     assert stats.rank[0] == stats.prediction[0] == -1
 
 
+def test_no_confidence_is_more_than_1():
+    """The sum of exponentials is rounded below its largest, where a label is the other one."""
+    x = jax.random.normal(jax.random.key(0), (2000, 1000)).at[:, 0].set(60.0)
+    assert jaxloss.token_stats(x, jnp.ones(2000, jnp.int32)).confidence.max() <= 1
+
+
 def test_ranks_among_the_classes_that_exist():
     x, labels = case()
     exists = x < jnp.max(x, axis=-1, keepdims=True)

@@ -1,1 +1,1 @@
-"""Hand-written kernels, one a file, each imported by the first call that takes it."""
+"""Hand-written kernels, each file imported by the first call that takes one of it."""

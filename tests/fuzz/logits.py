@@ -133,7 +133,7 @@ def fuzz_cross_entropy(config, rng, kinds):
     check_softmax_loss(config, asked, truth, ct, at, loss, grads, c)
 
 
-def check_softmax_loss(config, asked, truth, ct, at, loss, grads, c, nan_rows=True):
+def check_softmax_loss(config, asked, truth, ct, at, loss, grads, c):
     expected, allowed, factor, nothing = reduced(truth, asked, config["reduction"], ct, at)
     scalar = config["reduction"] != "none"
     if scalar and truth.skip.any():
@@ -151,8 +151,7 @@ def check_softmax_loss(config, asked, truth, ct, at, loss, grads, c, nan_rows=Tr
     bad = truth.bad & (not nothing)
     has_nan = np.isnan(g).any(-1)
     keep = ~truth.skip
-    if nan_rows:
-        np.testing.assert_array_equal(has_nan[keep], bad[keep], "rows of NaN")
+    np.testing.assert_array_equal(has_nan[keep], bad[keep], "rows of NaN")
     keep &= ~truth.bad
     want, room = factor * want, np.abs(factor) * truth.slopes_allowed
     most = 1 + np.max(asked.z * np.abs(truth.lse) if config["z_loss"] else 0)

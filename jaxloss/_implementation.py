@@ -1,0 +1,125 @@
+"""Which schedule takes a product's loss, in chunks of how much, and whether a kernel runs in it."""
+
+from typing import Any, Literal, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+
+from jaxloss import _blocks, _check, _chunks, _passes, _targets
+
+Implementation = Literal["token_chunks", "vocab_blocks", "mosaic_tpu", "mosaic_gpu"]
+IMPLEMENTATIONS = get_args(Implementation)
+KERNELS = ("mosaic_tpu", "mosaic_gpu")
+FEW = 16  # tokens a chunk, too few for products that read the whole kernel
+
+
+class Size(NamedTuple):
+    """What one device has of the product."""
+
+    tokens: Any  # jax.export may leave it open
+    features: int
+    vocab: int  # columns of the kernel
+    columns: int  # those of them that may be classes
+    padded: bool  # which of these are no classes is not static: it depends on the device
+
+
+class Asked(NamedTuple):
+    """What of a call a kernel may have no form of."""
+
+    dtype: Any
+    labels: Any
+    class_mask: Any
+    label_smoothing: float
+    scaling: _passes.Scaling | None
+    with_stats: bool
+
+
+class Choice(NamedTuple):
+    by_tokens: bool
+    chunk: int  # tokens, or classes
+    fused: bool
+
+
+def choose(
+    call: str,
+    implementation: Any,
+    chunk_size: Any,
+    size: Size,
+    asked: Asked,
+    *,
+    all_count: bool,
+    whole: bool,
+) -> Choice:
+    """Checked. ``all_count``: no token is left out; ``whole``: no partitioner may split arrays."""
+    bucket = getattr(asked.labels, "rest", None) == "bucket"
+    chip = _kernel_here()
+    by_rule = implementation is None and chunk_size is None
+    # Chunks leave out the tokens that do not count, the TPU's kernel computes all.
+    by_rule &= chip == "mosaic_gpu" or (chip == "mosaic_tpu" and all_count)
+    wanted = chip if by_rule else implementation if implementation in KERNELS else None
+    beyond = _beyond(wanted, asked) if wanted else []
+    # By its name it is taken anywhere: JAX says so where a partitioner would have to split it.
+    fused = wanted and not beyond and not size.padded and (implementation or whole)
+    fused = bool(fused and _fits(wanted, size))
+    tokens = _chunks.size_to_plan_for(size.tokens)
+    name = implementation
+    if name is None and fused and wanted == "mosaic_tpu":
+        name = wanted
+    elif name is None:
+        few = _chunks.default_chunk(tokens, size.columns) < min(FEW, tokens)
+        name = "vocab_blocks" if few and not bucket else "token_chunks"
+    _check.word(call, "implementation", name, IMPLEMENTATIONS)
+    if bucket and name == "vocab_blocks":
+        rule = "labels with rest='bucket' need implementation='token_chunks'"
+        _check.fail(call, rule, repr(name))
+    if name in KERNELS and beyond:
+        where = "a TPU" if name == "mosaic_tpu" else "a Hopper GPU"
+        rule = f"implementation={name!r} takes class indices and bfloat16 operands on {where}"
+        _check.fail(call, rule, ", ".join(beyond), "Leave implementation out.")
+    by_tokens = name == "token_chunks"
+    if by_tokens:
+        most, default = tokens, _chunks.default_chunk(tokens, size.columns, size.features)
+    else:
+        most, default = size.columns, _blocks.default_block(tokens, size.columns)
+    return Choice(by_tokens, _check.chunk_size(call, chunk_size, default, most), fused)
+
+
+def _kernel_here() -> Implementation | None:
+    """The name of the kernel for this backend."""
+    if jax.default_backend() == "tpu":
+        return "mosaic_tpu"
+    return "mosaic_gpu" if _passes.is_hopper() else None
+
+
+def _beyond(name: Any, asked: Asked) -> list[str]:
+    """What of a call the kernel ``name`` has no form of."""
+    backend, chip = jax.default_backend(), jax.devices()[0].device_kind
+    if name == "mosaic_tpu":  # its tiles do not fit into the oldest
+        old = chip.startswith(("TPU v2", "TPU v3", "TPU v4"))
+    else:
+        old = not _passes.is_hopper()
+    other = backend != name.removeprefix("mosaic_")
+    cases = (
+        (f"the backend {backend}", other),
+        (f"a {chip}", old and not other),
+        (f"operands of {asked.dtype}", asked.dtype != jnp.bfloat16),
+        ("labels that are no class indices", not _targets.is_indices(asked.labels)),
+        ("where over classes", asked.class_mask is not None),
+        ("label_smoothing", asked.label_smoothing != 0),
+        ("a soft cap or a temperature", asked.scaling is not None),
+        ("statistics", asked.with_stats),
+    )
+    return [what for what, here in cases if here]
+
+
+def _fits(name: Any, size: Size) -> bool:
+    if not isinstance(size.tokens, int) or min(size.tokens, size.columns) == 0:
+        return False  # a batch that jax.export leaves open has no tiles
+    # Pallas: a third of the whole import.
+    if name == "mosaic_gpu":
+        from jaxloss._kernels import linear_gpu
+
+        return linear_gpu.takes(size.tokens, size.features, size.vocab)
+    from jaxloss._kernels import linear_tpu
+
+    return linear_tpu.tiles(size.tokens, size.features) is not None
