@@ -448,8 +448,16 @@ def product_operands(
     return hidden, kernel, bias, vocab_axis
 
 
+class TokenArrays(NamedTuple):
+    labels: Any
+    weight: Array | None
+    sample_weight: Array | None
+    class_mask: Array | None
+    token_mask: Array | None
+
+
 class TokenArguments(NamedTuple):
-    arrays: tuple[Any, ...]  # labels, weight, sample_weight, class mask, token mask
+    arrays: TokenArrays
     static: dict[str, Any]
     of_tokens: dict[str, Any]  # what has one entry a token, by name
 
@@ -486,7 +494,7 @@ def token_arguments(
     elif jnp.issubdtype(labels.dtype, jnp.integer):
         of_tokens = labels
     return TokenArguments(
-        (labels, weight, sample_weight, class_mask, token_mask),
+        TokenArrays(labels, weight, sample_weight, class_mask, token_mask),
         {
             "axes": axes,
             "num_classes": classes,

@@ -346,7 +346,7 @@ def losses_of_logits(
     )  # fmt: skip
     _check.split(call, name, logits, checked.of_tokens, vocab_axes, token_axes)
     smoothing = _check.number(call, "label_smoothing", label_smoothing, 0, 1)
-    _check.bucket(call, checked.arrays[0], weight, smoothing)
+    _check.bucket(call, checked.arrays.labels, weight, smoothing)
     return _cross_entropy(
         logits,
         *checked.arrays,

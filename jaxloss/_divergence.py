@@ -28,14 +28,6 @@ def _options(call: str, divergence: Any, beta: Any, temperature: Any) -> tuple:
     return (("divergence", divergence), ("beta", float(beta)), ("temperature", temperature))
 
 
-def _counts(sample_weight: Array | None, token_mask: Array | None) -> Array | None:
-    """Which tokens count; None: all of them."""
-    if sample_weight is None:
-        return token_mask
-    counts = sample_weight.astype(bool)
-    return counts if token_mask is None else counts & token_mask
-
-
 def kl_divergence(
     logits: ArrayLike,
     teacher_logits: ArrayLike,
@@ -129,7 +121,7 @@ def _kl_divergence(
 ):
     mask = mask_classes_last(class_mask, logits, axes)
     x, t = classes_last(logits, axes), classes_last(teacher_logits, axes)
-    counts = _counts(sample_weight, token_mask)
+    counts = _targets.counted(sample_weight, token_mask)
     losses = row_divergences(x, t, mask, counts, **dict(options))
     counts = jnp.ones_like(losses, bool) if counts is None else counts
     targets = _targets.Targets(None, None, counts)
@@ -281,7 +273,7 @@ def _linear_kl_divergence(
         mask = mask if index is None else mask[index]
         return (row_divergences(x, t, mask, **dict(options)),), ()
 
-    counts = _counts(sample_weight, token_mask)
+    counts = _targets.counted(sample_weight, token_mask)
     counts = jnp.ones(lead, bool) if counts is None else counts
     targets = _targets.Targets(None, None, counts)
     wide = accumulator_of(hidden, teacher_hidden)

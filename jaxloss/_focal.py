@@ -114,7 +114,7 @@ def focal_loss(
     checked = _check.token_arguments(
         call, "logits", logits, labels, axis, weight, ignore_index, sample_weight, where, reduction
     )
-    labels = checked.arrays[0]
+    labels = checked.arrays.labels
     if not _targets.is_indices(labels):
         got = "TopKLabels" if isinstance(labels, TopKLabels) else _check.describe(labels)
         _check.fail(call, "labels must be class indices (an integer dtype)", got, kind=TypeError)

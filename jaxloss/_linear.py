@@ -94,6 +94,14 @@ def _teacher_logits(operands: Operands, at: Array, geometry: Geometry, packing: 
     return (product(filled(hidden, at, packing), kernel, bias, of_teacher(geometry)),)
 
 
+def _columns(kernel: Array, operands: Operands, geometry: Geometry) -> int:
+    """Logits a token has here, the teacher's too."""
+    columns = kernel.shape[geometry.vocab_axis]
+    if operands.teacher:
+        columns += operands.teacher[1].shape[geometry.teacher_axis]
+    return columns
+
+
 def _losses(loss_fn: LossFn, geometry: Geometry, dynamic: bool, operands: Operands, packing):
     """(losses, others), each [N], 0 where a token does not count. One product."""
     hidden, kernel, bias, per_token, shared, _ = operands
@@ -107,10 +115,7 @@ def _losses(loss_fn: LossFn, geometry: Geometry, dynamic: bool, operands: Operan
     def update(state, at, values):
         return jax.tree.map(partial(put_back, at), state, values)
 
-    products = [(kernel, geometry.vocab_axis)]
-    if operands.teacher:
-        products.append((operands.teacher[1], geometry.teacher_axis))
-    chunk = value_chunk(geometry.chunk, sum(k.shape[axis] for k, axis in products))
+    chunk = value_chunk(geometry.chunk, _columns(kernel, operands, geometry))
     like = jax.eval_shape(part, packing.order[:chunk])
     blank = partial(_blank_rows, hidden.shape[0], like)
     return sweep(packing, chunk, part, update, blank, lambda state: state, dynamic)
@@ -211,7 +216,7 @@ def _gradients(
 
     chunk = geometry.chunk
     if not active.kernel:
-        chunk = value_chunk(chunk, kernel.shape[geometry.vocab_axis], FROZEN_KERNEL_MIB)
+        chunk = value_chunk(chunk, _columns(kernel, operands, geometry), FROZEN_KERNEL_MIB)
     *like, rows_like = jax.eval_shape(part, packing.order[:chunk])
 
     def narrow(g, x):

@@ -286,7 +286,7 @@ def max_and_sum(
     return lax.platform_dependent(logits, kept, class_mask, **forms)
 
 
-def slope(plain: Callable, logits: Array, *rest: Array) -> Array:
+def slope_pass(plain: Callable, logits: Array, *rest: Array) -> Array:
     """``plain(logits, m, kept, scale, at_kept, active)``: scale exp(x_j - m), at_kept where j is
     kept, and 0 in a row that is not active, in the logits' dtype; by a kernel where there is one.
     """

@@ -49,7 +49,7 @@ from jaxloss._passes import (
     row_max,
     row_sum,
     scaled,
-    slope,
+    slope_pass,
     widen,
 )
 
@@ -95,7 +95,8 @@ class RowPart(NamedTuple):
     low: Any = None  # sum of exp(x_j - m) over the x_j < m, for an entropy beside a label
 
 
-def _slope(x: Array, scaling: Scaling) -> Any:
+def scaling_slope(x: Array, scaling: Scaling) -> Any:
+    """The derivative of scaled logits by the logits."""
     if scaling.softcap is None:
         return scaling.unit
     # sech^2, not 1 - tanh^2: the latter is 0 past |x| = 9 cap where the slope is still 6e-8.
@@ -113,13 +114,13 @@ def _write_out(logits: Array) -> bool:
 
 
 def row_part(
-    logits, kept, soft_targets, class_mask, scaling, want, *, top=None, share=False
+    logits, kept, soft_targets, class_mask, scaling, want, *, top=None, backward_follows=False
 ) -> RowPart:
     """``top``: an index[..., k] and what the soft targets are there.
 
-    ``share``: the backward pass follows in the same program.
+    ``backward_follows``: in the same program.
     """
-    labelled, written = kept is not None, share and _write_out(logits)
+    labelled, written = kept is not None, backward_follows and _write_out(logits)
     if kept is None:
         highest = row_max(logits, class_mask, scaling)
         m = finite(highest)
@@ -375,7 +376,7 @@ def _dense_gradient(logits, state, soft_targets, class_mask, scaling, ct, dtype)
     entropy = None if ct.entropy is None else (k * ct.entropy, spread)
     others = soft, entropy, class_mask, scaling
     if all(other is None for other in others) and dtype == logits.dtype:
-        return slope(_of_entries, *given)
+        return slope_pass(_of_entries, *given)
     return _of_entries(*given, *others, dtype)
 
 
@@ -398,7 +399,7 @@ def _of_entries(
     scaling=None,
     dtype=None,
 ):
-    """``_passes.slope``'s; ``soft`` and ``entropy`` are the cotangent and what it multiplies."""
+    """``slope_pass``'s; ``soft`` and ``entropy`` are the cotangent and what it multiplies."""
     x = widen(logits, class_mask, scaling)
     # Where the forward pass wrote its summand out, this is it.
     if _write_out(logits):
@@ -416,7 +417,7 @@ def _of_entries(
     dx = jnp.where(is_kept(x, kept) | ~active[..., None], at_kept[..., None], dx)
     if scaling is not None:
         existing = logits if class_mask is None else jnp.where(class_mask, logits, 0)
-        dx = jnp.where(active[..., None], dx * _slope(existing, scaling), 0)
+        dx = jnp.where(active[..., None], dx * scaling_slope(existing, scaling), 0)
     dx = dx if class_mask is None else jnp.where(class_mask, dx, 0)
     return narrowed(dx, dtype or logits.dtype)
 
@@ -500,16 +501,19 @@ def row_losses(
     ``soft_targets`` and ``class_mask``; a label has index C where another device holds it.
     """
 
-    def part_of(logits, soft_targets, extra, kept, class_mask, index, share=False):
+    def part_of(logits, soft_targets, extra, kept, class_mask, index, backward_follows=False):
         top = None if extra is None else (index, extra)
-        part = row_part(logits, kept, soft_targets, class_mask, scaling, want, top=top, share=share)
+        part = row_part(
+            logits, kept, soft_targets, class_mask, scaling, want, top=top,
+            backward_follows=backward_follows,
+        )  # fmt: skip
         return merge_shards(part, vocab_axes, kept is not None, logits.shape[-1], scaling)
 
     def losses(*args):
         return finish(part_of(*args), want, scaling)[0]
 
     def forward(logits, soft_targets, extra, kept, class_mask, index):
-        part = part_of(logits, soft_targets, extra, kept, class_mask, index, share=True)
+        part = part_of(logits, soft_targets, extra, kept, class_mask, index, backward_follows=True)
         out, state = finish(part, want, scaling)
         return out, (logits, state, soft_targets, extra, class_mask, index)
 

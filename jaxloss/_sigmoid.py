@@ -90,10 +90,9 @@ def _losses(
     @jax.checkpoint
     def terms(logits, labels, weight, pos_weight, sample_weight, where):
         y, counts = _targets_of(labels, ignore_index, dtype)
-        if where is not None:
-            counts &= where
-        if sample_weight is not None:
-            counts &= sample_weight.astype(bool)
+        some = _targets.counted(sample_weight, where)
+        if some is not None:
+            counts &= some
         # Selected away before anything multiplies them, and once more behind it.
         x, y = jnp.where(counts, widened(logits), 0), jnp.where(counts, y, 0)
         z = 1 - y
@@ -116,16 +115,16 @@ def _losses(
             wrong = y * no + z * yes
             losses = modulated(losses, wrong, gamma, (-jnp.abs(x), jnp.where(x > 0, a, b)))
         losses = jnp.where(counts, losses, 0)
-        share = jnp.ones_like(losses)
+        divisor = jnp.ones_like(losses)
         if sample_weight is not None and sample_weight.dtype != jnp.bool_:
-            share = sample_weight.astype(dtype)
-            losses = jnp.where(counts, share * losses, 0)
+            divisor = sample_weight.astype(dtype)
+            losses = jnp.where(counts, divisor * losses, 0)
         if reduction == "none":
             return losses, None
-        return jnp.sum(losses), jnp.sum(jnp.where(counts, share, 0))
+        return jnp.sum(losses), jnp.sum(jnp.where(counts, divisor, 0))
 
-    losses, share = terms(logits, labels, weight, pos_weight, sample_weight, where)
-    return losses if reduction != "mean" else _targets.mean_of(losses, share)
+    losses, divisor = terms(logits, labels, weight, pos_weight, sample_weight, where)
+    return losses if reduction != "mean" else _targets.mean_of(losses, divisor)
 
 
 def _labels(function: str, labels: Any, logits: Array) -> Array:

@@ -145,6 +145,14 @@ def soft_targets(
     return soft
 
 
+def counted(sample_weight: Array | None, token_mask: Array | None) -> Array | None:
+    """The tokens that have a weight and are not masked; None: all of them."""
+    if sample_weight is None:
+        return token_mask
+    given = sample_weight.astype(bool)
+    return given if token_mask is None else given & token_mask
+
+
 def make_targets(
     labels: Any,
     classes: Classes,
@@ -161,11 +169,7 @@ def make_targets(
 
     ``weight[C]`` and indices speak of all classes, ``class_mask`` of the columns here.
     """
-    counted = token_mask
-    if sample_weight is not None:
-        given = sample_weight.astype(bool)
-        counted = given if counted is None else counted & given
-    share = None
+    share, some = None, counted(sample_weight, token_mask)
     if label_smoothing and classes.total:
         share = label_smoothing / jnp.maximum(number_of_classes(classes, class_mask, dtype), 1)
     if isinstance(labels, TopKLabels):
@@ -174,7 +178,7 @@ def make_targets(
             classes,
             dtype,
             weight,
-            counted,
+            some,
             class_mask,
             ignore_index,
             label_smoothing,
@@ -189,13 +193,13 @@ def make_targets(
     else:
         counts = jnp.ones(labels.shape[:-1], bool)
         targets = Targets(None, None, counts, probabilities=labels, share=share)
-    if counted is None:
+    if some is None:
         return targets
     probabilities = targets.probabilities
     if weight is not None and probabilities is not None:
         # Before the class weights multiply them: their gradient would be 0 * NaN.
-        probabilities = jnp.where(counted[..., None], probabilities, 0)
-    return targets._replace(counts=targets.counts & counted, probabilities=probabilities)
+        probabilities = jnp.where(some[..., None], probabilities, 0)
+    return targets._replace(counts=targets.counts & some, probabilities=probabilities)
 
 
 def _weight_of(index: Array, weight: Array, classes: Classes, dtype) -> Array:
@@ -299,7 +303,7 @@ def token_losses(rows: RowLosses, targets: Targets, label_smoothing: float, z_lo
 
 
 def terms(targets: Targets, sample_weight: Array | None, dtype: jnp.dtype) -> tuple[Array, Array]:
-    """``(weight, share)``: the mean is ``sum(weight * losses) / sum(share)``.
+    """``(weight, divisor)``: the mean is ``sum(weight * losses) / sum(divisor)``.
 
     Both are 0 where a token does not count.
     """
@@ -324,15 +328,15 @@ def token_weights(
     With ``"none"`` there is no sum. ``weight`` is 0 where a token does not count. The sum is over
     the devices along ``token_axes`` too.
     """
-    weight, share = terms(targets, sample_weight, dtype)
+    weight, divisor = terms(targets, sample_weight, dtype)
     if reduction != "mean":
         return weight, jnp.zeros((), bool)
-    share = jnp.sum(share)
+    divisor = jnp.sum(divisor)
     if token_axes:
-        share = lax.psum(share, token_axes)
+        divisor = lax.psum(divisor, token_axes)
     # In place of a 0 it makes all weights 0, and with them all gradients.
-    weight = jnp.where(targets.counts, weight / jnp.where(share == 0, jnp.inf, share), 0)
-    return weight, share == 0
+    weight = jnp.where(targets.counts, weight / jnp.where(divisor == 0, jnp.inf, divisor), 0)
+    return weight, divisor == 0
 
 
 def reduce_losses(
@@ -342,7 +346,7 @@ def reduce_losses(
     reduction: str,
     token_axes: _mesh.Axes = (),
 ) -> Array:
-    weight, share = terms(targets, sample_weight, losses.dtype)
+    weight, divisor = terms(targets, sample_weight, losses.dtype)
     losses = jnp.where(targets.counts, weight * losses, 0)
     if reduction == "none":
         return losses
@@ -351,14 +355,14 @@ def reduce_losses(
         return lax.psum(total, token_axes) if token_axes else total
     # One reduction for both sums: a second one took XLA:CPU a tenth of the time of a small loss,
     # and a mesh another all-reduce.
-    share += jnp.zeros_like(losses)  # its sharding and varying axes, which stack wants equal
-    both = jnp.stack([losses, share])  # not raveled: that would gather sharded tokens
+    divisor += jnp.zeros_like(losses)  # its sharding and varying axes, which stack wants equal
+    both = jnp.stack([losses, divisor])  # not raveled: that would gather sharded tokens
     both = jnp.sum(both, axis=tuple(range(1, both.ndim)))
-    total, share = lax.psum(both, token_axes) if token_axes else both
-    return mean_of(total, share)
+    total, divisor = lax.psum(both, token_axes) if token_axes else both
+    return mean_of(total, divisor)
 
 
-def mean_of(total: Array, share: Array) -> Array:
-    """``total / share``, NaN with gradient 0 where ``share`` is 0."""
+def mean_of(total: Array, divisor: Array) -> Array:
+    """``total / divisor``, NaN with gradient 0 where ``divisor`` is 0."""
     # The constant in place of a 0 keeps 0 / 0 out of the gradients.
-    return jnp.where(share == 0, jnp.nan, total / jnp.where(share == 0, 1, share))
+    return jnp.where(divisor == 0, jnp.nan, total / jnp.where(divisor == 0, 1, divisor))

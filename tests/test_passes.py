@@ -306,4 +306,4 @@ def test_slopes_of_the_scaling(scaling):
         return _passes.scaled(_passes.widen(x, None, scaling), scaling)
 
     slopes = jax.vmap(jax.grad(f))(x)
-    np.testing.assert_allclose(_rows._slope(x, scaling), slopes, rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(_rows.scaling_slope(x, scaling), slopes, rtol=1e-5, atol=1e-7)
