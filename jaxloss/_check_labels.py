@@ -9,7 +9,7 @@ from jax.core import Tracer
 from jax.experimental import checkify
 from jax.typing import ArrayLike
 
-from jaxloss import _check, _targets
+from jaxloss import _arguments, _check, _targets
 
 
 def check_labels(labels: ArrayLike, num_classes: int, ignore_index: int | None = -100) -> None:
@@ -47,7 +47,7 @@ def check_labels(labels: ArrayLike, num_classes: int, ignore_index: int | None =
         _check.fail("check_labels", rule, _check.describe(labels), kind=TypeError)
     num_classes = _check.index("check_labels", "num_classes", num_classes)
     _check.bounded("check_labels", "num_classes", num_classes, 0, jnp.iinfo(jnp.int32).max)
-    ignore_index = _check.ignored("check_labels", ignore_index)
+    ignore_index = _arguments.ignored("check_labels", ignore_index)
     rule = f"labels must be in [0, {num_classes}) or equal ignore_index, {ignore_index}"
     if labels.size == 0:
         return

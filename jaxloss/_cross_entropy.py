@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from jaxloss import _check, _passes, _rows, _targets
+from jaxloss import _arguments, _check, _passes, _rows, _targets
 from jaxloss._casts import accumulator_dtype
 from jaxloss._forward_mode import with_forward_mode
 from jaxloss._labels import TopKLabels
@@ -80,7 +80,7 @@ def log_softmax(logits: ArrayLike, axis: int | tuple[int, ...] = -1, *, where=No
     call = "log_softmax"
     logits = _check.floating(call, "logits", logits)
     axes = _check.class_axes(call, logits, "logits", axis)
-    mask = _check.class_mask(call, "logits", where, logits)
+    mask = _arguments.class_mask(call, "logits", where, logits)
     if logits.size == 0:
         return logits
     return _log_softmax(logits, mask, axes=axes)
@@ -142,7 +142,7 @@ def nll_loss(
     if isinstance(labels, TopKLabels):
         rule = "labels must be class indices or class probabilities"
         _check.fail(call, rule, "TopKLabels", "cross_entropy takes them.", TypeError)
-    checked = _check.token_arguments(
+    checked = _arguments.token_arguments(
         call, name, log_probs, labels, axis, weight, ignore_index, sample_weight, where, reduction
     )
     return _nll_loss(log_probs, *checked.arrays, **checked.static)
@@ -338,15 +338,15 @@ def losses_of_logits(
     """:func:`cross_entropy` of the public function ``call``."""
     name = "logits"
     logits = _check.floating(call, name, logits)
-    vocab_axes = _check.mesh_axes(call, "vocab_axis_name", vocab_axis_name)
-    token_axes = _check.mesh_axes(call, "token_axis_name", token_axis_name)
-    checked = _check.token_arguments(
+    vocab_axes = _arguments.mesh_axes(call, "vocab_axis_name", vocab_axis_name)
+    token_axes = _arguments.mesh_axes(call, "token_axis_name", token_axis_name)
+    checked = _arguments.token_arguments(
         call, name, logits, labels, axis, weight, ignore_index, sample_weight, where, reduction,
         num_classes, vocab_axes,
     )  # fmt: skip
-    _check.split(call, name, logits, checked.of_tokens, vocab_axes, token_axes)
+    _arguments.split(call, name, logits, checked.of_tokens, vocab_axes, token_axes)
     smoothing = _check.number(call, "label_smoothing", label_smoothing, 0, 1)
-    _check.bucket(call, checked.arrays.labels, weight, smoothing)
+    _arguments.bucket(call, checked.arrays.labels, weight, smoothing)
     return _cross_entropy(
         logits,
         *checked.arrays,
@@ -355,7 +355,7 @@ def losses_of_logits(
         token_axes=token_axes,
         label_smoothing=smoothing,
         z_loss=_check.number(call, "z_loss", z_loss, 0),
-        scaling=_passes.scaling_of(*_check.scaling(call, logit_softcap, temperature)),
+        scaling=_passes.scaling_of(*_arguments.scaling(call, logit_softcap, temperature)),
         return_stats=_check.flag(call, "return_stats", return_stats),
     )
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from jaxloss import _check, _chunks, _layout, _linear, _products, _targets
+from jaxloss import _arguments, _check, _chunks, _layout, _linear, _products, _targets
 from jaxloss._cross_entropy import AxisName, Reduction, classes_last, mask_classes_last
 from jaxloss._divergence_rows import accumulator_of, row_divergences
 from jaxloss._linear_cross_entropy import rows_of_mask
@@ -24,7 +24,7 @@ def _options(call: str, divergence: Any, beta: Any, temperature: Any) -> tuple:
     if not 0 < _check.number(call, "beta", beta) < 1:
         way_out = "At its ends the divergences are 'forward' and 'reverse', times 0."
         _check.fail(call, "beta must be in (0, 1)", repr(beta), way_out)
-    temperature = _check.temperature(call, temperature)
+    temperature = _arguments.temperature(call, temperature)
     return (("divergence", divergence), ("beta", float(beta)), ("temperature", temperature))
 
 
@@ -105,10 +105,10 @@ def kl_divergence(
     rule = "the shape of logits"
     _check.shape(call, "teacher_logits", teacher_logits, logits.shape, rule)
     options = _options(call, divergence, beta, temperature)
-    _check.check_reduction(call, reduction)
+    _arguments.check_reduction(call, reduction)
     batch = _check.batch_shape(logits, axes)
-    sample_weight = _check.check_sample_weight(call, sample_weight, batch)
-    class_mask, token_mask = _check.masks(call, name, where, logits, axes)
+    sample_weight = _arguments.check_sample_weight(call, sample_weight, batch)
+    class_mask, token_mask = _arguments.masks(call, name, where, logits, axes)
     return _kl_divergence(
         logits, teacher_logits, sample_weight, class_mask, token_mask,
         axes=axes, reduction=reduction, options=options,
@@ -207,12 +207,12 @@ def linear_kl_divergence(
     "Liger Kernel", 2024) for the teacher's own product.
     """
     call = "linear_kl_divergence"
-    token_axes = _check.mesh_axes(call, "token_axis_name", token_axis_name)
-    hidden, kernel, bias, vocab_axis = _check.product_operands(
+    token_axes = _arguments.mesh_axes(call, "token_axis_name", token_axis_name)
+    hidden, kernel, bias, vocab_axis = _arguments.product_operands(
         call, hidden, kernel, bias, vocab_axis
     )
     its_axis = vocab_axis if teacher_vocab_axis is None else teacher_vocab_axis
-    teacher_hidden, teacher_kernel, teacher_bias, its_axis = _check.product_operands(
+    teacher_hidden, teacher_kernel, teacher_bias, its_axis = _arguments.product_operands(
         call, teacher_hidden, teacher_kernel, teacher_bias, its_axis, of="teacher_"
     )
     _layout.refuse(call, hidden, kernel, vocab_axis)
@@ -229,25 +229,25 @@ def linear_kl_divergence(
     few = min(columns, its_columns)
     classes = _check.integer(call, "num_classes", num_classes, 0, few, default=columns)
     options = _options(call, divergence, beta, temperature)
-    _check.check_reduction(call, reduction)
-    sample_weight = _check.check_sample_weight(call, sample_weight, lead)
+    _arguments.check_reduction(call, reduction)
+    sample_weight = _arguments.check_sample_weight(call, sample_weight, lead)
     logits = jax.ShapeDtypeStruct((*lead, classes), hidden.dtype)
     axes = (len(lead),)
-    class_mask, token_mask = _check.masks(call, "hidden @ kernel", where, logits, axes)
+    class_mask, token_mask = _arguments.masks(call, "hidden @ kernel", where, logits, axes)
     of_tokens = {
         "hidden": hidden,
         "teacher_hidden": teacher_hidden,
         "sample_weight": sample_weight,
         "where": token_mask,
     }
-    _check.split(call, "kernel", kernel, of_tokens, (), token_axes)
+    _arguments.split(call, "kernel", kernel, of_tokens, (), token_axes)
     most = _chunks.size_to_plan_for(math.prod(lead))
     default = _chunks.default_chunk(most, columns + its_columns)
     geometry = _products.Geometry(
         vocab_axis,
         classes,
-        _check.chunk_size(call, chunk_size, default, most),
-        _check.precision(call, precision),
+        _arguments.chunk_size(call, chunk_size, default, most),
+        _arguments.precision(call, precision),
         teacher_axis=its_axis,
         token_axes=token_axes if reduction != "none" else (),
     )

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from jaxloss import _check, _targets
+from jaxloss import _arguments, _check, _targets
 from jaxloss._casts import accumulator_dtype
 from jaxloss._cross_entropy import Reduction, cross_entropy
 from jaxloss._elementary import exp, expm1, log
@@ -111,7 +111,7 @@ def focal_loss(
     call = "focal_loss"
     logits = _check.floating(call, "logits", logits)
     gamma = check_gamma(call, gamma)
-    checked = _check.token_arguments(
+    checked = _arguments.token_arguments(
         call, "logits", logits, labels, axis, weight, ignore_index, sample_weight, where, reduction
     )
     labels = checked.arrays.labels

@@ -5,7 +5,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import jax
 import jax.numpy as jnp
 
-from jaxloss import _blocks, _check, _chunks, _passes, _targets
+from jaxloss import _arguments, _blocks, _check, _chunks, _passes, _targets
 
 Implementation = Literal["token_chunks", "vocab_blocks", "mosaic_tpu", "mosaic_gpu"]
 IMPLEMENTATIONS = get_args(Implementation)
@@ -81,7 +81,7 @@ def choose(
         most, default = tokens, _chunks.default_chunk(tokens, size.columns, size.features)
     else:
         most, default = size.columns, _blocks.default_block(tokens, size.columns)
-    return Choice(by_tokens, _check.chunk_size(call, chunk_size, default, most), fused)
+    return Choice(by_tokens, _arguments.chunk_size(call, chunk_size, default, most), fused)
 
 
 def _kernel_here() -> Implementation | None:

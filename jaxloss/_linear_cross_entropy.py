@@ -10,6 +10,7 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 
 from jaxloss import (
+    _arguments,
     _blocks,
     _check,
     _chunks,
@@ -213,9 +214,9 @@ def losses_of_product(
     temperature=1.0,
 ) -> Any:
     """:func:`linear_cross_entropy` of the public function ``call``."""
-    vocab_axes = _check.mesh_axes(call, "vocab_axis_name", vocab_axis_name)
-    token_axes = _check.mesh_axes(call, "token_axis_name", token_axis_name)
-    hidden, kernel, bias, vocab_axis = _check.product_operands(
+    vocab_axes = _arguments.mesh_axes(call, "vocab_axis_name", vocab_axis_name)
+    token_axes = _arguments.mesh_axes(call, "token_axis_name", token_axis_name)
+    hidden, kernel, bias, vocab_axis = _arguments.product_operands(
         call, hidden, kernel, bias, vocab_axis
     )
     layout = _layout.of_types(call, hidden, kernel, vocab_axis)
@@ -225,20 +226,20 @@ def losses_of_product(
     else:
         local = _check.integer(call, "num_classes", num_classes, 0, columns, default=columns)
     logits = jax.ShapeDtypeStruct((*hidden.shape[:-1], local), hidden.dtype)
-    checked = _check.token_arguments(
+    checked = _arguments.token_arguments(
         call, "hidden @ kernel", logits, labels, -1, weight, ignore_index, sample_weight, where,
         reduction, num_classes, vocab_axes,
     )  # fmt: skip
     labels, _, sample_weight, class_mask, token_mask = checked.arrays
     classes, ignored = checked.static["num_classes"], checked.static["ignore_index"]
     smoothing = _check.number(call, "label_smoothing", label_smoothing, 0, 1)
-    _check.bucket(call, labels, weight, smoothing)
-    _check.split(
+    _arguments.bucket(call, labels, weight, smoothing)
+    _arguments.split(
         call, "kernel", kernel, {"hidden": hidden, **checked.of_tokens}, vocab_axes, token_axes
     )
-    scaling = _passes.scaling_of(*_check.scaling(call, logit_softcap, temperature))
+    scaling = _passes.scaling_of(*_arguments.scaling(call, logit_softcap, temperature))
     with_stats = _check.flag(call, "return_stats", return_stats)
-    precision = _check.precision(call, precision)
+    precision = _arguments.precision(call, precision)
 
     tokens, shards, gathered = math.prod(hidden.shape[:-1]), _mesh.size(vocab_axes), ()
     if layout is not None:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from jaxloss import _check, _chunks, _layout, _linear, _products, _targets
+from jaxloss import _arguments, _check, _chunks, _layout, _linear, _products, _targets
 from jaxloss._casts import accumulator_dtype
 from jaxloss._cross_entropy import Reduction
 
@@ -77,14 +77,14 @@ def linear_loss(
     call = "linear_loss"
     if not callable(loss_fn):
         _check.fail(call, "loss_fn must be a function", type(loss_fn).__name__, kind=TypeError)
-    hidden, kernel, bias, vocab_axis = _check.product_operands(
+    hidden, kernel, bias, vocab_axis = _arguments.product_operands(
         call, hidden, kernel, bias, vocab_axis
     )
     columns = kernel.shape[vocab_axis]
     _layout.refuse(call, hidden, kernel, vocab_axis)
     lead, tokens = hidden.shape[:-1], math.prod(hidden.shape[:-1])
     most = _chunks.size_to_plan_for(tokens)
-    chunk = _check.chunk_size(call, chunk_size, _chunks.default_chunk(most, columns), most)
+    chunk = _arguments.chunk_size(call, chunk_size, _chunks.default_chunk(most, columns), most)
     arrays = []
     for i, x in enumerate(per_token):
         x = _check.array(call, f"per_token[{i}]", x)
@@ -92,8 +92,8 @@ def linear_loss(
             rule = f"per_token[{i}] must have hidden's leading shape, {lead}"
             _check.fail(call, rule, f"{_check.describe(x)}, hidden {_check.describe(hidden)}")
         arrays.append(x.reshape(tokens, *x.shape[len(lead) :]))
-    sample_weight = _check.check_sample_weight(call, sample_weight, lead)
-    _check.check_reduction(call, reduction)
+    sample_weight = _arguments.check_sample_weight(call, sample_weight, lead)
+    _arguments.check_reduction(call, reduction)
 
     wide = accumulator_dtype(hidden.dtype)
 
@@ -125,7 +125,7 @@ def linear_loss(
     counts = jnp.ones(lead, bool) if sample_weight is None else sample_weight.astype(bool)
     targets = _targets.Targets(None, None, counts)
     weights = _targets.token_weights(targets, sample_weight, reduction, wide)
-    geometry = _products.Geometry(vocab_axis, columns, chunk, _check.precision(call, precision))
+    geometry = _products.Geometry(vocab_axis, columns, chunk, _arguments.precision(call, precision))
     operands = _linear.Operands(
         hidden.reshape(tokens, hidden.shape[-1]),
         kernel,

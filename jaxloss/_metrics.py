@@ -12,7 +12,7 @@ import numpy as np
 from jax import Array, export, lax
 from jax.typing import ArrayLike
 
-from jaxloss import _check, _targets
+from jaxloss import _arguments, _check, _targets
 from jaxloss._casts import accumulator_dtype
 from jaxloss._cross_entropy import AxisName
 from jaxloss._elementary import exp
@@ -164,10 +164,10 @@ def metric_sums(
     """
     call = "metric_sums"
     stats = _stats(call, stats)
-    sample_weight = _check.check_sample_weight(call, sample_weight, stats.log_prob.shape)
-    token_axes = _check.mesh_axes(call, "token_axis_name", token_axis_name)
+    sample_weight = _arguments.check_sample_weight(call, sample_weight, stats.log_prob.shape)
+    token_axes = _arguments.mesh_axes(call, "token_axis_name", token_axis_name)
     of_tokens = {"sample_weight": sample_weight}
-    _check.split(call, "stats", stats.confidence, of_tokens, (), token_axes)
+    _arguments.split(call, "stats", stats.confidence, of_tokens, (), token_axes)
     return _metric_sums(
         stats,
         sample_weight,

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from jaxloss import _check, _targets
+from jaxloss import _arguments, _check, _targets
 from jaxloss._casts import accumulator_dtype
 
 
@@ -92,7 +92,7 @@ def next_token_labels(
             way_out = "Convert them: tokens.astype(jnp.int32)."
         _check.fail(call, rule, _check.describe(tokens), way_out, TypeError)
     segment_ids = _segments(call, segment_ids, "tokens", tokens)
-    mask = None if where is None else _check.boolean(call, where)
+    mask = None if where is None else _arguments.boolean(call, where)
     if mask is not None:
         _check.shape(call, "where", mask, tokens.shape, "the shape of tokens")
     return _next_token_labels(tokens, segment_ids, mask, ignore_index=ignore_index)
@@ -185,9 +185,9 @@ def sequence_weight(
     return _sequence_weight(
         labels,
         segment_ids,
-        _check.check_sample_weight(call, sample_weight, labels.shape),
+        _arguments.check_sample_weight(call, sample_weight, labels.shape),
         num_segments=num_segments,
-        ignore_index=_check.ignored(call, ignore_index),
+        ignore_index=_arguments.ignored(call, ignore_index),
     )
 
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from jaxloss import _check, _targets
+from jaxloss import _arguments, _check, _targets
 from jaxloss._casts import accumulator_dtype, widened
 from jaxloss._cross_entropy import Reduction
 from jaxloss._elementary import exp, log1p
@@ -153,7 +153,7 @@ def _entry_weight(function: str, name: str, weight: Any, logits: Array, scalar=F
     if weight.shape not in (shape, last) and not (scalar and weight.ndim == 0):
         rule = f"{name} must have the shape of logits, {shape}, or one entry a class, {last}"
         broadcast = f"Broadcast it: jnp.broadcast_to({name}, logits.shape)."
-        way_out = broadcast if _check.fits(weight, logits) else ""
+        way_out = broadcast if _arguments.fits(weight, logits) else ""
         _check.fail(function, rule, _check.describe(weight), way_out)
     return weight
 
@@ -192,11 +192,11 @@ def _loss_of(
     labels = _labels(function, labels, logits)
     weight = _entry_weight(function, "weight", weight, logits)
     pos_weight = _pos_weight(function, pos_weight, logits)
-    sample_weight = _check.check_sample_weight(function, sample_weight, logits.shape)
+    sample_weight = _arguments.check_sample_weight(function, sample_weight, logits.shape)
     if where is not None:
-        where = _check.boolean(function, where)
+        where = _arguments.boolean(function, where)
         _check.shape(function, "where", where, logits.shape, "the shape of logits")
-    _check.check_reduction(function, reduction)
+    _arguments.check_reduction(function, reduction)
     return _losses(
         logits,
         labels,
@@ -204,7 +204,7 @@ def _loss_of(
         pos_weight,
         sample_weight,
         where,
-        ignore_index=_check.ignored(function, ignore_index),
+        ignore_index=_arguments.ignored(function, ignore_index),
         label_smoothing=_check.number(function, "label_smoothing", label_smoothing, 0, 1),
         alpha=_alpha(function, alpha),
         gamma=check_gamma(function, gamma),

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from jaxloss import _check, _targets
+from jaxloss import _arguments, _check, _targets
 from jaxloss._casts import accumulator_dtype
 from jaxloss._labels import TopKLabels
 
@@ -64,25 +64,25 @@ def total_weight(
     classes = None  # as many as one likes
     if isinstance(labels, TopKLabels):
         batch = jnp.shape(labels.indices)[:-1]
-        labels = _check.top_k_labels(call, "labels.probabilities", batch, labels)
+        labels = _arguments.top_k_labels(call, "labels.probabilities", batch, labels)
     else:
-        labels = _check.indices_or_probabilities(call, labels)
+        labels = _arguments.indices_or_probabilities(call, labels)
         batch = labels.shape
         if _targets.is_probabilities(labels):
             axes = _check.class_axes(call, labels, "labels", axis)
             batch, classes = _check.batch_shape(labels, axes), _check.num_classes(labels, axes)
-    sample_weight = _check.check_sample_weight(call, sample_weight, batch)
-    mask = None if where is None else _check.boolean(call, where)
+    sample_weight = _arguments.check_sample_weight(call, sample_weight, batch)
+    mask = None if where is None else _arguments.boolean(call, where)
     if mask is not None:
         _check.shape(call, "where", mask, batch, "the shape of the losses")
-    token_axes = _check.mesh_axes(call, "token_axis_name", token_axis_name)
+    token_axes = _arguments.mesh_axes(call, "token_axis_name", token_axis_name)
     of_tokens = labels.indices if isinstance(labels, TopKLabels) else labels
-    _check.split(call, "labels", of_tokens, {"sample_weight": sample_weight}, (), token_axes)
+    _arguments.split(call, "labels", of_tokens, {"sample_weight": sample_weight}, (), token_axes)
     if weight is not None and classes is None:
         classes = (*jnp.shape(weight), 1)[0]
     if classes is None:
         classes = jnp.iinfo(jnp.int32).max
-    weight = _check.class_weight(call, weight, classes)
+    weight = _arguments.class_weight(call, weight, classes)
     dense = _targets.is_probabilities(labels)
     return _total_weight(
         None if dense else labels,  # of probabilities nothing but the number of tokens matters
@@ -91,7 +91,7 @@ def total_weight(
         mask,
         batch=batch,
         num_classes=classes,
-        ignore_index=None if dense else _check.ignored(call, ignore_index),
+        ignore_index=None if dense else _arguments.ignored(call, ignore_index),
         token_axes=token_axes,
     )
 
