@@ -4,9 +4,11 @@ The suite also passes under JAX's stricter settings, each an environment variabl
 JAX_DEBUG_NANS, JAX_TRANSFER_GUARD, JAX_CHECK_TRACER_LEAKS (`.ci/settings` runs them all).
 """
 
+import collections
 import contextlib
 import functools
 import gc
+import itertools
 import os
 
 # Both are read when JAX starts; subprocesses that tests start inherit the promotion rules too.
@@ -52,15 +54,32 @@ hypothesis.settings.load_profile("suite")
 def pytest_configure(config):
     config.addinivalue_line("markers", "nan_is_meant: a NaN is what is tested; JAX_DEBUG_NANS off")
     config.addinivalue_line("markers", "jax_leaks(what): it is JAX; JAX_CHECK_TRACER_LEAKS off")
+    config.addinivalue_line("markers", "every_case: of which --each leaves nothing out")
     config.addinivalue_line("markers", "soak: random cases for as long as one likes; -m soak")
     if "soak" in config.option.markexpr:
         hypothesis.settings.load_profile("soak")
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--each",
+        type=int,
+        default=1,
+        help="N: of a test's cases each N-th alone, the first among them",
+    )
+
+
 def pytest_collection_modifyitems(config, items):
-    if "soak" not in config.option.markexpr:
-        config.hook.pytest_deselected(items=[i for i in items if i.get_closest_marker("soak")])
-        items[:] = [i for i in items if not i.get_closest_marker("soak")]
+    def taken(item):
+        if item.get_closest_marker("soak"):
+            return "soak" in config.option.markexpr
+        nth = next(counts[item.module, item.originalname])
+        return nth % config.option.each == 0 or item.get_closest_marker("every_case")
+
+    counts = collections.defaultdict(itertools.count)
+    kept = {item: taken(item) for item in items}
+    config.hook.pytest_deselected(items=[item for item in items if not kept[item]])
+    items[:] = [item for item in items if kept[item]]
 
 
 def pytest_terminal_summary(terminalreporter):

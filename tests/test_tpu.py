@@ -17,10 +17,13 @@ from test_mesh import collectives, elements
 import jaxloss
 from benchmarks.compiled import TOPOLOGIES, quiet
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None,
-    reason="libtpu is not installed: pip install -e '.[tpu-compile]'",
-)
+pytestmark = [
+    pytest.mark.every_case,
+    pytest.mark.skipif(
+        importlib.util.find_spec("libtpu") is None,
+        reason="libtpu is not installed: pip install -e '.[tpu-compile]'",
+    ),
+]
 
 N, D, V = 8192, 2048, 128256
 MIB = 2**20
