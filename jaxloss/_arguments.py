@@ -181,9 +181,9 @@ def temperature(function: str, x: Any) -> float:
 
 
 def _divisor(function: str, name: str, x: Any) -> float:
-    """What logits are divided by: past these, it is 0 or inf in float32."""
-    info = jnp.finfo(jnp.float32)
-    return _check.number(function, name, x, float(info.tiny), float(info.max))
+    """What logits are divided by: past these, it or its reciprocal is 0 in float32."""
+    tiny = float(jnp.finfo(jnp.float32).tiny)
+    return _check.number(function, name, x, tiny, 1 / tiny)
 
 
 def bucket(function: str, labels: Any, weight: Any, label_smoothing: float) -> None:

@@ -47,7 +47,7 @@ def cap_of(scaling: Scaling | None) -> float | None:
 
 def capped(x: Array, scaling: Scaling | None) -> Array:
     cap = cap_of(scaling)
-    return x if cap is None else tanh(x / cap)
+    return x if cap is None else tanh(x * (1 / cap))  # by the same number as read does, to the bit
 
 
 def for_passes(
@@ -66,7 +66,7 @@ def for_passes(
 def read(x: Array, m: Array, scaling: Scaling | None) -> Array:
     """``m``: the row's maximum."""
     x, cap = x.astype(accumulator_dtype(x.dtype)), cap_of(scaling)
-    return x if cap is None else tanh(x / hidden(cap, m)[0])
+    return x if cap is None else tanh(x * hidden(1 / cap, m)[0])
 
 
 def hidden(number: float, m: Array) -> tuple[Array, Array]:

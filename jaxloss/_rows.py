@@ -191,10 +191,10 @@ def row_part(
         )
     if "entropy" in want:
         # Bounded, so that a class at -inf adds 0: XLA:CPU would write out a summand that selects.
-        distance = -above(y, high, left)
-        if cap_of(scaling) is not None:  # a cap rounds either way
-            distance = jnp.abs(distance)
-        distance = jnp.minimum(distance, jnp.finfo(x.dtype).max)
+        distance = jnp.minimum(-above(y, high, left), jnp.finfo(x.dtype).max)
+        if cap_of(scaling) is not None:
+            # A cap rounds either way. The derivative of abs would change its sign with the rounding.
+            distance += lax.stop_gradient(jnp.abs(distance) - distance)
         spread = jnp.sum(exponentials(y, high, left) * distance, axis=-1)
         if labelled:
             y, (m, _) = apart(given, (m, spread))

@@ -147,7 +147,7 @@ def batch_rows(x):
 
 def number_rows():
     number, flag = "must be a Python number; got", "return_stats must be True or False; got"
-    cap = r"logit_softcap must be in \[1\.17549e-38, 3\.40282e\+38\]; got"
+    cap = r"logit_softcap must be in \[1\.17549e-38, 8\.50706e\+37\]; got"
     return [
         ({"label_smoothing": -0.1}, ValueError, r"label_smoothing must be in \[0, 1\]; got -0\.1"),
         ({"label_smoothing": 1.5}, ValueError, r"label_smoothing must be in \[0, 1\]; got 1\.5"),
