@@ -193,7 +193,7 @@ def row_part(
         # Bounded, so that a class at -inf adds 0: XLA:CPU would write out a summand that selects.
         distance = jnp.minimum(-above(y, high, left), jnp.finfo(x.dtype).max)
         if cap_of(scaling) is not None:
-            # A cap rounds either way. The derivative of abs would change its sign with the rounding.
+            # A cap rounds either way. The derivative of abs would change its sign with that.
             distance += lax.stop_gradient(jnp.abs(distance) - distance)
         spread = jnp.sum(exponentials(y, high, left) * distance, axis=-1)
         if labelled:

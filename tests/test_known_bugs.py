@@ -591,19 +591,25 @@ def test_float16_gradients_below_and_past_its_range(name, chunk_size):
     hidden, kernel = jnp.ones((n, 1), jnp.float16), jnp.array([[8.0, 0.0]], jnp.float16)
     p = 1 / (1 + np.exp(8.0))
     assert jnp.float16(p / n) in (0, jnp.finfo(jnp.float16).smallest_subnormal)
-    scaled = jax.grad(lambda h, k: 2.0**15 * loss(h, k, y), (0, 1))
-    of_hidden, of_kernel = jit_quickly(scaled)(hidden, kernel)
+    flat = jnp.full((n, 1), 64, jnp.float16), jnp.zeros((1, 2), jnp.float16)
+
+    def scaled(h, k):
+        return 2.0**15 * loss(h, k, y)
+
+    @jit_quickly
+    def run(h, k, of_64, of_0):
+        moved = jax.jvp(partial(scaled, h), (k,), (k,))[1]
+        mean = jax.grad(lambda k: loss(of_64, k, y, reduction="sum") / n)(of_0)
+        weighted = jax.grad(lambda k: loss(of_64, k, y, sample_weight=jnp.full(n, 1e-9)))(of_0)
+        return jax.grad(scaled, (0, 1))(h, k), moved, mean, weighted
+
+    (of_hidden, of_kernel), moved, mean, weighted = run(hidden, kernel, *flat)
     assert of_hidden.dtype == of_kernel.dtype == jnp.float16
     assert_within(of_kernel, [[-(2**15) * p, 2**15 * p]], 2**-9)
     assert_within(of_hidden, np.full((n, 1), -8 * 8 * p), 2**-9)
-    _, moved = jax.jvp(lambda k: 2.0**15 * loss(hidden, k, y), (kernel,), (kernel,))
     assert_within(moved, -8 * 2**15 * p, 2**-9)
-
-    hidden, kernel = jnp.full((n, 1), 64, jnp.float16), jnp.zeros((1, 2), jnp.float16)
-    mean = jax.grad(lambda k: loss(hidden, k, y, reduction="sum") / n)
-    assert_within(jit_quickly(mean)(kernel), [[-32, 32]], 2**-9)
-    weighted = jax.grad(lambda k: loss(hidden, k, y, sample_weight=jnp.full(n, 1e-9)))
-    assert_within(jit_quickly(weighted)(kernel), [[-32, 32]], 2**-9)
+    assert_within(mean, [[-32, 32]], 2**-9)
+    assert_within(weighted, [[-32, 32]], 2**-9)
 
 
 INDEXED = ("gather", "scatter", "dynamic_slice", "dynamic_update_slice", "argmax", "iota")

@@ -470,8 +470,11 @@ def test_bfloat16_gradients_are_no_worse_than_materialised_float32_ones(schedule
         assert np.linalg.norm(ours - truth) <= 1.1 * rounding
 
 
-@pytest.mark.parametrize(("n", "d", "v"), [(1024, 512, 32000), (512, 512, 128256)])
-def test_temporary_memory(n, d, v):
+@pytest.mark.parametrize(
+    ("n", "d", "v", "most"),
+    [(4096, 512, 32000, 80), (2048, 64, 128256, 300)],  # materialised logits: 500 and 1002 MiB
+)
+def test_temporary_memory(n, d, v, most):
     args = [
         jax.ShapeDtypeStruct(shape, dtype)
         for shape, dtype in (((n, d), jnp.float32), ((d, v), jnp.float32), ((n,), jnp.int32))
@@ -481,8 +484,8 @@ def test_temporary_memory(n, d, v):
         return jax.jit(f).lower(*args).compile().memory_analysis().temp_size_in_bytes / 2**20
 
     accumulator = d * v * 4 / 2**20
-    assert temporary(jax.value_and_grad(jaxloss.linear_cross_entropy, A)) <= accumulator + 260
-    assert temporary(jaxloss.linear_cross_entropy) <= 260
+    assert temporary(jax.value_and_grad(jaxloss.linear_cross_entropy, A)) <= accumulator + most
+    assert temporary(jaxloss.linear_cross_entropy) <= most
     blocks = partial(jaxloss.linear_cross_entropy, implementation="vocab_blocks")
     assert temporary(blocks) <= 64
     assert temporary(jax.value_and_grad(blocks, A)) <= 64 + n * d * 4 / 2**20

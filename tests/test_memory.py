@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 import jaxloss
 
 DTYPES = [jnp.float32, jnp.bfloat16]
-SHAPES = [(8192, 10), (4096, 4096), (1024, 32000)]
+SHAPES = [(4096, 4096), (1024, 32000)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

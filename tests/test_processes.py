@@ -5,7 +5,6 @@ import os
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -13,14 +12,14 @@ import numpy as np
 WORKER = Path(__file__).parent / "worker.py"
 
 
-def start(count, steps, dies_at=-1):
+def start(count, steps):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     flags = f"--xla_force_host_platform_device_count={8 // count}"
     return [
         subprocess.Popen(
-            [sys.executable, WORKER, *map(str, (rank, count, port, steps, dies_at))],
+            [sys.executable, WORKER, *map(str, (rank, count, port, steps))],
             env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -47,16 +46,3 @@ def test_two_processes_train_as_one():
     np.testing.assert_allclose(two["losses"], one["losses"], rtol=1e-5)
     for name in one["sums"]:
         np.testing.assert_allclose(two["sums"][name], one["sums"][name], rtol=1e-4, atol=1e-4)
-
-
-def test_a_killed_peer_is_an_error():
-    began = time.monotonic()
-    processes = start(2, steps=5, dies_at=2)
-    try:
-        assert processes[1].wait(timeout=120) == 9
-        assert processes[0].wait(timeout=60) != 0
-    finally:
-        for p in processes:
-            p.kill()
-            p.communicate()
-    assert time.monotonic() - began < 180

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import EPS, exact_gradient
+from helpers import EPS, exact_gradient, jit_quickly
 
 import jaxloss
 from jaxloss import _rows
@@ -129,15 +129,15 @@ def test_second_derivatives_of_the_entropy_where_a_class_is_impossible(outer):
         return jnp.sum(jaxloss.token_stats(x, jnp.array([0, 1])).entropy)
 
     x = X.at[1, 2:].set(0.5)  # one class of the first row is at -inf
-    got = outer(jax.grad(entropy))(x)
+    got = jit_quickly(outer(jax.grad(entropy)))(x)
     with jax.enable_x64(True):
 
         def exact(x):
             return -jnp.sum(jax.nn.softmax(x) * jax.nn.log_softmax(x))
 
         wide = jnp.asarray(x, jnp.float64)
-        few = jax.hessian(exact)(wide[0, jnp.array([0, 2, 3])])
-        many = jax.hessian(exact)(wide[1])
+        few = jit_quickly(jax.hessian(exact))(wide[0, jnp.array([0, 2, 3])])
+        many = jit_quickly(jax.hessian(exact))(wide[1])
     expected = np.zeros((2, 4, 2, 4))
     expected[0, :, 0][np.ix_([0, 2, 3], [0, 2, 3])] = few
     expected[1, :, 1] = many
