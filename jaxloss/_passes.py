@@ -64,7 +64,7 @@ def for_passes(
 
 
 def read(x: Array, m: Array, scaling: Scaling | None) -> Array:
-    """``m``: the row's maximum."""
+    """In the accumulator's dtype and capped; ``m`` is the row's maximum."""
     x, cap = x.astype(accumulator_dtype(x.dtype)), cap_of(scaling)
     return x if cap is None else tanh(x * hidden(1 / cap, m)[0])
 
@@ -165,7 +165,7 @@ def _sum_of_others(x: Array, m: Array, kept: Array, scaling: Scaling | None = No
     x = read(x, m, scaling)
     if not _index_is_exact(x):
         return jnp.sum(_selected_exponentials(x, m, kept, scaling), axis=-1)
-    one, m = hidden(1, m)
+    one = 1 if cap_of(scaling) is None else hidden(1, m)[0]  # the cap's derivative has a 1 too
     other = jnp.minimum(jnp.abs(_class_index(x) - kept.astype(x.dtype)[..., None]), one)
     return jnp.sum(other * exponentials(x, m, scaling), axis=-1)
 

@@ -312,13 +312,15 @@ def finish(
         soft=None if part.mass is None else part.below + part.mass * r,
         logsumexp=scaled(m, scaling) + r if "logsumexp" in want else None,
         entropy=None if spread is None else spread + of_all,
-        # No class at all, no confidence: 1 + t is 0. Of any it is 1 or more, but for its rounding.
-        confidence=jnp.where(t > -1, 1 / (1 + jnp.maximum(t, 0)), jnp.nan)
-        if "confidence" in want
-        else None,
+        confidence=_confidence(t) if "confidence" in want else None,
         above=r if "above" in want else None,
     )
     return losses, RowState(m, part.s, d, t, part.kept, part.mass, part.other_mass, spread)
+
+
+def _confidence(t: Array) -> Array:
+    """1 / (1 + t), and no more than 1 where 1 + t is rounded below it; NaN for no class at all."""
+    return jnp.where(t > -1, 1 / (1 + jnp.maximum(t, 0)), jnp.nan)
 
 
 def row_gradient(logits, state, soft_targets, class_mask, scaling, ct, top=None, dtype=None):
