@@ -2,6 +2,7 @@
 
 import ctypes
 import platform
+import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -109,19 +110,22 @@ def interleaved(
     seconds: float,
     tick: Callable[[float], None] = lambda share: None,
 ) -> dict[str, list[float]]:
-    """Seconds of each call, round by round: A B C, A B C, ... until the time is used up.
+    """Seconds of each call, round by round: A B C, C A B, ... until the time is used up.
 
-    Taking turns puts a machine's slow moments on every method alike. ``tick`` is told the share of
-    the budget that is used, between rounds and never while something is timed.
+    Taking turns puts a machine's slow moments on every method alike, and an order that changes what
+    the one before leaves behind: a chip that it heated, caches. ``tick`` is told the share of the
+    budget that is used, between rounds and never while something is timed.
     """
     for function in functions.values():
         jax.block_until_ready(function(*args))
     times: dict[str, list[float]] = {name: [] for name in functions}
+    order, shuffle = list(functions), random.Random(0).shuffle
     start = time.perf_counter()
     for rounds in range(1, MAX_ROUNDS + 1):
-        for name, function in functions.items():
+        shuffle(order)
+        for name in order:
             begin = time.perf_counter()
-            jax.block_until_ready(function(*args))
+            jax.block_until_ready(functions[name](*args))
             times[name].append(time.perf_counter() - begin)
         used = (time.perf_counter() - start) / seconds
         tick(min(used, 1.0))
