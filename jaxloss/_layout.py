@@ -30,7 +30,11 @@ class Layout(NamedTuple):
         return tuple(name for entry in self.tokens for name in _names(entry))
 
     def devices(self, axes: _mesh.Axes) -> int:
-        return math.prod(self.mesh.shape[name] for name in axes)
+        return _devices(self.mesh, axes)
+
+
+def _devices(mesh: Any, axes: _mesh.Axes) -> int:
+    return math.prod(mesh.shape[name] for name in axes)
 
 
 def _names(entry: Any) -> _mesh.Axes:
@@ -70,9 +74,8 @@ def of_types(call: str, hidden: Array, kernel: Array, vocab_axis: int) -> Layout
         vocab = first or vocab
         if last:
             gathered.append((axis, last))
-    columns = kernel.shape[vocab_axis]
-    layout = Layout(mesh, tuple(tokens), of_kernel, vocab_axis, vocab, tuple(gathered), columns)
-    return layout._replace(columns=columns // layout.devices(vocab))
+    columns = kernel.shape[vocab_axis] // _devices(mesh, vocab)
+    return Layout(mesh, tuple(tokens), of_kernel, vocab_axis, vocab, tuple(gathered), columns)
 
 
 def refuse(call: str, hidden: Array, kernel: Array, vocab_axis: int, of: str = "") -> None:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.typing import ArrayLike
 
 from jaxloss import _mesh
 from jaxloss._casts import accumulator_dtype, widened
@@ -66,17 +67,20 @@ def for_passes(
 def read(x: Array, m: Array, scaling: Scaling | None) -> Array:
     """In the accumulator's dtype and capped; ``m`` is the row's maximum."""
     x, cap = x.astype(accumulator_dtype(x.dtype)), cap_of(scaling)
-    return x if cap is None else tanh(x * hidden(1 / cap, m)[0])
+    if cap is None:
+        return x
+    _, steep = hidden(m, 1 / cap)
+    return tanh(x * steep)
 
 
-def hidden(number: float, m: Array) -> tuple[Array, Array]:
-    """Both, behind a barrier.
+def hidden(m: Array, *numbers: ArrayLike) -> tuple[Array, ...]:
+    """A number a row, which has no derivative, and those of all rows, behind a barrier.
 
     XLA:CPU writes out the broadcast of what several passes share, of a number too, but not of what
     a barrier gives; barriers of the same operands are one.
     """
-    # The maximum has no derivative.
-    return lax.optimization_barrier((jnp.asarray(number, m.dtype), lax.stop_gradient(m)))
+    m = lax.stop_gradient(m)
+    return lax.optimization_barrier((m, *(jnp.asarray(x, m.dtype) for x in numbers)))
 
 
 def scaled(x: Array, scaling: Scaling | None) -> Array:
@@ -119,7 +123,7 @@ def above(x: Array, m: Array, scaling: Scaling | None) -> Array:
     """x_j - m in nats."""
     if scaling is None:
         return x - m[..., None]
-    unit, m = hidden(scaling.unit, m)
+    m, unit = hidden(m, scaling.unit)
     return (x - m[..., None]) * unit
 
 
@@ -165,7 +169,7 @@ def _sum_of_others(x: Array, m: Array, kept: Array, scaling: Scaling | None = No
     x = read(x, m, scaling)
     if not _index_is_exact(x):
         return jnp.sum(_selected_exponentials(x, m, kept, scaling), axis=-1)
-    one = 1 if cap_of(scaling) is None else hidden(1, m)[0]  # the cap's derivative has a 1 too
+    one = 1 if cap_of(scaling) is None else hidden(m, 1)[1]  # the cap's derivative has a 1 too
     other = jnp.minimum(jnp.abs(_class_index(x) - kept.astype(x.dtype)[..., None]), one)
     return jnp.sum(other * exponentials(x, m, scaling), axis=-1)
 
@@ -342,7 +346,11 @@ def row_max(logits: Array, class_mask: Array | None, scaling: Scaling | None) ->
         m = jnp.max(logits, axis=-1).astype(accumulator_dtype(logits.dtype))
     else:
         m = jnp.max(widen(logits, class_mask, None), axis=-1)
-    m = lax.stop_gradient(m)
+    return capped_max(lax.stop_gradient(m), class_mask, scaling)
+
+
+def capped_max(m: Array, class_mask: Array | None, scaling: Scaling | None) -> Array:
+    """The maximum of capped logits from that of the logits."""
     if cap_of(scaling) is None:
         return m
     m = capped(m, scaling)  # which moves no maximum
@@ -409,7 +417,7 @@ def ahead(x: Array, of_label: Array, label: Array) -> Array:
         at = lax.broadcasted_iota(label.dtype, x.shape, x.ndim - 1) - label[..., None]
         larger = (x > of_label) | ((x == of_label) & (at < 0))
         return jnp.sum(larger & (at != 0), axis=-1, dtype=jnp.int32)
-    tiny, (one, of_label) = jnp.finfo(wide).tiny, hidden(1, of_label)
+    tiny, (of_label, one) = jnp.finfo(wide).tiny, hidden(of_label, 1)
     below = label.astype(wide)[..., None] - _class_index(x)
     # 2^30 for a larger logit, 0 for an equal one, below -2^30 for a smaller one.
     larger = jnp.minimum(jnp.maximum((x - of_label) / tiny, -1) / tiny, 2.0**30)
@@ -473,9 +481,7 @@ def lies_below(x: Array, m: Array, value: float) -> Array:
     summand."""
     info = jnp.finfo(x.dtype)
     bound = m - 4 * info.eps * jnp.abs(m) - info.tiny
-    # Behind a barrier as in ``hidden``.
-    numbers = (jnp.asarray(c, x.dtype) for c in (1 / info.tiny, 0, value))
-    bound, steep, zero, most = lax.optimization_barrier(lax.stop_gradient((bound, *numbers)))
+    bound, steep, zero, most = hidden(bound, 1 / info.tiny, 0, value)
     # The maximum stands between the factors, or XLA folds them to inf (0 * inf is NaN); right under
     # the minimum it would make a clamp of both, which XLA:CPU writes out.
     difference = lax.stop_gradient(bound[..., None] - x)  # a step has no slope

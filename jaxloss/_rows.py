@@ -32,6 +32,7 @@ from jaxloss._passes import (
     apart,
     asked_for,
     cap_of,
+    capped_max,
     elsewhere,
     entries,
     entry,
@@ -122,10 +123,11 @@ def row_part(
     """
     labelled, written = kept is not None, backward_follows and _write_out(logits)
     if kept is None:
-        highest = row_max(logits, class_mask, scaling)
+        largest = row_max(logits, class_mask, None)
+        highest = capped_max(largest, class_mask, scaling)
         m = finite(highest)
         # A cap moves no maximum: it is looked for in the logits themselves.
-        kept = near_max(logits, finite(row_max(logits, class_mask, None)), class_mask)
+        kept = near_max(logits, finite(largest), class_mask)
         s = row_sum(logits, m, kept, class_mask, scaling, written)
     else:
         highest, s = max_and_sum(logits, kept, class_mask, scaling, written)

@@ -37,13 +37,9 @@ def classes_here(total: int, size: int, vocab_axes: _mesh.Axes) -> Classes:
     return Classes(total, size, start, vocab_axes)
 
 
-def is_padded(classes: Classes) -> bool:
-    return classes.total != classes.size * _mesh.size(classes.axes)
-
-
 def existing(class_mask: Array | None, classes: Classes, rank: int) -> Array | None:
     """``class_mask``, and no padding."""
-    if not is_padded(classes):
+    if classes.total == classes.size * _mesh.size(classes.axes):
         return class_mask
     column = jnp.arange(classes.size, dtype=jnp.int32) + classes.start
     real = of_rank(column < classes.total, rank)
