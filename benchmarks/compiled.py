@@ -20,20 +20,26 @@ from benchmarks import hlo, report
 
 TOPOLOGIES = {"v5e": "v5e:2x2", "v6e": "v6e:2x2", "v5p": "v5p:2x2x1", "tpu7x": "tpu7x:2x2x1"}
 SHAPES = ((8192, 2048, 128256), (4096, 4096, 128256), (8192, 2304, 256000))  # N, D, V
+LARGE = (32768, 4096, 128256)
 CASES = (
     *((chip, shape) for chip in ("v5e", "v6e") for shape in SHAPES),
     *((chip, SHAPES[0]) for chip in ("v5p", "tpu7x")),
+    ("v6e", LARGE),
 )
-CHUNKS = (256, 512, 1024, 2048, 4096)  # tokens, for the first shape
+SWEEPS = (  # of tokens, then of classes
+    *((chip, "chunks", SHAPES[0], (256, 512, 1024, 2048, 4096)) for chip in ("v5e", "v6e")),
+    ("v6e", "kernel", LARGE, (256, 512, 1024)),
+)
 NAMES = {
     "optax": "optax",
     "jaxloss": "jaxloss",
+    "chunks": "jaxloss token_chunks",
     "blocks": "jaxloss vocab_blocks",
-    "kernel": "jaxloss mosaic_tpu",
     "tokamax mosaic_tpu": "tokamax mosaic_tpu",
     "tokamax chunked_xla": "tokamax chunked_xla",
     "tokamax xla": "tokamax xla",
 }
+SCHEDULES = {"chunks": "token_chunks", "blocks": "vocab_blocks", "kernel": "mosaic_tpu"}
 MIB = 2**20
 
 
@@ -75,13 +81,14 @@ def _method(name: str, shape: tuple[int, int, int], chunk: int | None) -> tuple[
 
         return function, steps
     if name == "jaxloss":
-        from jaxloss import _chunks
-
-        loss = partial(jaxloss.linear_cross_entropy, chunk_size=chunk)
-        steps = _chunk_loops(tokens, chunk or _chunks.default_chunk(tokens, columns))
-    elif name in ("blocks", "kernel"):
-        options = {"implementation": NAMES[name].removeprefix("jaxloss "), "chunk_size": chunk}
+        loss = jaxloss.linear_cross_entropy
+    elif name in SCHEDULES:
+        options = {"implementation": SCHEDULES[name], "chunk_size": chunk}
         loss = partial(jaxloss.linear_cross_entropy, **options)
+        if name == "chunks":
+            from jaxloss import _chunks
+
+            steps = _chunk_loops(tokens, chunk or _chunks.default_chunk(tokens, columns))
     elif name == "optax":
         import optax
 
@@ -153,15 +160,15 @@ def run(tick: Callable[[str], None]) -> dict[str, Any]:
             tick(f"{chip} {shape} {name}")
             programs[name] = compiled(chip, name, shape)
         rows.append({"chip": chip, "shape": list(shape), "programs": programs})
-    sweep = []
-    for chip in ("v5e", "v6e"):
+    sweeps = []
+    for chip, name, shape, sizes in SWEEPS:
         programs = {}
-        for chunk in CHUNKS:
-            tick(f"{chip} chunk_size={chunk}")
-            programs[str(chunk)] = compiled(chip, "jaxloss", SHAPES[0], chunk)
-        sweep.append({"chip": chip, "shape": list(SHAPES[0]), "programs": programs})
+        for size in sizes:
+            tick(f"{chip} {shape} {name} chunk_size={size}")
+            programs[str(size)] = compiled(chip, name, shape, size)
+        sweeps.append({"chip": chip, "method": name, "shape": list(shape), "programs": programs})
     peers = {name: installed(name) for name in ("libtpu", "tokamax")}
-    return {"environment": {**environment(), **peers}, "rows": rows, "chunk_size": sweep}
+    return {"environment": {**environment(), **peers}, "rows": rows, "chunk_size": sweeps}
 
 
 def _cell(program: dict[str, Any], key: str, unit: float, form: str) -> str:
@@ -205,20 +212,22 @@ def tables(data: dict[str, Any]) -> list[report.Table]:
             cycles,
         ),
     ]
-    bare = {
-        r["chip"]: r["programs"]["products"] for r in data["rows"] if r["shape"] == [*SHAPES[0]]
+    bare = {(r["chip"], *r["shape"]): r["programs"]["products"] for r in data["rows"]}
+    kinds = {
+        (sweep["method"], *sweep["shape"]): [*sweep["programs"]] for sweep in data["chunk_size"]
     }
-    rows = []
-    for row in data["chunk_size"]:
-        for title, each in (
-            ("peak MiB", lambda p: _cell(p, "peak_mib", 1, ".0f")),
-            ("cycles / products", lambda p, c=row["chip"]: _of_products(p, bare[c])),
-        ):
-            rows.append([row["chip"], title, *(each(row["programs"][str(c)]) for c in CHUNKS)])
-    name = "{} x {} x {}".format(*SHAPES[0])
-    out.append(
-        report.Table(f"jaxloss by `chunk_size`, {name}", ["chip", "", *map(str, CHUNKS)], rows)
-    )
+    for (method, *shape), sizes in kinds.items():
+        rows = []
+        for sweep in data["chunk_size"]:
+            if [sweep["method"], *sweep["shape"]] != [method, *shape]:
+                continue
+            chip, programs = sweep["chip"], sweep["programs"].values()
+            products = bare[(chip, *shape)]
+            rows.append([chip, "peak MiB", *(_cell(p, "peak_mib", 1, ".0f") for p in programs)])
+            times = (_of_products(p, products) for p in programs)
+            rows.append([chip, "cycles / products", *times])
+        title = "{} by `chunk_size`, {} x {} x {}".format(SCHEDULES[method], *shape)
+        out.append(report.Table(title, ["chip", "", *sizes], rows))
     if refused:
         rows = []
         for (name, text), where in refused.items():

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental.layout import Layout, with_layout_constraint
 
-from jaxloss import _mesh, _passes, _products, _rows, _targets
+from jaxloss import _chunks, _mesh, _passes, _products, _row_kernel, _rows, _targets
 from jaxloss._forward_mode import with_forward_mode
 
 _ROWS = Layout(major_to_minor=(0, 1))
@@ -41,6 +41,7 @@ class Constants(NamedTuple):
     mask: Any  # [R, C], the classes that exist, one row for all tokens or
     mask_row: Any  # [N], each token's
     index: Any  # [N, k], of extra
+    counts: Any  # [N], the tokens that count; None: all, as far as the kernel goes
 
 
 class Options(NamedTuple):
@@ -57,8 +58,12 @@ class Options(NamedTuple):
 
 def default_block(num_tokens: int, num_classes: int) -> int:
     """Columns a block: the power of two whose float32 logits fit the backend's budget."""
-    budget = {"cpu": 8, "tpu": 32}.get(jax.default_backend(), 64) * 2**20
-    block = 2 ** int(math.log2(max(128, budget // (4 * max(1, num_tokens)))))
+    backend = jax.default_backend()
+    budget = {"cpu": 8, "tpu": 32}.get(backend, 64) * 2**20
+    # Each block adds to the float32 d_hidden, 8 bytes of traffic beside 6 B operations: by a TPU
+    # v6e's peak rates as long as the products of 770 columns.
+    least = 1024 if backend == "tpu" else 128
+    block = 2 ** int(math.log2(max(least, budget // (4 * max(1, num_tokens)))))
     return max(1, min(block, num_classes))
 
 
@@ -150,45 +155,24 @@ def _swept(options: Options, operands: Operands, constants: Constants):
     return part._replace(kept=constants.kept) if labelled else part, best, of_label
 
 
-def _row_part(geometry: _products.Geometry, hidden, kernel, bias, kept, *count) -> _rows.RowPart:
-    # Pallas: a third of the whole import.
-    if jax.default_backend() == "tpu":
-        from jaxloss._kernels.linear_tpu import row_part
-    else:
-        from jaxloss._kernels.linear_gpu import row_part
-    of_classes = geometry.vocab_axis, geometry.num_classes
-    m, s, x_kept = row_part(hidden, kernel, bias, kept, *of_classes, *count)
-    return _rows.RowPart(m, s, x_kept, kept)
-
-
-def losses_by_kernel(
-    geometry: _products.Geometry, operands: Any, kept: Array, count: Array, want: tuple[str, ...]
-) -> _rows.RowLosses:
-    """[N] each, of labels, without a derivative; those past ``count`` are anything."""
-    kernel = _products.gathered(operands.kernel, geometry)
-    part = _row_part(geometry, operands.hidden, kernel, operands.bias, kept, count)
-    part = _rows.merge_shards(part, geometry.vocab_axes, True, geometry.num_classes)
-    return _rows.finish(part, want)[0]
-
-
 def _fused(options: Options, operands: Operands, constants: Constants) -> _rows.RowPart:
     """The RowPart alone, of labels, by the kernel."""
-    part = jax.custom_jvp(partial(_row_part, options.geometry))
+    part = jax.custom_jvp(partial(_row_kernel.row_part, options.geometry))
 
     @part.defjvp
     def _(primals, tangents):
-        *given, kept = primals
+        *given, kept, _ = primals
 
         def swept(hidden, kernel, bias):
             # Of labels alone; a rule that refers to operands from outside would leak them.
             some = Operands(hidden, kernel, bias, None, None, None, None)
-            return _swept(options, some, Constants(kept, None, None, None))[0][:3]
+            return _swept(options, some, Constants(kept, None, None, None, None))[0][:3]
 
         # The kernel has no derivative of its own; what XLA sweeps is the same function.
         dm, ds, dx_kept = jax.jvp(swept, given, list(tangents[:3]))[1]
         return part(*primals), _rows.RowPart(dm, ds, dx_kept, tangents[3])
 
-    return part(operands.hidden, operands.kernel, operands.bias, constants.kept)
+    return part(*operands[:3], constants.kept, constants.counts)
 
 
 def _forward(options: Options, operands: Operands, constants: Constants):
@@ -251,9 +235,54 @@ def _gradients(
     ct: _rows.RowLosses,
 ) -> Operands:
     """The gradients of ``sum(ct * losses)`` for the ``active`` operands. Three products."""
-    geometry, given = options.geometry, operands
-    operands = operands._replace(kernel=_products.gathered(operands.kernel, geometry))
-    hidden = operands.hidden
+    geometry = options.geometry
+    whole = operands._replace(kernel=_products.gathered(operands.kernel, geometry))
+    sweep = partial(_swept_gradients, options, active)
+    if constants.counts is None:
+        total = sweep(whole, constants, state, ct)
+    else:
+        total = _of_those_that_count(sweep, whole, constants, state, ct)
+    kernel = _products.scattered(total.kernel, geometry)
+
+    def settled(g, x):
+        return None if g is None else _mesh.settle(g, _mesh.varies_over(x)).astype(x.dtype)
+
+    return Operands(*map(settled, total._replace(kernel=kernel), operands))
+
+
+def _of_those_that_count(sweep, operands: Operands, constants: Constants, state, ct) -> Operands:
+    """The sweep over a quarter, a half or all of the tokens, the fewest that hold those that count.
+
+    An array's size is static: each is a program of its own.
+    """
+    tokens = constants.counts.size
+    # Nothing in a sweep communicates: each device of a mesh has a size of its own.
+    packing = _chunks.pack(constants.counts, tokens)
+    sizes = sorted({-(-tokens // 4), -(-tokens // 2), tokens})
+
+    def of(size):
+        if size == tokens:
+            return sweep(operands, constants, state, ct)
+        first = partial(_chunks.taken, at=packing.order[:size])
+        own = operands.hidden, constants.kept, state, ct
+        hidden, kept, *rows = jax.tree.map(first, own)
+        total = sweep(operands._replace(hidden=hidden), constants._replace(kept=kept), *rows)
+        return total._replace(hidden=_chunks.taken(total.hidden, _chunks.places(packing)))
+
+    which = sum((packing.size > size).astype(jnp.int32) for size in sizes[:-1])
+    return lax.switch(which, [partial(of, size) for size in sizes])
+
+
+def _swept_gradients(
+    options: Options,
+    active: Operands,
+    operands: Operands,
+    constants: Constants,
+    state: _rows.RowState,
+    ct: _rows.RowLosses,
+) -> Operands:
+    """This device's part, float32 where it is a sum over blocks."""
+    geometry, hidden = options.geometry, operands.hidden
 
     def step(start, size):
         b = _block(options, operands, constants, start, size)
@@ -316,13 +345,7 @@ def _gradients(
             extra,
         )
 
-    total = _over_blocks(geometry.num_classes, geometry.chunk, step, combine)
-    kernel = _products.scattered(total.kernel, geometry)
-
-    def settled(g, x):
-        return None if g is None else _mesh.settle(g, _mesh.varies_over(x)).astype(x.dtype)
-
-    return Operands(*map(settled, total._replace(kernel=kernel), given))
+    return _over_blocks(geometry.num_classes, geometry.chunk, step, combine)
 
 
 def _tangents(options: Options, residuals, tangents) -> _rows.RowLosses:

@@ -14,7 +14,6 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxloss import _mesh
-from jaxloss._products import Geometry
 
 
 class Packing(NamedTuple):
@@ -79,17 +78,23 @@ def all_step_sizes(chunk: int, num_columns: int) -> list[int]:
     return sorted({n for c in chunks for n in step_sizes(c)})
 
 
-def pack(counts: Array, geometry: Geometry) -> Packing:
-    tokens, chunk = counts.shape[0], geometry.chunk
+def pack(counts: Array, chunk: int, in_step: bool = False) -> Packing:
+    """``in_step``: the devices of a mesh take as many steps, the longest's."""
+    tokens = counts.shape[0]
     own = size = jnp.sum(counts, dtype=jnp.int32)
-    if geometry.vocab_axes and _mesh.varies_over(size):
-        # Devices that communicate within a loop must take as many steps: those of the longest.
+    if in_step and _mesh.varies_over(size):
         size = lax.pmax(size, tuple(sorted(_mesh.varies_over(size))))
     order = jnp.argsort(~counts, stable=True).astype(jnp.int32)
     # One that does not count is not named: its hidden may hold NaN, and NaN * 0 is NaN.
     order = jnp.where(jnp.arange(tokens, dtype=jnp.int32) < own, order, tokens)
     room = (-(-tokens // chunk) or 1) * chunk - tokens
     return Packing(jnp.pad(order, (0, room), constant_values=tokens), size, counts)
+
+
+def places(packing: Packing) -> Array:
+    """Where in ``order`` each token stands, [N]; N: nowhere, since it does not count."""
+    counts = packing.counts
+    return jnp.where(counts, jnp.cumsum(counts, dtype=jnp.int32) - 1, counts.size)
 
 
 def _each(mask: Array, rows: Array) -> Array:

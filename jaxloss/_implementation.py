@@ -47,15 +47,12 @@ def choose(
     size: Size,
     asked: Asked,
     *,
-    all_count: bool,
     whole: bool,
 ) -> Choice:
-    """Checked. ``all_count``: no token is left out; ``whole``: no partitioner may split arrays."""
+    """Checked. ``whole``: no partitioner may split arrays."""
     bucket = getattr(asked.labels, "rest", None) == "bucket"
     chip = _kernel_here()
     by_rule = implementation is None and chunk_size is None
-    # Chunks leave out the tokens that do not count, the TPU's kernel computes all.
-    by_rule &= chip == "mosaic_gpu" or (chip == "mosaic_tpu" and all_count)
     wanted = chip if by_rule else implementation if implementation in KERNELS else None
     beyond = _beyond(wanted, asked) if wanted else []
     # By its name it is taken anywhere: JAX says so where a partitioner would have to split it.

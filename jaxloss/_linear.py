@@ -414,7 +414,9 @@ def reduced(
 
     ``weights`` are from ``_targets.token_weights``; ``value`` as above.
     """
-    (each, nothing), packing = weights, pack(counts.reshape(-1), geometry)
+    each, nothing = weights
+    # Devices that communicate within a loop must take as many steps.
+    packing = pack(counts.reshape(-1), geometry.chunk, in_step=bool(geometry.vocab_axes))
     if scalar:
         given = geometry, each.reshape(-1), operands, packing
         total, others = weighted_sum(loss_fn, *given, value)

@@ -20,6 +20,7 @@ from jaxloss import (
     _mesh,
     _passes,
     _products,
+    _row_kernel,
     _targets,
 )
 from jaxloss._casts import accumulator_dtype
@@ -104,7 +105,7 @@ def linear_cross_entropy(
         chunk does without. On a CPU what 256 MiB allow, up to 512 tokens, or 1024 where their
         logits take 64 MiB. Without a gradient of ``kernel``, halves of it that fit 1 GiB, without
         any 256 MiB. With the other implementations classes; None takes 8 MiB on a CPU, 32 MiB on a
-        TPU, 64 MiB on a GPU, and at least 128 classes.
+        TPU, 64 MiB on a GPU, and at least 128 classes, 1024 on a TPU.
       precision: of the products, as in :func:`jax.lax.dot_general`.
       implementation: ``"token_chunks"``, or for least memory ``"vocab_blocks"``, or vocabulary
         blocks whose log-sum-exp a kernel computes: ``"mosaic_tpu"`` on a TPU after v4,
@@ -116,9 +117,8 @@ def linear_cross_entropy(
         vocabulary blocks where fewer than 16 tokens would fit into the budget (not for
         ``rest="bucket"`` of :class:`TopKLabels`, which chunks alone can take); and a kernel that
         has a form of the call, where ``chunk_size`` is None and no partitioner may split the arrays
-        (on several devices, outside of ``shard_map``): on a TPU ``"mosaic_tpu"`` where every token
-        counts (``ignore_index`` None, no ``sample_weight``, no ``where``), on a GPU the kernel in
-        place of the chunks where nothing is differentiated.
+        (on several devices, outside of ``shard_map``): on a TPU ``"mosaic_tpu"``, on a GPU the
+        kernel in place of the chunks where nothing is differentiated.
 
     Returns:
       The loss, or ``(loss, TokenStats)``, as :func:`cross_entropy`. Gradients have their inputs'
@@ -136,8 +136,9 @@ def linear_cross_entropy(
     Those of float16 operands wait in float32 for the cotangent, which may be a loss scale.
     ``reduction="none"`` computes each chunk's logits again in the backward pass. Tokens that do not
     count are not computed: with 75 % of the labels ignored, a quarter of the chunks run. Vocabulary
-    blocks take four products whatever the reduction and compute every token, but hold one block of
-    logits beside a float32 gradient of ``hidden`` and no accumulator for the kernel's.
+    blocks take four products whatever the reduction, but hold one block of logits beside a float32
+    gradient of ``hidden`` and no accumulator for the kernel's. They compute every token; with a
+    kernel its product takes those that count, the others a quarter of all tokens, a half or all.
     Differentiable in ``hidden``, ``kernel``, ``bias``, probabilities and weights, in every mode.
 
     On an explicit mesh (``jax.sharding.AxisType.Explicit``) call it directly on sharded operands:
@@ -230,7 +231,7 @@ def losses_of_product(
         call, "hidden @ kernel", logits, labels, -1, weight, ignore_index, sample_weight, where,
         reduction, num_classes, vocab_axes,
     )  # fmt: skip
-    labels, _, sample_weight, class_mask, token_mask = checked.arrays
+    labels, *_, class_mask, _ = checked.arrays
     classes, ignored = checked.static["num_classes"], checked.static["ignore_index"]
     smoothing = _check.number(call, "label_smoothing", label_smoothing, 0, 1)
     _arguments.bucket(call, labels, weight, smoothing)
@@ -254,7 +255,6 @@ def losses_of_product(
         chunk_size,
         _implementation.Size(tokens, hidden.shape[-1], columns, local, classes != local * shards),
         _implementation.Asked(hidden.dtype, labels, class_mask, smoothing, scaling, with_stats),
-        all_count=ignored is None and sample_weight is None and token_mask is None,
         whole=layout is not None or _passes.is_whole(),
     )
     static = {
@@ -336,7 +336,7 @@ def _by_token_chunks(
         def rows_of(targets, classes, *rest):
             hidden = _chunks.taken(operands.hidden, packing.order)
             of_rows = operands._replace(hidden=hidden), targets.kept, packing.size
-            return _blocks.losses_by_kernel(geometry, *of_rows, rest[-2]), None, None
+            return _row_kernel.row_losses(geometry, *of_rows, rest[-2]), None, None
 
         losses, *_ = token_terms(
             rows_of, classes, labels, operands.shared[0], None, dtype=wide, **options
@@ -384,11 +384,13 @@ def _by_vocab_blocks(
     )
     rows = hidden.reshape(tokens, hidden.shape[-1])
     exists = _targets.existing(mask, classes, 2)
+    all_count = options["ignore_index"] is None and sample_weight is None and token_mask is None
 
     def rows_of(targets, classes, _, weight, label_smoothing, want, predict):
         # Gradients of what no token owns are summed over the devices after the loop, not in it.
         varies = _mesh.varies_over(rows).union(*map(_mesh.varies_over, jax.tree.leaves(labels)))
         weight = _mesh.spread(_targets.weight_here(weight, classes), varies)
+        counts = targets.counts if fused and not all_count else None
         return _blocks.row_losses_by_block(
             _blocks.Options(geometry, label_smoothing, scaling, want, predict, wide, fused),
             _blocks.Operands(
@@ -401,7 +403,7 @@ def _by_vocab_blocks(
                 _mesh.spread(_passes.of_rank(targets.share, 2), {*varies, *axes}),
                 targets.extra,
             ),
-            _blocks.Constants(targets.kept, exists, mask_row, targets.column),
+            _blocks.Constants(targets.kept, exists, mask_row, targets.column, counts),
         )
 
     losses, stats, targets = token_terms(

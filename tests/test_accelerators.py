@@ -110,7 +110,7 @@ def test_the_cost_of_a_loop_is_that_of_all_its_steps():
     reason="libtpu is not installed: pip install -e '.[tpu-compile]'",
 )
 @pytest.mark.parametrize(
-    ("name", "chunk", "products"), [("jaxloss", 32, 3), ("blocks", 256, 4)], ids=str
+    ("name", "chunk", "products"), [("chunks", 32, 3), ("blocks", 256, 4)], ids=str
 )
 def test_the_products_that_a_tpu_is_given(name, chunk, products):
     compiled.quiet()

@@ -12,9 +12,11 @@ from helpers import EPS
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interpreter
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 import jaxloss
-from jaxloss import _passes, _rows
+from jaxloss import _blocks, _passes, _products, _row_kernel, _rows
 from jaxloss._kernels import linear_tpu
 
 NAME = "jaxloss_linear_row_part"
@@ -120,6 +122,20 @@ def test_row_part(tpu, vocab_axis, n, d, v, columns, with_bias):
     assert np.all(np.abs(wide(x_kept)[here] - own) <= known[here])
 
 
+@pytest.mark.nan_is_meant
+@pytest.mark.parametrize("vocab_axis", [0, 1])
+def test_tiles_past_the_tokens_that_count_are_left_out(tpu, vocab_axis):
+    hidden, kernel, kept, _ = problem(1040, 16, 1100, vocab_axis)
+    given = hidden, kernel, None, kept, vocab_axis, 1100
+    whole = linear_tpu.row_part(*given)
+    few = linear_tpu.row_part(*given, jnp.int32(5))
+    for x, of_few, blank in zip(whole, few, (-jnp.inf, 0, jnp.nan), strict=True):
+        np.testing.assert_array_equal(of_few[:1024], x[:1024])
+        np.testing.assert_array_equal(of_few[1024:], blank)
+    for x in linear_tpu.row_part(*given, jnp.int32(0)):
+        assert not np.any(np.isfinite(x) & (x != 0))
+
+
 @pytest.mark.jax_leaks("the interpreter of kernels for TPUs")
 def test_tiles_do_not_race():
     """Two cores, each with rows of its own, in an order drawn at random."""
@@ -208,6 +224,118 @@ def test_every_mode_equals_that_of_vocab_blocks(tpu, name, derivatives):
         np.testing.assert_allclose(wide(got), wide(expected), rtol=2**-7, atol=2**-9 * size)
 
 
+HOW = {
+    "ignore_index": lambda counts, labels: (jnp.where(counts, labels, -100), {}),
+    "sample_weight": lambda counts, labels: (labels, {"sample_weight": jnp.where(counts, 0.5, 0)}),
+    "where": lambda counts, labels: (labels, {"where": counts}),
+}
+
+
+@pytest.mark.nan_is_meant
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize(
+    ("number", "how"),
+    [(0, "where"), (5, "ignore_index"), (6, "where"), (9, "sample_weight"), (23, "ignore_index")],
+)
+def test_tokens_that_do_not_count(tpu, number, how, reduction):
+    """Whatever they hold; a quarter of the tokens, a half or all are computed."""
+    hidden, kernel, labels, bias = problem(24, 16, 1100)
+    counts = jnp.asarray(np.random.default_rng(2).permutation(24) < number)
+    labels, options = HOW[how](counts, labels)
+    hidden = jnp.where(counts[:, None], hidden, jnp.nan)
+
+    def loss(name, *operands):
+        each = jaxloss.linear_cross_entropy(
+            *operands[:2], labels, bias=operands[2], implementation=name, reduction=reduction,
+            **options,
+        )  # fmt: skip
+        return jnp.sum(each * jnp.cos(jnp.arange(each.size).reshape(each.shape)))
+
+    given = hidden, kernel, bias
+    results = {}
+    for name in (None, "token_chunks"):
+        compute = jax.jit(jax.value_and_grad(partial(loss, name), (0, 1, 2)))
+        assert (NAME in str(jax.make_jaxpr(compute)(*given))) == (name is None)
+        results[name] = compute(*given)
+    (value, grads), (expected, expected_grads) = results.values()
+    np.testing.assert_allclose(value, expected, rtol=1e-6)
+    np.testing.assert_array_equal(grads[0][~counts], 0)
+    for got, truth in zip(grads, expected_grads, strict=True):
+        size = np.max(np.abs(wide(truth)))
+        np.testing.assert_allclose(wide(got), wide(truth), rtol=2**-7, atol=2**-9 * size)
+
+
+@pytest.mark.parametrize(
+    ("number", "computed"), [(0, 3), (3, 3), (4, 5), (5, 5), (6, 10), (10, 10)]
+)
+def test_the_gradients_of_few_tokens_are_those_of_a_smaller_program(number, computed):
+    counts = jnp.asarray(np.random.default_rng(0).permutation(10) < number)
+    hidden = jnp.arange(1.0, 11.0)[:, None]
+
+    def sweep(operands, constants, factor, nothing):
+        del nothing
+        size = operands.hidden.shape[0]
+        total = (operands.hidden + constants.kept[:, None]) * factor[:, None]
+        return operands._replace(hidden=total, kernel=jnp.full(2, size))
+
+    operands = _blocks.Operands(hidden, jnp.zeros(2), *[None] * 5)
+    constants = _blocks.Constants(jnp.arange(10.0), None, None, None, counts)
+    factor = jnp.where(counts, jnp.arange(10.0), 0)
+    total = jax.jit(partial(_blocks._of_those_that_count, sweep))(operands, constants, factor, None)
+    np.testing.assert_array_equal(total.kernel, computed)
+    truth = (hidden[:, 0] + jnp.arange(10.0)) * factor
+    np.testing.assert_array_equal(total.hidden[:, 0], truth)
+
+
+def test_a_batch_of_losses(tpu):
+    """Each with a number of tokens of its own."""
+    hidden, kernel, labels, _ = problem(48, 16, 700)
+    labels = labels.reshape(2, 24).at[0, 3:].set(-100)
+    loss = jax.value_and_grad(partial(jaxloss.linear_cross_entropy, implementation="mosaic_tpu"))
+    given = hidden.reshape(2, 24, 16), kernel, labels
+    assert NAME in str(jax.make_jaxpr(jax.vmap(loss, (0, None, 0)))(*given))
+    batch = jax.jit(jax.vmap(loss, (0, None, 0)))(*given)
+    for i in range(2):
+        one = jax.jit(loss)(given[0][i], kernel, labels[i])
+        for got, expected in zip(batch, one, strict=True):
+            np.testing.assert_allclose(wide(got[i]), wide(expected), rtol=2**-7, atol=1e-6)
+
+
+@pytest.mark.nan_is_meant
+def test_devices_with_numbers_of_their_own(tpu, monkeypatch):
+    """Tokens and classes split over a mesh, whose first row computes a quarter of its tokens.
+
+    The interpreter does not run inside of shard_map: what the kernel computes is XLA's here.
+    """
+
+    def computed(geometry, hidden, kernel, bias, kept, count):
+        logits = _products.product(hidden, kernel, bias, geometry)
+        m, s, x_kept, *_ = _rows.row_part(logits, kept, None, None, None, ())
+        past = jnp.arange(kept.size) >= count
+        return _rows.RowPart(*(jnp.where(past, jnp.nan, x) for x in (m, s, x_kept)), kept)
+
+    monkeypatch.setattr(_row_kernel, "_computed", computed)
+    mesh = jax.make_mesh((2, 2), ("data", "vocab"), axis_types=(AxisType.Auto,) * 2)
+    hidden, kernel, labels, _ = problem(48, 16, 1100)
+    labels = labels.at[3:24].set(-100)
+
+    def loss(implementation, hidden, kernel, labels, **axes):
+        return jaxloss.linear_cross_entropy(
+            hidden, kernel, labels, implementation=implementation, **axes
+        )
+
+    of_axes = partial(loss, "mosaic_tpu", vocab_axis_name="vocab", token_axis_name="data")
+    specs = P("data"), P(None, "vocab"), P("data")
+    split = jax.shard_map(of_axes, mesh=mesh, in_specs=specs, out_specs=P())
+    value, grads = jax.jit(jax.value_and_grad(split, (0, 1)))(hidden, kernel, labels)
+    whole = jax.value_and_grad(partial(loss, "vocab_blocks"), (0, 1))
+    expected, expected_grads = jax.jit(whole)(hidden, kernel, labels)
+    np.testing.assert_allclose(value, expected, rtol=1e-6)
+    for got, truth in zip(grads, expected_grads, strict=True):
+        size = np.max(np.abs(wide(truth)))
+        np.testing.assert_allclose(wide(got), wide(truth), rtol=2**-7, atol=2**-9 * size)
+
+
 @pytest.mark.nan_is_meant
 def test_a_label_that_is_none_is_nan(tpu):
     hidden, kernel, labels, _ = problem(16, 8, 600)
@@ -249,9 +377,9 @@ MASK = jnp.arange(24) % 2 == 0
     [
         (ALL_COUNT, True),
         (ALL_COUNT | {"reduction": "none", "z_loss": 0.1, "precision": "highest"}, True),
-        ({}, False),  # a label may be ignored: chunks leave it out
-        (ALL_COUNT | {"sample_weight": MASK}, False),
-        (ALL_COUNT | {"where": MASK}, False),
+        ({}, True),
+        (ALL_COUNT | {"sample_weight": MASK}, True),
+        (ALL_COUNT | {"where": MASK}, True),
         (ALL_COUNT | {"chunk_size": 8}, False),  # of tokens
         (ALL_COUNT | {"label_smoothing": 0.1}, False),
         (ALL_COUNT | {"logit_softcap": 9.0}, False),

@@ -9,7 +9,7 @@ import pytest
 from helpers import equations, jit_quickly, products
 
 import jaxloss
-from jaxloss import _chunks, _products
+from jaxloss import _blocks, _chunks
 
 A = (0, 1)
 SCHEDULES = ["token_chunks", "vocab_blocks"]
@@ -223,6 +223,24 @@ def test_chunks_by_default(backend, columns, chunk, alone, monkeypatch):
     assert _chunks.default_chunk(chunk + 401, columns, 600) == chunk
 
 
+@pytest.mark.parametrize(
+    ("backend", "tokens", "block"),
+    [
+        ("cpu", 1024, 2048),
+        ("cpu", 10**6, 128),
+        ("tpu", 2048, 4096),
+        ("tpu", 32768, 1024),
+        ("gpu", 8192, 2048),
+        ("gpu", 10**6, 128),
+    ],
+)
+def test_blocks_by_default(backend, tokens, block, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    assert _blocks.default_block(tokens, 128256) == block
+    assert _blocks.default_block(tokens, 100) == 100
+    assert _blocks.default_block(tokens, 0) == 1
+
+
 def test_an_odd_chunk_is_taken_as_it_is():
     assert _chunks.value_chunk(999, 2**20) == 999
     assert _chunks.value_chunk(6 * 64, 2**20) == 48
@@ -286,11 +304,10 @@ def test_ignored_tokens_run_no_chunk():
             hidden, kernel * jnp.nan, none, reduction=reduction, chunk_size=2
         )
         assert np.all(np.asarray(out) == 0)
-    packing = _chunks.pack(
-        jnp.array([False, True, False, True, True]), _products.Geometry(1, 11, 2, None)
-    )
+    packing = _chunks.pack(jnp.array([False, True, False, True, True]), 2)
     assert packing.order.tolist() == [1, 3, 4, 5, 5, 5]
     assert int(packing.size) == 3
+    assert _chunks.places(packing).tolist() == [5, 0, 5, 1, 2]
 
 
 MODES = {

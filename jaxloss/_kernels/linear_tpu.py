@@ -52,8 +52,7 @@ def exp(x: Array) -> Array:
     return jnp.where(x < least, 0, p * power)
 
 
-def _tile(label, hidden, kernel, *rest, vocab_axis: int, columns: int):
-    """Merges the part of n rows that v columns are with those before it, as _rows.merge does."""
+def _tile(count, label, hidden, kernel, *rest, vocab_axis: int, columns: int):
     *bias, m, s, x_kept = rest
     j, v = pl.program_id(1), kernel.shape[vocab_axis]
 
@@ -63,11 +62,20 @@ def _tile(label, hidden, kernel, *rest, vocab_axis: int, columns: int):
         s[...] = jnp.zeros_like(s)
         x_kept[...] = jnp.full_like(x_kept, jnp.nan)
 
+    @pl.when(pl.program_id(0) * hidden.shape[0] < count[0])
+    def _():
+        arrays = label, hidden, kernel, bias, m, s, x_kept
+        _merge(*arrays, j * v, vocab_axis=vocab_axis, columns=columns)
+
+
+def _merge(label, hidden, kernel, bias, m, s, x_kept, first, *, vocab_axis: int, columns: int):
+    """Into the part of n rows goes that of the v columns from ``first`` on, as in _rows.merge."""
+    v = kernel.shape[vocab_axis]
     contract = (((1,), (1 - vocab_axis,)), ((), ()))
     x = lax.dot_general(hidden[...], kernel[...], contract, preferred_element_type=jnp.float32)
     for b in bias:
         x += b[...].astype(jnp.float32)
-    column = j * v + lax.broadcasted_iota(jnp.int32, x.shape, 1)
+    column = first + lax.broadcasted_iota(jnp.int32, x.shape, 1)
     if columns % v:  # the last tile hangs over the edge, and holds there whatever it finds
         x = jnp.where(column < columns, x, -jnp.inf)
     at_label, before = column == label[...], m[...]
@@ -76,43 +84,63 @@ def _tile(label, hidden, kernel, *rest, vocab_axis: int, columns: int):
     others = jnp.sum(jnp.where(at_label, 0, exp(x - high)), axis=1, keepdims=True)
     s[...] = s[...] * exp(before - high) + others
     own = jnp.sum(jnp.where(at_label, x, 0), axis=1, keepdims=True)
-    here = (label[...] >= j * v) & (label[...] < (j + 1) * v)
+    here = (label[...] >= first) & (label[...] < first + v)
     x_kept[...] = jnp.where(here, own, x_kept[...])
 
 
-def row_part(hidden: Array, kernel: Array, bias: Any, kept: Array, vocab_axis: int, columns: int):
-    """``(m, s, x_kept)`` of ``_rows.RowPart``, [N] each, for labels ``kept[N]`` among C columns."""
+def row_part(
+    hidden: Array,
+    kernel: Array,
+    bias: Any,
+    kept: Array,
+    vocab_axis: int,
+    columns: int,
+    count: Any = None,
+):
+    """``(m, s, x_kept)`` of ``_rows.RowPart``, [N] each, for labels ``kept[N]`` among C columns.
+
+    ``count``: tiles of tokens past it are left out; those tokens are anything.
+    """
     tokens, features = hidden.shape
     n, v = cast(tuple[int, int], tiles(tokens, features))
-    of_rows = pl.BlockSpec((n, 1), lambda i, j: (i, 0))
+    rows, last = pl.cdiv(tokens, n), pl.cdiv(columns, v) - 1
+    of_rows = pl.BlockSpec((n, 1), lambda i, j, count: (i, 0))
+
+    def of_columns(i, j, count):
+        # For a tile that is left out the one read last stays: nothing is read.
+        return jnp.where(i * n < count[0], j, last)
+
+    count = jnp.full((1,), tokens, jnp.int32) if count is None else count.reshape(1)
     # No label at all, and not the column past the last: the last tile may have one.
-    args = [jnp.where(kept < columns, kept, -1)[:, None], hidden, kernel]
+    args = [count, jnp.where(kept < columns, kept, -1)[:, None], hidden, kernel]
     specs = [
         of_rows,
-        pl.BlockSpec((n, features), lambda i, j: (i, 0)),
-        pl.BlockSpec((features, v), lambda i, j: (0, j))
+        pl.BlockSpec((n, features), lambda i, j, count: (i, 0)),
+        pl.BlockSpec((features, v), lambda *at: (0, of_columns(*at)))
         if vocab_axis == 1
-        else pl.BlockSpec((v, features), lambda i, j: (j, 0)),
+        else pl.BlockSpec((v, features), lambda *at: (of_columns(*at), 0)),
     ]
     if bias is not None:
         args.append(bias[None])
-        specs.append(pl.BlockSpec((1, v), lambda i, j: (0, j)))
+        specs.append(pl.BlockSpec((1, v), lambda *at: (0, of_columns(*at))))
     args = _mesh.together(*args)
     kind = jax.typeof(args[0]).manual_axis_type
     out = jax.ShapeDtypeStruct((tokens, 1), jnp.float32, manual_axis_type=kind)
-    reads = pl.cdiv(tokens, n)
     call = pl.pallas_call(
         partial(_tile, vocab_axis=vocab_axis, columns=columns),
-        grid=(reads, pl.cdiv(columns, v)),
-        in_specs=specs,
-        out_specs=[of_rows] * 3,
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=(rows, last + 1),
+            in_specs=specs,
+            out_specs=[of_rows] * 3,
+        ),
         out_shape=[out] * 3,
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=_MEMORY + 8 * 2**20
         ),
         cost_estimate=pl.CostEstimate(
             flops=2 * tokens * features * columns,
-            bytes_accessed=hidden.nbytes + reads * kernel.nbytes,
+            bytes_accessed=hidden.nbytes + rows * kernel.nbytes,
             transcendentals=tokens * columns,
         ),
         name="jaxloss_linear_row_part",

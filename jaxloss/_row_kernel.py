@@ -1,0 +1,47 @@
+"""The row parts of ``hidden @ kernel`` by the hand-written kernel for the chip at hand.
+
+Letters: N tokens, D features, V columns of the kernel, C classes.
+"""
+
+from typing import Any
+
+import jax
+from jax import Array
+
+from jaxloss import _chunks, _products, _rows
+
+
+def _computed(
+    geometry: _products.Geometry, hidden, kernel, bias, kept, count=None
+) -> _rows.RowPart:
+    # Pallas: a third of the whole import.
+    if jax.default_backend() == "tpu":
+        from jaxloss._kernels.linear_tpu import row_part
+    else:
+        from jaxloss._kernels.linear_gpu import row_part
+    of_classes = geometry.vocab_axis, geometry.num_classes
+    m, s, x_kept = row_part(hidden, kernel, bias, kept, *of_classes, count)
+    return _rows.RowPart(m, s, x_kept, kept)
+
+
+def row_part(
+    geometry: _products.Geometry, hidden, kernel, bias, kept: Array, counts: Any
+) -> _rows.RowPart:
+    """[N] each, of labels. ``counts[N]``: the others are not computed, and are 0; None: all."""
+    if counts is None:
+        return _computed(geometry, hidden, kernel, bias, kept)
+    packing = _chunks.pack(counts, counts.size)
+    hidden, first = (_chunks.taken(x, packing.order) for x in (hidden, kept))
+    part = _computed(geometry, hidden, kernel, bias, first, packing.size)
+    places = _chunks.places(packing)
+    return _rows.RowPart(*(_chunks.taken(x, places) for x in part[:3]), kept)
+
+
+def row_losses(
+    geometry: _products.Geometry, operands: Any, kept: Array, count: Array, want: tuple[str, ...]
+) -> _rows.RowLosses:
+    """[N] each, of labels, without a derivative; those past ``count`` are anything."""
+    kernel = _products.gathered(operands.kernel, geometry)
+    part = _computed(geometry, operands.hidden, kernel, operands.bias, kept, count)
+    part = _rows.merge_shards(part, geometry.vocab_axes, True, geometry.num_classes)
+    return _rows.finish(part, want)[0]
