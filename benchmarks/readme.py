@@ -1,5 +1,6 @@
-"""``python -m benchmarks.readme``: copies the tables of the committed results into README.md.
+"""``python -m benchmarks.readme``: copies the tables of the committed results into the READMEs.
 
+They stand between ``<!-- gpu: begin -->`` and ``<!-- gpu: end -->``; with ``gpu 3`` the third does.
 No number there is typed by hand. With ``--check`` nothing is written, and a README that differs
 from the results is an error.
 """
@@ -23,7 +24,9 @@ from benchmarks import (
 )
 from benchmarks.environment import describe
 
-RESULTS, README = Path("benchmarks/results"), Path("README.md")
+RESULTS = Path("benchmarks/results")
+READMES = (Path("README.md"), Path("benchmarks/README.md"))
+MARKS = re.compile(r"<!-- (\w+)((?: \d+)?): begin -->.*?<!-- \1\2: end -->", re.DOTALL)
 MODULES = {
     "train_lm": train_lm,
     "train_lm_ignore": train_lm,
@@ -40,29 +43,32 @@ MODULES = {
 
 def filled(text: str, folder: Path) -> str:
     """``text`` with what stands between the two marks of each table replaced."""
-    for name, module in MODULES.items():
+
+    def block(found: re.Match) -> str:
+        name, number = found.groups()
         data = report.load(folder, name)
+        tables = MODULES[name].tables(data)
+        if number:
+            tables = [tables[int(number) - 1]]
+        parts = [f"{t.title}:\n\n{report.to_markdown(t)}" for t in tables]
         source = f"From `{folder.as_posix()}/{name}.json`: {describe(data['environment'])}."
-        parts = [f"{t.title}:\n\n{report.to_markdown(t)}" for t in module.tables(data)]
-        block = "\n\n".join([*parts, source])
-        begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
-        pattern = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
-        text, found = pattern.subn(lambda _, b=block: f"{begin}\n\n{b}\n\n{end}", text)  # noqa: B023
-        if found != 1:
-            raise ValueError(f"{README} must have one pair of marks {begin} {end}; got {found}.")
-    return text
+        begin, end = (f"<!-- {name}{number}: {edge} -->" for edge in ("begin", "end"))
+        return "\n\n".join([begin, *parts, source, end])
+
+    return MARKS.sub(block, text)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.readme", description=__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing, report a difference")
     check = parser.parse_args().check
-    text = README.read_text()
-    new = filled(text, RESULTS)
-    if check and new != text:
-        sys.exit(f"{README} differs from {RESULTS}: run `python -m benchmarks.readme`.")
-    if not check:
-        README.write_text(new)
+    for path in READMES:
+        text = path.read_text()
+        new = filled(text, RESULTS)
+        if check and new != text:
+            sys.exit(f"{path} differs from {RESULTS}: run `python -m benchmarks.readme`.")
+        if not check:
+            path.write_text(new)
 
 
 if __name__ == "__main__":

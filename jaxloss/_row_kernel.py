@@ -34,7 +34,8 @@ def row_part(
     hidden, first = (_chunks.taken(x, packing.order) for x in (hidden, kept))
     part = _computed(geometry, hidden, kernel, bias, first, packing.size)
     places = _chunks.places(packing)
-    return _rows.RowPart(*(_chunks.taken(x, places) for x in part[:3]), kept)
+    m, s, x_kept = (_chunks.taken(x, places) for x in part[:3])
+    return _rows.RowPart(m, s, x_kept, kept)
 
 
 def row_losses(

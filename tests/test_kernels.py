@@ -249,7 +249,7 @@ def test_tokens_that_do_not_count(tpu, number, how, reduction):
             *operands[:2], labels, bias=operands[2], implementation=name, reduction=reduction,
             **options,
         )  # fmt: skip
-        return jnp.sum(each * jnp.cos(jnp.arange(each.size).reshape(each.shape)))
+        return jnp.sum(each * jnp.cos(jnp.arange(each.size, dtype=each.dtype).reshape(each.shape)))
 
     given = hidden, kernel, bias
     results = {}
@@ -311,7 +311,7 @@ def test_devices_with_numbers_of_their_own(tpu, monkeypatch):
     def computed(geometry, hidden, kernel, bias, kept, count):
         logits = _products.product(hidden, kernel, bias, geometry)
         m, s, x_kept, *_ = _rows.row_part(logits, kept, None, None, None, ())
-        past = jnp.arange(kept.size) >= count
+        past = jnp.arange(kept.size, dtype=jnp.int32) >= count
         return _rows.RowPart(*(jnp.where(past, jnp.nan, x) for x in (m, s, x_kept)), kept)
 
     monkeypatch.setattr(_row_kernel, "_computed", computed)

@@ -226,7 +226,7 @@ def test_a_label_out_of_range_that_is_asked_for_nothing():
     """Of nll_loss too, whose rule is its own; and in forward mode."""
     log_probs, y = jnp.asarray(X), jnp.array([0, 4, 2, -100, 3])
     f = partial(jaxloss.nll_loss, labels=y, reduction="none")
-    (gradient,) = jax.vjp(f, log_probs)[1](jnp.array([1.0, 0.0, 2.0, 1.0, 0.0]))
+    (gradient,) = jax.vjp(f, log_probs)[1](jnp.array([1.0, 0.0, 2.0, 1.0, 0.0], X.dtype))
     expected = np.zeros(X.shape)
     expected[0, 0], expected[2, 2] = -1, -2
     np.testing.assert_array_equal(gradient, expected)

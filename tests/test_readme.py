@@ -26,7 +26,13 @@ def test_block(block):
 def test_tables_are_those_of_the_results():
     from benchmarks import readme
 
-    assert readme.filled(TEXT, Path("benchmarks/results")) == TEXT
+    found = []
+    for path in readme.READMES:
+        text = path.read_text()
+        assert readme.filled(text, readme.RESULTS) == text
+        assert text.count(" begin -->") == text.count(" end -->") == len(readme.MARKS.findall(text))
+        found += readme.MARKS.findall(text)
+    assert sorted(name for name, number in found if not number) == sorted(readme.MODULES)
 
 
 def test_there_are_blocks():

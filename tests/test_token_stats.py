@@ -119,7 +119,7 @@ def split_over_two(x, labels, **options):
 
 
 def by_product(x, labels, **options):
-    return jaxloss.linear_token_stats(x, jnp.eye(x.shape[-1]), labels, **options)
+    return jaxloss.linear_token_stats(x, jnp.eye(x.shape[-1], dtype=x.dtype), labels, **options)
 
 
 HOW = {

@@ -66,12 +66,9 @@ def buffers(text):
 KERNEL = "tpu_custom_call"
 
 
-@pytest.mark.parametrize(
-    ("name", "schedule", "peak"), [("v5e", "token_chunks", 2390), ("v6e", None, 1250)]
-)
-def test_value_and_gradients_fit_as_users_compile_them(name, schedule, peak):
-    memory = compiled(name, linear(schedule), *OPERANDS, options={}).memory_analysis()
-    assert memory.peak_memory_in_bytes <= peak * MIB
+def test_value_and_gradients_fit_as_users_compile_them():
+    memory = compiled("v5e", linear(None), *OPERANDS, options={}).memory_analysis()
+    assert memory.peak_memory_in_bytes <= 1250 * MIB
 
 
 @pytest.mark.parametrize("name", ["v5e", "v6e"])
