@@ -20,6 +20,7 @@ from jaxloss import _blocks, _passes, _products, _row_kernel, _rows
 from jaxloss._kernels import linear_tpu
 
 NAME = "jaxloss_linear_row_part"
+ALL_COUNT = {"ignore_index": None}
 
 
 @pytest.fixture
@@ -287,6 +288,16 @@ def test_the_gradients_of_few_tokens_are_those_of_a_smaller_program(number, comp
     np.testing.assert_array_equal(total.hidden[:, 0], truth)
 
 
+@pytest.mark.parametrize(("options", "may_be_few"), [({}, True), (ALL_COUNT, False)], ids=str)
+def test_programs_of_fewer_tokens(tpu, options, may_be_few):
+    """Only where some may not count."""
+    hidden, kernel, labels, _ = problem(24, 16, 1100)
+    loss = jax.grad(partial(jaxloss.linear_cross_entropy, **options))
+    text = str(jax.make_jaxpr(loss)(hidden, kernel, labels))
+    assert ("bf16[6,16]" in text) == ("bf16[12,16]" in text) == may_be_few
+    assert "bf16[24,16]" in text
+
+
 def test_a_batch_of_losses(tpu):
     """Each with a number of tokens of its own."""
     hidden, kernel, labels, _ = problem(48, 16, 700)
@@ -368,7 +379,6 @@ def test_parts_of_disjoint_columns_merge(tpu):
 
 # Which implementation runs
 
-ALL_COUNT = {"ignore_index": None}
 MASK = jnp.arange(24) % 2 == 0
 
 
