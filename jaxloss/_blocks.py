@@ -255,21 +255,22 @@ def _of_those_that_count(sweep, operands: Operands, constants: Constants, state,
 
     An array's size is static: each is a program of its own.
     """
-    tokens = constants.counts.size
-    # Nothing in a sweep communicates: each device of a mesh has a size of its own.
-    packing = _chunks.pack(constants.counts, tokens)
+    counts, tokens = constants.counts, constants.counts.size
+    order, places = _chunks.counted_first(counts), _chunks.places(counts)
     sizes = sorted({-(-tokens // 4), -(-tokens // 2), tokens})
 
     def of(size):
         if size == tokens:
             return sweep(operands, constants, state, ct)
-        first = partial(_chunks.taken, at=packing.order[:size])
         own = operands.hidden, constants.kept, state, ct
+        first = partial(_chunks.in_order, order=order[:size])
         hidden, kept, *rows = jax.tree.map(first, own)
         total = sweep(operands._replace(hidden=hidden), constants._replace(kept=kept), *rows)
-        return total._replace(hidden=_chunks.taken(total.hidden, _chunks.places(packing)))
+        return total._replace(hidden=_chunks.taken(total.hidden, places))
 
-    which = sum((packing.size > size).astype(jnp.int32) for size in sizes[:-1])
+    # Nothing in a sweep communicates: each device of a mesh has a size of its own.
+    number = jnp.sum(counts, dtype=jnp.int32)
+    which = sum((number > size).astype(jnp.int32) for size in sizes[:-1])
     return lax.switch(which, [partial(of, size) for size in sizes])
 
 

@@ -78,23 +78,31 @@ def all_step_sizes(chunk: int, num_columns: int) -> list[int]:
     return sorted({n for c in chunks for n in step_sizes(c)})
 
 
+def counted_first(counts: Array) -> Array:
+    """The tokens [N], those that count before the others."""
+    return jnp.argsort(~counts, stable=True).astype(jnp.int32)
+
+
+def in_order(x: Array, order: Array) -> Array:
+    return x.at[order].get(mode="promise_in_bounds")
+
+
+def places(counts: Array) -> Array:
+    """Where :func:`counted_first` puts each token [N]; N: one that does not count."""
+    return jnp.where(counts, jnp.cumsum(counts, dtype=jnp.int32) - 1, counts.size)
+
+
 def pack(counts: Array, chunk: int, in_step: bool = False) -> Packing:
     """``in_step``: the devices of a mesh take as many steps, the longest's."""
     tokens = counts.shape[0]
     own = size = jnp.sum(counts, dtype=jnp.int32)
     if in_step and _mesh.varies_over(size):
         size = lax.pmax(size, tuple(sorted(_mesh.varies_over(size))))
-    order = jnp.argsort(~counts, stable=True).astype(jnp.int32)
+    order = counted_first(counts)
     # One that does not count is not named: its hidden may hold NaN, and NaN * 0 is NaN.
     order = jnp.where(jnp.arange(tokens, dtype=jnp.int32) < own, order, tokens)
     room = (-(-tokens // chunk) or 1) * chunk - tokens
     return Packing(jnp.pad(order, (0, room), constant_values=tokens), size, counts)
-
-
-def places(packing: Packing) -> Array:
-    """Where in ``order`` each token stands, [N]; N: nowhere, since it does not count."""
-    counts = packing.counts
-    return jnp.where(counts, jnp.cumsum(counts, dtype=jnp.int32) - 1, counts.size)
 
 
 def _each(mask: Array, rows: Array) -> Array:

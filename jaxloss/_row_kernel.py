@@ -6,9 +6,10 @@ Letters: N tokens, D features, V columns of the kernel, C classes.
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import Array
 
-from jaxloss import _chunks, _products, _rows
+from jaxloss import _chunks, _passes, _products, _rows
 
 
 def _computed(
@@ -27,14 +28,26 @@ def _computed(
 def row_part(
     geometry: _products.Geometry, hidden, kernel, bias, kept: Array, counts: Any
 ) -> _rows.RowPart:
-    """[N] each, of labels. ``counts[N]``: the others are not computed, and are 0; None: all."""
+    """[N] each, of labels.
+
+    ``counts[N]``: which tokens are computed, ``hidden`` being 0 in the others; None: all.
+    """
     if counts is None:
         return _computed(geometry, hidden, kernel, bias, kept)
-    packing = _chunks.pack(counts, counts.size)
-    hidden, first = (_chunks.taken(x, packing.order) for x in (hidden, kept))
-    part = _computed(geometry, hidden, kernel, bias, first, packing.size)
-    places = _chunks.places(packing)
-    m, s, x_kept = (_chunks.taken(x, places) for x in part[:3])
+    order, places = _chunks.counted_first(counts), _chunks.places(counts)
+    number = jnp.sum(counts, dtype=jnp.int32)
+    hidden, of_order = (_chunks.in_order(x, order) for x in (hidden, kept))
+    part = _computed(geometry, hidden, kernel, bias, of_order, number)
+    # The others' logits are the bias, and a state that fits them has finite probabilities: they are
+    # multiplied by 0, in derivatives of any order.
+    high = jnp.zeros((), part.m.dtype)
+    if bias is not None:
+        high = _passes.finite(jnp.max(bias[: geometry.num_classes]).astype(high.dtype))
+    own = jnp.where(kept < geometry.num_classes, high, jnp.nan)
+    m, s, x_kept = (
+        jnp.where(counts, _chunks.taken(x, places), other)
+        for x, other in zip(part[:3], (high, 1, own), strict=True)
+    )
     return _rows.RowPart(m, s, x_kept, kept)
 
 

@@ -266,6 +266,26 @@ def test_tokens_that_do_not_count(tpu, number, how, reduction):
         np.testing.assert_allclose(wide(got), wide(truth), rtol=2**-7, atol=2**-9 * size)
 
 
+@pytest.mark.parametrize("number", [0, 5, 23])
+def test_a_bias_whose_exponential_overflows(tpu, number):
+    """The logits of a token that does not count are the bias, and 0 * inf is NaN."""
+    hidden, kernel, labels, bias = problem(24, 16, 1100)
+    labels = jnp.where(jnp.arange(24) < number, labels, -100)
+    bias = bias.at[7].set(300)
+    loss = partial(jaxloss.linear_cross_entropy, reduction="sum")
+    for derivatives in (first_order, second_order):
+        results = []
+        for name in (None, "vocab_blocks"):
+
+            def f(hidden, kernel, name=name):
+                return loss(hidden, kernel, labels, bias=bias, implementation=name)
+
+            results.append(jax.tree.leaves(jax.jit(partial(derivatives, f))((hidden, kernel))))
+        for got, truth in zip(*results, strict=True):
+            size = np.max(np.abs(wide(truth)))
+            np.testing.assert_allclose(wide(got), wide(truth), rtol=2**-7, atol=2**-9 * size)
+
+
 @pytest.mark.parametrize(
     ("number", "computed"), [(0, 3), (3, 3), (4, 5), (5, 5), (6, 10), (10, 10)]
 )
@@ -327,20 +347,21 @@ def test_devices_with_numbers_of_their_own(tpu, monkeypatch):
 
     monkeypatch.setattr(_row_kernel, "_computed", computed)
     mesh = jax.make_mesh((2, 2), ("data", "vocab"), axis_types=(AxisType.Auto,) * 2)
-    hidden, kernel, labels, _ = problem(48, 16, 1100)
-    labels = labels.at[3:24].set(-100)
+    hidden, kernel, labels, bias = problem(48, 16, 1100)
+    labels, bias = labels.at[3:24].set(-100), bias.at[7].set(100)
 
-    def loss(implementation, hidden, kernel, labels, **axes):
+    def loss(implementation, hidden, kernel, labels, bias, **axes):
         return jaxloss.linear_cross_entropy(
-            hidden, kernel, labels, implementation=implementation, **axes
+            hidden, kernel, labels, bias=bias, implementation=implementation, **axes
         )
 
     of_axes = partial(loss, "mosaic_tpu", vocab_axis_name="vocab", token_axis_name="data")
-    specs = P("data"), P(None, "vocab"), P("data")
+    specs = P("data"), P(None, "vocab"), P("data"), P("vocab")
     split = jax.shard_map(of_axes, mesh=mesh, in_specs=specs, out_specs=P())
-    value, grads = jax.jit(jax.value_and_grad(split, (0, 1)))(hidden, kernel, labels)
+    given = hidden, kernel, labels, bias
+    value, grads = jax.jit(jax.value_and_grad(split, (0, 1)))(*given)
     whole = jax.value_and_grad(partial(loss, "vocab_blocks"), (0, 1))
-    expected, expected_grads = jax.jit(whole)(hidden, kernel, labels)
+    expected, expected_grads = jax.jit(whole)(*given)
     np.testing.assert_allclose(value, expected, rtol=1e-6)
     for got, truth in zip(grads, expected_grads, strict=True):
         size = np.max(np.abs(wide(truth)))

@@ -304,10 +304,12 @@ def test_ignored_tokens_run_no_chunk():
             hidden, kernel * jnp.nan, none, reduction=reduction, chunk_size=2
         )
         assert np.all(np.asarray(out) == 0)
-    packing = _chunks.pack(jnp.array([False, True, False, True, True]), 2)
+    counts = jnp.array([False, True, False, True, True])
+    packing = _chunks.pack(counts, 2)
     assert packing.order.tolist() == [1, 3, 4, 5, 5, 5]
     assert int(packing.size) == 3
-    assert _chunks.places(packing).tolist() == [5, 0, 5, 1, 2]
+    assert _chunks.counted_first(counts).tolist() == [1, 3, 4, 0, 2]
+    assert _chunks.places(counts).tolist() == [5, 0, 5, 1, 2]
 
 
 MODES = {

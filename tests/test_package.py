@@ -138,6 +138,7 @@ def test_imports_run_one_way():
             "_chunks",
             "_kernels.linear_gpu",
             "_kernels.linear_tpu",
+            "_passes",
             "_products",
             "_rows",
         },
