@@ -33,6 +33,7 @@ SWEEPS = (  # of tokens, then of classes
 NAMES = {
     "optax": "optax",
     "jaxloss": "jaxloss",
+    "all": "jaxloss ignore_index=None",
     "chunks": "jaxloss token_chunks",
     "blocks": "jaxloss vocab_blocks",
     "tokamax mosaic_tpu": "tokamax mosaic_tpu",
@@ -82,6 +83,8 @@ def _method(name: str, shape: tuple[int, int, int], chunk: int | None) -> tuple[
         return function, steps
     if name == "jaxloss":
         loss = jaxloss.linear_cross_entropy
+    elif name == "all":
+        loss = partial(jaxloss.linear_cross_entropy, ignore_index=None)
     elif name in SCHEDULES:
         options = {"implementation": SCHEDULES[name], "chunk_size": chunk}
         loss = partial(jaxloss.linear_cross_entropy, **options)

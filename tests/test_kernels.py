@@ -233,10 +233,15 @@ HOW = {
 
 
 @pytest.mark.nan_is_meant
-@pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize(
-    ("number", "how"),
-    [(0, "where"), (5, "ignore_index"), (6, "where"), (9, "sample_weight"), (23, "ignore_index")],
+    ("number", "how", "reduction"),
+    [
+        (0, "where", "mean"),
+        (5, "ignore_index", "mean"),
+        (6, "where", "none"),
+        (9, "sample_weight", "mean"),
+        (23, "ignore_index", "none"),
+    ],
 )
 def test_tokens_that_do_not_count(tpu, number, how, reduction):
     """Whatever they hold; a quarter of the tokens, a half or all are computed."""
@@ -266,7 +271,7 @@ def test_tokens_that_do_not_count(tpu, number, how, reduction):
         np.testing.assert_allclose(wide(got), wide(truth), rtol=2**-7, atol=2**-9 * size)
 
 
-@pytest.mark.parametrize("number", [0, 5, 23])
+@pytest.mark.parametrize("number", [5, 23])
 def test_a_bias_whose_exponential_overflows(tpu, number):
     """The logits of a token that does not count are the bias, and 0 * inf is NaN."""
     hidden, kernel, labels, bias = problem(24, 16, 1100)

@@ -169,8 +169,7 @@ def losses(x, y, z_loss=0.0, weight=None):
 
 OPTIONS = {
     "plain": {},
-    "z_loss": {"z_loss": 1e-2},
-    "weight": {"weight": jnp.linspace(0.5, 1.5, 256)},
+    "both": {"z_loss": 1e-2, "weight": jnp.linspace(0.5, 1.5, 256)},
 }
 
 
