@@ -12,6 +12,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -216,15 +217,11 @@ def tables(data: dict[str, Any]) -> list[report.Table]:
         ),
     ]
     bare = {(r["chip"], *r["shape"]): r["programs"]["products"] for r in data["rows"]}
-    kinds = {
-        (sweep["method"], *sweep["shape"]): [*sweep["programs"]] for sweep in data["chunk_size"]
-    }
-    for (method, *shape), sizes in kinds.items():
-        rows = []
-        for sweep in data["chunk_size"]:
-            if [sweep["method"], *sweep["shape"]] != [method, *shape]:
-                continue
-            chip, programs = sweep["chip"], sweep["programs"].values()
+    alike = groupby(data["chunk_size"], key=lambda sweep: (sweep["method"], sweep["shape"]))
+    for (method, shape), sweeps in alike:
+        rows, sizes = [], []
+        for sweep in sweeps:
+            chip, programs, sizes = sweep["chip"], sweep["programs"].values(), sweep["programs"]
             products = bare[(chip, *shape)]
             rows.append([chip, "peak MiB", *(_cell(p, "peak_mib", 1, ".0f") for p in programs)])
             times = (_of_products(p, products) for p in programs)

@@ -55,6 +55,13 @@ def wide(x):
     return np.asarray(x, np.float64)
 
 
+def assert_to_bfloat16(results, expected):
+    """Rounded to bfloat16, where values that differ by a float32's rounding part by a unit."""
+    for got, truth in zip(results, expected, strict=True):
+        size = np.max(np.abs(wide(truth)))
+        np.testing.assert_allclose(wide(got), wide(truth), rtol=2**-7, atol=2**-9 * size)
+
+
 def test_exp_is_exact_to_a_unit_in_the_last_place():
     x = -np.concatenate([np.linspace(0, 87.3, 100_001), np.logspace(-8, 1, 10_001)])
     x = x.astype(np.float32)
@@ -219,10 +226,7 @@ def test_every_mode_equals_that_of_vocab_blocks(tpu, name, derivatives):
         compute = jax.jit(partial(derivatives, f))
         assert (NAME in str(jax.make_jaxpr(compute)(args))) == (implementation == "mosaic_tpu")
         results.append(jax.tree.leaves(compute(args)))
-    for got, expected in zip(*results, strict=True):
-        # Rounded to bfloat16, where values that differ by a float32's rounding part by a unit.
-        size = np.max(np.abs(wide(expected)))
-        np.testing.assert_allclose(wide(got), wide(expected), rtol=2**-7, atol=2**-9 * size)
+    assert_to_bfloat16(*results)
 
 
 HOW = {
@@ -266,9 +270,7 @@ def test_tokens_that_do_not_count(tpu, number, how, reduction):
     (value, grads), (expected, expected_grads) = results.values()
     np.testing.assert_allclose(value, expected, rtol=1e-6)
     np.testing.assert_array_equal(grads[0][~counts], 0)
-    for got, truth in zip(grads, expected_grads, strict=True):
-        size = np.max(np.abs(wide(truth)))
-        np.testing.assert_allclose(wide(got), wide(truth), rtol=2**-7, atol=2**-9 * size)
+    assert_to_bfloat16(grads, expected_grads)
 
 
 @pytest.mark.parametrize("number", [5, 23])
@@ -286,9 +288,7 @@ def test_a_bias_whose_exponential_overflows(tpu, number):
                 return loss(hidden, kernel, labels, bias=bias, implementation=name)
 
             results.append(jax.tree.leaves(jax.jit(partial(derivatives, f))((hidden, kernel))))
-        for got, truth in zip(*results, strict=True):
-            size = np.max(np.abs(wide(truth)))
-            np.testing.assert_allclose(wide(got), wide(truth), rtol=2**-7, atol=2**-9 * size)
+        assert_to_bfloat16(*results)
 
 
 @pytest.mark.parametrize(
@@ -368,9 +368,7 @@ def test_devices_with_numbers_of_their_own(tpu, monkeypatch):
     whole = jax.value_and_grad(partial(loss, "vocab_blocks"), (0, 1))
     expected, expected_grads = jax.jit(whole)(*given)
     np.testing.assert_allclose(value, expected, rtol=1e-6)
-    for got, truth in zip(grads, expected_grads, strict=True):
-        size = np.max(np.abs(wide(truth)))
-        np.testing.assert_allclose(wide(got), wide(truth), rtol=2**-7, atol=2**-9 * size)
+    assert_to_bfloat16(grads, expected_grads)
 
 
 @pytest.mark.nan_is_meant
