@@ -288,11 +288,16 @@ def _swept_gradients(
     def step(start, size):
         b = _block(options, operands, constants, start, size)
         here = _at_block(state, start, size)
-        dx = _rows.row_gradient(b.logits, here, b.soft, b.mask, options.scaling, ct, b.top)
+        kernel = _cut(operands.kernel, start, size, geometry.vocab_axis)
+        if options.fused and jax.default_backend() == "tpu" and not active.bias:
+            bias = _cut(operands.bias, start, size)
+            columns = geometry._replace(num_classes=size)
+            dx = _row_kernel.slope(columns, hidden, kernel, bias, *_rows.slope_rows(here, ct))
+        else:
+            dx = _rows.row_gradient(b.logits, here, b.soft, b.mask, options.scaling, ct, b.top)
         d_bias = jnp.sum(dx, axis=0) if active.bias else None
         # Formed in float32, narrowed once: the products take the operands' dtype.
         dx = dx.astype(hidden.dtype)
-        kernel = _cut(operands.kernel, start, size, geometry.vocab_axis)
         d_hidden = _products.d_hidden(dx, kernel, geometry) if active.hidden else None
         d_kernel = _products.d_kernel(dx, hidden, geometry) if active.kernel else None
         if d_kernel is not None and jax.default_backend() == "tpu":

@@ -29,7 +29,7 @@ from jax import Array, lax
 
 from jaxloss import _mesh
 from jaxloss._casts import accumulator_dtype, narrowed, widened
-from jaxloss._elementary import exp, log, log1p
+from jaxloss._elementary import exp_of_nonpositive, log, log1p
 from jaxloss._forward_mode import with_forward_mode
 from jaxloss._passes import asked_for, finite
 
@@ -172,7 +172,7 @@ def _distances(x: Array, t: Array, x_max: Array, t_max: Array, temperature: floa
 
 
 def _exponentials(x: Array, x_max: Array, temperature: float) -> Array:
-    return exp((x - x_max[..., None]) / temperature)
+    return exp_of_nonpositive((x - x_max[..., None]) / temperature)
 
 
 def _row(x: Array, t: Array, temperature: float) -> Row:

@@ -7,7 +7,9 @@ nothing.
 
 from functools import partial
 
-from jax import lax
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
 
 _HIGHEST = lax.AccuracyMode.HIGHEST
 
@@ -16,3 +18,40 @@ expm1 = partial(lax.expm1, accuracy=_HIGHEST)
 log = partial(lax.log, accuracy=_HIGHEST)
 log1p = partial(lax.log1p, accuracy=_HIGHEST)
 tanh = partial(lax.tanh, accuracy=_HIGHEST)
+
+_ROUND = 1.5 * 2**23  # what is added to it is rounded to an integer, which are its lowest bits then
+
+
+@jax.custom_jvp
+def short_exp(x: Array) -> Array:
+    """float32's exp(x) of x <= 0 (a rounding above is fine), 2.3 units in the last place or less.
+
+    Half as many instructions as XLA's accurate one for a TPU, which take longer than reading x
+    does: they also answer for what overflows and for subnormal results, which are 0 here.
+
+    2^k exp(r), |r| <= ln(2) / 2, with ln(2) in two parts, so that k times the first is exact, as in
+    Cephes' expf (S. L. Moshier, 1992). exp(r) = 1 + r + r^2 q(r), q of degree 3 by Remez' exchange
+    for the least relative error of exp(r), 1.1e-7.
+    """
+    t = x * 1.44269504088896341 + _ROUND
+    k = t - _ROUND
+    r = (x - k * 0.693359375) + k * 2.12194440e-4
+    q = jnp.full_like(r, 8.3125202352e-3)
+    for c in (4.18901568388e-2, 1.6667114649e-1, 4.99992314952e-1):
+        q = q * r + c
+    p = q * (r * r) + r + 1
+    # In the exponent's bits k multiplies by 2^k.
+    bits = lax.bitcast_convert_type(p, jnp.int32) + (lax.bitcast_convert_type(t, jnp.int32) << 23)
+    least = -87.3  # 2^-126; below it there are only subnormal numbers, which a TPU flushes to 0
+    return jnp.where(x < least, 0, lax.bitcast_convert_type(bits, jnp.float32))
+
+
+@short_exp.defjvp
+def _(primals, tangents):
+    e = short_exp(*primals)
+    return e, e * tangents[0]
+
+
+def exp_of_nonpositive(x: Array) -> Array:
+    short = x.dtype == jnp.float32 and jax.default_backend() == "tpu"
+    return short_exp(x) if short else exp(x)

@@ -11,7 +11,7 @@ from jax.typing import ArrayLike
 
 from jaxloss import _mesh
 from jaxloss._casts import accumulator_dtype, widened
-from jaxloss._elementary import exp, tanh
+from jaxloss._elementary import exp_of_nonpositive, tanh
 
 
 class Scaling(NamedTuple):
@@ -129,7 +129,7 @@ def above(x: Array, m: Array, scaling: Scaling | None) -> Array:
 
 def exponentials(x: Array, m: Array, scaling: Scaling | None) -> Array:
     """exp(x_j - m) in nats."""
-    return exp(above(x, m, scaling))
+    return exp_of_nonpositive(above(x, m, scaling))
 
 
 def _selected_exponentials(
@@ -234,7 +234,7 @@ def _merged(x: Array, kept: Array, scaling: Scaling | None = None) -> Any:
         m, n = lax.stop_gradient((m, n))
         # Equal first: -inf less -inf is NaN. In lax, which is traced in a third of jnp's time.
         apart = scaled(-lax.abs(m - n), scaling)
-        scale = lax.select(lax.eq(m, n), lax.full_like(m, 1), exp(apart))
+        scale = lax.select(lax.eq(m, n), lax.full_like(m, 1), exp_of_nonpositive(apart))
         return lax.max(m, n), lax.select(lax.ge(m, n), s + t * scale, t + s * scale)
 
     x = widened(x)

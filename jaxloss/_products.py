@@ -83,6 +83,9 @@ def product_gradients(
     d_bias = jnp.sum(dx, axis=0) if of_bias else None
     # Formed in float32, narrowed once: the products take the operands' dtype.
     dx = dx.astype(hidden.dtype)
+    if of_hidden and of_kernel and jax.default_backend() == "tpu":
+        # Or XLA:TPU computes them twice, as parts of the two products, not to hold them.
+        dx = lax.optimization_barrier(dx)
     alone &= not geometry.gathered and not _mesh.varies_over(dx) - _mesh.varies_over(kernel)
     # On a GPU alone the product is asked for narrow sums (it adds in float32 all the same): there
     # XLA would narrow them in a pass of its own, elsewhere it needs no asking.

@@ -51,6 +51,27 @@ def row_part(
     return _rows.RowPart(m, s, x_kept, kept)
 
 
+def slope(geometry: _products.Geometry, hidden, kernel, bias, *rows: Array) -> Array:
+    """[N, C] in the dtype of ``hidden``: the logits' gradient from ``_rows.slope_rows``."""
+
+    @jax.custom_jvp
+    def by_kernel(*given):
+        from jaxloss._kernels.linear_tpu import slope
+
+        return slope(*given, geometry.vocab_axis)
+
+    @by_kernel.defjvp
+    def _(primals, tangents):
+        # The kernel has no derivative of its own; what XLA computes is the same function.
+        def by_xla(hidden, kernel, bias, *rows):
+            logits = _products.product(hidden, kernel, bias, geometry)
+            return _rows.of_entries(logits, *rows).astype(hidden.dtype)
+
+        return by_kernel(*primals), jax.jvp(by_xla, primals, tangents)[1]
+
+    return by_kernel(hidden, kernel, bias, *rows)
+
+
 def row_losses(
     geometry: _products.Geometry, operands: Any, kept: Array, count: Array, want: tuple[str, ...]
 ) -> _rows.RowLosses:

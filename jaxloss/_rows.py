@@ -24,7 +24,7 @@ from jax import Array, lax
 
 from jaxloss import _mesh
 from jaxloss._casts import accumulator_dtype, narrowed, widened
-from jaxloss._elementary import exp, expm1, log1p
+from jaxloss._elementary import exp, exp_of_nonpositive, expm1, log1p
 from jaxloss._forward_mode import with_forward_mode
 from jaxloss._passes import (
     Scaling,
@@ -101,7 +101,7 @@ def scaling_slope(x: Array, scaling: Scaling) -> Any:
     if scaling.softcap is None:
         return scaling.unit
     # sech^2, not 1 - tanh^2: the latter is 0 past |x| = 9 cap where the slope is still 6e-8.
-    e = exp(-2 * jnp.abs(widened(x) / scaling.softcap))
+    e = exp_of_nonpositive(-2 * jnp.abs(widened(x) / scaling.softcap))
     return 4 * e / ((1 + e) ** 2 * scaling.temperature)
 
 
@@ -341,8 +341,8 @@ def row_gradient(logits, state, soft_targets, class_mask, scaling, ct, top=None,
     return put_at(dx, index, _dense_gradient(few, state, extra, few_mask, scaling, ct, dtype))
 
 
-def _dense_gradient(logits, state, soft_targets, class_mask, scaling, ct, dtype):
-    """In one pass.
+def slope_rows(state: RowState, ct: RowLosses) -> tuple[Array, ...]:
+    """``(m, kept, scale, at_kept, active)`` of ``_passes.slope_pass``.
 
     With ``p`` the softmax, ``q`` the soft targets of mass ``Q``, ``H`` the entropy:
     ``d nll = p - [j = k]``, ``d soft = Q p - q``, ``d logsumexp = p``,
@@ -375,13 +375,18 @@ def _dense_gradient(logits, state, soft_targets, class_mask, scaling, ct, dtype)
     # nothing is NaN it is 0 times its slope: selected, that 0 would not have this derivative.
     active = asked | _sound(state)
     at_kept = jnp.where(active, at_kept, 0)
-    given = logits, m, kept, k * of_p, at_kept, active
+    return m, kept, k * of_p, at_kept, active
+
+
+def _dense_gradient(logits, state, soft_targets, class_mask, scaling, ct, dtype):
+    """In one pass."""
+    given = logits, *slope_rows(state, ct)
     soft = None if ct.soft is None or soft_targets is None else (ct.soft, soft_targets)
-    entropy = None if ct.entropy is None else (k * ct.entropy, spread)
+    entropy = None if ct.entropy is None else (ct.entropy / (1 + state.t), state.spread)
     others = soft, entropy, class_mask, scaling
     if all(other is None for other in others) and dtype == logits.dtype:
-        return slope_pass(_of_entries, *given)
-    return _of_entries(*given, *others, dtype)
+        return slope_pass(of_entries, *given)
+    return of_entries(*given, *others, dtype)
 
 
 def _sound(state: RowState) -> Array:
@@ -390,7 +395,7 @@ def _sound(state: RowState) -> Array:
     return reduce(jnp.logical_and, (jnp.isfinite(x) for x in numbers if x is not None))
 
 
-def _of_entries(
+def of_entries(
     logits,
     m,
     kept,

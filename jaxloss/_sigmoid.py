@@ -16,7 +16,7 @@ from jax.typing import ArrayLike
 from jaxloss import _arguments, _check, _targets
 from jaxloss._casts import accumulator_dtype, widened
 from jaxloss._cross_entropy import Reduction
-from jaxloss._elementary import exp, log1p
+from jaxloss._elementary import exp_of_nonpositive, log1p
 from jaxloss._focal import check_gamma, modulated
 from jaxloss._passes import of_rank
 
@@ -24,7 +24,7 @@ from jaxloss._passes import of_rank
 @jax.custom_jvp
 def _sigmoids(x: Array) -> tuple[Array, Array]:
     """``sigmoid(-x)`` and ``sigmoid(x)``."""
-    e = exp(-jnp.abs(x))
+    e = exp_of_nonpositive(-jnp.abs(x))
     large = 1 / (1 + e)
     small = e * large
     return jnp.where(x > 0, small, large), jnp.where(x > 0, large, small)
@@ -43,7 +43,7 @@ def _softplus(x: Array) -> tuple[Array, Array]:
 
     Their own rule: JAX's second derivative of ``max(x, 0) + log1p(exp(-|x|))`` is 0 at 0.
     """
-    above = log1p(exp(-jnp.abs(x)))
+    above = log1p(exp_of_nonpositive(-jnp.abs(x)))
     return jnp.maximum(-x, 0) + above, jnp.maximum(x, 0) + above
 
 

@@ -19,7 +19,7 @@ import jaxloss
 from jaxloss import _blocks, _passes, _products, _row_kernel, _rows
 from jaxloss._kernels import linear_tpu
 
-NAME = "jaxloss_linear_row_part"
+NAME, SLOPE = "jaxloss_linear_row_part", "jaxloss_linear_slope"
 ALL_COUNT = {"ignore_index": None}
 
 
@@ -60,22 +60,6 @@ def assert_to_bfloat16(results, expected):
     for got, truth in zip(results, expected, strict=True):
         size = np.max(np.abs(wide(truth)))
         np.testing.assert_allclose(wide(got), wide(truth), rtol=2**-7, atol=2**-9 * size)
-
-
-def test_exp_is_exact_to_a_unit_in_the_last_place():
-    x = -np.concatenate([np.linspace(0, 87.3, 100_001), np.logspace(-8, 1, 10_001)])
-    x = x.astype(np.float32)
-    truth = np.exp(wide(x))
-    error = np.abs(wide(jax.jit(linear_tpu.exp)(x)) - truth)
-    assert np.max(error / np.spacing(truth.astype(np.float32))) < 1
-    few = linear_tpu.exp(jnp.array([0.0, -0.0, -jnp.inf, -1e30, -88.0, -87.2], jnp.float32))
-    np.testing.assert_array_equal(few[:5], [1, 1, 0, 0, 0])
-    assert few[5] > 0
-
-
-@pytest.mark.nan_is_meant
-def test_exp_of_nan():
-    assert jnp.isnan(linear_tpu.exp(jnp.float32(jnp.nan)))
 
 
 @pytest.mark.parametrize(
@@ -128,6 +112,47 @@ def test_row_part(tpu, vocab_axis, n, d, v, columns, with_bias):
     np.testing.assert_array_equal(np.isnan(x_kept), ~here)
     own = x[rows[here], np.asarray(kept)[here]]
     assert np.all(np.abs(wide(x_kept)[here] - own) <= known[here])
+
+
+SHAPES = [(7, 16, 512, False), (40, 24, 1100, True), (1040, 16, 513, False), (3, 16, 1, True)]
+
+
+@pytest.mark.nan_is_meant
+@pytest.mark.parametrize("vocab_axis", [0, 1])
+@pytest.mark.parametrize(("n", "d", "v", "with_bias"), SHAPES)
+def test_slope(tpu, vocab_axis, n, d, v, with_bias):
+    """Of one tile, over the edges of several, and with rows that ask for nothing and hold NaN."""
+    hidden, kernel, kept, bias = problem(n, d, v, vocab_axis)
+    bias = bias if with_bias else None
+    x = wide(hidden) @ (wide(kernel) if vocab_axis == 1 else wide(kernel).T)
+    x = x if bias is None else x + wide(bias)
+    active, here = np.arange(n) % 3 != 1, np.arange(n) % 5 != 2
+    rng = np.random.default_rng(1)
+    m = x.max(axis=-1).astype(np.float32)
+    scale, at_kept = rng.normal(size=(2, n)).astype(np.float32)
+    given = m, jnp.where(here, kept, v), scale, at_kept, active
+    rows = jnp.where(active[:, None], hidden, jnp.nan)
+    got = linear_tpu.slope(rows, kernel, bias, *map(jnp.asarray, given), vocab_axis)
+    truth = np.where(active, scale, 0)[:, None] * np.exp(x - m[:, None])
+    truth[here, np.asarray(kept)[here]] = at_kept[here]
+    assert got.dtype == jnp.bfloat16
+    # What the logits are not known to, and one rounding.
+    size = np.abs(wide(hidden)) @ np.abs(wide(kernel) if vocab_axis == 1 else wide(kernel).T)
+    known = (d + 2) / 2 * EPS * np.max(size) + 2 * EPS * np.max(np.abs(x)) + 4 * EPS
+    allowed = np.abs(truth) * (2**-8 + known + EPS * np.max(m[:, None] - x))
+    assert np.all(np.abs(wide(got) - truth) <= allowed + 2**-126)
+
+
+def test_who_computes_the_slopes(tpu):
+    """The kernel narrows them, and a gradient of the bias is a sum of them in float32."""
+    hidden, kernel, labels, bias = problem(24, 16, 1100)
+
+    def loss(hidden, kernel, bias):
+        return jaxloss.linear_cross_entropy(hidden, kernel, labels, bias=bias)
+
+    for which, taken in (((0, 1), True), (0, True), (2, False), ((0, 1, 2), False)):
+        text = str(jax.make_jaxpr(jax.grad(loss, which))(hidden, kernel, bias))
+        assert (NAME in text, SLOPE in text) == (True, taken)
 
 
 @pytest.mark.nan_is_meant
@@ -350,7 +375,12 @@ def test_devices_with_numbers_of_their_own(tpu, monkeypatch):
         past = jnp.arange(kept.size, dtype=jnp.int32) >= count
         return _rows.RowPart(*(jnp.where(past, jnp.nan, x) for x in (m, s, x_kept)), kept)
 
+    def slope(geometry, hidden, kernel, bias, *rows):
+        logits = _products.product(hidden, kernel, bias, geometry)
+        return _rows.of_entries(logits, *rows).astype(hidden.dtype)
+
     monkeypatch.setattr(_row_kernel, "_computed", computed)
+    monkeypatch.setattr(_row_kernel, "slope", slope)
     mesh = jax.make_mesh((2, 2), ("data", "vocab"), axis_types=(AxisType.Auto,) * 2)
     hidden, kernel, labels, bias = problem(48, 16, 1100)
     labels, bias = labels.at[3:24].set(-100), bias.at[7].set(100)

@@ -1,6 +1,6 @@
 """How exact: losses, gradients and tangents at every confidence, dtype and row length."""
 
-from functools import cache
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ from helpers import (
 )
 
 import jaxloss
-from jaxloss import _passes
+from jaxloss import _elementary, _passes
 
 MARGINS = np.arange(-70, 71)
 OFFSETS = [0.0, 1e3, -1e3]
@@ -104,6 +104,54 @@ def test_forward_mode_at_every_margin(form):
         # The terms may cancel; none of them is larger than the label's.
         scale = np.sum(np.abs(gradient * dx), axis=-1)
         assert_within(tangent, np.sum(gradient * dx, axis=-1), 2 * relative_budget(margin), scale)
+
+
+# The exponential of a TPU
+
+
+def test_short_exp():
+    x = -np.concatenate([np.linspace(-1e-6, 87.3, 100_001), np.logspace(-8, 1, 10_001)])
+    x = x.astype(np.float32)
+    truth = np.exp(x.astype(np.float64))
+    found, slope = jax.jit(partial(jax.jvp, _elementary.short_exp))((x,), (2 * np.ones_like(x),))
+    error = np.abs(np.asarray(found, np.float64) - truth)
+    assert np.max(error / np.spacing(truth.astype(np.float32))) < 2.3
+    np.testing.assert_array_equal(slope, 2 * found)
+    few = _elementary.short_exp(jnp.array([0.0, -0.0, -jnp.inf, -1e30, -88.0, -87.2], jnp.float32))
+    np.testing.assert_array_equal(few[:5], [1, 1, 0, 0, 0])
+    assert few[5] > 0
+
+
+@pytest.mark.nan_is_meant
+def test_short_exp_of_nan():
+    assert jnp.isnan(_elementary.short_exp(jnp.float32(jnp.nan)))
+
+
+@pytest.fixture
+def tpu(monkeypatch):
+    """By name, for what is chosen by it."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    jax.clear_caches()
+    yield
+    jax.clear_caches()
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    "check", [test_value_and_gradient_together, test_forward_mode_at_every_margin]
+)
+def test_every_margin_on_a_tpu(tpu, check, form):
+    x = jnp.zeros((2, 300))
+    loss = lambda x, y: FORMS[form](x, y)  # noqa: E731
+    assert "shift_left" in str(jax.make_jaxpr(jax.grad(loss))(x, jnp.zeros(2, jnp.int32)))
+    check(form)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32])
+def test_other_dtypes_keep_their_exponential(tpu, dtype):
+    found = _elementary.exp_of_nonpositive(jnp.full(3, -1, dtype))
+    assert found.dtype == dtype
+    assert_within(found, np.exp(-1) * np.ones(3), 2 * jnp.finfo(dtype).eps)
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -6,7 +6,7 @@ product itself where D is a few thousand. Here a tile of them is reduced where i
 Letters: N tokens, D features, V columns of the kernel, C classes; n and v of a tile.
 """
 
-from functools import partial
+from functools import partial, reduce
 from typing import Any, cast
 
 import jax
@@ -16,9 +16,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from jaxloss import _mesh
+from jaxloss._elementary import short_exp
+from jaxloss._passes import finite
 
 # Bytes of a core's own that the tiles may take: chips up to v4 have 16 MiB, later ones 64 and more.
 _MEMORY = 48 * 2**20
+LANES = 128  # of a register
 
 
 def tiles(tokens: int, features: int) -> tuple[int, int] | None:
@@ -34,26 +37,8 @@ def tiles(tokens: int, features: int) -> tuple[int, int] | None:
     return None
 
 
-def exp(x: Array) -> Array:
-    """exp(x) of x <= 0, to a unit in the last place: Mosaic has the TPU's coarse one alone.
-
-    2^k exp(r), |r| <= ln(2) / 2, with ln(2) in two parts, so that k times the first is exact, and
-    exp(r) a polynomial: Cephes' expf (S. L. Moshier, 1992).
-    """
-    least = -87.3  # 2^-126; below it there are only subnormal numbers, which a TPU flushes to 0
-    y = jnp.maximum(x, least)
-    k = jnp.floor(y * 1.44269504088896341 + 0.5)
-    r = (y - k * 0.693359375) + k * 2.12194440e-4
-    p = jnp.full_like(r, 1.9875691500e-4)
-    for c in (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1):
-        p = p * r + c
-    p = p * (r * r) + r + 1
-    power = lax.bitcast_convert_type((k.astype(jnp.int32) + 127) << 23, jnp.float32)
-    return jnp.where(x < least, 0, p * power)
-
-
 def _tile(count, label, hidden, kernel, *rest, vocab_axis: int, columns: int):
-    *bias, m, s, x_kept = rest
+    *bias, m_out, s_out, x_kept_out, m, s, x_kept = rest
     j, v = pl.program_id(1), kernel.shape[vocab_axis]
 
     @pl.when(j == 0)
@@ -67,25 +52,46 @@ def _tile(count, label, hidden, kernel, *rest, vocab_axis: int, columns: int):
         arrays = label, hidden, kernel, bias, m, s, x_kept
         _merge(*arrays, j * v, vocab_axis=vocab_axis, columns=columns)
 
+    @pl.when(j == pl.num_programs(1) - 1)
+    def _():
+        high = jnp.max(m[...], axis=1, keepdims=True)
+        m_out[...] = high
+        s_out[...] = jnp.sum(s[...] * short_exp(m[...] - finite(high)), axis=1, keepdims=True)
+        # NaN in all lanes but the label's.
+        own = jnp.where(jnp.isnan(x_kept[...]), -jnp.inf, x_kept[...])
+        here = jnp.any(~jnp.isnan(x_kept[...]), axis=1, keepdims=True)
+        x_kept_out[...] = jnp.where(here, jnp.max(own, axis=1, keepdims=True), jnp.nan)
+
 
 def _merge(label, hidden, kernel, bias, m, s, x_kept, first, *, vocab_axis: int, columns: int):
-    """Into the part of n rows goes that of the v columns from ``first`` on, as in _rows.merge."""
+    """Into the parts of n rows go those of the v columns from ``first`` on, as in _rows.merge.
+
+    Each of a register's lanes has a part of its own, of every 128th column: across lanes a core
+    takes longer than it does to compute.
+    """
     v = kernel.shape[vocab_axis]
+    x = _logits(hidden, kernel, bias, vocab_axis)
+    column = lax.broadcasted_iota(jnp.int32, x.shape, 1)
+    if columns % v:  # the last tile hangs over the edge, and holds there whatever it finds
+        x = jnp.where(column < columns - first, x, -jnp.inf)
+    at_label = column == label[...] - first
+    some = [slice(at, at + LANES) for at in range(0, v, LANES)]
+    before = m[...]
+    m[...] = reduce(jnp.maximum, (x[:, at] for at in some), before)
+    high = finite(m[...])
+    total, own = s[...] * short_exp(before - high), x_kept[...]
+    for at in some:
+        total = jnp.where(at_label[:, at], total, total + short_exp(x[:, at] - high))
+        own = jnp.where(at_label[:, at], x[:, at], own)
+    s[...], x_kept[...] = total, own
+
+
+def _logits(hidden, kernel, bias, vocab_axis: int) -> Array:
     contract = (((1,), (1 - vocab_axis,)), ((), ()))
     x = lax.dot_general(hidden[...], kernel[...], contract, preferred_element_type=jnp.float32)
     for b in bias:
         x += b[...].astype(jnp.float32)
-    column = first + lax.broadcasted_iota(jnp.int32, x.shape, 1)
-    if columns % v:  # the last tile hangs over the edge, and holds there whatever it finds
-        x = jnp.where(column < columns, x, -jnp.inf)
-    at_label, before = column == label[...], m[...]
-    m[...] = jnp.maximum(before, jnp.max(x, axis=1, keepdims=True))
-    high = jnp.where(m[...] == -jnp.inf, 0, m[...])  # _passes.finite
-    others = jnp.sum(jnp.where(at_label, 0, exp(x - high)), axis=1, keepdims=True)
-    s[...] = s[...] * exp(before - high) + others
-    own = jnp.sum(jnp.where(at_label, x, 0), axis=1, keepdims=True)
-    here = (label[...] >= first) & (label[...] < first + v)
-    x_kept[...] = jnp.where(here, own, x_kept[...])
+    return x
 
 
 def row_part(
@@ -102,9 +108,8 @@ def row_part(
     ``count``: tiles of tokens past it are left out; those tokens are anything.
     """
     tokens, features = hidden.shape
-    n, v = cast(tuple[int, int], tiles(tokens, features))
-    rows, last = pl.cdiv(tokens, n), pl.cdiv(columns, v) - 1
-    of_rows = pl.BlockSpec((n, 1), lambda i, j, count: (i, 0))
+    n, v = _tiles(tokens, features)
+    last = pl.cdiv(columns, v) - 1
 
     def of_columns(i, j, count):
         # For a tile that is left out the one read last stays: nothing is read.
@@ -112,10 +117,80 @@ def row_part(
 
     count = jnp.full((1,), tokens, jnp.int32) if count is None else count.reshape(1)
     # No label at all, and not the column past the last: the last tile may have one.
-    args = [count, jnp.where(kept < columns, kept, -1)[:, None], hidden, kernel]
+    of_rows = jnp.where(kept < columns, kept, -1)[:, None]
+    specs, args = _operands(hidden, kernel, bias, vocab_axis, n, v, of_columns)
+    args = _mesh.together(count, of_rows, *args)
+    kind = jax.typeof(args[0]).manual_axis_type
+    out = jax.ShapeDtypeStruct((tokens, 1), jnp.float32, manual_axis_type=kind)
+    a_row = pl.BlockSpec((n, 1), lambda i, *_: (i, 0))
+    call = pl.pallas_call(
+        partial(_tile, vocab_axis=vocab_axis, columns=columns),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=(pl.cdiv(tokens, n), last + 1),
+            in_specs=[a_row, *specs],
+            out_specs=[a_row] * 3,
+            scratch_shapes=[pltpu.VMEM((n, LANES), jnp.float32)] * 3,
+        ),
+        out_shape=[out] * 3,
+        compiler_params=_params("arbitrary"),
+        cost_estimate=_cost(hidden, kernel, columns, n),
+        name="jaxloss_linear_row_part",
+    )
+    return tuple(x[:, 0] for x in call(*args))
+
+
+def slope(
+    hidden: Array,
+    kernel: Array,
+    bias: Any,
+    m: Array,
+    kept: Array,
+    scale: Array,
+    at_kept: Array,
+    active: Array,
+    vocab_axis: int,
+) -> Array:
+    """``_passes.slope_pass`` of the logits of all columns, in the dtype of ``hidden``."""
+    tokens, features = hidden.shape
+    columns = kernel.shape[vocab_axis]
+    n, v = _tiles(tokens, features)
+    specs, args = _operands(hidden, kernel, bias, vocab_axis, n, v, lambda i, j: j)
+    rows = (x[:, None] for x in (m, kept, scale, at_kept, active.astype(m.dtype)))
+    args = _mesh.together(*rows, *args)
+    kind = jax.typeof(args[0]).manual_axis_type
+    call = pl.pallas_call(
+        partial(_slope_tile, vocab_axis=vocab_axis),
+        grid=(pl.cdiv(tokens, n), pl.cdiv(columns, v)),
+        in_specs=[pl.BlockSpec((n, 1), lambda i, j: (i, 0))] * 5 + specs,
+        out_specs=pl.BlockSpec((n, v), lambda i, j: (i, j)),
+        out_shape=jax.ShapeDtypeStruct((tokens, columns), hidden.dtype, manual_axis_type=kind),
+        compiler_params=_params("parallel"),
+        cost_estimate=_cost(hidden, kernel, columns, n),
+        name="jaxloss_linear_slope",
+    )
+    return call(*args)
+
+
+def _slope_tile(m, kept, scale, at_kept, active, hidden, kernel, *rest, vocab_axis: int):
+    *bias, out = rest
+    x = _logits(hidden, kernel, bias, vocab_axis)
+    column = lax.broadcasted_iota(jnp.int32, x.shape, 1)
+    first = pl.program_id(1) * x.shape[1]
+    dx = jnp.where(active[...] != 0, short_exp(x - m[...]) * scale[...], 0)
+    out[...] = jnp.where(column == kept[...] - first, at_kept[...], dx).astype(out.dtype)
+
+
+def _tiles(tokens: int, features: int) -> tuple[int, int]:
+    return cast(tuple[int, int], tiles(tokens, features))
+
+
+def _operands(hidden, kernel, bias, vocab_axis: int, n: int, v: int, of_columns):
+    """The specifications of what a tile's logits are made of, and the arrays."""
+    features = hidden.shape[1]
+    args = [hidden, kernel]
     specs = [
-        of_rows,
-        pl.BlockSpec((n, features), lambda i, j, count: (i, 0)),
+        pl.BlockSpec((n, features), lambda i, *_: (i, 0)),
         pl.BlockSpec((features, v), lambda *at: (0, of_columns(*at)))
         if vocab_axis == 1
         else pl.BlockSpec((v, features), lambda *at: (of_columns(*at), 0)),
@@ -123,26 +198,19 @@ def row_part(
     if bias is not None:
         args.append(bias[None])
         specs.append(pl.BlockSpec((1, v), lambda *at: (0, of_columns(*at))))
-    args = _mesh.together(*args)
-    kind = jax.typeof(args[0]).manual_axis_type
-    out = jax.ShapeDtypeStruct((tokens, 1), jnp.float32, manual_axis_type=kind)
-    call = pl.pallas_call(
-        partial(_tile, vocab_axis=vocab_axis, columns=columns),
-        grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=1,
-            grid=(rows, last + 1),
-            in_specs=specs,
-            out_specs=[of_rows] * 3,
-        ),
-        out_shape=[out] * 3,
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=_MEMORY + 8 * 2**20
-        ),
-        cost_estimate=pl.CostEstimate(
-            flops=2 * tokens * features * columns,
-            bytes_accessed=hidden.nbytes + rows * kernel.nbytes,
-            transcendentals=tokens * columns,
-        ),
-        name="jaxloss_linear_row_part",
+    return specs, args
+
+
+def _params(of_columns: str) -> pltpu.CompilerParams:
+    return pltpu.CompilerParams(
+        dimension_semantics=("parallel", of_columns), vmem_limit_bytes=_MEMORY + 8 * 2**20
     )
-    return tuple(x[:, 0] for x in call(*args))
+
+
+def _cost(hidden: Array, kernel: Array, columns: int, n: int) -> pl.CostEstimate:
+    tokens, features = hidden.shape
+    return pl.CostEstimate(
+        flops=2 * tokens * features * columns,
+        bytes_accessed=hidden.nbytes + pl.cdiv(tokens, n) * kernel.nbytes,
+        transcendentals=tokens * columns,
+    )
