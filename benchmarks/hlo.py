@@ -1,7 +1,7 @@
 """What an optimised program says of its own cost, a loop's body counted as often as it runs."""
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from math import prod, sqrt
 from typing import Any, NamedTuple
@@ -22,12 +22,14 @@ class Cost:
     flops: float = 0.0  # of matrix products alone
     cycles: float = 0.0  # the compiler's own estimate; XLA:TPU alone writes it into its programs
     kernels: int = 0  # calls of hand-written kernels, which it knows nothing of
+    kernel_cycles: float = 0.0  # at most: all instructions of a kernel in each of its steps
     loops: list[dict[str, Any]] = field(default_factory=list)  # each with the cost of a step
 
     def add(self, other: "Cost", times: int = 1) -> None:
         self.flops += times * other.flops
         self.cycles += times * other.cycles
         self.kernels += times * other.kernels
+        self.kernel_cycles += times * other.kernel_cycles
         self.loops += other.loops
 
 
@@ -61,38 +63,65 @@ def _steps(condition: list[Instruction]) -> int | None:
     return None
 
 
-def cost(text: str, steps: Iterable[int] = ()) -> Cost:
+class Scheduled(NamedTuple):
+    """Of operations by name: a core issues a bundle of instructions a cycle."""
+
+    bundles: Mapping[str, int]
+    steps: Mapping[str, int]  # of a kernel's loop
+
+
+NOTHING = Scheduled({}, {})
+
+
+def cost(text: str, steps: Iterable[int] = (), scheduled: Scheduled = NOTHING) -> Cost:
     """``steps``: of those loops, in the program's order, whose number is computed when it runs."""
     bodies, open_loops = computations(text), iter(steps)
-    out = _cost(bodies, "ENTRY", open_loops)
+    out = _cost(bodies, "ENTRY", open_loops, scheduled)
     if left := list(open_loops):
         raise ValueError(f"The program has no more loops of an open number of steps; left: {left}.")
     return out
 
 
-def _cost(bodies: dict[str, list[Instruction]], name: str, open_loops: Iterator[int]) -> Cost:
+def _cycles(i: Instruction, scheduled: Scheduled) -> int:
+    """The compiler's estimate, which knows the memory, or if that is more what it scheduled."""
+    estimate = re.search(r'"estimated_cycles":"(\d+)"', i.attributes)
+    tiles = re.search(r'"iteration_bounds":\[([^\]]*)\]', i.attributes)
+    if not estimate or not tiles:
+        return int(estimate[1]) if estimate else 0
+    times = prod(int(n) for n in re.findall(r"\d+", tiles[1]))
+    return max(int(estimate[1]), times * scheduled.bundles.get(i.name, 0))
+
+
+def _cost(
+    bodies: dict[str, list[Instruction]],
+    name: str,
+    open_loops: Iterator[int],
+    scheduled: Scheduled,
+) -> Cost:
     out, sizes = Cost(), {i.name: prod(i.dims) for i in bodies[name]}
     for i in bodies[name]:
-        if cycles := re.search(r'"estimated_cycles":"(\d+)"', i.attributes):
-            out.cycles += int(cycles[1])
+        out.cycles += _cycles(i, scheduled)
         if i.opcode in ("convolution", "dot"):
             # m x k by k x n: the product of the three arrays' sizes is (m k n)^2.
             out.flops += 2 * sqrt(prod(sizes[x] for x in (i.name, *i.operands[:2])))
         elif i.opcode == "custom-call" and '"tpu_custom_call"' in i.attributes:
             out.kernels += 1
+            issued = scheduled.bundles.get(i.name, 0) * scheduled.steps.get(i.name, 1)
+            out.kernel_cycles += issued
         elif i.opcode == "while":
             (condition,), (body,) = (_called(i.attributes, x) for x in ("condition", "body"))
             steps = _steps(bodies[condition])
             steps = next(open_loops) if steps is None else steps
-            step = _cost(bodies, body, open_loops)
+            step = _cost(bodies, body, open_loops, scheduled)
             out.add(step, steps)
             out.loops.append({"steps": steps, "flops": step.flops, "cycles": step.cycles})
         elif i.opcode == "conditional":
             names = "branch_computations", "true_computation", "false_computation"
-            branches = [_cost(bodies, b, open_loops) for b in _called(i.attributes, *names)]
+            called = _called(i.attributes, *names)
+            branches = [_cost(bodies, b, open_loops, scheduled) for b in called]
             out.add(max(branches, key=lambda c: (c.cycles, c.flops)))
         else:
             for called in _called(i.attributes, "calls"):
                 # A fusion's cycles are its own, and no instruction within it has any.
-                out.add(_cost(bodies, called, open_loops))
+                out.add(_cost(bodies, called, open_loops, scheduled))
     return out

@@ -72,7 +72,8 @@ HloModule two_loops
   %x.1 = f32[4,8]{1,0} get-tuple-element(%p.1), index=1
   %k.1 = f32[8,8]{1,0} constant({...})
   %d.1 = f32[4,8]{1,0} dot(%x.1, %k.1), lhs_contracting_dims={1}, rhs_contracting_dims={0}
-  %e.1 = f32[4,8]{1,0} exponential(%d.1), backend_config={"estimated_cycles":"10"}
+  %e.1 = f32[4,8] exponential(%d.1), c={"estimated_cycles":"10","iteration_bounds":["2","3"]}
+  %k.2 = f32[4,8]{1,0} custom-call(%e.1), custom_call_target="tpu_custom_call"
 }
 
 %fixed.1 (p.2: (s32[], f32[4,8])) -> pred[] {
@@ -98,6 +99,8 @@ def test_the_cost_of_a_loop_is_that_of_all_its_steps():
     cost = hlo.cost(PROGRAM, steps=(5,))
     assert cost.flops == (3 + 5) * 2 * 4 * 8 * 8
     assert cost.cycles == (3 + 5) * 10
+    assert cost.kernels == 3 + 5
+    assert cost.kernel_cycles == 0
     assert [loop["steps"] for loop in cost.loops] == [3, 5]
     with pytest.raises(StopIteration):
         hlo.cost(PROGRAM)
@@ -105,18 +108,50 @@ def test_the_cost_of_a_loop_is_that_of_all_its_steps():
         hlo.cost(PROGRAM, steps=(5, 0))
 
 
-@pytest.mark.skipif(
+@pytest.mark.parametrize(("bundles", "cycles"), [(1, 10), (4, 2 * 3 * 4)])
+def test_the_cost_of_what_was_scheduled(bundles, cycles):
+    """Where it is more than the estimate; of a kernel there is none."""
+    scheduled = hlo.Scheduled({"e.1": bundles, "k.2": 7}, {"k.2": 11})
+    cost = hlo.cost(PROGRAM, (5,), scheduled)
+    assert cost.cycles == (3 + 5) * cycles
+    assert cost.kernel_cycles == (3 + 5) * 7 * 11
+
+
+LIBTPU = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None,
     reason="libtpu is not installed: pip install -e '.[tpu-compile]'",
 )
+SCHEDULE = """
+import json, pathlib, sys
+from benchmarks import compiled, schedule
+folder = pathlib.Path(sys.argv[1])
+compiled.quiet()
+schedule.dump_to(folder)
+print(json.dumps(compiled.compiled("v6e", "kernel", (2048, 512, 2048), 1024, folder)))
+"""
+
+
+@LIBTPU
+def test_what_a_tpu_is_to_issue(tmp_path):
+    done = run("-c", SCHEDULE, str(tmp_path))
+    assert done.returncode == 0, done.stderr[-2000:]
+    program = json.loads(done.stdout.splitlines()[-1])
+    # A core multiplies 2^18 pairs a cycle; row_part is one product of them all, slope two halves.
+    one = 2048 * 512 * 2048 / 2**18
+    assert program["kernels"] == 3
+    assert 2 * one < program["kernel_cycles"] < 20 * one
+    assert not list(tmp_path.iterdir())
+
+
+@LIBTPU
 @pytest.mark.parametrize(
     ("name", "chunk", "products"), [("chunks", 32, 3), ("blocks", 256, 4)], ids=str
 )
-def test_the_products_that_a_tpu_is_given(name, chunk, products):
+def test_the_products_that_a_tpu_is_given(tmp_path, name, chunk, products):
     compiled.quiet()
     shape = n, d, v = 128, 128, 1024  # four chunks, four blocks
     with jax.enable_x64(False):  # a TPU compares 64 bits in halves, and a loop's end is not read
-        program = compiled.compiled("v5e", name, shape, chunk)
+        program = compiled.compiled("v5e", name, shape, chunk, tmp_path)
     one = 2 * n * d * v
     assert program["peak_mib"] > program["arguments_mib"] > 0
     # The first of the blocks may be multiplied once for both of their sweeps.

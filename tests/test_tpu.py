@@ -200,7 +200,8 @@ def test_elementary_functions_are_the_accurate_ones(name):
 )
 def test_on_four_chips(name, schedule, spec):
     """Temporaries: this chip's float32 d_kernel, its columns of the kernel where they had to be
-    gathered, and 320 MiB, of which 251 are a chunk's logits."""
+    gathered, and of a chunk and of a quarter of one the float32 logits and their narrow gradient;
+    or a block's."""
     devices = np.array(topology(name).devices).reshape(2, 2)
     mesh = Mesh(devices, ("data", "vocab"), axis_types=(AxisType.Explicit,) * 2)
     specs = P("data"), spec, P("data")
@@ -212,7 +213,9 @@ def test_on_four_chips(name, schedule, spec):
         program = lowered(linear(schedule), *args).compile()
     shard = D * V // 2
     columns = 2 * shard if "data" in spec else 0
-    assert program.memory_analysis().temp_size_in_bytes <= 4 * shard + columns + 320 * MIB
+    logits = (1024 + 256) * V // 2 * (4 + 2) if schedule == "token_chunks" else 256 * MIB
+    allowed = 4 * shard + columns + logits + 72 * MIB
+    assert program.memory_analysis().temp_size_in_bytes <= allowed
     text = program.as_text()
     assert not {(N, V), (N // 2, V // 2)} & buffers(text)
     found = collectives(text)
