@@ -1,7 +1,8 @@
-"""The row parts of ``hidden @ kernel`` on a TPU, whose logits never leave the core's own memory.
+"""The row parts of ``hidden @ kernel`` on a TPU, and its gradient: no logit leaves the core.
 
-XLA writes a block's logits to the chip's memory and reads them back, which takes longer than the
-product itself where D is a few thousand. Here a tile of them is reduced where it was computed.
+XLA writes a block's logits to the chip's memory and reads them back for their row parts, and has
+programs of several times the product's instructions for their gradient. Here a tile of logits is
+reduced, or made the gradient that is written, where it was computed.
 
 Letters: N tokens, D features, V columns of the kernel, C classes; n and v of a tile.
 """
@@ -37,6 +38,45 @@ def tiles(tokens: int, features: int) -> tuple[int, int] | None:
     return None
 
 
+def _operands(hidden, kernel, bias, vocab_axis: int, n: int, v: int, of_columns):
+    """The specifications of what a tile's logits are made of, and the arrays."""
+    features = hidden.shape[1]
+    args = [hidden, kernel]
+    specs = [
+        pl.BlockSpec((n, features), lambda i, *_: (i, 0)),
+        pl.BlockSpec((features, v), lambda *at: (0, of_columns(*at)))
+        if vocab_axis == 1
+        else pl.BlockSpec((v, features), lambda *at: (of_columns(*at), 0)),
+    ]
+    if bias is not None:
+        args.append(bias[None])
+        specs.append(pl.BlockSpec((1, v), lambda *at: (0, of_columns(*at))))
+    return specs, args
+
+
+def _params(of_columns: str) -> pltpu.CompilerParams:
+    return pltpu.CompilerParams(
+        dimension_semantics=("parallel", of_columns), vmem_limit_bytes=_MEMORY + 8 * 2**20
+    )
+
+
+def _cost(hidden: Array, kernel: Array, columns: int, n: int) -> pl.CostEstimate:
+    tokens, features = hidden.shape
+    return pl.CostEstimate(
+        flops=2 * tokens * features * columns,
+        bytes_accessed=hidden.nbytes + pl.cdiv(tokens, n) * kernel.nbytes,
+        transcendentals=tokens * columns,
+    )
+
+
+def _logits(hidden, kernel, bias, vocab_axis: int) -> Array:
+    contract = (((1,), (1 - vocab_axis,)), ((), ()))
+    x = lax.dot_general(hidden[...], kernel[...], contract, preferred_element_type=jnp.float32)
+    for b in bias:
+        x += b[...].astype(jnp.float32)
+    return x
+
+
 def _tile(count, label, hidden, kernel, *rest, vocab_axis: int, columns: int):
     *bias, m_out, s_out, x_kept_out, m, s, x_kept = rest
     j, v = pl.program_id(1), kernel.shape[vocab_axis]
@@ -45,7 +85,7 @@ def _tile(count, label, hidden, kernel, *rest, vocab_axis: int, columns: int):
     def _():
         m[...] = jnp.full_like(m, -jnp.inf)
         s[...] = jnp.zeros_like(s)
-        x_kept[...] = jnp.full_like(x_kept, jnp.nan)
+        x_kept[...] = jnp.full_like(x_kept, -jnp.inf)
 
     @pl.when(pl.program_id(0) * hidden.shape[0] < count[0])
     def _():
@@ -57,10 +97,8 @@ def _tile(count, label, hidden, kernel, *rest, vocab_axis: int, columns: int):
         high = jnp.max(m[...], axis=1, keepdims=True)
         m_out[...] = high
         s_out[...] = jnp.sum(s[...] * short_exp(m[...] - finite(high)), axis=1, keepdims=True)
-        # NaN in all lanes but the label's.
-        own = jnp.where(jnp.isnan(x_kept[...]), -jnp.inf, x_kept[...])
-        here = jnp.any(~jnp.isnan(x_kept[...]), axis=1, keepdims=True)
-        x_kept_out[...] = jnp.where(here, jnp.max(own, axis=1, keepdims=True), jnp.nan)
+        own = jnp.max(x_kept[...], axis=1, keepdims=True)
+        x_kept_out[...] = jnp.where(label[...] < 0, jnp.nan, own)
 
 
 def _merge(label, hidden, kernel, bias, m, s, x_kept, first, *, vocab_axis: int, columns: int):
@@ -86,14 +124,6 @@ def _merge(label, hidden, kernel, bias, m, s, x_kept, first, *, vocab_axis: int,
     s[...], x_kept[...] = total, own
 
 
-def _logits(hidden, kernel, bias, vocab_axis: int) -> Array:
-    contract = (((1,), (1 - vocab_axis,)), ((), ()))
-    x = lax.dot_general(hidden[...], kernel[...], contract, preferred_element_type=jnp.float32)
-    for b in bias:
-        x += b[...].astype(jnp.float32)
-    return x
-
-
 def row_part(
     hidden: Array,
     kernel: Array,
@@ -108,7 +138,7 @@ def row_part(
     ``count``: tiles of tokens past it are left out; those tokens are anything.
     """
     tokens, features = hidden.shape
-    n, v = _tiles(tokens, features)
+    n, v = cast(tuple[int, int], tiles(tokens, features))
     last = pl.cdiv(columns, v) - 1
 
     def of_columns(i, j, count):
@@ -140,6 +170,15 @@ def row_part(
     return tuple(x[:, 0] for x in call(*args))
 
 
+def _slope_tile(m, kept, scale, at_kept, active, hidden, kernel, *rest, vocab_axis: int):
+    *bias, out = rest
+    x = _logits(hidden, kernel, bias, vocab_axis)
+    column = lax.broadcasted_iota(jnp.int32, x.shape, 1)
+    first = pl.program_id(1) * x.shape[1]
+    dx = jnp.where(active[...] != 0, short_exp(x - m[...]) * scale[...], 0)
+    out[...] = jnp.where(column == kept[...] - first, at_kept[...], dx).astype(out.dtype)
+
+
 def slope(
     hidden: Array,
     kernel: Array,
@@ -154,7 +193,7 @@ def slope(
     """``_passes.slope_pass`` of the logits of all columns, in the dtype of ``hidden``."""
     tokens, features = hidden.shape
     columns = kernel.shape[vocab_axis]
-    n, v = _tiles(tokens, features)
+    n, v = cast(tuple[int, int], tiles(tokens, features))
     specs, args = _operands(hidden, kernel, bias, vocab_axis, n, v, lambda i, j: j)
     rows = (x[:, None] for x in (m, kept, scale, at_kept, active.astype(m.dtype)))
     args = _mesh.together(*rows, *args)
@@ -170,47 +209,3 @@ def slope(
         name="jaxloss_linear_slope",
     )
     return call(*args)
-
-
-def _slope_tile(m, kept, scale, at_kept, active, hidden, kernel, *rest, vocab_axis: int):
-    *bias, out = rest
-    x = _logits(hidden, kernel, bias, vocab_axis)
-    column = lax.broadcasted_iota(jnp.int32, x.shape, 1)
-    first = pl.program_id(1) * x.shape[1]
-    dx = jnp.where(active[...] != 0, short_exp(x - m[...]) * scale[...], 0)
-    out[...] = jnp.where(column == kept[...] - first, at_kept[...], dx).astype(out.dtype)
-
-
-def _tiles(tokens: int, features: int) -> tuple[int, int]:
-    return cast(tuple[int, int], tiles(tokens, features))
-
-
-def _operands(hidden, kernel, bias, vocab_axis: int, n: int, v: int, of_columns):
-    """The specifications of what a tile's logits are made of, and the arrays."""
-    features = hidden.shape[1]
-    args = [hidden, kernel]
-    specs = [
-        pl.BlockSpec((n, features), lambda i, *_: (i, 0)),
-        pl.BlockSpec((features, v), lambda *at: (0, of_columns(*at)))
-        if vocab_axis == 1
-        else pl.BlockSpec((v, features), lambda *at: (of_columns(*at), 0)),
-    ]
-    if bias is not None:
-        args.append(bias[None])
-        specs.append(pl.BlockSpec((1, v), lambda *at: (0, of_columns(*at))))
-    return specs, args
-
-
-def _params(of_columns: str) -> pltpu.CompilerParams:
-    return pltpu.CompilerParams(
-        dimension_semantics=("parallel", of_columns), vmem_limit_bytes=_MEMORY + 8 * 2**20
-    )
-
-
-def _cost(hidden: Array, kernel: Array, columns: int, n: int) -> pl.CostEstimate:
-    tokens, features = hidden.shape
-    return pl.CostEstimate(
-        flops=2 * tokens * features * columns,
-        bytes_accessed=hidden.nbytes + pl.cdiv(tokens, n) * kernel.nbytes,
-        transcendentals=tokens * columns,
-    )
