@@ -19,7 +19,7 @@ log = partial(lax.log, accuracy=_HIGHEST)
 log1p = partial(lax.log1p, accuracy=_HIGHEST)
 tanh = partial(lax.tanh, accuracy=_HIGHEST)
 
-_ROUND = 1.5 * 2**23  # what is added to it is rounded to an integer, which are its lowest bits then
+_ROUND, _ROUND_BITS = 1.5 * 2**23, 0x4B400000  # a sum with it is an integer, its lowest bits
 
 
 @jax.custom_jvp
@@ -33,15 +33,17 @@ def short_exp(x: Array) -> Array:
     Cephes' expf (S. L. Moshier, 1992). exp(r) = 1 + r + r^2 q(r), q of degree 3 by Remez' exchange
     for the least relative error of exp(r), 1.1e-7.
     """
+    # By way of the bits: XLA takes (a + c) - c for a, until JAX 0.12 for floats too.
     t = x * 1.44269504088896341 + _ROUND
-    k = t - _ROUND
+    n = lax.bitcast_convert_type(t, jnp.int32) - _ROUND_BITS
+    k = n.astype(jnp.float32)
     r = (x - k * 0.693359375) + k * 2.12194440e-4
     q = jnp.full_like(r, 8.3125202352e-3)
     for c in (4.18901568388e-2, 1.6667114649e-1, 4.99992314952e-1):
         q = q * r + c
     p = q * (r * r) + r + 1
-    # In the exponent's bits k multiplies by 2^k.
-    bits = lax.bitcast_convert_type(p, jnp.int32) + (lax.bitcast_convert_type(t, jnp.int32) << 23)
+    # In the exponent's bits n multiplies by 2^n.
+    bits = lax.bitcast_convert_type(p, jnp.int32) + (n << 23)
     least = -87.3  # 2^-126; below it there are only subnormal numbers, which a TPU flushes to 0
     return jnp.where(x < least, 0, lax.bitcast_convert_type(bits, jnp.float32))
 
@@ -52,6 +54,12 @@ def _(primals, tangents):
     return e, e * tangents[0]
 
 
+def exp_is_long() -> bool:
+    """Whether XLA's accurate exponential is a long program: up to v6e. A TPU7x has an instruction
+    for it."""
+    kind = jax.devices()[0].device_kind
+    return jax.default_backend() == "tpu" and not kind.startswith("TPU7")
+
+
 def exp_of_nonpositive(x: Array) -> Array:
-    short = x.dtype == jnp.float32 and jax.default_backend() == "tpu"
-    return short_exp(x) if short else exp(x)
+    return short_exp(x) if x.dtype == jnp.float32 and exp_is_long() else exp(x)

@@ -1,6 +1,7 @@
 """How exact: losses, gradients and tangents at every confidence, dtype and row length."""
 
 from functools import cache, partial
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -145,6 +146,14 @@ def test_every_margin_on_a_tpu(tpu, check, form):
     loss = lambda x, y: FORMS[form](x, y)  # noqa: E731
     assert "shift_left" in str(jax.make_jaxpr(jax.grad(loss))(x, jnp.zeros(2, jnp.int32)))
     check(form)
+
+
+@pytest.mark.parametrize(("kind", "short"), [("TPU v6 lite", True), ("TPU7x", False)])
+def test_which_chips_have_no_instruction_for_it(tpu, monkeypatch, kind, short):
+    monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(device_kind=kind)])
+    program = str(jax.make_jaxpr(_elementary.exp_of_nonpositive)(jnp.zeros(3)))
+    assert ("shift_left" in program) == short
+    assert ("accuracy" in program) != short
 
 
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32])

@@ -38,9 +38,13 @@ def topology(name):
 
 
 def compiled(name, f, *shapes, options=QUICKLY):
-    chip = SingleDeviceSharding(topology(name).devices[0])
-    args = [jax.ShapeDtypeStruct(shape, dtype, sharding=chip) for shape, dtype in shapes]
-    with mock.patch.object(jax, "device_count", return_value=1):
+    chip = topology(name).devices[0]
+    one = SingleDeviceSharding(chip)
+    args = [jax.ShapeDtypeStruct(shape, dtype, sharding=one) for shape, dtype in shapes]
+    with (
+        mock.patch.object(jax, "device_count", return_value=1),
+        mock.patch.object(jax, "devices", return_value=[chip]),
+    ):
         return lowered(f, *args, options=options).compile()
 
 
@@ -158,6 +162,7 @@ def test_products_are_of_bfloat16_into_float32(schedule):
 
 
 ELEMENTARY = re.compile(r" (exponential|exponential-minus-one|log|log-plus-one|tanh|logistic)\(")
+LARGE = re.compile(r" = f32\[16,256\]\S* exponential\(")
 ROWS, ROW_LABELS = ((16, 256), jnp.float32), ((16,), jnp.int32)
 ACCURATE = {
     "cross_entropy": (partial(jaxloss.cross_entropy, logit_softcap=30.0), (ROWS, ROW_LABELS)),
@@ -182,8 +187,22 @@ def test_elementary_functions_are_the_accurate_ones(name):
     assert found
     assert not [line for line in found if "result_accuracy={mode=highest}" not in line]
     # Of the logits' size they are a shorter program than the compiler's own.
-    large = [line for line in found if re.search(r" = f32\[16,256\]\S* exponential\(", line)]
-    assert not large
+    assert not [line for line in found if LARGE.search(line)]
+
+
+@pytest.fixture
+def traced_anew():
+    jax.clear_caches()
+    yield
+    jax.clear_caches()
+
+
+def test_the_accurate_exponential_of_a_tpu7x_is_an_instruction(traced_anew):
+    loss, shapes = ACCURATE["cross_entropy"]
+    text = compiled("tpu7x", jax.value_and_grad(loss), *shapes).as_text()
+    found = [line for line in text.splitlines() if LARGE.search(line)]
+    assert found
+    assert all("result_accuracy={mode=highest}" in line for line in found)
 
 
 # Each pair of (chip, schedule), (chip, spec) and (schedule, spec): a program takes 10 to 25 s.

@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from jaxloss import _mesh
-from jaxloss._elementary import short_exp
+from jaxloss._elementary import exp_is_long, short_exp
 from jaxloss._passes import finite
 
 # Bytes of a core's own that the tiles may take: chips up to v4 have 16 MiB, later ones 64 and more.
@@ -69,6 +69,11 @@ def _cost(hidden: Array, kernel: Array, columns: int, n: int) -> pl.CostEstimate
     )
 
 
+def _exp(x: Array) -> Array:
+    """The accurate one: Mosaic takes each chip's own instruction."""
+    return short_exp(x) if exp_is_long() else jnp.exp(x)
+
+
 def _logits(hidden, kernel, bias, vocab_axis: int) -> Array:
     contract = (((1,), (1 - vocab_axis,)), ((), ()))
     x = lax.dot_general(hidden[...], kernel[...], contract, preferred_element_type=jnp.float32)
@@ -96,7 +101,7 @@ def _tile(count, label, hidden, kernel, *rest, vocab_axis: int, columns: int):
     def _():
         high = jnp.max(m[...], axis=1, keepdims=True)
         m_out[...] = high
-        s_out[...] = jnp.sum(s[...] * short_exp(m[...] - finite(high)), axis=1, keepdims=True)
+        s_out[...] = jnp.sum(s[...] * _exp(m[...] - finite(high)), axis=1, keepdims=True)
         own = jnp.max(x_kept[...], axis=1, keepdims=True)
         x_kept_out[...] = jnp.where(label[...] < 0, jnp.nan, own)
 
@@ -117,9 +122,9 @@ def _merge(label, hidden, kernel, bias, m, s, x_kept, first, *, vocab_axis: int,
     before = m[...]
     m[...] = reduce(jnp.maximum, (x[:, at] for at in some), before)
     high = finite(m[...])
-    total, own = s[...] * short_exp(before - high), x_kept[...]
+    total, own = s[...] * _exp(before - high), x_kept[...]
     for at in some:
-        total = jnp.where(at_label[:, at], total, total + short_exp(x[:, at] - high))
+        total = jnp.where(at_label[:, at], total, total + _exp(x[:, at] - high))
         own = jnp.where(at_label[:, at], x[:, at], own)
     s[...], x_kept[...] = total, own
 
@@ -175,7 +180,7 @@ def _slope_tile(m, kept, scale, at_kept, active, hidden, kernel, *rest, vocab_ax
     x = _logits(hidden, kernel, bias, vocab_axis)
     column = lax.broadcasted_iota(jnp.int32, x.shape, 1)
     first = pl.program_id(1) * x.shape[1]
-    dx = jnp.where(active[...] != 0, short_exp(x - m[...]) * scale[...], 0)
+    dx = jnp.where(active[...] != 0, _exp(x - m[...]) * scale[...], 0)
     out[...] = jnp.where(column == kept[...] - first, at_kept[...], dx).astype(out.dtype)
 
 
