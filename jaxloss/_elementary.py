@@ -33,7 +33,7 @@ def short_exp(x: Array) -> Array:
     Cephes' expf (S. L. Moshier, 1992). exp(r) = 1 + r + r^2 q(r), q of degree 3 by Remez' exchange
     for the least relative error of exp(r), 1.1e-7.
     """
-    # By way of the bits: XLA takes (a + c) - c for a, until JAX 0.12 for floats too.
+    # By way of the bits: the XLA of JAX 0.10 takes (a + c) - c for a, of floats too.
     t = x * 1.44269504088896341 + _ROUND
     n = lax.bitcast_convert_type(t, jnp.int32) - _ROUND_BITS
     k = n.astype(jnp.float32)
@@ -55,10 +55,10 @@ def _(primals, tangents):
 
 
 def exp_is_long() -> bool:
-    """Whether XLA's accurate exponential is a long program: up to v6e. A TPU7x has an instruction
-    for it."""
-    kind = jax.devices()[0].device_kind
-    return jax.default_backend() == "tpu" and not kind.startswith("TPU7")
+    """Whether XLA's accurate exponential is a long program, as it is for TPUs before the TPU7x."""
+    if jax.default_backend() != "tpu":
+        return False
+    return not jax.devices()[0].device_kind.startswith("TPU7")
 
 
 def exp_of_nonpositive(x: Array) -> Array:

@@ -108,17 +108,18 @@ def linear_cross_entropy(
         TPU, 64 MiB on a GPU, and at least 128 classes, 1024 on a TPU.
       precision: of the products, as in :func:`jax.lax.dot_general`.
       implementation: ``"token_chunks"``, or for least memory ``"vocab_blocks"``, or vocabulary
-        blocks whose log-sum-exp a kernel computes: ``"mosaic_tpu"`` on a TPU after v4,
-        ``"mosaic_gpu"`` on a Hopper GPU (an H100, an H200). A kernel takes bfloat16 operands and
-        class indices, no smoothing, soft cap, statistics or ``where`` over classes. What it has no
-        tiles for goes as with ``"vocab_blocks"``: padded columns that a mesh splits, on a TPU rows
-        of some 30000 features and more, on a GPU features or columns that are no multiple of 64,
-        fewer than 192 features, and little to do (N D V < 2^33). None takes token chunks, but
-        vocabulary blocks where fewer than 16 tokens would fit into the budget (not for
-        ``rest="bucket"`` of :class:`TopKLabels`, which chunks alone can take); and a kernel that
-        has a form of the call, where ``chunk_size`` is None and no partitioner may split the arrays
-        (on several devices, outside of ``shard_map``): on a TPU ``"mosaic_tpu"``, on a GPU the
-        kernel in place of the chunks where nothing is differentiated.
+        blocks whose log-sum-exp a kernel computes: ``"mosaic_tpu"`` on a TPU after v4, where a
+        second one computes the logits' gradient (unless ``bias`` has one), ``"mosaic_gpu"`` on a
+        Hopper GPU (an H100, an H200). A kernel takes bfloat16 operands and class indices, no
+        smoothing, soft cap, statistics or ``where`` over classes. What it has no tiles for goes as
+        with ``"vocab_blocks"``: padded columns that a mesh splits, on a TPU rows of some 30000
+        features and more, on a GPU features or columns that are no multiple of 64, fewer than 192
+        features, and little to do (N D V < 2^33). None takes token chunks, but vocabulary blocks
+        where fewer than 16 tokens would fit into the budget (not for ``rest="bucket"`` of
+        :class:`TopKLabels`, which chunks alone can take); and a kernel that has a form of the call,
+        where ``chunk_size`` is None and no partitioner may split the arrays (on several devices,
+        outside of ``shard_map``): on a TPU ``"mosaic_tpu"``, on a GPU the kernel in place of the
+        chunks where nothing is differentiated.
 
     Returns:
       The loss, or ``(loss, TokenStats)``, as :func:`cross_entropy`. Gradients have their inputs'
