@@ -341,7 +341,7 @@ def row_gradient(logits, state, soft_targets, class_mask, scaling, ct, top=None,
     return put_at(dx, index, _dense_gradient(few, state, extra, few_mask, scaling, ct, dtype))
 
 
-def slope_rows(state: RowState, ct: RowLosses) -> tuple[Array, ...]:
+def slope_rows(state: RowState, ct: RowLosses) -> tuple[Array, Array, Array, Array, Array]:
     """``(m, kept, scale, at_kept, active)`` of ``_passes.slope_pass``.
 
     With ``p`` the softmax, ``q`` the soft targets of mass ``Q``, ``H`` the entropy:

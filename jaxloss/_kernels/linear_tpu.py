@@ -54,9 +54,11 @@ def _operands(hidden, kernel, bias, vocab_axis: int, n: int, v: int, of_columns)
     return specs, args
 
 
-def _params(of_columns: str) -> pltpu.CompilerParams:
+def _params(merged: bool) -> pltpu.CompilerParams:
+    """``merged``: a row's tiles are one result."""
     return pltpu.CompilerParams(
-        dimension_semantics=("parallel", of_columns), vmem_limit_bytes=_MEMORY + 8 * 2**20
+        dimension_semantics=("parallel", "arbitrary" if merged else "parallel"),
+        vmem_limit_bytes=_MEMORY + 8 * 2**20,
     )
 
 
@@ -168,7 +170,7 @@ def row_part(
             scratch_shapes=[pltpu.VMEM((n, LANES), jnp.float32)] * 3,
         ),
         out_shape=[out] * 3,
-        compiler_params=_params("arbitrary"),
+        compiler_params=_params(merged=True),
         cost_estimate=_cost(hidden, kernel, columns, n),
         name="jaxloss_linear_row_part",
     )
@@ -209,7 +211,7 @@ def slope(
         in_specs=[pl.BlockSpec((n, 1), lambda i, j: (i, 0))] * 5 + specs,
         out_specs=pl.BlockSpec((n, v), lambda i, j: (i, j)),
         out_shape=jax.ShapeDtypeStruct((tokens, columns), hidden.dtype, manual_axis_type=kind),
-        compiler_params=_params("parallel"),
+        compiler_params=_params(merged=False),
         cost_estimate=_cost(hidden, kernel, columns, n),
         name="jaxloss_linear_slope",
     )
