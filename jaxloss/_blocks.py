@@ -292,7 +292,7 @@ def _swept_gradients(
         if options.fused and jax.default_backend() == "tpu" and not active.bias:
             bias = _cut(operands.bias, start, size)
             columns = geometry._replace(num_classes=size)
-            dx = _row_kernel.slope(columns, hidden, kernel, bias, *_rows.slope_rows(here, ct))
+            dx = _row_kernel.slope(columns, hidden, kernel, bias, _rows.slope_rows(here, ct))
         else:
             dx = _rows.row_gradient(b.logits, here, b.soft, b.mask, options.scaling, ct, b.top)
         d_bias = jnp.sum(dx, axis=0) if active.bias else None

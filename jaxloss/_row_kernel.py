@@ -51,25 +51,25 @@ def row_part(
     return _rows.RowPart(m, s, x_kept, kept)
 
 
-def slope(geometry: _products.Geometry, hidden, kernel, bias, *rows: Array) -> Array:
+def slope(geometry: _products.Geometry, hidden, kernel, bias, rows: tuple) -> Array:
     """[N, C] in the dtype of ``hidden``: the logits' gradient from ``_rows.slope_rows``."""
 
     @jax.custom_jvp
-    def by_kernel(*given):
+    def by_kernel(hidden, kernel, bias, rows):
         from jaxloss._kernels.linear_tpu import slope
 
-        return slope(*given, geometry.vocab_axis)
+        return slope(hidden, kernel, bias, rows, geometry.vocab_axis)
 
     @by_kernel.defjvp
     def _(primals, tangents):
         # The kernel has no derivative of its own; what XLA computes is the same function.
-        def by_xla(hidden, kernel, bias, *rows):
+        def by_xla(hidden, kernel, bias, rows):
             logits = _products.product(hidden, kernel, bias, geometry)
             return _rows.of_entries(logits, *rows).astype(hidden.dtype)
 
         return by_kernel(*primals), jax.jvp(by_xla, primals, tangents)[1]
 
-    return by_kernel(hidden, kernel, bias, *rows)
+    return by_kernel(hidden, kernel, bias, rows)
 
 
 def row_losses(

@@ -132,7 +132,8 @@ def test_slope(tpu, vocab_axis, n, d, v, with_bias):
     scale, at_kept = rng.normal(size=(2, n)).astype(np.float32)
     given = m, jnp.where(here, kept, v), scale, at_kept, active
     rows = jnp.where(active[:, None], hidden, jnp.nan)
-    got = linear_tpu.slope(rows, kernel, bias, *map(jnp.asarray, given), vocab_axis)
+    given_rows = tuple(map(jnp.asarray, given))
+    got = linear_tpu.slope(rows, kernel, bias, given_rows, vocab_axis)
     truth = np.where(active, scale, 0)[:, None] * np.exp(x - m[:, None])
     truth[here, np.asarray(kept)[here]] = at_kept[here]
     assert got.dtype == jnp.bfloat16
@@ -375,7 +376,7 @@ def test_devices_with_numbers_of_their_own(tpu, monkeypatch):
         past = jnp.arange(kept.size, dtype=jnp.int32) >= count
         return _rows.RowPart(*(jnp.where(past, jnp.nan, x) for x in (m, s, x_kept)), kept)
 
-    def slope(geometry, hidden, kernel, bias, *rows):
+    def slope(geometry, hidden, kernel, bias, rows):
         logits = _products.product(hidden, kernel, bias, geometry)
         return _rows.of_entries(logits, *rows).astype(hidden.dtype)
 

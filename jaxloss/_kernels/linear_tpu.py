@@ -186,24 +186,16 @@ def _slope_tile(m, kept, scale, at_kept, active, hidden, kernel, *rest, vocab_ax
     out[...] = jnp.where(column == kept[...] - first, at_kept[...], dx).astype(out.dtype)
 
 
-def slope(
-    hidden: Array,
-    kernel: Array,
-    bias: Any,
-    m: Array,
-    kept: Array,
-    scale: Array,
-    at_kept: Array,
-    active: Array,
-    vocab_axis: int,
-) -> Array:
-    """``_passes.slope_pass`` of the logits of all columns, in the dtype of ``hidden``."""
+def slope(hidden: Array, kernel: Array, bias: Any, rows: tuple, vocab_axis: int) -> Array:
+    """``_passes.slope_pass`` of the logits of all columns and ``rows``, [N] each: what it takes
+    beside them. In the dtype of ``hidden``."""
     tokens, features = hidden.shape
     columns = kernel.shape[vocab_axis]
     n, v = cast(tuple[int, int], tiles(tokens, features))
     specs, args = _operands(hidden, kernel, bias, vocab_axis, n, v, lambda i, j: j)
-    rows = (x[:, None] for x in (m, kept, scale, at_kept, active.astype(m.dtype)))
-    args = _mesh.together(*rows, *args)
+    m, *others, active = rows
+    of_rows = (x[:, None] for x in (m, *others, active.astype(m.dtype)))
+    args = _mesh.together(*of_rows, *args)
     kind = jax.typeof(args[0]).manual_axis_type
     call = pl.pallas_call(
         partial(_slope_tile, vocab_axis=vocab_axis),
