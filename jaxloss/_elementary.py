@@ -20,6 +20,7 @@ log1p = partial(lax.log1p, accuracy=_HIGHEST)
 tanh = partial(lax.tanh, accuracy=_HIGHEST)
 
 _ROUND, _ROUND_BITS = 1.5 * 2**23, 0x4B400000  # a sum with it is an integer, its lowest bits
+_ONE_BITS = 0x3F800000  # of 1.0; n in the exponent's bits above it makes 2^n
 
 
 @jax.custom_jvp
@@ -42,10 +43,11 @@ def short_exp(x: Array) -> Array:
     for c in (4.18901568388e-2, 1.6667114649e-1, 4.99992314952e-1):
         q = q * r + c
     p = q * (r * r) + r + 1
-    # In the exponent's bits n multiplies by 2^n.
-    bits = lax.bitcast_convert_type(p, jnp.int32) + (n << 23)
+    # A factor, not a sum of p's bits: so this has the right derivative where JAX loses the rule
+    # below, as it does where it differentiates twice through jax.checkpoint within shard_map.
+    power = lax.bitcast_convert_type((n << 23) + _ONE_BITS, jnp.float32)
     least = -87.3  # 2^-126; below it there are only subnormal numbers, which a TPU flushes to 0
-    return jnp.where(x < least, 0, lax.bitcast_convert_type(bits, jnp.float32))
+    return jnp.where(x < least, 0, p * power)
 
 
 @short_exp.defjvp
