@@ -1,4 +1,4 @@
-"""The row parts of ``hidden @ kernel`` on a TPU, and its gradient: no logit leaves the core.
+"""The row parts of ``hidden @ kernel`` on a TPU, and the logits' gradient: none leaves the core.
 
 XLA writes a block's logits to the chip's memory and reads them back for their row parts, and has
 programs of several times the product's instructions for their gradient. Here a tile of logits is
