@@ -137,9 +137,10 @@ def compiled(
             function, steps = _method(name, shape, chunk)
             program = jax.jit(function).lower(*args).compile()
     except Exception as error:
+        schedule.take(dumps)  # of what was compiled before it was refused
         return {"refused": report.refusal(error)}
     memory, analysis = program.memory_analysis(), program.cost_analysis()
-    cost = hlo.cost(program.as_text(), steps, hlo.Scheduled(*schedule.take(dumps)))
+    cost = hlo.cost(program.as_text(), steps, schedule.take(dumps))
     return {
         "peak_mib": memory.peak_memory_in_bytes / MIB,
         "temp_mib": memory.temp_size_in_bytes / MIB,

@@ -8,6 +8,8 @@ import os
 import re
 from pathlib import Path
 
+from benchmarks.hlo import Scheduled
+
 _LENGTH = "final_hlo-static-per-bundle-utilization"
 
 
@@ -18,10 +20,10 @@ def dump_to(folder: Path) -> None:
     os.environ["LIBTPU_INIT_ARGS"] = " ".join(flags)
 
 
-def take(folder: Path) -> tuple[dict[str, int], dict[str, int]]:
-    """``(bundles, steps)`` by operation, of the program that was dumped last, whose files go.
+def take(folder: Path) -> Scheduled:
+    """Of the program that was dumped last, whose files go.
 
-    ``steps``: of the loop around all of it, whose pipeline starts and ends with one more.
+    The pipeline of the loop around a kernel starts and ends with a step more.
     """
     bundles, steps = {}, {}
     for path in folder.glob(f"*{_LENGTH}.txt"):
@@ -34,4 +36,4 @@ def take(folder: Path) -> tuple[dict[str, int], dict[str, int]]:
             steps[name] = int(tests[-1]) - 2
     for path in folder.iterdir():
         path.unlink()
-    return bundles, steps
+    return Scheduled(bundles, steps)

@@ -290,6 +290,13 @@ def max_and_sum(
     return lax.platform_dependent(logits, kept, class_mask, **forms)
 
 
+def with_derivative_of(plain: Callable, kernel: Callable) -> Callable:
+    """``kernel``, which has no derivative of its own: ``plain``, XLA's, is the same function."""
+    rule = jax.custom_jvp(kernel)
+    rule.defjvp(lambda args, tangents: (rule(*args), jax.jvp(plain, args, tangents)[1]))
+    return rule
+
+
 def slope_pass(plain: Callable, logits: Array, *rest: Array) -> Array:
     """``plain(logits, m, kept, scale, at_kept, active)``: scale exp(x_j - m), at_kept where j is
     kept, and 0 in a row that is not active, in the logits' dtype; by a kernel where there is one.
@@ -299,8 +306,7 @@ def slope_pass(plain: Callable, logits: Array, *rest: Array) -> Array:
         return plain(logits, *rest)
     from jaxloss._kernels import rows_gpu
 
-    kernel = jax.custom_jvp(rows_gpu.slope(plain))
-    kernel.defjvp(lambda args, tangents: (kernel(*args), jax.jvp(plain, args, tangents)[1]))
+    kernel = with_derivative_of(plain, rows_gpu.slope(plain))
     return lax.platform_dependent(logits, *rest, cuda=kernel, default=plain)
 
 

@@ -3,6 +3,7 @@
 Letters: N tokens, D features, V columns of the kernel, C classes.
 """
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -51,25 +52,18 @@ def row_part(
     return _rows.RowPart(m, s, x_kept, kept)
 
 
+def _slope_by_xla(geometry: _products.Geometry, hidden, kernel, bias, rows: tuple) -> Array:
+    logits = _products.product(hidden, kernel, bias, geometry)
+    return _rows.of_entries(logits, *rows).astype(hidden.dtype)
+
+
 def slope(geometry: _products.Geometry, hidden, kernel, bias, rows: tuple) -> Array:
     """[N, C] in the dtype of ``hidden``: the logits' gradient from ``_rows.slope_rows``."""
+    from jaxloss._kernels.linear_tpu import slope as kernel_slope
 
-    @jax.custom_jvp
-    def by_kernel(hidden, kernel, bias, rows):
-        from jaxloss._kernels.linear_tpu import slope
-
-        return slope(hidden, kernel, bias, rows, geometry.vocab_axis)
-
-    @by_kernel.defjvp
-    def _(primals, tangents):
-        # The kernel has no derivative of its own; what XLA computes is the same function.
-        def by_xla(hidden, kernel, bias, rows):
-            logits = _products.product(hidden, kernel, bias, geometry)
-            return _rows.of_entries(logits, *rows).astype(hidden.dtype)
-
-        return by_kernel(*primals), jax.jvp(by_xla, primals, tangents)[1]
-
-    return by_kernel(hidden, kernel, bias, rows)
+    by_kernel = partial(kernel_slope, vocab_axis=geometry.vocab_axis)
+    compute = _passes.with_derivative_of(partial(_slope_by_xla, geometry), by_kernel)
+    return compute(hidden, kernel, bias, rows)
 
 
 def row_losses(

@@ -376,12 +376,8 @@ def test_devices_with_numbers_of_their_own(tpu, monkeypatch):
         past = jnp.arange(kept.size, dtype=jnp.int32) >= count
         return _rows.RowPart(*(jnp.where(past, jnp.nan, x) for x in (m, s, x_kept)), kept)
 
-    def slope(geometry, hidden, kernel, bias, rows):
-        logits = _products.product(hidden, kernel, bias, geometry)
-        return _rows.of_entries(logits, *rows).astype(hidden.dtype)
-
     monkeypatch.setattr(_row_kernel, "_computed", computed)
-    monkeypatch.setattr(_row_kernel, "slope", slope)
+    monkeypatch.setattr(_row_kernel, "slope", _row_kernel._slope_by_xla)
     mesh = jax.make_mesh((2, 2), ("data", "vocab"), axis_types=(AxisType.Auto,) * 2)
     hidden, kernel, labels, bias = problem(48, 16, 1100)
     labels, bias = labels.at[3:24].set(-100), bias.at[7].set(100)
