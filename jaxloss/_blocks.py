@@ -16,7 +16,18 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental.layout import Layout, with_layout_constraint
 
-from jaxloss import _chunks, _mesh, _passes, _products, _row_kernel, _rows, _targets
+from jaxloss import (
+    _chunks,
+    _entries,
+    _logits,
+    _mesh,
+    _parts,
+    _prediction,
+    _products,
+    _row_kernel,
+    _rows,
+    _targets,
+)
 from jaxloss._forward_mode import with_forward_mode
 
 _ROWS = Layout(major_to_minor=(0, 1))
@@ -49,7 +60,7 @@ class Options(NamedTuple):
 
     geometry: _products.Geometry
     label_smoothing: float
-    scaling: _passes.Scaling | None
+    scaling: _logits.Scaling | None
     want: tuple[str, ...]
     predict: bool
     dtype: Any  # of the accumulators
@@ -97,7 +108,7 @@ def _block(options: Options, operands: Operands, constants: Constants, start, si
     geometry = options.geometry
     kept = constants.kept
     if kept is not None:
-        kept = _passes.within(kept, start, size)
+        kept = _entries.within(kept, start, size)
     mask = _cut(constants.mask, start, size)
     if mask is not None and constants.mask_row is not None:
         mask = mask[constants.mask_row]
@@ -110,7 +121,7 @@ def _block(options: Options, operands: Operands, constants: Constants, start, si
     some = (_cut(operands.probabilities, start, size), _cut(operands.weight, start, size))
     top = None
     if operands.extra is not None:
-        top = (_passes.within(constants.index, start, size), operands.extra)
+        top = (_entries.within(constants.index, start, size), operands.extra)
     return _Block(logits, kept, _soft(options, mask, size, *some, operands.share), mask, top)
 
 
@@ -119,7 +130,7 @@ def _soft(options: Options, mask, size: int, probabilities, weight, share) -> An
     soft = _targets.soft_targets(
         probabilities, share, mask, weight, options.label_smoothing, size, wide
     )
-    return _passes.of_rank(soft, 2)
+    return _entries.of_rank(soft, 2)
 
 
 def _swept(options: Options, operands: Operands, constants: Constants):
@@ -128,14 +139,14 @@ def _swept(options: Options, operands: Operands, constants: Constants):
 
     def step(start, size):
         b = _block(options, operands, constants, start, size)
-        part = _rows.row_part(
+        part = _parts.row_part(
             b.logits, b.kept, b.soft, b.mask, options.scaling, options.want, top=b.top
         )
         best = of_label = None
         if options.predict:
-            best = _passes.highest(b.logits, b.mask, start)
+            best = _prediction.highest(b.logits, b.mask, start)
             if labelled:
-                of_label = _passes.entry(_unscaled(b), b.kept)
+                of_label = _entries.entry(_unscaled(b), b.kept)
                 of_label = jnp.where(b.kept < size, of_label, 0)
         return part._replace(kept=part.kept + start), best, of_label
 
@@ -148,14 +159,14 @@ def _swept(options: Options, operands: Operands, constants: Constants):
             best = jax.tree.map(partial(jnp.where, better), new_best, best)
         if of_label is not None:
             of_label += new_of_label
-        return _rows.merge(part, new_part, labelled, options.scaling), best, of_label
+        return _parts.merge(part, new_part, labelled, options.scaling), best, of_label
 
     geometry = options.geometry
     part, best, of_label = _over_blocks(geometry.num_classes, geometry.chunk, step, combine)
     return part._replace(kept=constants.kept) if labelled else part, best, of_label
 
 
-def _fused(options: Options, operands: Operands, constants: Constants) -> _rows.RowPart:
+def _fused(options: Options, operands: Operands, constants: Constants) -> _parts.RowPart:
     """The RowPart alone, of labels, by the kernel."""
     part = jax.custom_jvp(partial(_row_kernel.row_part, options.geometry))
 
@@ -170,7 +181,7 @@ def _fused(options: Options, operands: Operands, constants: Constants) -> _rows.
 
         # The kernel has no derivative of its own; what XLA sweeps is the same function.
         dm, ds, dx_kept = jax.jvp(swept, given, list(tangents[:3]))[1]
-        return part(*primals), _rows.RowPart(dm, ds, dx_kept, tangents[3])
+        return part(*primals), _parts.RowPart(dm, ds, dx_kept, tangents[3])
 
     return part(*operands[:3], constants.kept, constants.counts)
 
@@ -186,19 +197,19 @@ def _forward(options: Options, operands: Operands, constants: Constants):
     else:
         part, best, of_label = _swept(options, operands, constants)
     labelled = constants.kept is not None
-    part = _rows.merge_shards(part, axes, labelled, classes, options.scaling)
+    part = _parts.merge_shards(part, axes, labelled, classes, options.scaling)
     losses, state = _rows.finish(part, options.want, options.scaling)
     prediction = rank = None
     if best is not None:
         first = classes * lax.axis_index(axes) if axes else 0
-        prediction = _passes.class_of(best[0], best[1] + first, axes)
+        prediction = _prediction.class_of(best[0], best[1] + first, axes)
     if of_label is not None:
         rank = _rank(options, operands, constants, of_label)
     return (losses, prediction, rank), state
 
 
 def _unscaled(b: _Block) -> Array:
-    return _passes.widen(lax.stop_gradient(b.logits), b.mask, None)
+    return _logits.widen(lax.stop_gradient(b.logits), b.mask, None)
 
 
 def _rank(options: Options, operands: Operands, constants: Constants, of_label: Array) -> Array:
@@ -207,13 +218,13 @@ def _rank(options: Options, operands: Operands, constants: Constants, of_label: 
     geometry = options.geometry
     axes = geometry.vocab_axes
     first = geometry.num_classes * lax.axis_index(axes) if axes else 0
-    label, of_label, found = _passes.found_label(
+    label, of_label, found = _prediction.found_label(
         constants.kept, of_label, geometry.num_classes, first, axes
     )
 
     def step(start, size):
         b = _block(options, operands, constants, start, size)
-        return _passes.ahead(_unscaled(b), of_label, label - first - start)
+        return _prediction.ahead(_unscaled(b), of_label, label - first - start)
 
     def combine(state, new):
         return new if state is None else state + new
@@ -223,7 +234,7 @@ def _rank(options: Options, operands: Operands, constants: Constants, of_label: 
 
 
 def _at_block(state: _rows.RowState, start, size: int) -> _rows.RowState:
-    return state._replace(kept=_passes.within(state.kept, start, size))
+    return state._replace(kept=_entries.within(state.kept, start, size))
 
 
 def _gradients(
@@ -307,11 +318,11 @@ def _swept_gradients(
         d_probabilities = d_weight = d_share = d_extra = None
         if ct.soft is not None and active.extra:
             slope = _rows.top_gradient(b.logits, here, b.mask, options.scaling, b.top)
-            d_extra = _passes.asked_for(ct.soft, slope)
+            d_extra = _rows.asked_for(ct.soft, slope)
         dense = active.probabilities or active.weight or active.share
         if ct.soft is not None and b.soft is not None and dense:
             slope = _rows.soft_gradient(b.logits, here, b.soft, b.mask, options.scaling, b.top)
-            slope = _passes.asked_for(ct.soft, slope)
+            slope = _rows.asked_for(ct.soft, slope)
 
             soft_b, pullback = jax.vjp(
                 partial(_soft, options, b.mask, size),
@@ -333,7 +344,7 @@ def _swept_gradients(
             )
             total = Operands(*blank)
         else:
-            summed = map(_rows.added, (total.hidden, total.share, total.extra), summed)
+            summed = map(_parts.added, (total.hidden, total.share, total.extra), summed)
         hidden, share, extra = summed
 
         def put(x, g, axis=-1):

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from jaxloss import _arguments, _check, _passes, _rows, _targets
+from jaxloss import _arguments, _check, _entries, _logits, _rows, _targets
 from jaxloss._casts import accumulator_dtype
 from jaxloss._forward_mode import with_forward_mode
 from jaxloss._labels import TopKLabels
@@ -163,7 +163,7 @@ def _nll_loss(
     reduction,
 ):
     class_mask = mask_classes_last(class_mask, log_probs, axes)
-    x = _passes.widen(classes_last(log_probs, axes), class_mask, None)
+    x = _logits.widen(classes_last(log_probs, axes), class_mask, None)
     if not jnp.issubdtype(labels.dtype, jnp.integer):
         labels = classes_last(labels, axes)
     targets = _targets.make_targets(
@@ -180,7 +180,7 @@ def _nll_loss(
     nll, soft, counts = None, None, targets.counts
     if targets.kept is not None:
         # 0 - x, since -0 is no loss.
-        log_prob = _nan_where(targets.kept >= num_classes, _passes.entry(x, targets.kept))
+        log_prob = _nan_where(targets.kept >= num_classes, _entries.entry(x, targets.kept))
         nll = jnp.where(counts, 0 - log_prob, 0)
     else:
         q = jnp.where(counts[..., None], cast(Array, targets.probabilities), 0)
@@ -355,7 +355,7 @@ def losses_of_logits(
         token_axes=token_axes,
         label_smoothing=smoothing,
         z_loss=_check.number(call, "z_loss", z_loss, 0),
-        scaling=_passes.scaling_of(*_arguments.scaling(call, logit_softcap, temperature)),
+        scaling=_logits.scaling_of(*_arguments.scaling(call, logit_softcap, temperature)),
         return_stats=_check.flag(call, "return_stats", return_stats),
     )
 

@@ -31,7 +31,8 @@ from jaxloss import _mesh
 from jaxloss._casts import accumulator_dtype, narrowed, widened
 from jaxloss._elementary import exp_of_nonpositive, log, log1p
 from jaxloss._forward_mode import with_forward_mode
-from jaxloss._passes import asked_for, finite
+from jaxloss._logits import finite
+from jaxloss._rows import asked_for
 
 NEAR = 2.0  # the distance below which the series serves
 

@@ -5,7 +5,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import jax
 import jax.numpy as jnp
 
-from jaxloss import _arguments, _blocks, _check, _chunks, _passes, _targets
+from jaxloss import _arguments, _blocks, _check, _chunks, _device, _logits, _targets
 
 Implementation = Literal["token_chunks", "vocab_blocks", "mosaic_tpu", "mosaic_gpu"]
 IMPLEMENTATIONS = get_args(Implementation)
@@ -30,7 +30,7 @@ class Asked(NamedTuple):
     labels: Any
     class_mask: Any
     label_smoothing: float
-    scaling: _passes.Scaling | None
+    scaling: _logits.Scaling | None
     with_stats: bool
 
 
@@ -85,7 +85,7 @@ def _kernel_here() -> Implementation | None:
     """The name of the kernel for this backend."""
     if jax.default_backend() == "tpu":
         return "mosaic_tpu"
-    return "mosaic_gpu" if _passes.is_hopper() else None
+    return "mosaic_gpu" if _device.is_hopper() else None
 
 
 def _beyond(name: Any, asked: Asked) -> list[str]:
@@ -94,7 +94,7 @@ def _beyond(name: Any, asked: Asked) -> list[str]:
     if name == "mosaic_tpu":  # its tiles do not fit into the oldest
         old = chip.startswith(("TPU v2", "TPU v3", "TPU v4"))
     else:
-        old = not _passes.is_hopper()
+        old = not _device.is_hopper()
     other = backend != name.removeprefix("mosaic_")
     cases = (
         (f"the backend {backend}", other),

@@ -14,11 +14,13 @@ from jaxloss import (
     _blocks,
     _check,
     _chunks,
+    _device,
+    _entries,
     _implementation,
     _layout,
     _linear,
+    _logits,
     _mesh,
-    _passes,
     _products,
     _row_kernel,
     _targets,
@@ -239,7 +241,7 @@ def losses_of_product(
     _arguments.split(
         call, "kernel", kernel, {"hidden": hidden, **checked.of_tokens}, vocab_axes, token_axes
     )
-    scaling = _passes.scaling_of(*_arguments.scaling(call, logit_softcap, temperature))
+    scaling = _logits.scaling_of(*_arguments.scaling(call, logit_softcap, temperature))
     with_stats = _check.flag(call, "return_stats", return_stats)
     precision = _arguments.precision(call, precision)
 
@@ -256,7 +258,7 @@ def losses_of_product(
         chunk_size,
         _implementation.Size(tokens, hidden.shape[-1], columns, local, classes != local * shards),
         _implementation.Asked(hidden.dtype, labels, class_mask, smoothing, scaling, with_stats),
-        whole=layout is not None or _passes.is_whole(),
+        whole=layout is not None or _device.is_whole(),
     )
     static = {
         "geometry": _products.Geometry(
@@ -401,7 +403,7 @@ def _by_vocab_blocks(
                 bias,
                 targets.probabilities,
                 weight,
-                _mesh.spread(_passes.of_rank(targets.share, 2), {*varies, *axes}),
+                _mesh.spread(_entries.of_rank(targets.share, 2), {*varies, *axes}),
                 targets.extra,
             ),
             _blocks.Constants(targets.kept, exists, mask_row, targets.column, counts),

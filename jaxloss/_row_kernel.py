@@ -10,12 +10,12 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jaxloss import _chunks, _passes, _products, _rows
+from jaxloss import _chunks, _logits, _parts, _passes, _products, _rows
 
 
 def _computed(
     geometry: _products.Geometry, hidden, kernel, bias, kept, count=None
-) -> _rows.RowPart:
+) -> _parts.RowPart:
     # Pallas: a third of the whole import.
     if jax.default_backend() == "tpu":
         from jaxloss._kernels.linear_tpu import row_part
@@ -23,12 +23,12 @@ def _computed(
         from jaxloss._kernels.linear_gpu import row_part
     of_classes = geometry.vocab_axis, geometry.num_classes
     m, s, x_kept = row_part(hidden, kernel, bias, kept, *of_classes, count)
-    return _rows.RowPart(m, s, x_kept, kept)
+    return _parts.RowPart(m, s, x_kept, kept)
 
 
 def row_part(
     geometry: _products.Geometry, hidden, kernel, bias, kept: Array, counts: Any
-) -> _rows.RowPart:
+) -> _parts.RowPart:
     """[N] each, of labels.
 
     ``counts[N]``: which tokens are computed, ``hidden`` being 0 in the others; None: all.
@@ -43,13 +43,13 @@ def row_part(
     # multiplied by 0, in derivatives of any order.
     high = jnp.zeros((), part.m.dtype)
     if bias is not None:
-        high = _passes.finite(jnp.max(bias[: geometry.num_classes]).astype(high.dtype))
+        high = _logits.finite(jnp.max(bias[: geometry.num_classes]).astype(high.dtype))
     own = jnp.where(kept < geometry.num_classes, high, jnp.nan)
     m, s, x_kept = (
         jnp.where(counts, _chunks.taken(x, places), other)
         for x, other in zip(part[:3], (high, 1, own), strict=True)
     )
-    return _rows.RowPart(m, s, x_kept, kept)
+    return _parts.RowPart(m, s, x_kept, kept)
 
 
 def _slope_by_xla(geometry: _products.Geometry, hidden, kernel, bias, rows: tuple) -> Array:
@@ -72,5 +72,5 @@ def row_losses(
     """[N] each, of labels, without a derivative; those past ``count`` are anything."""
     kernel = _products.gathered(operands.kernel, geometry)
     part = _computed(geometry, operands.hidden, kernel, operands.bias, kept, count)
-    part = _rows.merge_shards(part, geometry.vocab_axes, True, geometry.num_classes)
+    part = _parts.merge_shards(part, geometry.vocab_axes, True, geometry.num_classes)
     return _rows.finish(part, want)[0]

@@ -23,36 +23,14 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxloss import _mesh
-from jaxloss._casts import accumulator_dtype, narrowed, widened
-from jaxloss._elementary import exp, exp_of_nonpositive, expm1, log1p
+from jaxloss._barriers import apart
+from jaxloss._casts import accumulator_dtype, narrowed
+from jaxloss._elementary import exp, expm1, log1p
+from jaxloss._entries import elsewhere, entry, is_kept, of_rank, put_at
 from jaxloss._forward_mode import with_forward_mode
-from jaxloss._passes import (
-    Scaling,
-    above,
-    apart,
-    asked_for,
-    cap_of,
-    capped_max,
-    elsewhere,
-    entries,
-    entry,
-    exponentials,
-    finite,
-    for_passes,
-    is_kept,
-    lies_below,
-    max_and_sum,
-    near_max,
-    of_rank,
-    other_exponentials,
-    put_at,
-    read,
-    row_max,
-    row_sum,
-    scaled,
-    slope_pass,
-    widen,
-)
+from jaxloss._logits import Scaling, exponentials, finite, scaled, scaling_slope, widen
+from jaxloss._parts import RowPart, distance, logits_at, merge_shards, row_part
+from jaxloss._passes import other_exponentials, slope_pass, writes_out
 
 
 class RowLosses(NamedTuple):
@@ -77,221 +55,6 @@ class RowState(NamedTuple):
     mass: Any  # sum_j q_j
     other_mass: Any  # sum_{j != k} q_j
     spread: Any  # entropy - r
-
-
-class RowPart(NamedTuple):
-    """What some of a row's classes add to it: parts of disjoint classes merge.
-
-    ``m`` and ``x_kept`` are in units of the scaling, as logits are widened; the rest is in nats.
-    """
-
-    m: Array  # -inf for classes that are all at -inf
-    s: Array
-    x_kept: Array  # NaN: the entry that is kept out is not among them
-    kept: Array
-    below: Any = None  # sum_j q_j (m - x_j)
-    mass: Any = None
-    other_mass: Any = None
-    spread: Any = None  # sum_j exp(x_j - m) (m - x_j)
-    low: Any = None  # sum of exp(x_j - m) over the x_j < m, for an entropy beside a label
-
-
-def scaling_slope(x: Array, scaling: Scaling) -> Any:
-    """The derivative of scaled logits by the logits."""
-    if scaling.softcap is None:
-        return scaling.unit
-    # sech^2, not 1 - tanh^2: the latter is 0 past |x| = 9 cap where the slope is still 6e-8.
-    e = exp_of_nonpositive(-2 * jnp.abs(widened(x) / scaling.softcap))
-    return 4 * e / ((1 + e) ** 2 * scaling.temperature)
-
-
-def _write_out(logits: Array) -> bool:
-    """Whether to hold the exponentials: a wide copy of narrow logits only where it is small."""
-    wide = accumulator_dtype(logits.dtype)
-    if logits.dtype == wide:
-        return True
-    known = isinstance(logits.size, int)  # a batch that jax.export leaves open has no size
-    return known and logits.shape[-1] < 256 and logits.size * wide.itemsize <= 2**20
-
-
-def row_part(
-    logits, kept, soft_targets, class_mask, scaling, want, *, top=None, backward_follows=False
-) -> RowPart:
-    """``top``: an index[..., k] and what the soft targets are there.
-
-    ``backward_follows``: in the same program.
-    """
-    labelled, written = kept is not None, backward_follows and _write_out(logits)
-    if kept is None:
-        largest = row_max(logits, class_mask, None)
-        highest = capped_max(largest, class_mask, scaling)
-        m = finite(highest)
-        # A cap moves no maximum: it is looked for in the logits themselves.
-        kept = near_max(logits, finite(largest), class_mask)
-        s = row_sum(logits, m, kept, class_mask, scaling, written)
-    else:
-        highest, s = max_and_sum(logits, kept, class_mask, scaling, written)
-        m = finite(highest)
-    x = widen(logits, class_mask, scaling)
-    # XLA:CPU gathers bfloat16 by widening the operand: without the barrier that conversion is
-    # merged with the sum's and held as a float32 copy of the logits.
-    raw = entry(lax.optimization_barrier(logits) if x.dtype != logits.dtype else logits, kept)
-    exists = None if class_mask is None else entry(jnp.broadcast_to(class_mask, x.shape), kept)
-    x_kept = widen(raw, exists, scaling)
-    if cap_of(scaling) is not None:
-        # Capped by other instructions than the maximum, it may lie above it, or below its equal.
-        first = widen(raw, exists, None) == row_max(logits, class_mask, None)
-        if exists is not None:  # a cap lifts -inf, but not of a class that is masked
-            first &= exists
-        shift = jnp.where(first, highest, jnp.minimum(x_kept, highest)) - x_kept
-        # A rounding, and exact: the entry keeps its derivative.
-        x_kept += lax.stop_gradient(jnp.where(jnp.isfinite(shift), shift, 0))
-    x_kept = jnp.where(kept < x.shape[-1], x_kept, jnp.nan)
-    if soft_targets is None and top is None and "entropy" not in want:
-        return RowPart(highest, s, x_kept, kept)
-    given, left = for_passes(logits, class_mask, scaling)
-    # x and m again, for the reductions below.
-    y, high = apart(given, m)
-    y = read(y, high, left)
-    below = mass = other_mass = spread = low = None
-    if soft_targets is not None:
-        q, here = soft_targets.astype(x.dtype), kept < x.shape[-1]
-        if q.shape[-1] == 1 < x.shape[-1]:  # for all classes: nothing of their size is selected
-            q, size, below = q[..., 0], x.shape[-1], -above(y, high, left)
-            if top is not None:
-                # Selected, and not taken away again: at a class at -inf that would be inf - inf.
-                below = jnp.where(elsewhere(x, top[0]), below, 0)
-                here &= ~jnp.any(top[0] == kept[..., None], axis=-1)
-                size -= jnp.sum(top[0] < size, axis=-1, dtype=x.dtype)
-            at_kept = jnp.where(here, q, 0)
-            other_mass = q * (size - here.astype(x.dtype))
-            below = jnp.where(q == 0, 0, q * jnp.sum(below, axis=-1))
-        else:
-            q = q if top is None else jnp.where(elsewhere(x, top[0]), q, 0)
-            if class_mask is not None:
-                # What a class that does not exist has none of, it has no derivative in either.
-                q = jnp.where(class_mask | (q != 0), q, 0)
-            at_kept = jnp.where(here, entry(jnp.broadcast_to(q, x.shape), kept), 0)
-            other_mass = jnp.where(is_kept(x, kept), 0, jnp.broadcast_to(q, x.shape))
-            other_mass = jnp.sum(other_mass, axis=-1)
-            # q_j = 0 asks for nothing, of a class at -inf either (0 * inf is NaN).
-            below = scaled(m[..., None] - jnp.where(q == 0, 0, x), scaling)
-            below = jnp.sum(jnp.where(q == 0, 0, q * below), axis=-1)
-        mass = other_mass + at_kept
-    if top is not None:
-        index, extra = top
-        extra = jnp.where(index < x.shape[-1], extra.astype(x.dtype), 0)
-        x_top = widen(*_at(index, logits, class_mask), scaling)
-        extra = jnp.where((x_top == -jnp.inf) & (extra == 0), 0, extra)  # as q above
-        below_top = scaled(_below(x_top, m, extra == 0), scaling)
-        below_top = jnp.where(extra == 0, 0, extra * below_top)
-        others = jnp.where(index == kept[..., None], 0, extra)
-        some = (jnp.sum(v, axis=-1) for v in (below_top, extra, others))
-        dense = (below, mass, other_mass)
-        below, mass, other_mass = (
-            v if old is None else old + v for old, v in zip(dense, some, strict=True)
-        )
-    if "entropy" in want:
-        # Bounded, so that a class at -inf adds 0: XLA:CPU would write out a summand that selects.
-        distance = jnp.minimum(-above(y, high, left), jnp.finfo(x.dtype).max)
-        if cap_of(scaling) is not None:
-            # A cap rounds either way. The derivative of abs would change its sign with that.
-            distance += lax.stop_gradient(jnp.abs(distance) - distance)
-        spread = jnp.sum(exponentials(y, high, left) * distance, axis=-1)
-        if labelled:
-            y, (m, _) = apart(given, (m, spread))
-            y = read(y, m, left)
-            # In halves: the ones of a factor 1, which s has too, XLA:CPU would write out for both.
-            low = jnp.sum(lies_below(y, m, 2.0) * exponentials(y, m, left), axis=-1) / 2
-    return RowPart(highest, s, x_kept, kept, below, mass, other_mass, spread, low)
-
-
-def _at(index: Array, logits: Array, class_mask: Array | None) -> tuple[Array, Array | None]:
-    """The logits at ``index[..., k]``, and whether these classes exist: rows of k classes."""
-    if class_mask is not None:
-        class_mask = entries(jnp.broadcast_to(class_mask, logits.shape), index)
-    # The barrier as for x_kept.
-    return entries(lax.optimization_barrier(logits), index), class_mask
-
-
-def _below(x: Array, m: Array, unless: Array) -> Array:
-    """m - x, finite where nothing is asked for."""
-    return m[..., None] - jnp.where(unless, m[..., None], x)
-
-
-def _seen_from(part: RowPart, m: Array, keeps: Array, scaling: Scaling | None) -> RowPart:
-    """The part with its sums scaled to ``m``, the maximum of more classes than its own.
-
-    ``keeps``: its kept entry stays out of the sums; otherwise it joins the others.
-    """
-
-    def lifted(x, weight):  # sum of weights * (part.m - x_j), seen from m
-        # Two parts of classes at -inf: their maxima are no distance apart.
-        return x + jnp.where((weight == 0) | (m == part.m), 0, scaled(m - part.m, scaling) * weight)
-
-    kept = exp(scaled(part.x_kept - finite(part.m), scaling))
-    whole = part.s + jnp.where(jnp.isnan(part.x_kept), 0, kept)
-    scale = exp(scaled(part.m - finite(m), scaling))
-    below, other_mass, spread, low = part.below, part.other_mass, part.spread, part.low
-    if part.mass is not None:
-        below, other_mass = lifted(below, part.mass), jnp.where(keeps, other_mass, part.mass)
-    if spread is not None:
-        spread = scale * lifted(spread, whole)
-    if low is not None:
-        low = scale * jnp.where(part.m == m, low, whole)
-    s = scale * jnp.where(keeps, part.s, whole)
-    return part._replace(m=m, s=s, below=below, other_mass=other_mass, spread=spread, low=low)
-
-
-def added(x: Any, y: Any) -> Any:
-    return None if x is None else x + y
-
-
-def merge(a: RowPart, b: RowPart, labelled: bool, scaling: Scaling | None = None) -> RowPart:
-    """The part of the classes of both: keep the larger ``m``, scale the other's sums.
-
-    ``labelled``: one entry, a label's, is kept out of at most one of them. Otherwise each keeps
-    out one at its own maximum, and the smaller one's joins the others.
-    """
-    m = jnp.maximum(a.m, b.m)
-    keep_b = jnp.isnan(a.x_kept) if labelled else b.m > a.m
-    a, b = _seen_from(a, m, ~keep_b, scaling), _seen_from(b, m, keep_b, scaling)
-    return RowPart(
-        m,
-        a.s + b.s,
-        jnp.where(keep_b, b.x_kept, a.x_kept),
-        jnp.where(keep_b, b.kept, a.kept),
-        *map(added, a[4:], b[4:]),
-    )
-
-
-def merge_shards(
-    part: RowPart, axes: _mesh.Axes, labelled: bool, size: int, scaling: Scaling | None = None
-) -> RowPart:
-    """The part of the classes of all devices along the mesh axes, each holding ``size`` of them.
-
-    One maximum and one sum, of a few numbers a row. ``kept`` stays the place on this device.
-    """
-    if not axes:
-        return part
-    m = _mesh.largest(part.m, axes)
-    keeps = ~jnp.isnan(part.x_kept) if labelled else part.m == m
-    here = _seen_from(part, m, keeps, scaling)
-    x_kept = jnp.where(keeps, part.x_kept, 0)
-    sums = {"part": (here.s, *here[4:]), "x_kept": x_kept, "keepers": keeps.astype(m.dtype)}
-    if not labelled:
-        e_kept = exp(scaled(part.x_kept - finite(m), scaling))
-        sums["e_kept"] = jnp.where(keeps, e_kept, 0)
-    sums = _mesh.sums(sums, axes)
-    (s, *rest), x_kept, keepers = sums["part"], sums["x_kept"], sums["keepers"]
-    if labelled:
-        return RowPart(m, s, jnp.where(keepers > 0, x_kept, jnp.nan), part.kept, *rest)
-    # Several devices hold the maximum: no entry above 1/2, so none needs to be kept out. The 1 that
-    # finish adds is taken from the sum of them all.
-    one = keepers == 1
-    s = jnp.where(one, s, jnp.maximum(s + sums["e_kept"] - 1, 0))
-    x_kept = jnp.where(one | (m == -jnp.inf), x_kept, m)
-    return RowPart(m, s, x_kept, jnp.where(keeps & one, part.kept, size), *rest)
 
 
 def finish(
@@ -333,7 +96,7 @@ def row_gradient(logits, state, soft_targets, class_mask, scaling, ct, top=None,
         return dx
     # At the k classes again, with what is asked of them, and put in place.
     index, extra = top
-    few, few_mask = _at(index, logits, class_mask)
+    few, few_mask = logits_at(index, logits, class_mask)
     k = index.shape[-1]
     place = lax.broadcasted_iota(jnp.int32, index.shape, index.ndim - 1)
     place = jnp.min(jnp.where(index == state.kept[..., None], place, k), axis=-1, initial=k)
@@ -411,7 +174,7 @@ def of_entries(
     """``slope_pass``'s; ``soft`` and ``entropy`` are the cotangent and what it multiplies."""
     x = widen(logits, class_mask, scaling)
     # Where the forward pass wrote its summand out, this is it.
-    if _write_out(logits):
+    if writes_out(logits):
         e = other_exponentials(x, m, kept, scaling)
     else:
         e = exponentials(x, m, scaling)
@@ -445,9 +208,9 @@ def soft_gradient(logits, state, soft_targets, class_mask, scaling, top=None):
 def top_gradient(logits, state, class_mask, scaling, top):
     """d(soft) / d(extra): the same at each index, and 0 past the end."""
     index, extra = top
-    x, nowhere = widen(*_at(index, logits, class_mask), scaling), index >= logits.shape[-1]
+    x, nowhere = widen(*logits_at(index, logits, class_mask), scaling), index >= logits.shape[-1]
     unless = nowhere | ((x == -jnp.inf) & (extra == 0))
-    below = scaled(_below(x, state.m, unless), scaling)
+    below = scaled(distance(x, state.m, unless), scaling)
     return jnp.where(unless, 0, below + log1p(state.t)[..., None])
 
 
@@ -486,6 +249,13 @@ def sum_to(x: Array, like: Array) -> Array:
     x = jnp.sum(x, axis=spread, keepdims=True).astype(like.dtype)
     home = jax.typeof(like).sharding  # an explicit mesh wants a cotangent's to be its primal's
     return x if jax.typeof(x).sharding == home else jax.sharding.reshard(x, home)
+
+
+def asked_for(ct: Array, slope: Array) -> Array:
+    """``ct[..., None] * slope``. A row that is asked for nothing gets 0 of a slope that is NaN or
+    inf too."""
+    ct = ct[..., None]
+    return ct * jnp.where((ct == 0) & ~jnp.isfinite(slope), 0, slope)
 
 
 def row_losses(
@@ -529,7 +299,7 @@ def row_losses(
     def backward(residuals, ct):
         logits, state, soft_targets, extra, class_mask, index = residuals
         top = None if extra is None else (index, extra)
-        if not _write_out(logits):
+        if not writes_out(logits):
             # Without the barrier XLA:CPU shares the widened logits (and the broadcast of m) with
             # the forward pass, and holds them: a float32 copy of the logits.
             scalars = state._replace(kept=None)

@@ -17,8 +17,8 @@ from jaxloss import _arguments, _check, _targets
 from jaxloss._casts import accumulator_dtype, widened
 from jaxloss._cross_entropy import Reduction
 from jaxloss._elementary import exp_of_nonpositive, log1p
+from jaxloss._entries import of_rank
 from jaxloss._focal import check_gamma, modulated
-from jaxloss._passes import of_rank
 
 
 @jax.custom_jvp

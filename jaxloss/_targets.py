@@ -18,8 +18,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxloss import _mesh
+from jaxloss._entries import entries, of_rank, within
 from jaxloss._labels import TopKLabels
-from jaxloss._passes import entries, of_rank, within
 from jaxloss._rows import RowLosses
 
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax import Array, export, lax
 
-from jaxloss import _mesh, _passes, _rows, _targets
+from jaxloss import _entries, _logits, _mesh, _passes, _prediction, _rows, _targets
 from jaxloss._casts import accumulator_dtype
 
 
@@ -43,7 +43,7 @@ class TokenStats(NamedTuple):
 export.register_namedtuple_serialization(TokenStats, serialized_name="jaxloss.TokenStats")
 
 
-def rows_of_logits(x: Array, scaling: _passes.Scaling | None):
+def rows_of_logits(x: Array, scaling: _logits.Scaling | None):
     """How :func:`token_terms` gets its rows where the logits ``x[..., columns]`` are there."""
 
     def rows_of(targets, classes, class_mask, weight, label_smoothing, want, predict):
@@ -64,10 +64,10 @@ def rows_of_logits(x: Array, scaling: _passes.Scaling | None):
             rows = losses(targets.kept, soft, mask, top=targets.top, want=want)
         if not predict:
             return rows, None, None
-        prediction = _passes.prediction(x, mask, classes.start, axes)
+        prediction = _prediction.prediction(x, mask, classes.start, axes)
         rank = None
         if targets.kept is not None:
-            rank = _passes.rank(x, mask, targets.kept, classes.start, axes)
+            rank = _prediction.rank(x, mask, targets.kept, classes.start, axes)
         return rows, prediction, rank
 
     return rows_of
@@ -80,16 +80,16 @@ def _bucket_rows(x, targets, classes, mask, scaling, want) -> _rows.RowLosses:
     """
     column, axes = targets.column, classes.axes
     here = column < x.shape[-1]
-    others = _passes.elsewhere(x, column)
+    others = _entries.elsewhere(x, column)
     others = others if mask is None else others & mask
     losses = partial(_rows.row_losses, x, None, scaling=scaling, vocab_axes=axes)
     rest = losses(None, others, want=("logsumexp", "above"))
     # A soft cap's slope at NaN is NaN, and 0 times that is NaN again.
-    named, exists = jnp.where(targets.counts[..., None], _passes.entries(x, column), 0), None
+    named, exists = jnp.where(targets.counts[..., None], _entries.entries(x, column), 0), None
     if mask is not None:
-        exists = _passes.entries(jnp.broadcast_to(mask, x.shape), column)
+        exists = _entries.entries(jnp.broadcast_to(mask, x.shape), column)
         named = jnp.where(exists, named, 0)
-    named = _passes.widen(named, exists, scaling)
+    named = _logits.widen(named, exists, scaling)
     if axes:
         held = lax.psum(here.astype(jnp.int32), axes) > 0
         named = jnp.where(held, lax.psum(jnp.where(here, named, 0), axes), -jnp.inf)
@@ -99,14 +99,14 @@ def _bucket_rows(x, targets, classes, mask, scaling, want) -> _rows.RowLosses:
     # differ. Adding 0 gives it its derivative.
     of_others = _mesh.largest(_passes.row_max(x, others, scaling), axes)
     of_named = jnp.max(lax.stop_gradient(named), axis=-1, initial=-jnp.inf)
-    m = _passes.finite(jnp.maximum(of_others, of_named))
+    m = _logits.finite(jnp.maximum(of_others, of_named))
     rounded = lax.stop_gradient(rest.logsumexp)
-    lse = _passes.scaled(of_others - m, scaling) + lax.stop_gradient(rest.above)
+    lse = _logits.scaled(of_others - m, scaling) + lax.stop_gradient(rest.above)
     lse += rest.logsumexp - rounded
     # Of no other class there is no derivative; of no class at all it is NaN.
     of_none = jnp.where(of_named == -jnp.inf, rest.logsumexp, -jnp.inf)
     lse = jnp.where(rounded == -jnp.inf, of_none, lse)
-    named = _passes.scaled(named - m[..., None], scaling)
+    named = _logits.scaled(named - m[..., None], scaling)
     few = jnp.concatenate([named, lse[..., None]], axis=-1)
     asked = jnp.concatenate([targets.extra, targets.rest[..., None]], axis=-1)
     # What is impossible and has a probability of 0 is no class, for derivatives too.
@@ -114,7 +114,7 @@ def _bucket_rows(x, targets, classes, mask, scaling, want) -> _rows.RowLosses:
     some |= jnp.all(few == -jnp.inf, axis=-1, keepdims=True)  # of nothing the gradient is NaN
     rows = _rows.row_losses(few, None, asked, some, want=tuple({"logsumexp"} & {*want}))
     if rows.logsumexp is not None:
-        rows = rows._replace(logsumexp=rows.logsumexp + _passes.scaled(m, scaling))
+        rows = rows._replace(logsumexp=rows.logsumexp + _logits.scaled(m, scaling))
     if "entropy" in want:
         stats = losses(None, mask, want=("entropy", "confidence"))
         rows = rows._replace(entropy=stats.entropy, confidence=stats.confidence)

@@ -16,7 +16,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import jaxloss
-from jaxloss import _blocks, _passes, _products, _row_kernel, _rows
+from jaxloss import _blocks, _device, _parts, _products, _row_kernel
 from jaxloss._kernels import linear_tpu
 
 NAME, SLOPE = "jaxloss_linear_row_part", "jaxloss_linear_slope"
@@ -31,7 +31,7 @@ def tpu(monkeypatch):
         linear_tpu, "pl", SimpleNamespace(**vars(pl) | {"pallas_call": interpreted})
     )
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
-    monkeypatch.setattr(_passes, "is_whole", lambda: True)
+    monkeypatch.setattr(_device, "is_whole", lambda: True)
     jax.clear_caches()
     yield
     jax.clear_caches()
@@ -372,9 +372,9 @@ def test_devices_with_numbers_of_their_own(tpu, monkeypatch):
 
     def computed(geometry, hidden, kernel, bias, kept, count):
         logits = _products.product(hidden, kernel, bias, geometry)
-        m, s, x_kept, *_ = _rows.row_part(logits, kept, None, None, None, ())
+        m, s, x_kept, *_ = _parts.row_part(logits, kept, None, None, None, ())
         past = jnp.arange(kept.size, dtype=jnp.int32) >= count
-        return _rows.RowPart(*(jnp.where(past, jnp.nan, x) for x in (m, s, x_kept)), kept)
+        return _parts.RowPart(*(jnp.where(past, jnp.nan, x) for x in (m, s, x_kept)), kept)
 
     monkeypatch.setattr(_row_kernel, "_computed", computed)
     monkeypatch.setattr(_row_kernel, "slope", _row_kernel._slope_by_xla)
@@ -421,9 +421,9 @@ def test_parts_of_disjoint_columns_merge(tpu):
     def part(start, stop):
         own = jnp.where((kept >= start) & (kept < stop), kept - start, stop - start)
         some = linear_tpu.row_part(hidden, kernel[:, start:stop], None, own, 1, stop - start)
-        return _rows.RowPart(*some, own)
+        return _parts.RowPart(*some, own)
 
-    merged = _rows.merge(part(0, 700), part(700, 1100), labelled=True)
+    merged = _parts.merge(part(0, 700), part(700, 1100), labelled=True)
     for x, y in zip(merged[:3], part(0, 1100)[:3], strict=True):
         np.testing.assert_allclose(x, y, rtol=1e-6)
 
@@ -464,7 +464,7 @@ def test_other_dtypes_and_backends_take_chunks(tpu, monkeypatch):
 
 def test_what_may_be_split_is_left_to_xla_unless_the_kernel_is_named(tpu, monkeypatch):
     """JAX refuses to split a kernel over the devices of a mesh."""
-    monkeypatch.setattr(_passes, "is_whole", lambda: False)
+    monkeypatch.setattr(_device, "is_whole", lambda: False)
     hidden, kernel, labels, _ = problem(24, 16, 1100)
     assert NAME not in program(hidden, kernel, labels, **ALL_COUNT)
     assert NAME in program(hidden, kernel, labels, implementation="mosaic_tpu")

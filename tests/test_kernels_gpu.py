@@ -13,7 +13,7 @@ from helpers import EPS
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 import jaxloss
-from jaxloss import _passes
+from jaxloss import _device, _passes
 from jaxloss._casts import accumulator_dtype
 from jaxloss._kernels import linear_gpu, rows_gpu
 
@@ -36,8 +36,8 @@ def hopper(monkeypatch):
         if hasattr(plgpu, "InterpretGPUParams"):
             run = partial(plgpu.kernel, interpret=plgpu.InterpretGPUParams())
             monkeypatch.setattr(plgpu, "kernel", run)
-        monkeypatch.setattr(_passes, "is_hopper", lambda: True)
-        monkeypatch.setattr(_passes, "is_whole", lambda: True)
+        monkeypatch.setattr(_device, "is_hopper", lambda: True)
+        monkeypatch.setattr(_device, "is_whole", lambda: True)
         monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
 
         def as_on_cuda(*args, default, cuda=None, **_):
@@ -194,7 +194,7 @@ def test_every_mode_equals_that_without_kernels(hopper, monkeypatch, name):
     assert "jaxloss_max_and_sum" in program(every, x)
     assert "jaxloss_slope" in program(every, x)
     got = jax.jit(every)(x)
-    monkeypatch.setattr(_passes, "is_hopper", lambda: False)
+    monkeypatch.setattr(_device, "is_hopper", lambda: False)
     jax.clear_caches()
     assert "jaxloss_slope" not in program(every, x)
     expected = jax.jit(every)(x)
@@ -267,7 +267,7 @@ def test_around_the_kernels_no_tracer_leaks(hopper, monkeypatch, old_objects_are
 
 
 def test_a_partitioner_is_left_xlas_form(hopper, monkeypatch):
-    monkeypatch.setattr(_passes, "is_whole", lambda: False)
+    monkeypatch.setattr(_device, "is_whole", lambda: False)
     x, y = rows(8, 256, jnp.bfloat16)
     assert "jaxloss_" not in program(jax.grad(jaxloss.cross_entropy), x, y)
 
@@ -278,11 +278,11 @@ def test_other_devices_have_no_kernels(monkeypatch):
 
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(jax, "devices", lambda: [Device(), object()])  # the first is the default
-    assert not _passes.is_hopper()
+    assert not _device.is_hopper()
     Device.compute_capability = "9.0"
-    assert _passes.is_hopper()
+    assert _device.is_hopper()
     monkeypatch.setattr(jax, "default_backend", lambda: "rocm")
-    assert not _passes.is_hopper()
+    assert not _device.is_hopper()
 
 
 @pytest.mark.parametrize("devices", [1, 2])

@@ -18,7 +18,7 @@ from helpers import (
 )
 
 import jaxloss
-from jaxloss import _elementary, _passes
+from jaxloss import _elementary, _entries, _passes
 
 MARGINS = np.arange(-70, 71)
 OFFSETS = [0.0, 1e3, -1e3]
@@ -366,11 +366,11 @@ def test_indices_past_the_exact_integers_of_float32():
 def test_an_index_past_the_end():
     """Reads the last entry, and writes nowhere."""
     x, index = jnp.arange(12.0).reshape(2, 2, 3), jnp.array([[0, 3], [3, 1]], jnp.int32)
-    np.testing.assert_array_equal(_passes.entry(x, index), [[0, 5], [8, 10]])
+    np.testing.assert_array_equal(_entries.entry(x, index), [[0, 5], [8, 10]])
     few = jnp.stack([index, jnp.full_like(index, 2)], axis=-1)
-    np.testing.assert_array_equal(_passes.entries(x, few)[..., 0], [[0, 5], [8, 10]])
-    put = _passes.put_at(x, index[..., None], jnp.full((2, 2, 1), -1.0))
-    np.testing.assert_array_equal(put, jnp.where(_passes.is_kept(x, index), -1, x))
+    np.testing.assert_array_equal(_entries.entries(x, few)[..., 0], [[0, 5], [8, 10]])
+    put = _entries.put_at(x, index[..., None], jnp.full((2, 2, 1), -1.0))
+    np.testing.assert_array_equal(put, jnp.where(_entries.is_kept(x, index), -1, x))
 
 
 # The first class at the maximum: the prediction, and the entry that log_softmax keeps out

@@ -13,8 +13,8 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxloss
-from jaxloss import _passes, _rows
-from jaxloss._passes import Scaling
+from jaxloss import _device, _entries, _logits, _passes, _prediction
+from jaxloss._logits import Scaling
 
 
 @pytest.fixture
@@ -30,10 +30,10 @@ def program(f, size):
 
 
 def test_one_device(one_device, monkeypatch):
-    assert _passes._on_one_device()
+    assert _device.on_one_device()
     for count in (0, 2, 8):
         monkeypatch.setattr(jax, "device_count", lambda count=count: count)
-        assert not _passes._on_one_device()
+        assert not _device.on_one_device()
 
 
 @pytest.mark.parametrize(
@@ -56,14 +56,14 @@ def test_block_sizes(size, block):
 @pytest.mark.parametrize(("size", "exact"), [(2**24, True), (2**24 + 1, False), (1, True)])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
 def test_exact_integers(size, exact, dtype):
-    assert _passes._index_is_exact(jax.ShapeDtypeStruct((2**25, size), dtype)) == exact
+    assert _entries.index_is_exact(jax.ShapeDtypeStruct((2**25, size), dtype)) == exact
 
 
 @pytest.mark.parametrize("classes", [7, 200])
 @pytest.mark.parametrize("exact", [True, False])
 def test_classes_ahead(exact, classes, monkeypatch):
     """Of classes past what float32 counts, in integers."""
-    monkeypatch.setattr(_passes, "_index_is_exact", lambda _: exact)
+    monkeypatch.setattr(_entries, "index_is_exact", lambda _: exact)
     rng = np.random.default_rng(0)
     x = rng.integers(-2, 3, (60, classes)).astype(np.float32)  # many are equal
     x[x == -2] = -np.inf
@@ -73,14 +73,14 @@ def test_classes_ahead(exact, classes, monkeypatch):
     for own in (of_label, of_label - np.float32(0.25)):
         bound, own_class = own[:, None], label[:, None]
         expected = ((x > bound) | ((x == bound) & (j < own_class))) & (j != own_class)
-        np.testing.assert_array_equal(_passes.ahead(x, own, label), expected.sum(axis=-1))
+        np.testing.assert_array_equal(_prediction.ahead(x, own, label), expected.sum(axis=-1))
 
 
 def test_arrays_are_whole_on_one_device_and_inside_of_shard_map(monkeypatch):
     seen = []
 
     def note(x):
-        seen.append(_passes.is_whole())
+        seen.append(_device.is_whole())
         return x
 
     mesh = jax.make_mesh((1,), ("data",))
@@ -113,10 +113,10 @@ def test_predictions_are_found_by_argmax_where_rows_are_whole(monkeypatch):
     """Of classes split over devices it would gather a pair from each."""
 
     def largest(x, *_):
-        return _passes.prediction(x, None, 0, ())
+        return _prediction.prediction(x, None, 0, ())
 
     for whole in (True, False):
-        monkeypatch.setattr(_passes, "is_whole", lambda whole=whole: whole)
+        monkeypatch.setattr(_device, "is_whole", lambda whole=whole: whole)
         assert ("argmax" in program(largest, 100)) == whole
 
 
@@ -124,8 +124,8 @@ def test_predictions_are_found_by_argmax_where_rows_are_whole(monkeypatch):
 def test_which_classes_are_split(spec):
     mesh = jax.make_mesh((2, 4), ("t", "v"), axis_types=(AxisType.Explicit,) * 2)
     x = jax.device_put(jnp.zeros((4, 8)), NamedSharding(mesh, spec))
-    assert _passes._classes_are_split(x) == ("v" in tuple(spec))
-    assert not _passes._classes_are_split(jnp.zeros((4, 8)))
+    assert _entries.classes_are_split(x) == ("v" in tuple(spec))
+    assert not _entries.classes_are_split(jnp.zeros((4, 8)))
 
 
 def near_max(x, m, _):
@@ -134,7 +134,7 @@ def near_max(x, m, _):
 
 @pytest.mark.parametrize(
     ("f", "compared"),
-    [(_passes._sum_of_others, " eq "), (near_max, "argmax"), (_passes.ahead, " gt ")],
+    [(_passes._sum_of_others, " eq "), (near_max, "argmax"), (_prediction.ahead, " gt ")],
     ids=["sum", "near_max", "ahead"],
 )
 def test_rows_are_compared_only_past_the_exact_integers(f, compared):
@@ -146,11 +146,11 @@ def test_rows_are_compared_only_past_the_exact_integers(f, compared):
 def test_what_is_read_is_gathered_and_what_is_narrow_is_written_as_bits():
     index = jnp.zeros((3, 2), jnp.int32)
     x = jnp.zeros((3, 5), jnp.bfloat16)
-    for f in (lambda x: _passes.entry(x, index[:, 0]), lambda x: _passes.entries(x, index)):
+    for f in (lambda x: _entries.entry(x, index[:, 0]), lambda x: _entries.entries(x, index)):
         assert "gather" in str(jax.make_jaxpr(f)(x))
 
     def put(x):
-        return _passes.put_at(x, index, jnp.ones((3, 2), x.dtype))
+        return _entries.put_at(x, index, jnp.ones((3, 2), x.dtype))
 
     assert "u16[3,5] = scatter" in str(jax.make_jaxpr(put)(x))
     assert "f32[3,5] = scatter" in str(jax.make_jaxpr(put)(x.astype(jnp.float32)))
@@ -160,20 +160,20 @@ def test_no_index_is_out_of_bounds():
     """As JAX's own checks see it: the gathers promise that none is."""
     x = jnp.arange(10.0).reshape(2, 5)
     index = jnp.array([[0, 4, 5], [1, 5, 7]], jnp.int32)
-    checked = checkify.checkify(_passes.entries, errors=checkify.index_checks)
+    checked = checkify.checkify(_entries.entries, errors=checkify.index_checks)
     error, found = checked(x, index)
     assert error.get() is None
     np.testing.assert_array_equal(found, [[0, 4, 4], [6, 9, 9]])
-    error, found = checkify.checkify(_passes.entry, errors=checkify.index_checks)(x, index[:, 2])
+    error, found = checkify.checkify(_entries.entry, errors=checkify.index_checks)(x, index[:, 2])
     assert error.get() is None
     np.testing.assert_array_equal(found, [4, 9])
 
 
 def test_scaling():
-    assert _passes.scaling_of(None) is None
-    assert _passes.scaling_of(None, 1) is None
-    assert _passes.scaling_of(None, 2) == Scaling(None, 2)
-    assert _passes.scaling_of(3.0) == Scaling(3.0, 1.0)
+    assert _logits.scaling_of(None) is None
+    assert _logits.scaling_of(None, 1) is None
+    assert _logits.scaling_of(None, 2) == Scaling(None, 2)
+    assert _logits.scaling_of(3.0) == Scaling(3.0, 1.0)
     x = jnp.array([[1.0, -4.0]])
     mask = jnp.array([[True, False]])
     for scaling, expected in (
@@ -181,7 +181,7 @@ def test_scaling():
         (Scaling(4.0, 1), [[4 * np.tanh(0.25), -jnp.inf]]),
         (Scaling(4.0, 2), [[2 * np.tanh(0.25), -jnp.inf]]),
     ):
-        got = _passes.scaled(_passes.widen(x, mask, scaling), scaling)
+        got = _logits.scaled(_logits.widen(x, mask, scaling), scaling)
         np.testing.assert_allclose(got, expected, rtol=2 * EPS)
 
 
@@ -200,8 +200,8 @@ def test_the_first_of_the_largest():
 @pytest.mark.nan_is_meant
 def test_no_prediction():
     x = jnp.array([[1.0, jnp.nan], [1.0, jnp.inf], [0.0, 1.0]])
-    np.testing.assert_array_equal(_passes.prediction(x, None, 0, ()), [-1, -1, 1])
-    np.testing.assert_array_equal(_passes.prediction(x, None, 5, ()), [-1, -1, 6])
+    np.testing.assert_array_equal(_prediction.prediction(x, None, 0, ()), [-1, -1, 1])
+    np.testing.assert_array_equal(_prediction.prediction(x, None, 5, ()), [-1, -1, 6])
 
 
 def rows_that_hurt():
@@ -279,7 +279,7 @@ def test_accelerators_reduce_the_logits_once(platform, results):
     ],
 )
 def test_which_exponentials_are_held(shape, dtype, held):
-    assert _rows._write_out(jax.ShapeDtypeStruct(shape, dtype)) == held
+    assert _passes.writes_out(jax.ShapeDtypeStruct(shape, dtype)) == held
 
 
 @pytest.mark.parametrize(
@@ -303,7 +303,7 @@ def test_slopes_of_the_scaling(scaling):
     x = jnp.linspace(-9, 9, 37)
 
     def f(x):
-        return _passes.scaled(_passes.widen(x, None, scaling), scaling)
+        return _logits.scaled(_logits.widen(x, None, scaling), scaling)
 
     slopes = jax.vmap(jax.grad(f))(x)
-    np.testing.assert_allclose(_rows.scaling_slope(x, scaling), slopes, rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(_logits.scaling_slope(x, scaling), slopes, rtol=1e-5, atol=1e-7)

@@ -10,13 +10,13 @@ import pytest
 from helpers import EPS, exact_gradient, jit_quickly
 
 import jaxloss
-from jaxloss import _rows
+from jaxloss import _parts, _rows
 
 INF = np.inf
 
 
 def state_of(x, kept=None, want=("nll",)):
-    return _rows.finish(_rows.row_part(x, kept, None, None, None, want), want)[1]
+    return _rows.finish(_parts.row_part(x, kept, None, None, None, want), want)[1]
 
 
 def minus_log_p(x):
@@ -98,7 +98,7 @@ def test_soft_losses_are_linear_in_the_targets(top):
     q = jnp.array([[-1.0, 0.0, 1.0, 0.5], [1.0, -1.0, 2.0, 0.0]], jnp.float32)
     index = jnp.broadcast_to(jnp.arange(4, dtype=jnp.int32), q.shape)
     given = {"soft_targets": None if top else q, "top": (index, q) if top else None}
-    part = _rows.row_part(x, None, class_mask=None, scaling=None, want=(), **given)
+    part = _parts.row_part(x, None, class_mask=None, scaling=None, want=(), **given)
     soft = _rows.finish(part, ())[0].soft
     np.testing.assert_allclose(soft, np.sum(np.asarray(q) * minus_log_p(x), -1), rtol=16 * EPS)
 
@@ -118,7 +118,7 @@ def test_a_constant_cotangent_of_log_softmax_is_no_constant_of_the_program():
 @pytest.mark.parametrize("classes", [1, 3])
 def test_no_class_that_is_possible(classes):
     x = jnp.full((2, classes), -INF)
-    part = _rows.row_part(x, None, None, None, None, ())
+    part = _parts.row_part(x, None, None, None, None, ())
     losses = _rows.finish(part, ("logsumexp", "above"))[0]
     np.testing.assert_array_equal(losses.logsumexp, -INF)
     np.testing.assert_array_equal(losses.above, -INF)
@@ -226,8 +226,8 @@ def test_shards_without_a_label_keep_one_maximum_out():
     x = jnp.asarray(x, jnp.float32)
 
     def above(x):
-        part = _rows.row_part(x, None, None, None, None, ())
-        part = _rows.merge_shards(part, ("v",), False, x.shape[-1])
+        part = _parts.row_part(x, None, None, None, None, ())
+        part = _parts.merge_shards(part, ("v",), False, x.shape[-1])
         losses, state = _rows.finish(part, ("above", "logsumexp"))
         return losses.above, losses.logsumexp, state.kept
 
@@ -254,8 +254,8 @@ def test_shards_with_a_label_keep_it_out(label):
 
     def losses(x, start):
         own = jnp.where((label >= start) & (label < start + 3), label - start, 3)
-        part = _rows.row_part(x, jnp.full(3, own), None, None, None, ("nll",))
-        return _rows.finish(_rows.merge_shards(part, ("v",), True, 3), ("nll",))[0].nll
+        part = _parts.row_part(x, jnp.full(3, own), None, None, None, ("nll",))
+        return _rows.finish(_parts.merge_shards(part, ("v",), True, 3), ("nll",))[0].nll
 
     got = jax.vmap(losses, axis_name="v")(split(x, 4), jnp.arange(0, 12, 3, dtype=jnp.int32))
     np.testing.assert_allclose(got, np.tile(minus_log_p(x)[:, label], (4, 1)), rtol=64 * EPS)
@@ -263,8 +263,8 @@ def test_shards_with_a_label_keep_it_out(label):
 
 @pytest.mark.nan_is_meant
 def test_a_part_without_axes_is_whole():
-    part = _rows.row_part(X, None, None, None, None, ())
-    assert _rows.merge_shards(part, (), False, 4) is part
+    part = _parts.row_part(X, None, None, None, None, ())
+    assert _parts.merge_shards(part, (), False, 4) is part
 
 
 def test_a_masked_class_above_the_others_costs_a_confident_row_no_digits():

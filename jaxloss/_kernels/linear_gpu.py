@@ -27,7 +27,7 @@ from jaxloss._kernels.rows_gpu import (
     params,
     transforms,
 )
-from jaxloss._passes import finite
+from jaxloss._logits import finite
 
 _CORES = 132  # of an H100 and an H200
 # Of a group's tile, and how many features' are fetched ahead. Of the tiles that fit, measured on an
@@ -55,7 +55,7 @@ def row_part(
     columns: int,
     count: Any = None,
 ):
-    """``(m, s, x_kept)`` of ``_rows.RowPart``, [N] each, for labels ``kept[N]`` among C columns.
+    """``(m, s, x_kept)`` of ``_parts.RowPart``, [N] each, for labels ``kept[N]`` among C columns.
 
     ``count``: the tokens past it may be left out, and are anything.
     """

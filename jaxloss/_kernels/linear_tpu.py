@@ -18,7 +18,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from jaxloss import _mesh
 from jaxloss._elementary import exp_is_long, short_exp
-from jaxloss._passes import finite
+from jaxloss._logits import finite
 
 # Bytes of a core's own that the tiles may take: chips up to v4 have 16 MiB, later ones 64 and more.
 _MEMORY = 48 * 2**20
@@ -109,7 +109,7 @@ def _tile(count, label, hidden, kernel, *rest, vocab_axis: int, columns: int):
 
 
 def _merge(label, hidden, kernel, bias, m, s, x_kept, first, *, vocab_axis: int, columns: int):
-    """Into the parts of n rows go those of the v columns from ``first`` on, as in _rows.merge.
+    """Into the parts of n rows go those of the v columns from ``first`` on, as in _parts.merge.
 
     Each of a register's lanes has a part of its own, of every 128th column: across lanes a core
     takes longer than it does to compute.
@@ -140,7 +140,7 @@ def row_part(
     columns: int,
     count: Any = None,
 ):
-    """``(m, s, x_kept)`` of ``_rows.RowPart``, [N] each, for labels ``kept[N]`` among C columns.
+    """``(m, s, x_kept)`` of ``_parts.RowPart``, [N] each, for labels ``kept[N]`` among C columns.
 
     ``count``: tiles of tokens past it are left out; those tokens are anything.
     """

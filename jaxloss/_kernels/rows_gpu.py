@@ -18,7 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxloss import _mesh
-from jaxloss._passes import finite
+from jaxloss._logits import finite
 
 ROWS = 64  # of a tile: those of the registers' layout, in which four threads share a row
 TILE = plgpu.Layout.WGMMA

@@ -1,0 +1,23 @@
+"""What there is to compute on, where code goes by it."""
+
+import jax
+
+from jaxloss import _mesh
+
+
+def on_one_device() -> bool:
+    # Sharded classes must not be reshaped or indexed (they would be gathered), and whether they
+    # are sharded is not known while tracing: one device leaves no doubt.
+    return jax.device_count() == 1
+
+
+def is_whole() -> bool:
+    """Whether arrays are what one device holds. No kernel is for what a partitioner may split."""
+    return on_one_device() or _mesh.is_manual()
+
+
+def is_hopper() -> bool:
+    """Whether the default device is a GPU that the kernels are for: an H100, an H200."""
+    if jax.default_backend() != "gpu":
+        return False
+    return getattr(jax.devices()[0], "compute_capability", None) == "9.0"
