@@ -294,46 +294,11 @@ def _swept_gradients(
     ct: _rows.RowLosses,
 ) -> Operands:
     """This device's part, float32 where it is a sum over blocks."""
-    geometry, hidden = options.geometry, operands.hidden
+    geometry = options.geometry
 
     def step(start, size):
-        b = _block(options, operands, constants, start, size)
-        here = _at_block(state, start, size)
-        kernel = _cut(operands.kernel, start, size, geometry.vocab_axis)
-        if options.fused and jax.default_backend() == "tpu" and not active.bias:
-            bias = _cut(operands.bias, start, size)
-            columns = geometry._replace(num_classes=size)
-            dx = _row_kernel.slope(columns, hidden, kernel, bias, _rows.slope_rows(here, ct))
-        else:
-            dx = _rows.row_gradient(b.logits, here, b.soft, b.mask, options.scaling, ct, b.top)
-        d_bias = jnp.sum(dx, axis=0) if active.bias else None
-        # Formed in float32, narrowed once: the products take the operands' dtype.
-        dx = dx.astype(hidden.dtype)
-        d_hidden = _products.d_hidden(dx, kernel, geometry) if active.hidden else None
-        d_kernel = _products.d_kernel(dx, hidden, geometry) if active.kernel else None
-        if d_kernel is not None and jax.default_backend() == "tpu":
-            # XLA:TPU may hold all of d_kernel transposed in the loop otherwise, and copy it after.
-            # There alone: a program with a layout in it is exported only where that is allowed.
-            d_kernel = with_layout_constraint(d_kernel.astype(kernel.dtype), _ROWS)
-        d_probabilities = d_weight = d_share = d_extra = None
-        if ct.soft is not None and active.extra:
-            slope = _rows.top_gradient(b.logits, here, b.mask, options.scaling, b.top)
-            d_extra = _rows.asked_for(ct.soft, slope)
-        dense = active.probabilities or active.weight or active.share
-        if ct.soft is not None and b.soft is not None and dense:
-            slope = _rows.soft_gradient(b.logits, here, b.soft, b.mask, options.scaling, b.top)
-            slope = _rows.asked_for(ct.soft, slope)
-
-            soft_b, pullback = jax.vjp(
-                partial(_soft, options, b.mask, size),
-                _cut(operands.probabilities, start, size),
-                _cut(operands.weight, start, size),
-                operands.share,
-            )
-            d_probabilities, d_weight, d_share = pullback(_rows.sum_to(slope, soft_b))
-        return start, Operands(
-            d_hidden, d_kernel, d_bias, d_probabilities, d_weight, d_share, d_extra
-        )
+        given = operands, constants, _at_block(state, start, size), ct
+        return start, _block_gradients(options, active, *given, start, size)
 
     def combine(total, new):
         start, new = new
@@ -363,6 +328,53 @@ def _swept_gradients(
         )
 
     return _over_blocks(geometry.num_classes, geometry.chunk, step, combine)
+
+
+def _block_gradients(
+    options: Options,
+    active: Operands,
+    operands: Operands,
+    constants: Constants,
+    state: _rows.RowState,
+    ct: _rows.RowLosses,
+    start,
+    size: int,
+) -> Operands:
+    """Of the block's own columns of what has them; ``state`` is the block's."""
+    geometry, hidden = options.geometry, operands.hidden
+    b = _block(options, operands, constants, start, size)
+    kernel = _cut(operands.kernel, start, size, geometry.vocab_axis)
+    if options.fused and jax.default_backend() == "tpu" and not active.bias:
+        bias = _cut(operands.bias, start, size)
+        columns = geometry._replace(num_classes=size)
+        dx = _row_kernel.slope(columns, hidden, kernel, bias, _rows.slope_rows(state, ct))
+    else:
+        dx = _rows.row_gradient(b.logits, state, b.soft, b.mask, options.scaling, ct, b.top)
+    d_bias = jnp.sum(dx, axis=0) if active.bias else None
+    # Formed in float32, narrowed once: the products take the operands' dtype.
+    dx = dx.astype(hidden.dtype)
+    d_hidden = _products.d_hidden(dx, kernel, geometry) if active.hidden else None
+    d_kernel = _products.d_kernel(dx, hidden, geometry) if active.kernel else None
+    if d_kernel is not None and jax.default_backend() == "tpu":
+        # XLA:TPU may hold all of d_kernel transposed in the loop otherwise, and copy it after.
+        # There alone: a program with a layout in it is exported only where that is allowed.
+        d_kernel = with_layout_constraint(d_kernel.astype(kernel.dtype), _ROWS)
+    d_probabilities = d_weight = d_share = d_extra = None
+    if ct.soft is not None and active.extra:
+        slope = _rows.top_gradient(b.logits, state, b.mask, options.scaling, b.top)
+        d_extra = _rows.asked_for(ct.soft, slope)
+    dense = active.probabilities or active.weight or active.share
+    if ct.soft is not None and b.soft is not None and dense:
+        slope = _rows.soft_gradient(b.logits, state, b.soft, b.mask, options.scaling, b.top)
+        slope = _rows.asked_for(ct.soft, slope)
+        soft_b, pullback = jax.vjp(
+            partial(_soft, options, b.mask, size),
+            _cut(operands.probabilities, start, size),
+            _cut(operands.weight, start, size),
+            operands.share,
+        )
+        d_probabilities, d_weight, d_share = pullback(_rows.sum_to(slope, soft_b))
+    return Operands(d_hidden, d_kernel, d_bias, d_probabilities, d_weight, d_share, d_extra)
 
 
 def _tangents(options: Options, residuals, tangents) -> _rows.RowLosses:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from jaxloss import _arguments, _check, _chunks, _layout, _linear, _products, _targets
+from jaxloss import _arguments, _check, _chunks, _layout, _linear, _products, _sweeps, _targets
 from jaxloss._cross_entropy import AxisName, Reduction, classes_last, mask_classes_last
 from jaxloss._divergence_rows import accumulator_of, row_divergences
 from jaxloss._linear_cross_entropy import rows_of_mask
@@ -278,7 +278,7 @@ def _linear_kl_divergence(
     targets = _targets.Targets(None, None, counts)
     wide = accumulator_of(hidden, teacher_hidden)
     weights = _targets.token_weights(targets, sample_weight, reduction, wide, geometry.token_axes)
-    operands = _linear.Operands(
+    operands = _sweeps.Operands(
         rows(hidden),
         kernel,
         bias,

@@ -23,6 +23,7 @@ from jaxloss import (
     _mesh,
     _products,
     _row_kernel,
+    _sweeps,
     _targets,
 )
 from jaxloss._casts import accumulator_dtype
@@ -348,7 +349,7 @@ def _by_token_chunks(
         return (_chunks.put_back(packing.order, blank, losses),), ()
 
     tokens, (labels, rest) = math.prod(lead), _flat_labels(labels, lead)
-    operands = _linear.Operands(
+    operands = _sweeps.Operands(
         hidden.reshape(tokens, hidden.shape[-1]),
         kernel,
         bias,

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from jaxloss import _arguments, _check, _chunks, _layout, _linear, _products, _targets
+from jaxloss import _arguments, _check, _chunks, _layout, _linear, _products, _sweeps, _targets
 from jaxloss._casts import accumulator_dtype
 from jaxloss._cross_entropy import Reduction
 
@@ -126,7 +126,7 @@ def linear_loss(
     targets = _targets.Targets(None, None, counts)
     weights = _targets.token_weights(targets, sample_weight, reduction, wide)
     geometry = _products.Geometry(vocab_axis, columns, chunk, _arguments.precision(call, precision))
-    operands = _linear.Operands(
+    operands = _sweeps.Operands(
         hidden.reshape(tokens, hidden.shape[-1]),
         kernel,
         bias,

@@ -1,0 +1,250 @@
+"""Sweeps over chunks of tokens of ``hidden @ kernel``: the losses, and the losses' gradients.
+
+A chunk's logits ``[n, V]`` live for one step of the loop. Chunks add to a float32 d_kernel; where
+one is all tokens, d_kernel is formed as it is returned.
+
+A loss may compare with the logits of a second product, a teacher's ``hidden @ kernel``, chunked
+likewise: one product more, and one for each of its operands that is differentiated.
+
+Letters: N tokens, n of them in a chunk, D features, V columns of the kernel, C classes.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jaxloss import _mesh
+from jaxloss._casts import accumulator_dtype, held_dtype
+from jaxloss._chunks import (
+    FROZEN_KERNEL_MIB,
+    Packing,
+    filled,
+    put_back,
+    sweep,
+    taken,
+    value_chunk,
+)
+from jaxloss._products import (
+    Geometry,
+    gathered,
+    of_teacher,
+    product,
+    product_gradients,
+    scattered,
+)
+
+# loss_fn(logits[n, C], per_token, shared) -> (losses to differentiate, others), tuples of [n].
+# ``per_token`` are arrays [n, ...], ``shared`` arrays that no token owns. Where there is a teacher,
+# its logits are the first of ``per_token``.
+LossFn = Callable[[Array, tuple, tuple], tuple[tuple, tuple]]
+
+
+class Operands(NamedTuple):
+    """The operands, None where there is none; or something for each of them."""
+
+    hidden: Any  # [N, D]
+    kernel: Any  # [D, V], or [V, D] for vocab_axis 0
+    bias: Any  # [V]
+    per_token: tuple  # [N, ...] each
+    shared: tuple  # what no token owns
+    teacher: tuple = ()  # (hidden, kernel, bias) of the second product
+
+
+def map_operands(function, first: Operands, *rest: Operands) -> Operands:
+    """``function`` of each operand that is there in ``first``, None for the others."""
+
+    def one(x, *others):
+        return None if x is None else function(x, *others)
+
+    def many(*fields):
+        return tuple(one(*xs) for xs in zip(*fields, strict=True))
+
+    return Operands(
+        one(first.hidden, *(r.hidden for r in rest)),
+        one(first.kernel, *(r.kernel for r in rest)),
+        one(first.bias, *(r.bias for r in rest)),
+        many(first.per_token, *(r.per_token for r in rest)),
+        many(first.shared, *(r.shared for r in rest)),
+        many(first.teacher, *(r.teacher for r in rest)),
+    )
+
+
+def _teacher_logits(operands: Operands, at: Array, geometry: Geometry, packing: Packing) -> tuple:
+    """Those of the tokens, where there is a teacher."""
+    if not operands.teacher:
+        return ()
+    hidden, kernel, bias = operands.teacher
+    return (product(filled(hidden, at, packing), kernel, bias, of_teacher(geometry)),)
+
+
+def _columns(kernel: Array, operands: Operands, geometry: Geometry) -> int:
+    """Logits a token has here, the teacher's too."""
+    columns = kernel.shape[geometry.vocab_axis]
+    if operands.teacher:
+        columns += operands.teacher[1].shape[geometry.teacher_axis]
+    return columns
+
+
+def losses(loss_fn: LossFn, geometry: Geometry, dynamic: bool, operands: Operands, packing):
+    """(losses, others), each [N], 0 where a token does not count. One product."""
+    hidden, kernel, bias, per_token, shared, _ = operands
+    kernel = gathered(kernel, geometry)
+
+    def part(at):
+        x = product(filled(hidden, at, packing), kernel, bias, geometry)
+        y = _teacher_logits(operands, at, geometry, packing)
+        return loss_fn(x, (*y, *(filled(a, at, packing) for a in per_token)), shared)
+
+    def update(state, at, values):
+        return jax.tree.map(partial(put_back, at), state, values)
+
+    chunk = value_chunk(geometry.chunk, _columns(kernel, operands, geometry))
+    like = jax.eval_shape(part, packing.order[:chunk])
+    blank = partial(_blank_rows, hidden.shape[0], like)
+    return sweep(packing, chunk, part, update, blank, lambda state: state, dynamic)
+
+
+def _blank_rows(size: int, like):
+    return jax.tree.map(lambda x: _mesh.blank(x, (size, *x.shape[1:])), like)
+
+
+def gradients(
+    loss_fn: LossFn,
+    geometry: Geometry,
+    active: Operands,
+    dynamic: bool,
+    operands: Operands,
+    packing: Packing,
+    cts: tuple,
+):
+    """(losses, others, gradients of sum(ct * losses)), the gradients of ``active`` operands alone.
+
+    One product for the logits, one for d_hidden, one for d_kernel; as many for a teacher's. On a
+    mesh, the gradients are this device's part.
+    """
+    kernel = gathered(operands.kernel, geometry)
+    size = operands.hidden.shape[0]
+    # A gradient of what no token owns is summed over the devices after the loop, not in it.
+    over = _mesh.varies_over(operands.hidden) | _mesh.varies_over(packing.order)
+    shared = tuple(_mesh.spread(x, over) for x in operands.shared)
+    given = operands._replace(kernel=kernel, shared=shared)
+    part = partial(_chunk_gradients, loss_fn, geometry, active, given, packing, cts)
+    chunk = geometry.chunk
+    if not active.kernel:
+        chunk = value_chunk(chunk, _columns(kernel, operands, geometry), FROZEN_KERNEL_MIB)
+    *like, rows_like = jax.eval_shape(part, packing.order[:chunk])
+
+    def narrow(g, x):
+        # Parts of a sum over devices are not narrowed before it.
+        summed = _mesh.varies_over(g) - _mesh.varies_over(x)
+        return accumulator_dtype(x.dtype) if summed else held_dtype(x.dtype)
+
+    def rows(g, x):
+        return _mesh.blank(g, x.shape, narrow(g, x))
+
+    def sums(g, x):  # over chunks, never narrower than float32
+        return _mesh.blank(g, dtype=accumulator_dtype(x.dtype))
+
+    def blank():
+        of_rows = map_operands(rows, rows_like, operands)
+        of_sums = map_operands(sums, rows_like, operands)
+        total = of_sums._replace(
+            hidden=of_rows.hidden,
+            per_token=of_rows.per_token,
+            teacher=(*of_rows.teacher[:1], *of_sums.teacher[1:]),
+        )
+        return *_blank_rows(size, like), total
+
+    def finish(state):
+        *each, total = state
+        final = map_operands(lambda g, x: g.astype(narrow(g, x)), total, operands)
+        if geometry.gathered:  # it is summed when it is scattered
+            final = final._replace(kernel=total.kernel)
+        return *each, final
+
+    losses, others, total = sweep(packing, chunk, part, _with_chunk, blank, finish, dynamic)
+    total = total._replace(kernel=scattered(total.kernel, geometry))
+    return losses, others, total
+
+
+def _chunk_gradients(
+    loss_fn: LossFn,
+    geometry: Geometry,
+    active: Operands,
+    operands: Operands,
+    packing: Packing,
+    cts: tuple,
+    at: Array,
+):
+    """The same of the tokens ``at`` alone."""
+    hidden, kernel, bias, per_token, shared, teacher = operands
+    whole = at.dtype == bool
+    h, real = filled(hidden, at, packing), at if whole else at < hidden.shape[0]
+    x = product(h, kernel, bias, geometry)
+    # A teacher's logits go the way of what the tokens own, and then on to its operands.
+    y = _teacher_logits(operands, at, geometry, packing)
+    tokens = (*y, *(filled(a, at, packing) for a in per_token))
+    active_tokens = (*(any(active.teacher) for _ in y), *active.per_token)
+
+    def of_active(x, some_tokens, some_shared):
+        return loss_fn(x, _completed(some_tokens, tokens), _completed(some_shared, shared))
+
+    some = _those(active_tokens, tokens), _those(active.shared, shared)
+    losses, pullback, others = jax.vjp(of_active, x, *some, has_aux=True)
+    ct = tuple(
+        jnp.zeros_like(loss)
+        if c is None
+        else _mesh.spread(taken(c, at).astype(loss.dtype), _mesh.varies_over(loss))
+        for c, loss in zip(cts, losses, strict=True)
+    )
+    dx, d_tokens, d_shared = pullback(ct)
+    # A step that only other devices have tokens for: there was no token to fill it with.
+    here = jnp.any(real)
+    d_shared = tuple(None if d is None else jnp.where(here, d, 0) for d in d_shared)
+    dy, d_tokens = d_tokens[: len(y)], d_tokens[len(y) :]
+    d_teacher = (None,) * len(teacher)
+    if any(active.teacher):
+        h_teacher, k_teacher = filled(teacher[0], at, packing), teacher[1]
+        d_teacher = product_gradients(
+            dy[0], real, h_teacher, k_teacher, active.teacher, of_teacher(geometry), whole
+        )
+    of_product = product_gradients(dx, real, h, kernel, active[:3], geometry, whole)
+    return losses, others, Operands(*of_product, d_tokens, d_shared, d_teacher)
+
+
+def _those(flags: tuple, every: tuple) -> tuple:
+    """None in place of those without a flag."""
+    return tuple(x if flag else None for flag, x in zip(flags, every, strict=True))
+
+
+def _completed(some: tuple, every: tuple) -> tuple:
+    return tuple(x if one is None else one for one, x in zip(some, every, strict=True))
+
+
+def _with_chunk(state, at: Array, values):
+    """The state of a sweep over gradients, and what one chunk gives."""
+
+    def put(total, x):
+        return None if total is None else put_back(at, total, x)
+
+    def add(total, x):
+        return None if total is None else total + x.astype(total.dtype)
+
+    (losses, others, total), (*rows, new) = state, values
+    losses, others = jax.tree.map(partial(put_back, at), (losses, others), tuple(rows))
+    total = Operands(
+        put(total.hidden, new.hidden),
+        add(total.kernel, new.kernel),
+        add(total.bias, new.bias),
+        tuple(map(put, total.per_token, new.per_token)),
+        tuple(map(add, total.shared, new.shared)),
+        (
+            *map(put, total.teacher[:1], new.teacher[:1]),
+            *map(add, total.teacher[1:], new.teacher[1:]),
+        ),
+    )
+    return losses, others, total
