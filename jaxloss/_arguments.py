@@ -1,7 +1,7 @@
 """What the losses' arguments must be: labels, weights, masks, operands, axes of a mesh."""
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,8 @@ from jax import Array
 from jaxloss import _check, _mesh
 from jaxloss._labels import RESTS, TopKLabels
 
-REDUCTIONS = ("none", "mean", "sum")
+Reduction = Literal["none", "mean", "sum"]
+REDUCTIONS = get_args(Reduction)
 
 
 def top_k_labels(function: str, name: str, batch: tuple[int, ...], y: TopKLabels) -> TopKLabels:

@@ -1,8 +1,6 @@
 """The three functions of logits: log_softmax, nll_loss, cross_entropy."""
 
-import math
-from functools import partial
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -10,33 +8,14 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 
 from jaxloss import _arguments, _check, _entries, _logits, _rows, _targets
+from jaxloss._arguments import Reduction
+from jaxloss._canonical import classes_back, classes_last, mask_classes_last
 from jaxloss._casts import accumulator_dtype
 from jaxloss._forward_mode import with_forward_mode
+from jaxloss._jit import jit
 from jaxloss._labels import TopKLabels
+from jaxloss._mesh import AxisName
 from jaxloss._terms import rows_of_logits, token_terms
-
-Reduction = Literal["none", "mean", "sum"]
-AxisName = str | tuple[str, ...]
-
-
-def classes_last(x: Array, axes: tuple[int, ...]) -> Array:
-    batch = [i for i in range(x.ndim) if i not in axes]
-    if [*batch, *axes] != list(range(x.ndim)):
-        x = x.transpose([*batch, *axes])
-    # Not -1: the size of an empty batch says nothing of the classes.
-    return (
-        x if len(axes) == 1 else x.reshape(*x.shape[: len(batch)], math.prod(x.shape[len(batch) :]))
-    )
-
-
-def mask_classes_last(mask: Array | None, like: Array, axes: tuple[int, ...]) -> Array | None:
-    if mask is not None and len(axes) > 1:  # a flattened axis has no dimension left to broadcast
-        shape = [
-            n if i in axes else m
-            for i, (m, n) in enumerate(zip(mask.shape, like.shape, strict=True))
-        ]
-        mask = jnp.broadcast_to(mask, shape)
-    return None if mask is None else classes_last(mask, axes)
 
 
 def log_softmax(logits: ArrayLike, axis: int | tuple[int, ...] = -1, *, where=None) -> Array:
@@ -86,14 +65,11 @@ def log_softmax(logits: ArrayLike, axis: int | tuple[int, ...] = -1, *, where=No
     return _log_softmax(logits, mask, axes=axes)
 
 
-@partial(jax.jit, static_argnames=("axes",))
+@jit
 def _log_softmax(logits, class_mask, *, axes):
     class_mask = mask_classes_last(class_mask, logits, axes)
-    batch = [i for i in range(logits.ndim) if i not in axes]
-    order = [*batch, *axes]
     out = _rows.row_log_softmax(classes_last(logits, axes), class_mask)
-    out = out.reshape([logits.shape[i] for i in order])
-    return out.transpose([order.index(i) for i in range(logits.ndim)])
+    return classes_back(out, logits.shape, axes)
 
 
 def nll_loss(
@@ -148,7 +124,7 @@ def nll_loss(
     return _nll_loss(log_probs, *checked.arrays, **checked.static)
 
 
-@partial(jax.jit, static_argnames=("axes", "num_classes", "ignore_index", "reduction"))
+@jit
 def _nll_loss(
     log_probs,
     labels,
@@ -360,21 +336,7 @@ def losses_of_logits(
     )
 
 
-@partial(
-    jax.jit,
-    static_argnames=(
-        "axes",
-        "num_classes",
-        "ignore_index",
-        "reduction",
-        "vocab_axes",
-        "token_axes",
-        "label_smoothing",
-        "z_loss",
-        "scaling",
-        "return_stats",
-    ),
-)
+@jit
 def _cross_entropy(
     logits,
     labels,

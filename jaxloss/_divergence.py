@@ -1,7 +1,6 @@
 """kl_divergence and linear_kl_divergence: a student compared with its teacher, for distillation."""
 
 import math
-from functools import partial
 from typing import Any, Literal, get_args
 
 import jax
@@ -10,9 +9,11 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from jaxloss import _arguments, _check, _chunks, _layout, _linear, _products, _sweeps, _targets
-from jaxloss._cross_entropy import AxisName, Reduction, classes_last, mask_classes_last
+from jaxloss._arguments import Reduction
+from jaxloss._canonical import classes_last, mask_classes_last, rows_of_mask
 from jaxloss._divergence_rows import accumulator_of, row_divergences
-from jaxloss._linear_cross_entropy import rows_of_mask
+from jaxloss._jit import jit
+from jaxloss._mesh import AxisName
 
 Divergence = Literal["forward", "reverse", "jensen_shannon"]
 DIVERGENCES = get_args(Divergence)
@@ -115,7 +116,7 @@ def kl_divergence(
     )  # fmt: skip
 
 
-@partial(jax.jit, static_argnames=("axes", "reduction", "options"))
+@jit
 def _kl_divergence(
     logits, teacher_logits, sample_weight, class_mask, token_mask, *, axes, reduction, options
 ):
@@ -257,7 +258,7 @@ def linear_kl_divergence(
     )  # fmt: skip
 
 
-@partial(jax.jit, static_argnames=("geometry", "reduction", "options"))
+@jit
 def _linear_kl_divergence(
     hidden, kernel, bias, teacher_hidden, teacher_kernel, teacher_bias, sample_weight, class_mask,
     token_mask, *, geometry, reduction, options,

@@ -9,9 +9,11 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from jaxloss import _arguments, _check, _targets
+from jaxloss._arguments import Reduction
 from jaxloss._casts import accumulator_dtype
-from jaxloss._cross_entropy import Reduction, cross_entropy
+from jaxloss._cross_entropy import cross_entropy
 from jaxloss._elementary import exp, expm1, log
+from jaxloss._jit import jit
 from jaxloss._labels import TopKLabels
 
 
@@ -121,7 +123,7 @@ def focal_loss(
     return _focal_loss(logits, *checked.arrays, gamma=gamma, **checked.static)
 
 
-@partial(jax.jit, static_argnames=("axes", "num_classes", "ignore_index", "reduction", "gamma"))
+@jit
 def _focal_loss(
     logits,
     labels,

@@ -11,6 +11,7 @@ from jax import Array
 from jax.sharding import PartitionSpec as P
 
 from jaxloss import _check, _mesh
+from jaxloss._jit import jit
 from jaxloss._labels import TopKLabels
 
 
@@ -87,7 +88,7 @@ def refuse(call: str, hidden: Array, kernel: Array, vocab_axis: int, of: str = "
 
 
 # Under jit, so that what is called eagerly is compiled once.
-@partial(jax.jit, static_argnames=("schedule", "layout", "static", "reduction", "return_stats"))
+@jit
 def over_mesh(
     arrays: tuple,
     *,

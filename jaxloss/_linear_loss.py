@@ -10,8 +10,8 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from jaxloss import _arguments, _check, _chunks, _layout, _linear, _products, _sweeps, _targets
+from jaxloss._arguments import Reduction
 from jaxloss._casts import accumulator_dtype
-from jaxloss._cross_entropy import Reduction
 
 
 def linear_loss(

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 Axes = tuple[str, ...]
+AxisName = str | Axes  # as a user names one or several
 
 
 def is_manual() -> bool:

@@ -14,8 +14,9 @@ from jax.typing import ArrayLike
 
 from jaxloss import _arguments, _check, _targets
 from jaxloss._casts import accumulator_dtype
-from jaxloss._cross_entropy import AxisName
 from jaxloss._elementary import exp
+from jaxloss._jit import jit
+from jaxloss._mesh import AxisName
 from jaxloss._terms import TokenStats
 
 
@@ -177,7 +178,7 @@ def metric_sums(
     )
 
 
-@partial(jax.jit, static_argnames=("top_k", "bins", "token_axes"))
+@jit
 def _metric_sums(stats, sample_weight, *, top_k, bins, token_axes):
     dtype = accumulator_dtype(stats.log_prob.dtype)
     confidence = stats.confidence.astype(dtype)

@@ -1,6 +1,5 @@
 """Sequences in a batch: labels of next-token prediction, weights that let each count the same."""
 
-from functools import partial
 from typing import Any
 
 import jax
@@ -10,6 +9,7 @@ from jax.typing import ArrayLike
 
 from jaxloss import _arguments, _check, _targets
 from jaxloss._casts import accumulator_dtype
+from jaxloss._jit import jit
 
 
 def _integers(call: str, name: str, x: Any, kind: str) -> Array:
@@ -98,7 +98,7 @@ def next_token_labels(
     return _next_token_labels(tokens, segment_ids, mask, ignore_index=ignore_index)
 
 
-@partial(jax.jit, static_argnames=("ignore_index",))
+@jit
 def _next_token_labels(tokens, segment_ids, mask, *, ignore_index):
     def following(x):  # of the last position the first, which is not read; T may be 0
         return jnp.roll(x, -1, axis=-1)
@@ -191,7 +191,7 @@ def sequence_weight(
     )
 
 
-@partial(jax.jit, static_argnames=("num_segments", "ignore_index"))
+@jit
 def _sequence_weight(labels, segment_ids, sample_weight, *, num_segments, ignore_index):
     dtype = accumulator_dtype(jnp.float32 if sample_weight is None else sample_weight.dtype)
     any_class = jnp.iinfo(jnp.int32).max

@@ -5,7 +5,6 @@ With ``y`` the probability that is asked for and ``z = 1 - y``, an entry's loss 
 here is subtracted from 1 but ``y``: a sigmoid near 1 has lost what it lacks.
 """
 
-from functools import partial
 from typing import Any
 
 import jax
@@ -14,11 +13,12 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from jaxloss import _arguments, _check, _targets
+from jaxloss._arguments import Reduction
 from jaxloss._casts import accumulator_dtype, widened
-from jaxloss._cross_entropy import Reduction
 from jaxloss._elementary import exp_of_nonpositive, log1p
 from jaxloss._entries import of_rank
 from jaxloss._focal import check_gamma, modulated
+from jaxloss._jit import jit
 
 
 @jax.custom_jvp
@@ -66,9 +66,7 @@ def _targets_of(labels: Array, ignore_index: int | None, dtype) -> tuple[Array, 
     return jnp.where(index < 2, index.astype(dtype), jnp.nan), counts
 
 
-@partial(
-    jax.jit, static_argnames=("ignore_index", "label_smoothing", "alpha", "gamma", "reduction")
-)
+@jit
 def _losses(
     logits,
     labels,

@@ -4,9 +4,10 @@ from typing import Any
 
 from jax.typing import ArrayLike
 
-from jaxloss._cross_entropy import AxisName, losses_of_logits
+from jaxloss._cross_entropy import losses_of_logits
 from jaxloss._implementation import Implementation
 from jaxloss._linear_cross_entropy import losses_of_product
+from jaxloss._mesh import AxisName
 from jaxloss._terms import TokenStats
 
 

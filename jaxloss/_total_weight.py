@@ -1,14 +1,12 @@
 """total_weight: what a mean divides by."""
 
-from functools import partial
-
-import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
 from jaxloss import _arguments, _check, _targets
 from jaxloss._casts import accumulator_dtype
+from jaxloss._jit import jit
 from jaxloss._labels import TopKLabels
 
 
@@ -96,7 +94,7 @@ def total_weight(
     )
 
 
-@partial(jax.jit, static_argnames=("batch", "num_classes", "ignore_index", "token_axes"))
+@jit
 def _total_weight(
     labels, weight, sample_weight, token_mask, *, batch, num_classes, ignore_index, token_axes
 ):

@@ -1,0 +1,142 @@
+"""linear_cross_entropy by its two schedules: from checked arguments to the loss."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxloss import _blocks, _chunks, _entries, _linear, _mesh, _row_kernel, _sweeps, _targets
+from jaxloss._canonical import flat_labels, joined, rows_of_mask
+from jaxloss._casts import accumulator_dtype
+from jaxloss._jit import jit
+from jaxloss._terms import TokenStats, rows_of_logits, token_terms
+
+INTEGERS = ("prediction", "rank")  # of TokenStats: -1 where a token does not count
+
+
+@jit
+def by_token_chunks(
+    hidden, kernel, bias, labels, weight, sample_weight, class_mask, token_mask,
+    *, geometry, num_classes, reduction, scaling, fused, options,
+):  # fmt: skip
+    options = dict(options)
+    classes = _targets.classes_here(num_classes, geometry.num_classes, geometry.vocab_axes)
+    lead, wide = hidden.shape[:-1], accumulator_dtype(hidden.dtype)
+    targets = _targets.make_targets(
+        labels,
+        classes,
+        wide,
+        weight=weight,
+        sample_weight=sample_weight,
+        token_mask=token_mask,
+        ignore_index=options["ignore_index"],
+    )
+    mask_rows, mask_index = rows_of_mask(class_mask, lead)
+    scalar, with_stats = reduction != "none", options["with_stats"]
+
+    def loss_fn(x, per_token, shared):
+        *labels, index = per_token
+        weight, mask = shared
+        mask = mask if index is None else mask[index]
+        # Counted anew: traced values must not leak into the loop that this runs in.
+        classes = _targets.classes_here(num_classes, x.shape[-1], geometry.vocab_axes)
+        losses, stats, _ = token_terms(
+            rows_of_logits(x, scaling), classes, joined(labels, rest), weight, mask, dtype=wide,
+            **options,
+        )  # fmt: skip
+        if stats is None:
+            return (losses,), ()
+        return ((losses,), tuple(stats)) if scalar else ((losses, *stats[:3]), stats[3:])
+
+    def value(operands, packing):
+        # Where nothing is differentiated: all chunks' tokens at once, their logits held nowhere.
+        labels, _ = (_chunks.taken(x, packing.order) for x in operands.per_token)
+
+        def rows_of(targets, classes, *rest):
+            hidden = _chunks.taken(operands.hidden, packing.order)
+            of_rows = operands._replace(hidden=hidden), targets.kept, packing.size
+            return _row_kernel.row_losses(geometry, *of_rows, rest[-2]), None, None
+
+        losses, *_ = token_terms(
+            rows_of, classes, labels, operands.shared[0], None, dtype=wide, **options
+        )
+        blank = _mesh.spread(jnp.zeros(tokens, wide), _mesh.varies_over(losses))
+        return (_chunks.put_back(packing.order, blank, losses),), ()
+
+    tokens, (labels, rest) = math.prod(lead), flat_labels(labels, lead)
+    operands = _sweeps.Operands(
+        hidden.reshape(tokens, hidden.shape[-1]),
+        kernel,
+        bias,
+        (*labels, mask_index),
+        (weight, mask_rows),
+    )
+    weights = _targets.token_weights(targets, sample_weight, reduction, wide, geometry.token_axes)
+    given = geometry, operands, targets.counts, weights, scalar
+    loss, stats = _linear.reduced(loss_fn, *given, value if fused else None)
+    if not with_stats:
+        return loss
+    stats = TokenStats(*(v.reshape(lead) for v in stats))
+    none = {name: jnp.where(targets.counts, getattr(stats, name), -1) for name in INTEGERS}
+    return loss, stats._replace(**none)
+
+
+@jit
+def by_vocab_blocks(
+    hidden, kernel, bias, labels, weight, sample_weight, class_mask, token_mask,
+    *, geometry, num_classes, reduction, scaling, fused, options,
+):  # fmt: skip
+    options = dict(options)
+    axes = geometry.vocab_axes
+    classes = _targets.classes_here(num_classes, geometry.num_classes, axes)
+    lead, wide = hidden.shape[:-1], accumulator_dtype(hidden.dtype)
+    tokens = math.prod(lead)
+    mask, mask_row = rows_of_mask(class_mask, lead)
+    if mask is not None:
+        mask = jnp.broadcast_to(mask, (mask.shape[0], classes.size))
+    labels = joined(*flat_labels(labels, lead))
+    sample_weight, token_mask = (
+        None if x is None else x.reshape(tokens) for x in (sample_weight, token_mask)
+    )
+    rows = hidden.reshape(tokens, hidden.shape[-1])
+    exists = _targets.existing(mask, classes, 2)
+    all_count = options["ignore_index"] is None and sample_weight is None and token_mask is None
+
+    def rows_of(targets, classes, _, weight, label_smoothing, want, predict):
+        # Gradients of what no token owns are summed over the devices after the loop, not in it.
+        varies = _mesh.varies_over(rows).union(*map(_mesh.varies_over, jax.tree.leaves(labels)))
+        weight = _mesh.spread(_targets.weight_here(weight, classes), varies)
+        counts = targets.counts if fused and not all_count else None
+        return _blocks.row_losses_by_block(
+            _blocks.Options(geometry, label_smoothing, scaling, want, predict, wide, fused),
+            _blocks.Operands(
+                # 0 * NaN is NaN: a token that does not count must not reach d_kernel.
+                jnp.where(targets.counts[:, None], rows, 0),
+                kernel,
+                bias,
+                targets.probabilities,
+                weight,
+                _mesh.spread(_entries.of_rank(targets.share, 2), {*varies, *axes}),
+                targets.extra,
+            ),
+            _blocks.Constants(targets.kept, exists, mask_row, targets.column, counts),
+        )
+
+    losses, stats, targets = token_terms(
+        rows_of,
+        classes,
+        labels,
+        weight,
+        mask if mask is None or mask_row is None else mask[mask_row],
+        sample_weight,
+        token_mask,
+        dtype=wide,
+        **options,
+    )
+    loss = _targets.reduce_losses(losses, targets, sample_weight, reduction, geometry.token_axes)
+    loss = loss.reshape(lead) if reduction == "none" else loss
+    if stats is None:
+        return loss
+    stats = TokenStats(*(v.reshape(lead) for v in stats))
+    return loss, stats if reduction == "none" else lax.stop_gradient(stats)
