@@ -92,19 +92,13 @@ def _over_blocks(classes: int, block: int, step, combine):
     return lax.scan(body, state, jnp.arange((classes - first) // block, dtype=jnp.int32))[0]
 
 
-class _Block(NamedTuple):
-    logits: Array  # [N, B]
-    kept: Any
-    soft: Any
-    mask: Any
-    top: Any
-
-
 def _cut(x: Any, start, size: int, axis: int = -1) -> Any:
     return None if x is None else lax.dynamic_slice_in_dim(x, start, size, axis)
 
 
-def _block(options: Options, operands: Operands, constants: Constants, start, size: int) -> _Block:
+def _block(
+    options: Options, operands: Operands, constants: Constants, start, size: int
+) -> _parts.Rows:
     geometry = options.geometry
     kept = constants.kept
     if kept is not None:
@@ -122,7 +116,7 @@ def _block(options: Options, operands: Operands, constants: Constants, start, si
     top = None
     if operands.extra is not None:
         top = (_entries.within(constants.index, start, size), operands.extra)
-    return _Block(logits, kept, _soft(options, mask, size, *some, operands.share), mask, top)
+    return _parts.Rows(logits, kept, _soft(options, mask, size, *some, operands.share), mask, top)
 
 
 def _soft(options: Options, mask, size: int, probabilities, weight, share) -> Any:
@@ -139,9 +133,7 @@ def _swept(options: Options, operands: Operands, constants: Constants):
 
     def step(start, size):
         b = _block(options, operands, constants, start, size)
-        part = _parts.row_part(
-            b.logits, b.kept, b.soft, b.mask, options.scaling, options.want, top=b.top
-        )
+        part = _parts.row_part(b, options.scaling, options.want)
         best = of_label = None
         if options.predict:
             best = _prediction.highest(b.logits, b.mask, start)
@@ -208,7 +200,7 @@ def _forward(options: Options, operands: Operands, constants: Constants):
     return (losses, prediction, rank), state
 
 
-def _unscaled(b: _Block) -> Array:
+def _unscaled(b: _parts.Rows) -> Array:
     return _logits.widen(lax.stop_gradient(b.logits), b.mask, None)
 
 
@@ -349,7 +341,7 @@ def _block_gradients(
         columns = geometry._replace(num_classes=size)
         dx = _row_kernel.slope(columns, hidden, kernel, bias, _rows.slope_rows(state, ct))
     else:
-        dx = _rows.row_gradient(b.logits, state, b.soft, b.mask, options.scaling, ct, b.top)
+        dx = _rows.row_gradient(b, state, options.scaling, ct)
     d_bias = jnp.sum(dx, axis=0) if active.bias else None
     # Formed in float32, narrowed once: the products take the operands' dtype.
     dx = dx.astype(hidden.dtype)
@@ -361,11 +353,11 @@ def _block_gradients(
         d_kernel = with_layout_constraint(d_kernel.astype(kernel.dtype), _ROWS)
     d_probabilities = d_weight = d_share = d_extra = None
     if ct.soft is not None and active.extra:
-        slope = _rows.top_gradient(b.logits, state, b.mask, options.scaling, b.top)
+        slope = _rows.top_gradient(b, state, options.scaling)
         d_extra = _rows.asked_for(ct.soft, slope)
     dense = active.probabilities or active.weight or active.share
     if ct.soft is not None and b.soft is not None and dense:
-        slope = _rows.soft_gradient(b.logits, state, b.soft, b.mask, options.scaling, b.top)
+        slope = _rows.soft_gradient(b, state, options.scaling)
         slope = _rows.asked_for(ct.soft, slope)
         soft_b, pullback = jax.vjp(
             partial(_soft, options, b.mask, size),
@@ -395,8 +387,8 @@ def _tangents(options: Options, residuals, tangents) -> _rows.RowLosses:
         out, moved, (mask, top) = jax.jvp(some, primals, moves, has_aux=True)
         (x, soft, _), (dx, d_soft, d_extra) = out, moved
         here = _at_block(state, start, size)
-        given = x, here, soft, mask, options.scaling, top
-        return _rows.row_tangents(options.want, *given, dx, d_soft, d_extra)
+        rows = _parts.Rows(x, soft=soft, mask=mask, top=top)
+        return _rows.row_tangents(rows, here, options.scaling, options.want, dx, d_soft, d_extra)
 
     def combine(total, new):
         return new if total is None else jax.tree.map(jnp.add, total, new)

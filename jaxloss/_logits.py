@@ -11,18 +11,17 @@ from jaxloss._elementary import exp_of_nonpositive, tanh
 
 
 class Scaling(NamedTuple):
-    """What logits become first: ``softcap * tanh(x / softcap) / temperature``."""
+    """What logits become first: ``unit * tanh(x / softcap)``, or ``unit * x``."""
 
     softcap: float | None
-    temperature: float
-
-    @property
-    def unit(self) -> float:
-        return (self.softcap or 1) / self.temperature
+    unit: float
 
 
 def scaling_of(softcap: float | None, temperature: float = 1.0) -> Scaling | None:
-    return None if softcap is None and temperature == 1 else Scaling(softcap, temperature)
+    """Of ``softcap * tanh(x / softcap) / temperature``."""
+    if softcap is None and temperature == 1:
+        return None
+    return Scaling(softcap, (softcap or 1) / temperature)
 
 
 def cap_of(scaling: Scaling | None) -> float | None:
@@ -65,7 +64,7 @@ def for_passes(
     """
     if class_mask is None:
         return logits, scaling
-    left = None if scaling is None else Scaling(None, 1 / scaling.unit)
+    left = None if scaling is None else scaling._replace(softcap=None)
     return widen(logits, class_mask, scaling), left
 
 
@@ -94,7 +93,7 @@ def scaling_slope(x: Array, scaling: Scaling) -> Any:
         return scaling.unit
     # sech^2, not 1 - tanh^2: the latter is 0 past |x| = 9 cap where the slope is still 6e-8.
     e = exp_of_nonpositive(-2 * jnp.abs(widened(x) / scaling.softcap))
-    return 4 * e / ((1 + e) ** 2 * scaling.temperature)
+    return 4 * e / (1 + e) ** 2 * (scaling.unit / scaling.softcap)
 
 
 def above(x: Array, m: Array, scaling: Scaling | None) -> Array:

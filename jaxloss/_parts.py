@@ -27,6 +27,16 @@ from jaxloss._logits import (
 from jaxloss._passes import lies_below, max_and_sum, near_max, row_max, row_sum, writes_out
 
 
+class Rows(NamedTuple):
+    """Some classes of some rows, and what is asked of them; or something for each of these."""
+
+    logits: Any  # [..., C]
+    kept: Any = None  # [...] int32, the entry to keep out, C for none; None: one at the maximum
+    soft: Any = None  # the soft targets q, broadcastable to the logits
+    mask: Any = None  # the classes that exist, likewise
+    top: Any = None  # index[..., k] and the soft targets there, in place of those of ``soft``
+
+
 class RowPart(NamedTuple):
     """``m`` and ``x_kept`` are in units of the scaling, as logits are widened; the rest is in nats.
 
@@ -45,36 +55,32 @@ class RowPart(NamedTuple):
 
 
 def row_part(
-    logits, kept, soft_targets, class_mask, scaling, want, *, top=None, backward_follows=False
+    rows: Rows, scaling: Scaling | None, want: tuple[str, ...], *, backward_follows: bool = False
 ) -> RowPart:
-    """``top``: an index[..., k] and what the soft targets are there.
-
-    ``backward_follows``: in the same program.
-    """
-    labelled, written = kept is not None, backward_follows and writes_out(logits)
+    """``backward_follows``: in the same program."""
+    labelled, written = rows.kept is not None, backward_follows and writes_out(rows.logits)
+    logits, mask = rows.logits, rows.mask
     if labelled:
-        highest, s = max_and_sum(logits, kept, class_mask, scaling, written)
+        highest, s = max_and_sum(logits, rows.kept, mask, scaling, written)
         m = finite(highest)
     else:
-        largest = row_max(logits, class_mask, None)
-        highest = capped_max(largest, class_mask, scaling)
+        largest = row_max(logits, mask, None)
+        highest = capped_max(largest, mask, scaling)
         m = finite(highest)
         # A cap moves no maximum: it is looked for in the logits themselves.
-        kept = near_max(logits, finite(largest), class_mask)
-        s = row_sum(logits, m, kept, class_mask, scaling, written)
-    x = widen(logits, class_mask, scaling)
-    part = RowPart(highest, s, _kept_logit(logits, x, highest, kept, class_mask, scaling), kept)
-    if soft_targets is None and top is None and "entropy" not in want:
+        rows = rows._replace(kept=near_max(logits, finite(largest), mask))
+        s = row_sum(logits, m, rows.kept, mask, scaling, written)
+    x = widen(logits, mask, scaling)
+    part = RowPart(highest, s, _kept_logit(rows, x, highest, scaling), rows.kept)
+    if rows.soft is None and rows.top is None and "entropy" not in want:
         return part
-    given, left = for_passes(logits, class_mask, scaling)
+    given, left = for_passes(logits, mask, scaling)
     # x and m again, for the reductions below.
     y, high = apart(given, m)
     again = read(y, high, left), high, left
-    sums = None
-    if soft_targets is not None:
-        sums = _soft_sums(soft_targets, x, m, kept, class_mask, scaling, top, again)
-    if top is not None:
-        some = _top_sums(top, logits, m, kept, class_mask, scaling)
+    sums = None if rows.soft is None else _soft_sums(rows, x, m, scaling, again)
+    if rows.top is not None:
+        some = _top_sums(rows, m, scaling)
         sums = some if sums is None else tuple(map(lax.add, sums, some))
     if sums is not None:
         below, mass, other_mass = sums
@@ -86,16 +92,17 @@ def row_part(
     return part
 
 
-def _kept_logit(logits, x, highest, kept, class_mask, scaling) -> Array:
+def _kept_logit(rows: Rows, x: Array, highest: Array, scaling: Scaling | None) -> Array:
     """``x_kept``, from the logits themselves: ``x``, which they are widened to, is never held."""
+    logits, kept, _, mask, _ = rows
     # XLA:CPU gathers bfloat16 by widening the operand: without the barrier that conversion is
     # merged with the sum's and held as a float32 copy of the logits.
     raw = entry(lax.optimization_barrier(logits) if x.dtype != logits.dtype else logits, kept)
-    exists = None if class_mask is None else entry(jnp.broadcast_to(class_mask, x.shape), kept)
+    exists = None if mask is None else entry(jnp.broadcast_to(mask, x.shape), kept)
     x_kept = widen(raw, exists, scaling)
     if cap_of(scaling) is not None:
         # Capped by other instructions than the maximum, it may lie above it, or below its equal.
-        first = widen(raw, exists, None) == row_max(logits, class_mask, None)
+        first = widen(raw, exists, None) == row_max(logits, mask, None)
         if exists is not None:  # a cap lifts -inf, but not of a class that is masked
             first &= exists
         shift = jnp.where(first, highest, jnp.minimum(x_kept, highest)) - x_kept
@@ -104,9 +111,10 @@ def _kept_logit(logits, x, highest, kept, class_mask, scaling) -> Array:
     return jnp.where(kept < x.shape[-1], x_kept, jnp.nan)
 
 
-def _soft_sums(soft_targets, x, m, kept, class_mask, scaling, top, again) -> tuple:
+def _soft_sums(rows: Rows, x: Array, m: Array, scaling: Scaling | None, again: tuple) -> tuple:
     """``(below, mass, other_mass)`` of the soft targets, but for those at ``top``."""
-    q, here = soft_targets.astype(x.dtype), kept < x.shape[-1]
+    _, kept, soft, mask, top = rows
+    q, here = soft.astype(x.dtype), kept < x.shape[-1]
     if q.shape[-1] == 1 < x.shape[-1]:  # for all classes: nothing of their size is selected
         q, size, below = q[..., 0], x.shape[-1], -above(*again)
         if top is not None:
@@ -119,9 +127,9 @@ def _soft_sums(soft_targets, x, m, kept, class_mask, scaling, top, again) -> tup
         below = jnp.where(q == 0, 0, q * jnp.sum(below, axis=-1))
     else:
         q = q if top is None else jnp.where(elsewhere(x, top[0]), q, 0)
-        if class_mask is not None:
+        if mask is not None:
             # What a class that does not exist has none of, it has no derivative in either.
-            q = jnp.where(class_mask | (q != 0), q, 0)
+            q = jnp.where(mask | (q != 0), q, 0)
         at_kept = jnp.where(here, entry(jnp.broadcast_to(q, x.shape), kept), 0)
         other_mass = jnp.where(is_kept(x, kept), 0, jnp.broadcast_to(q, x.shape))
         other_mass = jnp.sum(other_mass, axis=-1)
@@ -131,15 +139,16 @@ def _soft_sums(soft_targets, x, m, kept, class_mask, scaling, top, again) -> tup
     return below, other_mass + at_kept, other_mass
 
 
-def _top_sums(top, logits, m, kept, class_mask, scaling) -> tuple:
+def _top_sums(rows: Rows, m: Array, scaling: Scaling | None) -> tuple:
     """``(below, mass, other_mass)`` of the soft targets at ``top``."""
-    index, extra = top
-    extra = jnp.where(index < logits.shape[-1], extra.astype(m.dtype), 0)
-    x = widen(*logits_at(index, logits, class_mask), scaling)
+    index, extra = rows.top
+    extra = jnp.where(index < rows.logits.shape[-1], extra.astype(m.dtype), 0)
+    few = at_top(rows)
+    x = widen(few.logits, few.mask, scaling)
     extra = jnp.where((x == -jnp.inf) & (extra == 0), 0, extra)  # as q above
     below = scaled(distance(x, m, extra == 0), scaling)
     below = jnp.where(extra == 0, 0, extra * below)
-    others = jnp.where(index == kept[..., None], 0, extra)
+    others = jnp.where(index == rows.kept[..., None], 0, extra)
     return tuple(jnp.sum(v, axis=-1) for v in (below, extra, others))
 
 
@@ -159,12 +168,13 @@ def _low(given, m, spread, left) -> Array:
     return jnp.sum(lies_below(y, m, 2.0) * exponentials(y, m, left), axis=-1) / 2
 
 
-def logits_at(index: Array, logits: Array, class_mask: Array | None) -> tuple[Array, Array | None]:
-    """The logits at ``index[..., k]``, and whether these classes exist: rows of k classes."""
-    if class_mask is not None:
-        class_mask = entries(jnp.broadcast_to(class_mask, logits.shape), index)
+def at_top(rows: Rows) -> Rows:
+    """The k classes at ``top`` alone."""
+    (index, extra), mask = rows.top, rows.mask
+    if mask is not None:
+        mask = entries(jnp.broadcast_to(mask, rows.logits.shape), index)
     # The barrier as for x_kept.
-    return entries(lax.optimization_barrier(logits), index), class_mask
+    return Rows(entries(lax.optimization_barrier(rows.logits), index), soft=extra, mask=mask)
 
 
 def distance(x: Array, m: Array, unless: Array) -> Array:

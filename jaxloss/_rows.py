@@ -29,7 +29,7 @@ from jaxloss._elementary import exp, expm1, log1p
 from jaxloss._entries import elsewhere, entry, is_kept, of_rank, put_at
 from jaxloss._forward_mode import with_forward_mode
 from jaxloss._logits import Scaling, exponentials, finite, scaled, scaling_slope, widen
-from jaxloss._parts import RowPart, distance, logits_at, merge_shards, row_part
+from jaxloss._parts import RowPart, Rows, at_top, distance, merge_shards, row_part
 from jaxloss._passes import other_exponentials, slope_pass, writes_out
 
 
@@ -88,20 +88,22 @@ def _confidence(t: Array) -> Array:
     return jnp.where(t > -1, 1 / (1 + jnp.maximum(t, 0)), jnp.nan)
 
 
-def row_gradient(logits, state, soft_targets, class_mask, scaling, ct, top=None, dtype=None):
+def row_gradient(
+    rows: Rows, state: RowState, scaling: Scaling | None, ct: RowLosses, dtype: Any = None
+) -> Array:
     """d(sum of ct * losses) / d(logits), in the accumulator's dtype or narrowed to ``dtype``."""
-    dtype = dtype or accumulator_dtype(logits.dtype)
-    dx = _dense_gradient(logits, state, soft_targets, class_mask, scaling, ct, dtype)
-    if top is None:
+    dtype = dtype or accumulator_dtype(rows.logits.dtype)
+    dx = _dense_gradient(rows, state, scaling, ct, dtype)
+    if rows.top is None:
         return dx
     # At the k classes again, with what is asked of them, and put in place.
-    index, extra = top
-    few, few_mask = logits_at(index, logits, class_mask)
+    index, _ = rows.top
     k = index.shape[-1]
+    few = at_top(rows)
     place = lax.broadcasted_iota(jnp.int32, index.shape, index.ndim - 1)
     place = jnp.min(jnp.where(index == state.kept[..., None], place, k), axis=-1, initial=k)
     state = state._replace(kept=place)
-    return put_at(dx, index, _dense_gradient(few, state, extra, few_mask, scaling, ct, dtype))
+    return put_at(dx, index, _dense_gradient(few, state, scaling, ct, dtype))
 
 
 def slope_rows(state: RowState, ct: RowLosses) -> tuple[Array, Array, Array, Array, Array]:
@@ -141,13 +143,15 @@ def slope_rows(state: RowState, ct: RowLosses) -> tuple[Array, Array, Array, Arr
     return m, kept, k * of_p, at_kept, active
 
 
-def _dense_gradient(logits, state, soft_targets, class_mask, scaling, ct, dtype):
-    """In one pass."""
-    given = logits, *slope_rows(state, ct)
-    soft = None if ct.soft is None or soft_targets is None else (ct.soft, soft_targets)
+def _dense_gradient(
+    rows: Rows, state: RowState, scaling: Scaling | None, ct: RowLosses, dtype: Any
+) -> Array:
+    """:func:`row_gradient` as if there were no ``top``, in one pass."""
+    given = rows.logits, *slope_rows(state, ct)
+    soft = None if ct.soft is None or rows.soft is None else (ct.soft, rows.soft)
     entropy = None if ct.entropy is None else (ct.entropy / (1 + state.t), state.spread)
-    others = soft, entropy, class_mask, scaling
-    if all(other is None for other in others) and dtype == logits.dtype:
+    others = soft, entropy, rows.mask, scaling
+    if all(other is None for other in others) and dtype == rows.logits.dtype:
         return slope_pass(of_entries, *given)
     return of_entries(*given, *others, dtype)
 
@@ -194,52 +198,57 @@ def of_entries(
     return narrowed(dx, dtype or logits.dtype)
 
 
-def soft_gradient(logits, state, soft_targets, class_mask, scaling, top=None):
-    """d(soft) / d(soft_targets): -log p, and 0 for a class at -inf that has no mass, or at top."""
-    x = widen(logits, class_mask, scaling)
-    impossible = (x == -jnp.inf) & (soft_targets == 0)
-    if top is not None:
-        impossible |= ~elsewhere(x, top[0])
+def soft_gradient(rows: Rows, state: RowState, scaling: Scaling | None) -> Array:
+    """d(soft) / d(soft targets): -log p, and 0 for a class at -inf that has no mass, or at top."""
+    x = widen(rows.logits, rows.mask, scaling)
+    impossible = (x == -jnp.inf) & (rows.soft == 0)
+    if rows.top is not None:
+        impossible |= ~elsewhere(x, rows.top[0])
     r = log1p(state.t)[..., None]
     below = scaled(state.m[..., None] - jnp.where(impossible, 0, x), scaling)
     return jnp.where(impossible, 0, below + r)
 
 
-def top_gradient(logits, state, class_mask, scaling, top):
-    """d(soft) / d(extra): the same at each index, and 0 past the end."""
-    index, extra = top
-    x, nowhere = widen(*logits_at(index, logits, class_mask), scaling), index >= logits.shape[-1]
+def top_gradient(rows: Rows, state: RowState, scaling: Scaling | None) -> Array:
+    """d(soft) / d(the soft targets at top): the same at each index, and 0 past the end."""
+    index, extra = rows.top
+    few = at_top(rows)
+    x, nowhere = widen(few.logits, few.mask, scaling), index >= rows.logits.shape[-1]
     unless = nowhere | ((x == -jnp.inf) & (extra == 0))
     below = scaled(distance(x, state.m, unless), scaling)
     return jnp.where(unless, 0, below + log1p(state.t)[..., None])
 
 
-def with_derivative(want: tuple[str, ...], soft_targets: Any, top: Any) -> tuple[str, ...]:
-    """The numbers of ``RowLosses`` that are there and have one."""
-    some = tuple(name for name in want if name not in ("confidence", "above"))
-    return some if soft_targets is None and top is None else (*some, "soft")
-
-
 def row_tangents(
-    want, logits, state, soft_targets, class_mask, scaling, top, d_logits, d_soft_targets, d_extra
+    rows: Rows,
+    state: RowState,
+    scaling: Scaling | None,
+    want: tuple[str, ...],
+    d_logits: Any,
+    d_soft: Any,
+    d_extra: Any,
 ) -> RowLosses:
-    """Rows do not mix: the derivative of one number is the gradient at its unit cotangent."""
+    """Rows do not mix: the derivative of one number is the gradient at its unit cotangent.
+
+    The tangents are of the logits, the soft targets and those at top; None: there is none.
+    """
     out: dict[str, Any] = {}
 
     def along(slope, d):
         return jnp.sum(slope * d.astype(slope.dtype), axis=-1)
 
-    for name in with_derivative(want, soft_targets, top):
+    moving = [name for name in want if name not in ("confidence", "above")]
+    if rows.soft is not None or rows.top is not None:
+        moving.append("soft")
+    for name in moving:
         out[name] = jnp.zeros_like(state.m)
         if d_logits is not None:
             ct = RowLosses(**{name: jnp.ones_like(state.m)})
-            slope = row_gradient(logits, state, soft_targets, class_mask, scaling, ct, top)
-            out[name] += along(slope, d_logits)
-    if d_soft_targets is not None:
-        slope = soft_gradient(logits, state, soft_targets, class_mask, scaling, top)
-        out["soft"] += along(slope, d_soft_targets)
+            out[name] += along(row_gradient(rows, state, scaling, ct), d_logits)
+    if d_soft is not None:
+        out["soft"] += along(soft_gradient(rows, state, scaling), d_soft)
     if d_extra is not None:
-        out["soft"] += along(top_gradient(logits, state, class_mask, scaling, top), d_extra)
+        out["soft"] += along(top_gradient(rows, state, scaling), d_extra)
     return RowLosses(**out)
 
 
@@ -280,46 +289,41 @@ def row_losses(
     ``soft_targets`` and ``class_mask``; a label has index C where another device holds it.
     """
 
-    def part_of(logits, soft_targets, extra, kept, class_mask, index, backward_follows=False):
-        top = None if extra is None else (index, extra)
-        part = row_part(
-            logits, kept, soft_targets, class_mask, scaling, want, top=top,
-            backward_follows=backward_follows,
-        )  # fmt: skip
-        return merge_shards(part, vocab_axes, kept is not None, logits.shape[-1], scaling)
+    def nested(logits, soft, extra, kept, mask, index):
+        return Rows(logits, kept, soft, mask, None if extra is None else (index, extra))
+
+    def part_of(rows, backward_follows=False):
+        part = row_part(rows, scaling, want, backward_follows=backward_follows)
+        labelled = rows.kept is not None
+        return merge_shards(part, vocab_axes, labelled, rows.logits.shape[-1], scaling)
 
     def losses(*args):
-        return finish(part_of(*args), want, scaling)[0]
+        return finish(part_of(nested(*args)), want, scaling)[0]
 
-    def forward(logits, soft_targets, extra, kept, class_mask, index):
-        part = part_of(logits, soft_targets, extra, kept, class_mask, index, backward_follows=True)
-        out, state = finish(part, want, scaling)
-        return out, (logits, state, soft_targets, extra, class_mask, index)
+    def forward(*args):
+        rows = nested(*args)
+        out, state = finish(part_of(rows, backward_follows=True), want, scaling)
+        return out, (rows._replace(kept=None), state)  # it is in the state
 
     def backward(residuals, ct):
-        logits, state, soft_targets, extra, class_mask, index = residuals
-        top = None if extra is None else (index, extra)
-        if not writes_out(logits):
+        rows, state = residuals
+        if not writes_out(rows.logits):
             # Without the barrier XLA:CPU shares the widened logits (and the broadcast of m) with
             # the forward pass, and holds them: a float32 copy of the logits.
-            scalars = state._replace(kept=None)
-            logits, scalars = apart(logits, scalars)
-            state = scalars._replace(kept=state.kept)
-        dx = row_gradient(logits, state, soft_targets, class_mask, scaling, ct, top, logits.dtype)
-        dq = d_extra = None
-        if soft_targets is not None and ct.soft is not None:
-            slope = soft_gradient(logits, state, soft_targets, class_mask, scaling, top)
-            dq = sum_to(asked_for(ct.soft, slope), soft_targets)
-        if extra is not None and ct.soft is not None:
-            slope = top_gradient(logits, state, class_mask, scaling, top)
-            d_extra = asked_for(ct.soft, slope).astype(extra.dtype)
-        return dx, dq, d_extra, None, None, None
+            logits, scalars = apart(rows.logits, state._replace(kept=None))
+            rows, state = rows._replace(logits=logits), scalars._replace(kept=state.kept)
+        dx = row_gradient(rows, state, scaling, ct, rows.logits.dtype)
+        d_soft = d_extra = None
+        if rows.soft is not None and ct.soft is not None:
+            d_soft = sum_to(asked_for(ct.soft, soft_gradient(rows, state, scaling)), rows.soft)
+        if rows.top is not None and ct.soft is not None:
+            slope = top_gradient(rows, state, scaling)
+            d_extra = asked_for(ct.soft, slope).astype(rows.top[1].dtype)
+        return dx, d_soft, d_extra, None, None, None
 
     def tangent(residuals, tangents):
-        logits, state, soft_targets, extra, class_mask, index = residuals
-        top = None if extra is None else (index, extra)
-        given = logits, state, soft_targets, class_mask, scaling, top
-        moved = row_tangents(want, *given, *tangents[:3])
+        rows, state = residuals
+        moved = row_tangents(rows, state, scaling, want, *tangents[:3])
         return _mesh.sums(moved, vocab_axes) if vocab_axes else moved
 
     index, extra = (None, None) if top is None else top
@@ -334,7 +338,7 @@ def row_log_softmax(logits: Array, class_mask: Array | None = None) -> Array:
     """log_softmax of ``logits[..., C]`` over the last axis, in the logits' dtype."""
 
     def forward(logits, class_mask):
-        _, state = finish(row_part(logits, None, None, class_mask, None, ()), ())
+        _, state = finish(row_part(Rows(logits, mask=class_mask), None, ()), ())
         x = widen(logits, class_mask, None)
         out = (x - state.m[..., None]) - log1p(state.t)[..., None]
         return narrowed(out, logits.dtype), (logits, state, class_mask)
@@ -349,7 +353,8 @@ def row_log_softmax(logits: Array, class_mask: Array | None = None) -> Array:
         given = lax.optimization_barrier(lax.stop_gradient(wide))
         asked = jnp.any(given != 0, axis=-1) | _sound(state)
         ct = RowLosses(soft=asked.astype(wide.dtype))
-        dx = row_gradient(logits, state, -wide, class_mask, None, ct, dtype=logits.dtype)
+        rows = Rows(logits, soft=-wide, mask=class_mask)
+        dx = row_gradient(rows, state, None, ct, logits.dtype)
         return dx, None
 
     def tangent(residuals, tangents):

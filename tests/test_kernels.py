@@ -372,7 +372,7 @@ def test_devices_with_numbers_of_their_own(tpu, monkeypatch):
 
     def computed(geometry, hidden, kernel, bias, kept, count):
         logits = _products.product(hidden, kernel, bias, geometry)
-        m, s, x_kept, *_ = _parts.row_part(logits, kept, None, None, None, ())
+        m, s, x_kept, *_ = _parts.row_part(_parts.Rows(logits, kept), None, ())
         past = jnp.arange(kept.size, dtype=jnp.int32) >= count
         return _parts.RowPart(*(jnp.where(past, jnp.nan, x) for x in (m, s, x_kept)), kept)
 

@@ -172,14 +172,14 @@ def test_no_index_is_out_of_bounds():
 def test_scaling():
     assert _logits.scaling_of(None) is None
     assert _logits.scaling_of(None, 1) is None
-    assert _logits.scaling_of(None, 2) == Scaling(None, 2)
-    assert _logits.scaling_of(3.0) == Scaling(3.0, 1.0)
+    assert _logits.scaling_of(None, 2) == Scaling(None, 0.5)
+    assert _logits.scaling_of(3.0) == Scaling(3.0, 3.0)
     x = jnp.array([[1.0, -4.0]])
     mask = jnp.array([[True, False]])
     for scaling, expected in (
-        (Scaling(None, 2), [[0.5, -jnp.inf]]),
-        (Scaling(4.0, 1), [[4 * np.tanh(0.25), -jnp.inf]]),
-        (Scaling(4.0, 2), [[2 * np.tanh(0.25), -jnp.inf]]),
+        (_logits.scaling_of(None, 2), [[0.5, -jnp.inf]]),
+        (_logits.scaling_of(4.0, 1), [[4 * np.tanh(0.25), -jnp.inf]]),
+        (_logits.scaling_of(4.0, 2), [[2 * np.tanh(0.25), -jnp.inf]]),
     ):
         got = _logits.scaled(_logits.widen(x, mask, scaling), scaling)
         np.testing.assert_allclose(got, expected, rtol=2 * EPS)
@@ -298,7 +298,7 @@ def test_exponentials_are_held_where_their_gradient_follows(one_device, f, times
     assert len(re.findall(r"\bscatter\b", text)) == times
 
 
-@pytest.mark.parametrize("scaling", [Scaling(3.0, 0.25), Scaling(3.0, 1.0), Scaling(None, 0.25)])
+@pytest.mark.parametrize("scaling", [_logits.scaling_of(3.0, 0.25), _logits.scaling_of(3.0, 1.0), _logits.scaling_of(None, 0.25)])
 def test_slopes_of_the_scaling(scaling):
     x = jnp.linspace(-9, 9, 37)
 
