@@ -22,6 +22,7 @@ from jaxloss import (
     _logits,
     _mesh,
     _parts,
+    _passes,
     _prediction,
     _products,
     _row_kernel,
@@ -78,10 +79,11 @@ def default_block(num_tokens: int, num_classes: int) -> int:
     return max(1, min(block, num_classes))
 
 
-def _over_blocks(classes: int, block: int, step, combine):
-    """``combine(state, step(start, size))`` over all blocks, the first being short."""
+def _over_blocks(classes: int, block: int, step, combine, begin=lambda first: first):
+    """``combine(state, step(start, size))`` over all blocks but the first, which is short, and of
+    which the state is made."""
     first = classes % block or block
-    state = combine(None, step(0, first))
+    state = begin(step(0, first))
     if first == classes:
         return state
 
@@ -143,8 +145,6 @@ def _swept(options: Options, operands: Operands, constants: Constants):
         return part._replace(kept=part.kept + start), best, of_label
 
     def combine(state, new):
-        if state is None:
-            return new
         (part, best, of_label), (new_part, new_best, new_of_label) = state, new
         if best is not None:
             better = new_best[0] > best[0]
@@ -160,22 +160,18 @@ def _swept(options: Options, operands: Operands, constants: Constants):
 
 def _fused(options: Options, operands: Operands, constants: Constants) -> _parts.RowPart:
     """The RowPart alone, of labels, by the kernel."""
-    part = jax.custom_jvp(partial(_row_kernel.row_part, options.geometry))
 
-    @part.defjvp
-    def _(primals, tangents):
-        *given, kept, _ = primals
+    def swept(hidden, kernel, bias, kept, _):
+        some = Operands(hidden, kernel, bias, None, None, None, None)
+        return _swept(options, some, Constants(kept, None, None, None, None))[0][:3]
 
-        def swept(hidden, kernel, bias):
-            # Of labels alone; a rule that refers to operands from outside would leak them.
-            some = Operands(hidden, kernel, bias, None, None, None, None)
-            return _swept(options, some, Constants(kept, None, None, None, None))[0][:3]
+    def by_kernel(*args):
+        return _row_kernel.row_part(options.geometry, *args)[:3]
 
-        # The kernel has no derivative of its own; what XLA sweeps is the same function.
-        dm, ds, dx_kept = jax.jvp(swept, given, list(tangents[:3]))[1]
-        return part(*primals), _parts.RowPart(dm, ds, dx_kept, tangents[3])
-
-    return part(*operands[:3], constants.kept, constants.counts)
+    kept = constants.kept
+    part = _passes.with_derivative_of(swept, by_kernel)
+    m, s, x_kept = part(*operands[:3], kept, constants.counts)
+    return _parts.RowPart(m, s, x_kept, kept)
 
 
 def _forward(options: Options, operands: Operands, constants: Constants):
@@ -193,7 +189,7 @@ def _forward(options: Options, operands: Operands, constants: Constants):
     losses, state = _rows.finish(part, options.want, options.scaling)
     prediction = rank = None
     if best is not None:
-        first = classes * lax.axis_index(axes) if axes else 0
+        first = _mesh.first(classes, axes)
         prediction = _prediction.class_of(best[0], best[1] + first, axes)
     if of_label is not None:
         rank = _rank(options, operands, constants, of_label)
@@ -209,7 +205,7 @@ def _rank(options: Options, operands: Operands, constants: Constants, of_label: 
     blocks have been searched for the label. Where nobody reads it, XLA leaves the sweep out."""
     geometry = options.geometry
     axes = geometry.vocab_axes
-    first = geometry.num_classes * lax.axis_index(axes) if axes else 0
+    first = _mesh.first(geometry.num_classes, axes)
     label, of_label, found = _prediction.found_label(
         constants.kept, of_label, geometry.num_classes, first, axes
     )
@@ -218,10 +214,7 @@ def _rank(options: Options, operands: Operands, constants: Constants, of_label: 
         b = _block(options, operands, constants, start, size)
         return _prediction.ahead(_unscaled(b), of_label, label - first - start)
 
-    def combine(state, new):
-        return new if state is None else state + new
-
-    before = _over_blocks(geometry.num_classes, geometry.chunk, step, combine)
+    before = _over_blocks(geometry.num_classes, geometry.chunk, step, jnp.add)
     return jnp.where(found, lax.psum(before, axes) if axes else before, -1)
 
 
@@ -292,23 +285,13 @@ def _swept_gradients(
         given = operands, constants, _at_block(state, start, size), ct
         return start, _block_gradients(options, active, *given, start, size)
 
-    def combine(total, new):
-        start, new = new
-        summed = (new.hidden, new.share, new.extra)  # of the others each block has its own
-        if total is None:
-            blank = (
-                None if g is None else jnp.zeros_like(x) for g, x in zip(new, operands, strict=True)
-            )
-            total = Operands(*blank)
-        else:
-            summed = map(_parts.added, (total.hidden, total.share, total.extra), summed)
-        hidden, share, extra = summed
-
+    def with_block(total, start, new, summed):
         def put(x, g, axis=-1):
             if x is None:
                 return None
             return lax.dynamic_update_slice_in_dim(x, g.astype(x.dtype), start, axis)
 
+        hidden, share, extra = summed
         return Operands(
             hidden,
             put(total.kernel, new.kernel, geometry.vocab_axis),
@@ -319,7 +302,22 @@ def _swept_gradients(
             extra,
         )
 
-    return _over_blocks(geometry.num_classes, geometry.chunk, step, combine)
+    def sums(x):  # of the others each block has its own
+        return x.hidden, x.share, x.extra
+
+    def begin(new):
+        start, new = new
+        blank = (
+            None if g is None else jnp.zeros_like(x) for g, x in zip(new, operands, strict=True)
+        )
+        return with_block(Operands(*blank), start, new, sums(new))
+
+    def combine(total, new):
+        start, new = new
+        summed = map(_parts.added, sums(total), sums(new))
+        return with_block(total, start, new, summed)
+
+    return _over_blocks(geometry.num_classes, geometry.chunk, step, combine, begin)
 
 
 def _block_gradients(
@@ -390,9 +388,7 @@ def _tangents(options: Options, residuals, tangents) -> _rows.RowLosses:
         rows = _parts.Rows(x, soft=soft, mask=mask, top=top)
         return _rows.row_tangents(rows, here, options.scaling, options.want, dx, d_soft, d_extra)
 
-    def combine(total, new):
-        return new if total is None else jax.tree.map(jnp.add, total, new)
-
+    combine = partial(jax.tree.map, jnp.add)
     total = _over_blocks(geometry.num_classes, geometry.chunk, step, combine)
     return _mesh.sums(total, geometry.vocab_axes) if geometry.vocab_axes else total
 

@@ -3,10 +3,9 @@
 import math
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import Array
-
-from jaxloss._labels import TopKLabels
 
 
 def classes_last(x: Array, axes: tuple[int, ...]) -> Array:
@@ -46,14 +45,7 @@ def rows_of_mask(mask: Array | None, lead: tuple[int, ...]) -> tuple[Array | Non
     return rows, jnp.broadcast_to(index, lead).reshape(-1)
 
 
-def flat_labels(labels: Any, lead: tuple[int, ...]) -> tuple[tuple, Any]:
-    """(the arrays of the labels, one row a token; what is static about them)."""
-    tokens = math.prod(lead)
-    arrays, rest = (labels,), None
-    if isinstance(labels, TopKLabels):
-        arrays, rest = (labels.indices, labels.probabilities), labels.rest
-    return tuple(x.reshape(tokens, *x.shape[len(lead) :]) for x in arrays), rest
-
-
-def joined(arrays: Any, rest: Any) -> Any:
-    return arrays[0] if rest is None else TopKLabels(arrays[0], arrays[1], rest)
+def flat_labels(labels: Any, lead: tuple[int, ...]) -> tuple[list, Any]:
+    """(the arrays of the labels, one row a token; their tree)."""
+    arrays, tree = jax.tree.flatten(labels)
+    return [x.reshape(math.prod(lead), *x.shape[len(lead) :]) for x in arrays], tree

@@ -15,7 +15,7 @@ from jaxloss._forward_mode import with_forward_mode
 from jaxloss._jit import jit
 from jaxloss._labels import TopKLabels
 from jaxloss._mesh import AxisName
-from jaxloss._terms import rows_of_logits, token_terms
+from jaxloss._terms import TokenOptions, rows_of_logits, token_terms
 
 
 def log_softmax(logits: ArrayLike, axis: int | tuple[int, ...] = -1, *, where=None) -> Array:
@@ -144,7 +144,7 @@ def _nll_loss(
         labels = classes_last(labels, axes)
     targets = _targets.make_targets(
         labels,
-        _targets.classes_here(num_classes, num_classes, ()),
+        _targets.classes_here(num_classes),
         x.dtype,
         weight=weight,
         sample_weight=sample_weight,
@@ -323,16 +323,21 @@ def losses_of_logits(
     _arguments.split(call, name, logits, checked.of_tokens, vocab_axes, token_axes)
     smoothing = _check.number(call, "label_smoothing", label_smoothing, 0, 1)
     _arguments.bucket(call, checked.arrays.labels, weight, smoothing)
+    static = checked.static
+    options = TokenOptions(
+        static.pop("ignore_index"),
+        smoothing,
+        _check.number(call, "z_loss", z_loss, 0),
+        _check.flag(call, "return_stats", return_stats),
+    )
     return _cross_entropy(
         logits,
         *checked.arrays,
-        **checked.static,
+        **static,
         vocab_axes=vocab_axes,
         token_axes=token_axes,
-        label_smoothing=smoothing,
-        z_loss=_check.number(call, "z_loss", z_loss, 0),
         scaling=_logits.scaling_of(*_arguments.scaling(call, logit_softcap, temperature)),
-        return_stats=_check.flag(call, "return_stats", return_stats),
+        options=options,
     )
 
 
@@ -347,14 +352,11 @@ def _cross_entropy(
     *,
     axes,
     num_classes,
-    ignore_index,
     reduction,
     vocab_axes,
     token_axes,
-    label_smoothing,
-    z_loss,
     scaling,
-    return_stats,
+    options,
 ):
     if _targets.is_probabilities(labels):
         labels = classes_last(labels, axes)
@@ -368,12 +370,9 @@ def _cross_entropy(
         sample_weight,
         token_mask,
         dtype=accumulator_dtype(x.dtype),
-        ignore_index=ignore_index,
-        label_smoothing=label_smoothing,
-        z_loss=z_loss,
-        with_stats=return_stats,
+        options=options,
     )
     loss = _targets.reduce_losses(losses, targets, sample_weight, reduction, token_axes)
-    if not return_stats:
+    if stats is None:
         return loss
     return loss, stats if reduction == "none" else lax.stop_gradient(stats)

@@ -141,7 +141,7 @@ def _focal_loss(
     dtype = accumulator_dtype(logits.dtype)
     targets = _targets.make_targets(
         labels,
-        _targets.classes_here(num_classes, num_classes, ()),
+        _targets.classes_here(num_classes),
         dtype,
         weight=weight,
         sample_weight=sample_weight,

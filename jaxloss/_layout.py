@@ -94,11 +94,9 @@ def over_mesh(
     *,
     schedule: Callable,
     layout: Layout,
-    static: tuple,
-    reduction: str,
-    return_stats: bool,
+    static: tuple[tuple[str, Any], ...],
 ) -> Any:
-    """``schedule(*arrays)`` inside ``shard_map``, every array split as the layout says."""
+    """``schedule(*arrays, **static)`` inside ``shard_map``, arrays split as the layout says."""
     hidden, kernel, bias, labels, weight, sample_weight, class_mask, token_mask = arrays
     tokens, vocab = layout.tokens, layout.vocab_axes or None
 
@@ -131,10 +129,11 @@ def over_mesh(
         jax.tree.map(lambda a, s=spec: jax.reshard(a, jax.NamedSharding(layout.mesh, s)), x)
         for x, spec in zip(arrays, specs, strict=True)
     )
-    out = rows if reduction == "none" else P()
+    options = dict(static)
+    out = rows if options["reduction"] == "none" else P()
     return jax.shard_map(
-        partial(schedule, **dict(static)),
+        partial(schedule, **options),
         mesh=layout.mesh,
         in_specs=specs,
-        out_specs=(out, rows) if return_stats else out,
+        out_specs=(out, rows) if options["options"].with_stats else out,
     )(*arrays)

@@ -36,21 +36,9 @@ def _settled(grads: Operands, operands: Operands, keep=frozenset()) -> Operands:
     return map_operands(settled, grads, operands)
 
 
-def _flat(operands: Operands) -> tuple:
-    return (*operands[:3], *operands.per_token, *operands.shared, *operands.teacher)
-
-
-def _nesting(like: Operands):
-    """The inverse of ``_flat``. It holds no array of ``like``'s: a derivative rule, which outlives
-    the trace that it is made in, may refer to it."""
-    i = len(like.per_token)
-    j = i + len(like.shared)
-
-    def nested(flat) -> Operands:
-        hidden, kernel, bias, *rest = flat
-        return Operands(hidden, kernel, bias, tuple(rest[:i]), tuple(rest[i:j]), tuple(rest[j:]))
-
-    return nested
+def _flat(operands: Operands) -> tuple[list, Any]:
+    """Those that are None too."""
+    return jax.tree.flatten(operands, is_leaf=lambda x: x is None)
 
 
 def losses_by_token(
@@ -61,7 +49,8 @@ def losses_by_token(
     ``value(operands, packing)`` computes them where nothing is differentiated; None: chunk by chunk
     too.
     """
-    count, nested = len(_flat(operands)), _nesting(operands)
+    leaves, tree = _flat(operands)
+    count, nested = len(leaves), tree.unflatten
     compute = value or _differentiable(partial(_sweeps.losses, loss_fn, geometry))
 
     def function(*args):
@@ -80,7 +69,7 @@ def losses_by_token(
         given = nested(values[:count])
         *_, grads = gradients(given, Packing(*values[count:]), ct[0])
         grads = map_operands(lambda g, x: g.astype(x.dtype), _settled(grads, given), given)
-        return (*_flat(grads), None, None)
+        return (*_flat(grads)[0], None, None)
 
     def tangent(residuals, tangents):
         values, _ = residuals
@@ -99,7 +88,7 @@ def losses_by_token(
 
     rule = jax.custom_vjp(function)
     rule.defvjp(forward, backward, symbolic_zeros=True)
-    return with_forward_mode(rule, tangent, whole=False)(*_flat(operands), *packing)
+    return with_forward_mode(rule, tangent, whole=False)(*leaves, *packing)
 
 
 def _scale_of(weight: Array, operands: Operands, axes: _mesh.Axes) -> Array | None:
@@ -126,11 +115,12 @@ def weighted_sum(
 
     ``loss_fn`` has one loss; ``weight[N]`` is 0 where a token does not count; ``value`` as above.
     """
-    count, nested = len(_flat(operands)), _nesting(operands)
+    leaves, tree = _flat(operands)
+    count, nested = len(leaves), tree.unflatten
     compute = value or _differentiable(partial(_sweeps.losses, loss_fn, geometry))
 
     wide = weight.dtype
-    differentiated = weight, *_flat(operands)
+    differentiated = weight, *leaves
     homes = [_mesh.varies_over(x) for x in differentiated]
     dtypes = [None if x is None else x.dtype for x in differentiated]
     summed = {*geometry.vocab_axes, *geometry.token_axes}
@@ -158,7 +148,7 @@ def weighted_sum(
         # Summed over devices now where they all have the same cotangent to scale by.
         grads = _settled(grads, given, varies)
         d_weight = losses if weight.perturbed else None
-        return (total(weight.value, losses), others), (d_weight, *_flat(grads))
+        return (total(weight.value, losses), others), (d_weight, *_flat(grads)[0])
 
     def backward(residuals, ct):
         def scaled(g, home, dtype):
@@ -178,7 +168,7 @@ def weighted_sum(
 
     rule = jax.custom_vjp(function)
     rule.defvjp(forward, backward, symbolic_zeros=True)
-    return with_forward_mode(rule, tangent, whole=False)(weight, *_flat(operands), *packing)
+    return with_forward_mode(rule, tangent, whole=False)(weight, *leaves, *packing)
 
 
 def reduced(

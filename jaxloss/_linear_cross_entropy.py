@@ -20,6 +20,7 @@ from jaxloss._arguments import Reduction
 from jaxloss._implementation import Implementation
 from jaxloss._mesh import AxisName
 from jaxloss._schedules import by_token_chunks, by_vocab_blocks
+from jaxloss._terms import TokenOptions
 
 
 def linear_cross_entropy(
@@ -238,11 +239,8 @@ def losses_of_product(
         "reduction": reduction,
         "scaling": scaling,
         "fused": chosen.fused,
-        "options": (
-            ("ignore_index", ignored),
-            ("label_smoothing", smoothing),
-            ("z_loss", _check.number(call, "z_loss", z_loss, 0)),
-            ("with_stats", with_stats),
+        "options": TokenOptions(
+            ignored, smoothing, _check.number(call, "z_loss", z_loss, 0), with_stats
         ),
     }
     schedule = by_token_chunks if chosen.by_tokens else by_vocab_blocks
@@ -254,6 +252,4 @@ def losses_of_product(
         schedule=schedule,
         layout=layout,
         static=tuple(static.items()),
-        reduction=reduction,
-        return_stats=with_stats,
     )

@@ -52,6 +52,11 @@ def size(axes: Axes) -> int:
     return lax.axis_size(axes) if axes else 1
 
 
+def first(size: int, axes: Axes) -> Any:
+    """The place of this device's first, of what is split in parts of ``size``."""
+    return size * lax.axis_index(axes) if axes else 0
+
+
 def settle(x: Any, keep: Iterable) -> Any:
     """The sum of ``x`` over the axes that it varies over, but for those to ``keep``."""
     axes = () if x is None else tuple(sorted(varies_over(x) - frozenset(keep)))

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxloss import _blocks, _chunks, _entries, _linear, _mesh, _row_kernel, _sweeps, _targets
-from jaxloss._canonical import flat_labels, joined, rows_of_mask
+from jaxloss._canonical import flat_labels, rows_of_mask
 from jaxloss._casts import accumulator_dtype
 from jaxloss._jit import jit
 from jaxloss._terms import TokenStats, rows_of_logits, token_terms
@@ -20,7 +20,6 @@ def by_token_chunks(
     hidden, kernel, bias, labels, weight, sample_weight, class_mask, token_mask,
     *, geometry, num_classes, reduction, scaling, fused, options,
 ):  # fmt: skip
-    options = dict(options)
     classes = _targets.classes_here(num_classes, geometry.num_classes, geometry.vocab_axes)
     lead, wide = hidden.shape[:-1], accumulator_dtype(hidden.dtype)
     targets = _targets.make_targets(
@@ -30,10 +29,10 @@ def by_token_chunks(
         weight=weight,
         sample_weight=sample_weight,
         token_mask=token_mask,
-        ignore_index=options["ignore_index"],
+        ignore_index=options.ignore_index,
     )
     mask_rows, mask_index = rows_of_mask(class_mask, lead)
-    scalar, with_stats = reduction != "none", options["with_stats"]
+    scalar, with_stats = reduction != "none", options.with_stats
 
     def loss_fn(x, per_token, shared):
         *labels, index = per_token
@@ -42,8 +41,8 @@ def by_token_chunks(
         # Counted anew: traced values must not leak into the loop that this runs in.
         classes = _targets.classes_here(num_classes, x.shape[-1], geometry.vocab_axes)
         losses, stats, _ = token_terms(
-            rows_of_logits(x, scaling), classes, joined(labels, rest), weight, mask, dtype=wide,
-            **options,
+            rows_of_logits(x, scaling), classes, tree.unflatten(labels), weight, mask, dtype=wide,
+            options=options,
         )  # fmt: skip
         if stats is None:
             return (losses,), ()
@@ -53,18 +52,18 @@ def by_token_chunks(
         # Where nothing is differentiated: all chunks' tokens at once, their logits held nowhere.
         labels, _ = (_chunks.taken(x, packing.order) for x in operands.per_token)
 
-        def rows_of(targets, classes, *rest):
+        def rows_of(targets, classes, _mask, _weight, _smoothing, want, _predict):
             hidden = _chunks.taken(operands.hidden, packing.order)
             of_rows = operands._replace(hidden=hidden), targets.kept, packing.size
-            return _row_kernel.row_losses(geometry, *of_rows, rest[-2]), None, None
+            return _row_kernel.row_losses(geometry, *of_rows, want), None, None
 
         losses, *_ = token_terms(
-            rows_of, classes, labels, operands.shared[0], None, dtype=wide, **options
+            rows_of, classes, labels, operands.shared[0], None, dtype=wide, options=options
         )
         blank = _mesh.spread(jnp.zeros(tokens, wide), _mesh.varies_over(losses))
         return (_chunks.put_back(packing.order, blank, losses),), ()
 
-    tokens, (labels, rest) = math.prod(lead), flat_labels(labels, lead)
+    tokens, (labels, tree) = math.prod(lead), flat_labels(labels, lead)
     operands = _sweeps.Operands(
         hidden.reshape(tokens, hidden.shape[-1]),
         kernel,
@@ -87,7 +86,6 @@ def by_vocab_blocks(
     hidden, kernel, bias, labels, weight, sample_weight, class_mask, token_mask,
     *, geometry, num_classes, reduction, scaling, fused, options,
 ):  # fmt: skip
-    options = dict(options)
     axes = geometry.vocab_axes
     classes = _targets.classes_here(num_classes, geometry.num_classes, axes)
     lead, wide = hidden.shape[:-1], accumulator_dtype(hidden.dtype)
@@ -95,13 +93,14 @@ def by_vocab_blocks(
     mask, mask_row = rows_of_mask(class_mask, lead)
     if mask is not None:
         mask = jnp.broadcast_to(mask, (mask.shape[0], classes.size))
-    labels = joined(*flat_labels(labels, lead))
+    labels, tree = flat_labels(labels, lead)
+    labels = tree.unflatten(labels)
     sample_weight, token_mask = (
         None if x is None else x.reshape(tokens) for x in (sample_weight, token_mask)
     )
     rows = hidden.reshape(tokens, hidden.shape[-1])
     exists = _targets.existing(mask, classes, 2)
-    all_count = options["ignore_index"] is None and sample_weight is None and token_mask is None
+    all_count = options.ignore_index is None and sample_weight is None and token_mask is None
 
     def rows_of(targets, classes, _, weight, label_smoothing, want, predict):
         # Gradients of what no token owns are summed over the devices after the loop, not in it.
@@ -132,7 +131,7 @@ def by_vocab_blocks(
         sample_weight,
         token_mask,
         dtype=wide,
-        **options,
+        options=options,
     )
     loss = _targets.reduce_losses(losses, targets, sample_weight, reduction, geometry.token_axes)
     loss = loss.reshape(lead) if reduction == "none" else loss

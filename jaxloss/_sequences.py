@@ -197,7 +197,7 @@ def _sequence_weight(labels, segment_ids, sample_weight, *, num_segments, ignore
     any_class = jnp.iinfo(jnp.int32).max
     targets = _targets.make_targets(
         labels,
-        _targets.classes_here(any_class, any_class, ()),
+        _targets.classes_here(any_class),
         dtype,
         weight=None,
         sample_weight=sample_weight,

@@ -54,23 +54,20 @@ class Operands(NamedTuple):
     teacher: tuple = ()  # (hidden, kernel, bias) of the second product
 
 
-def map_operands(function, first: Operands, *rest: Operands) -> Operands:
+def _of_tokens(operands: Operands) -> Operands:
+    """Which have a row a token; to the gradient of any other each chunk adds a part."""
+    tokens, shared = len(operands.per_token), len(operands.shared)
+    teacher = (True, False, False)[: len(operands.teacher)]
+    return Operands(True, False, False, (True,) * tokens, (False,) * shared, teacher)
+
+
+def map_operands(function: Callable, first: Operands, *rest: Operands) -> Operands:
     """``function`` of each operand that is there in ``first``, None for the others."""
 
     def one(x, *others):
         return None if x is None else function(x, *others)
 
-    def many(*fields):
-        return tuple(one(*xs) for xs in zip(*fields, strict=True))
-
-    return Operands(
-        one(first.hidden, *(r.hidden for r in rest)),
-        one(first.kernel, *(r.kernel for r in rest)),
-        one(first.bias, *(r.bias for r in rest)),
-        many(first.per_token, *(r.per_token for r in rest)),
-        many(first.shared, *(r.shared for r in rest)),
-        many(first.teacher, *(r.teacher for r in rest)),
-    )
+    return jax.tree.map(one, first, *rest, is_leaf=lambda x: x is None)
 
 
 def _teacher_logits(operands: Operands, at: Array, geometry: Geometry, packing: Packing) -> tuple:
@@ -136,28 +133,21 @@ def gradients(
     chunk = geometry.chunk
     if not active.kernel:
         chunk = value_chunk(chunk, _columns(kernel, operands, geometry), FROZEN_KERNEL_MIB)
-    *like, rows_like = jax.eval_shape(part, packing.order[:chunk])
+    *like, gradient = jax.eval_shape(part, packing.order[:chunk])
+    rows = _of_tokens(operands)
 
     def narrow(g, x):
         # Parts of a sum over devices are not narrowed before it.
         summed = _mesh.varies_over(g) - _mesh.varies_over(x)
         return accumulator_dtype(x.dtype) if summed else held_dtype(x.dtype)
 
-    def rows(g, x):
-        return _mesh.blank(g, x.shape, narrow(g, x))
-
-    def sums(g, x):  # over chunks, never narrower than float32
-        return _mesh.blank(g, dtype=accumulator_dtype(x.dtype))
+    def blank_of(g, x, of_tokens):
+        if of_tokens:
+            return _mesh.blank(g, x.shape, narrow(g, x))
+        return _mesh.blank(g, dtype=accumulator_dtype(x.dtype))  # a sum, never narrower
 
     def blank():
-        of_rows = map_operands(rows, rows_like, operands)
-        of_sums = map_operands(sums, rows_like, operands)
-        total = of_sums._replace(
-            hidden=of_rows.hidden,
-            per_token=of_rows.per_token,
-            teacher=(*of_rows.teacher[:1], *of_sums.teacher[1:]),
-        )
-        return *_blank_rows(size, like), total
+        return *_blank_rows(size, like), map_operands(blank_of, gradient, operands, rows)
 
     def finish(state):
         *each, total = state
@@ -166,7 +156,9 @@ def gradients(
             final = final._replace(kernel=total.kernel)
         return *each, final
 
-    losses, others, total = sweep(packing, chunk, part, _with_chunk, blank, finish, dynamic)
+    losses, others, total = sweep(
+        packing, chunk, part, partial(_with_chunk, rows), blank, finish, dynamic
+    )
     total = total._replace(kernel=scattered(total.kernel, geometry))
     return losses, others, total
 
@@ -225,26 +217,13 @@ def _completed(some: tuple, every: tuple) -> tuple:
     return tuple(x if one is None else one for one, x in zip(some, every, strict=True))
 
 
-def _with_chunk(state, at: Array, values):
-    """The state of a sweep over gradients, and what one chunk gives."""
+def _with_chunk(rows: Operands, state: tuple, at: Array, values: tuple) -> tuple:
+    """The state of a sweep over gradients and what the tokens ``at`` give; ``rows``: of_tokens."""
 
-    def put(total, x):
-        return None if total is None else put_back(at, total, x)
+    def with_part(total, x, of_tokens):
+        return put_back(at, total, x) if of_tokens else total + x.astype(total.dtype)
 
-    def add(total, x):
-        return None if total is None else total + x.astype(total.dtype)
-
-    (losses, others, total), (*rows, new) = state, values
-    losses, others = jax.tree.map(partial(put_back, at), (losses, others), tuple(rows))
-    total = Operands(
-        put(total.hidden, new.hidden),
-        add(total.kernel, new.kernel),
-        add(total.bias, new.bias),
-        tuple(map(put, total.per_token, new.per_token)),
-        tuple(map(add, total.shared, new.shared)),
-        (
-            *map(put, total.teacher[:1], new.teacher[:1]),
-            *map(add, total.teacher[1:], new.teacher[1:]),
-        ),
-    )
-    return losses, others, total
+    *each, total = state
+    *new, part = values
+    each = jax.tree.map(partial(put_back, at), each, new)
+    return *each, map_operands(with_part, total, part, rows)

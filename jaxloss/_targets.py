@@ -32,9 +32,10 @@ class Classes(NamedTuple):
     axes: _mesh.Axes  # the mesh axes that the columns are split over
 
 
-def classes_here(total: int, size: int, vocab_axes: _mesh.Axes) -> Classes:
-    start = size * lax.axis_index(vocab_axes) if vocab_axes else 0
-    return Classes(total, size, start, vocab_axes)
+def classes_here(total: int, size: int | None = None, vocab_axes: _mesh.Axes = ()) -> Classes:
+    """``size``: by default all are here."""
+    size = total if size is None else size
+    return Classes(total, size, _mesh.first(size, vocab_axes), vocab_axes)
 
 
 def existing(class_mask: Array | None, classes: Classes, rank: int) -> Array | None:

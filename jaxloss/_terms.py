@@ -43,6 +43,15 @@ class TokenStats(NamedTuple):
 export.register_namedtuple_serialization(TokenStats, serialized_name="jaxloss.TokenStats")
 
 
+class TokenOptions(NamedTuple):
+    """What is static about each token's loss."""
+
+    ignore_index: int | None
+    label_smoothing: float
+    z_loss: float
+    with_stats: bool
+
+
 def rows_of_logits(x: Array, scaling: _logits.Scaling | None):
     """How :func:`token_terms` gets its rows where the logits ``x[..., columns]`` are there."""
 
@@ -131,12 +140,10 @@ def token_terms(
     token_mask: Array | None = None,
     *,
     dtype: jnp.dtype,
-    ignore_index: int | None,
-    label_smoothing: float,
-    z_loss: float,
-    with_stats: bool,
+    options: TokenOptions,
 ) -> tuple[Array, TokenStats | None, _targets.Targets]:
     """Each token's loss (not yet masked), its statistics (masked), and what it asked for."""
+    ignore_index, label_smoothing, z_loss, with_stats = options
     targets_of = partial(
         _targets.make_targets,
         labels,

@@ -102,7 +102,7 @@ def _total_weight(
     dtype = accumulator_dtype(jnp.float64 if jnp.dtype("float64") in dtypes else jnp.float32)
     targets = _targets.make_targets(
         jnp.zeros(batch, jnp.int32) if labels is None else labels,
-        _targets.classes_here(num_classes, num_classes, ()),
+        _targets.classes_here(num_classes),
         dtype,
         weight=weight,
         sample_weight=sample_weight,

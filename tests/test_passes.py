@@ -298,7 +298,10 @@ def test_exponentials_are_held_where_their_gradient_follows(one_device, f, times
     assert len(re.findall(r"\bscatter\b", text)) == times
 
 
-@pytest.mark.parametrize("scaling", [_logits.scaling_of(3.0, 0.25), _logits.scaling_of(3.0, 1.0), _logits.scaling_of(None, 0.25)])
+@pytest.mark.parametrize(
+    "scaling",
+    [_logits.scaling_of(3.0, 0.25), _logits.scaling_of(3.0, 1.0), _logits.scaling_of(None, 0.25)],
+)
 def test_slopes_of_the_scaling(scaling):
     x = jnp.linspace(-9, 9, 37)
 
