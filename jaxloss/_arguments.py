@@ -187,7 +187,7 @@ def _divisor(function: str, name: str, x: Any) -> float:
     return _check.number(function, name, x, tiny, 1 / tiny)
 
 
-def bucket(function: str, labels: Any, weight: Any, label_smoothing: float) -> None:
+def check_bucket(function: str, labels: Any, weight: Any, label_smoothing: float) -> None:
     if getattr(labels, "rest", None) == "bucket" and (weight is not None or label_smoothing):
         rule = "labels with rest='bucket' take neither weight nor label_smoothing"
         got = f"weight {'None' if weight is None else 'given'}, label_smoothing {label_smoothing}"
@@ -217,7 +217,7 @@ def mesh_axes(function: str, name: str, x: Any) -> _mesh.Axes:
     return tuple(names)
 
 
-def split(
+def check_split(
     function: str,
     name: str,
     split_array: Array,

@@ -8,11 +8,11 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 
 
-def hidden(m: Array, *numbers: ArrayLike) -> tuple[Array, ...]:
-    """A number a row, which has no derivative, and those of all rows, behind a barrier.
+def behind_barrier(m: Array, *numbers: ArrayLike) -> tuple[Array, ...]:
+    """``m[...]``, whose derivative stops here, and constants.
 
-    XLA:CPU writes out the broadcast of what several passes share, of a number too, but not of what
-    a barrier gives; barriers of the same operands are one.
+    XLA:CPU writes out the broadcast of what several passes share, of a constant too, but not of
+    what a barrier gives; barriers of the same operands are one.
     """
     m = lax.stop_gradient(m)
     return lax.optimization_barrier((m, *(jnp.asarray(x, m.dtype) for x in numbers)))

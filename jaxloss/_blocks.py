@@ -241,7 +241,7 @@ def _gradients(
     kernel = _products.scattered(total.kernel, geometry)
 
     def settled(g, x):
-        return None if g is None else _mesh.settle(g, _mesh.varies_over(x)).astype(x.dtype)
+        return None if g is None else _mesh.sum_except(g, _mesh.varies_over(x)).astype(x.dtype)
 
     return Operands(*map(settled, total._replace(kernel=kernel), operands))
 

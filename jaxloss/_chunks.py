@@ -180,7 +180,7 @@ def sweep(packing: Packing, chunk: int, part, update, blank, finish, dynamic: bo
         # are written where they would be added to, and narrow. No token is moved.
         at_once = lambda: finish(step(blank(), packing.counts))  # noqa: E731
         return lax.cond(whole > 0, at_once, lambda: finish(rest(blank())))
-    # The first chunk stands alone for the first of these.
+    # The first chunk has a branch of its own: its sums are written, and not added to zeros.
     state = lax.cond(whole > 0, lambda: from_place(blank(), 0, chunk), blank)
     if chunks != 1:  # not '>': of an open number JAX knows no order
         more = lambda i, state: from_place(state, i * chunk, chunk)  # noqa: E731

@@ -320,9 +320,9 @@ def losses_of_logits(
         call, name, logits, labels, axis, weight, ignore_index, sample_weight, where, reduction,
         num_classes, vocab_axes,
     )  # fmt: skip
-    _arguments.split(call, name, logits, checked.of_tokens, vocab_axes, token_axes)
+    _arguments.check_split(call, name, logits, checked.of_tokens, vocab_axes, token_axes)
     smoothing = _check.number(call, "label_smoothing", label_smoothing, 0, 1)
-    _arguments.bucket(call, checked.arrays.labels, weight, smoothing)
+    _arguments.check_bucket(call, checked.arrays.labels, weight, smoothing)
     static = checked.static
     options = TokenOptions(
         static.pop("ignore_index"),

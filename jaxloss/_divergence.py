@@ -241,7 +241,7 @@ def linear_kl_divergence(
         "sample_weight": sample_weight,
         "where": token_mask,
     }
-    _arguments.split(call, "kernel", kernel, of_tokens, (), token_axes)
+    _arguments.check_split(call, "kernel", kernel, of_tokens, (), token_axes)
     most = _chunks.size_to_plan_for(math.prod(lead))
     default = _chunks.default_chunk(most, columns + its_columns)
     geometry = _products.Geometry(

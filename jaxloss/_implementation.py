@@ -55,7 +55,7 @@ def choose(
     by_rule = implementation is None and chunk_size is None
     wanted = chip if by_rule else implementation if implementation in KERNELS else None
     beyond = _beyond(wanted, asked) if wanted else []
-    # By its name it is taken anywhere: JAX says so where a partitioner would have to split it.
+    # By its name it is taken where arrays may be split too: JAX then says that it cannot be.
     fused = wanted and not beyond and not size.padded and (implementation or whole)
     fused = bool(fused and _fits(wanted, size))
     tokens = _chunks.size_to_plan_for(size.tokens)

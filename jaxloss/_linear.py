@@ -31,7 +31,7 @@ def _differentiable(compute):
 
 def _settled(grads: Operands, operands: Operands, keep=frozenset()) -> Operands:
     def settled(g, x):
-        return _mesh.settle(g, _mesh.varies_over(x) | keep).astype(held_dtype(x.dtype))
+        return _mesh.sum_except(g, _mesh.varies_over(x) | keep).astype(held_dtype(x.dtype))
 
     return map_operands(settled, grads, operands)
 
@@ -129,7 +129,7 @@ def weighted_sum(
     def total(weight, losses):
         here = jnp.sum(jnp.where(weight == 0, 0, weight * losses))
         here = lax.psum(here, geometry.token_axes) if geometry.token_axes else here
-        return _mesh.spread(here, varies)
+        return _mesh.varying(here, varies)
 
     def function(weight, *args):
         (losses,), others = compute(nested(args[:count]), Packing(*args[count:]))
@@ -154,7 +154,7 @@ def weighted_sum(
         def scaled(g, home, dtype):
             if g is None:
                 return None
-            return _mesh.settle(ct[0] * g.astype(ct[0].dtype), home).astype(dtype)
+            return _mesh.sum_except(ct[0] * g.astype(ct[0].dtype), home).astype(dtype)
 
         return (*map(scaled, residuals, homes, dtypes), None, None)
 
@@ -163,8 +163,8 @@ def weighted_sum(
         for g, t in zip(residuals, tangents, strict=False):
             if g is not None and t is not None:
                 moved = jnp.sum(g.astype(wide) * t.astype(wide))
-                out += _mesh.settle(moved, varies)
-        return _mesh.spread(out, varies)
+                out += _mesh.sum_except(moved, varies)
+        return _mesh.varying(out, varies)
 
     rule = jax.custom_vjp(function)
     rule.defvjp(forward, backward, symbolic_zeros=True)
@@ -190,7 +190,7 @@ def reduced(
     if scalar:
         given = geometry, each.reshape(-1), operands, packing
         total, others = weighted_sum(loss_fn, *given, value)
-        # Added: the gradients of a selected sum would be scaled by 1, in a pass over d_kernel.
+        # Added, not selected: a select's gradient scales d_kernel by 1, in a pass of its own.
         return total + jnp.where(nothing, jnp.nan, jnp.zeros_like(total)), others
     (losses, *rest), others = losses_by_token(loss_fn, geometry, operands, packing, value)
     return jnp.where(counts, each * losses.reshape(counts.shape), 0), (*rest, *others)

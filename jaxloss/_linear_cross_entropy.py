@@ -202,8 +202,8 @@ def losses_of_product(
     labels, *_, class_mask, _ = checked.arrays
     classes, ignored = checked.static["num_classes"], checked.static["ignore_index"]
     smoothing = _check.number(call, "label_smoothing", label_smoothing, 0, 1)
-    _arguments.bucket(call, labels, weight, smoothing)
-    _arguments.split(
+    _arguments.check_bucket(call, labels, weight, smoothing)
+    _arguments.check_split(
         call, "kernel", kernel, {"hidden": hidden, **checked.of_tokens}, vocab_axes, token_axes
     )
     scaling = _logits.scaling_of(*_arguments.scaling(call, logit_softcap, temperature))

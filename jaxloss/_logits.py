@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax import Array
 
-from jaxloss._barriers import hidden
+from jaxloss._barriers import behind_barrier
 from jaxloss._casts import accumulator_dtype, widened
 from jaxloss._elementary import exp_of_nonpositive, tanh
 
@@ -73,7 +73,7 @@ def read(x: Array, m: Array, scaling: Scaling | None) -> Array:
     x, cap = x.astype(accumulator_dtype(x.dtype)), cap_of(scaling)
     if cap is None:
         return x
-    _, steep = hidden(m, 1 / cap)
+    _, steep = behind_barrier(m, 1 / cap)
     return tanh(x * steep)
 
 
@@ -100,7 +100,7 @@ def above(x: Array, m: Array, scaling: Scaling | None) -> Array:
     """x_j - m in nats."""
     if scaling is None:
         return x - m[..., None]
-    m, unit = hidden(m, scaling.unit)
+    m, unit = behind_barrier(m, scaling.unit)
     return (x - m[..., None]) * unit
 
 

@@ -24,7 +24,7 @@ def varies_over(x: Any) -> frozenset:
     return kind.manual_axis_type.varying if kind.manual_axis_type else frozenset()
 
 
-def spread(x: Any, axes: Iterable) -> Any:
+def varying(x: Any, axes: Iterable) -> Any:
     """``x``, taken as differing over these axes too: its gradient is summed over them."""
     missing = tuple(sorted(set(axes) - varies_over(x)))
     return x if x is None or not missing else lax.pcast(x, missing, to="varying")
@@ -33,7 +33,7 @@ def spread(x: Any, axes: Iterable) -> Any:
 def together(*xs: Any) -> tuple:
     """Each ``x`` taken as differing over whatever axes any of them differs over."""
     axes = frozenset().union(*map(varies_over, xs))
-    return tuple(spread(x, axes) for x in xs)
+    return tuple(varying(x, axes) for x in xs)
 
 
 def largest(x: Array, axes: Axes) -> Array:
@@ -57,7 +57,7 @@ def first(size: int, axes: Axes) -> Any:
     return size * lax.axis_index(axes) if axes else 0
 
 
-def settle(x: Any, keep: Iterable) -> Any:
+def sum_except(x: Any, keep: Iterable) -> Any:
     """The sum of ``x`` over the axes that it varies over, but for those to ``keep``."""
     axes = () if x is None else tuple(sorted(varies_over(x) - frozenset(keep)))
     return lax.psum(x, axes) if axes else x
@@ -66,4 +66,4 @@ def settle(x: Any, keep: Iterable) -> Any:
 def blank(like: jax.ShapeDtypeStruct, shape: tuple[int, ...] | None = None, dtype: Any = None):
     """Zeros of a traced value's type: a loop's state must vary as what the loop makes of it."""
     zeros = jnp.zeros(like.shape if shape is None else shape, dtype or like.dtype)
-    return spread(zeros, varies_over(like))
+    return varying(zeros, varies_over(like))

@@ -168,7 +168,7 @@ def metric_sums(
     sample_weight = _arguments.check_sample_weight(call, sample_weight, stats.log_prob.shape)
     token_axes = _arguments.mesh_axes(call, "token_axis_name", token_axis_name)
     of_tokens = {"sample_weight": sample_weight}
-    _arguments.split(call, "stats", stats.confidence, of_tokens, (), token_axes)
+    _arguments.check_split(call, "stats", stats.confidence, of_tokens, (), token_axes)
     return _metric_sums(
         stats,
         sample_weight,

@@ -164,7 +164,7 @@ def _spread(y, m, left, scaling) -> Array:
 def _low(given, m, spread, left) -> Array:
     y, (m, _) = apart(given, (m, spread))
     y = read(y, m, left)
-    # In halves: the ones of a factor 1, which s has too, XLA:CPU would write out for both.
+    # Twice, and halved after: s has a factor of 1 too, whose broadcast XLA:CPU would write out.
     return jnp.sum(lies_below(y, m, 2.0) * exponentials(y, m, left), axis=-1) / 2
 
 

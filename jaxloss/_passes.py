@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxloss import _device, _mesh
-from jaxloss._barriers import apart, hidden
+from jaxloss._barriers import apart, behind_barrier
 from jaxloss._casts import accumulator_dtype, widened
 from jaxloss._elementary import exp_of_nonpositive
 from jaxloss._entries import class_index, index_is_exact, is_kept
@@ -34,7 +34,7 @@ def _selected_exponentials(
 
 
 def other_exponentials(x: Array, m: Array, kept: Array, scaling: Scaling | None = None) -> Array:
-    """The same, in the form that an array of them is best written in."""
+    """exp(x_j - m), and 0 at the kept entry, in the form that is best where it is written out."""
 
     def overwritten(x, m, kept):
         e, at = exponentials(x, m, scaling), kept[..., None]
@@ -57,7 +57,8 @@ def _sum_of_others(x: Array, m: Array, kept: Array, scaling: Scaling | None = No
     x = read(x, m, scaling)
     if not index_is_exact(x):
         return jnp.sum(_selected_exponentials(x, m, kept, scaling), axis=-1)
-    one = 1 if cap_of(scaling) is None else hidden(m, 1)[1]  # the cap's derivative has a 1 too
+    # The cap's derivative has a 1 too.
+    one = 1 if cap_of(scaling) is None else behind_barrier(m, 1)[1]
     other = jnp.minimum(jnp.abs(class_index(x) - kept.astype(x.dtype)[..., None]), one)
     return jnp.sum(other * exponentials(x, m, scaling), axis=-1)
 
@@ -130,8 +131,8 @@ def _merged(x: Array, kept: Array, scaling: Scaling | None = None) -> Any:
         (m, s), (n, t) = a, b
         m, n = lax.stop_gradient((m, n))
         # Equal first: -inf less -inf is NaN. In lax, which is traced in a third of jnp's time.
-        apart = scaled(-lax.abs(m - n), scaling)
-        scale = lax.select(lax.eq(m, n), lax.full_like(m, 1), exp_of_nonpositive(apart))
+        lower = scaled(-lax.abs(m - n), scaling)
+        scale = lax.select(lax.eq(m, n), lax.full_like(m, 1), exp_of_nonpositive(lower))
         return lax.max(m, n), lax.select(lax.ge(m, n), s + t * scale, t + s * scale)
 
     x = widened(x)
@@ -140,7 +141,7 @@ def _merged(x: Array, kept: Array, scaling: Scaling | None = None) -> Any:
     one = 1 + scaled(x - lax.stop_gradient(x), scaling)
     others = jnp.where(is_kept(x, kept) | (x == -jnp.inf), 0, one)
     nothing = jnp.array(-jnp.inf, x.dtype), jnp.zeros((), x.dtype)
-    nothing = tuple(_mesh.spread(v, _mesh.varies_over(x)) for v in nothing)
+    nothing = tuple(_mesh.varying(v, _mesh.varies_over(x)) for v in nothing)
     return lax.reduce((x, others), nothing, merged, (x.ndim - 1,))
 
 
@@ -249,7 +250,7 @@ def lies_below(x: Array, m: Array, value: float) -> Array:
     summand."""
     info = jnp.finfo(x.dtype)
     bound = m - 4 * info.eps * jnp.abs(m) - info.tiny
-    bound, steep, zero, most = hidden(bound, 1 / info.tiny, 0, value)
+    bound, steep, zero, most = behind_barrier(bound, 1 / info.tiny, 0, value)
     # The maximum stands between the factors, or XLA folds them to inf (0 * inf is NaN); right under
     # the minimum it would make a clamp of both, which XLA:CPU writes out.
     difference = lax.stop_gradient(bound[..., None] - x)  # a step has no slope

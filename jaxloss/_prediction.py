@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxloss import _device, _mesh
-from jaxloss._barriers import apart, hidden
+from jaxloss._barriers import apart, behind_barrier
 from jaxloss._casts import accumulator_dtype, widened
 from jaxloss._entries import class_index, entry, index_is_exact
 from jaxloss._logits import widen
@@ -59,7 +59,7 @@ def ahead(x: Array, of_label: Array, label: Array) -> Array:
         at = lax.broadcasted_iota(label.dtype, x.shape, x.ndim - 1) - label[..., None]
         larger = (x > of_label) | ((x == of_label) & (at < 0))
         return jnp.sum(larger & (at != 0), axis=-1, dtype=jnp.int32)
-    tiny, (of_label, one) = jnp.finfo(wide).tiny, hidden(of_label, 1)
+    tiny, (of_label, one) = jnp.finfo(wide).tiny, behind_barrier(of_label, 1)
     below = label.astype(wide)[..., None] - class_index(x)
     # 2^30 for a larger logit, 0 for an equal one, below -2^30 for a smaller one.
     larger = jnp.minimum(jnp.maximum((x - of_label) / tiny, -1) / tiny, 2.0**30)

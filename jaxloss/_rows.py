@@ -175,7 +175,11 @@ def of_entries(
     scaling=None,
     dtype=None,
 ):
-    """``slope_pass``'s; ``soft`` and ``entropy`` are the cotangent and what it multiplies."""
+    """``scale exp(x_j - m)``, ``at_kept`` where j is kept, and 0 in a row that is not active.
+
+    ``soft`` is ``(ct, q)`` and takes ``ct q_j`` away; ``entropy`` is ``(ct, H - r)`` and adds
+    ``ct exp(x_j - m) ((m - x_j) - (H - r))``. Then the chain rule of the scaling, and the mask.
+    """
     x = widen(logits, class_mask, scaling)
     # Where the forward pass wrote its summand out, this is it.
     if writes_out(logits):

@@ -60,7 +60,7 @@ def by_token_chunks(
         losses, *_ = token_terms(
             rows_of, classes, labels, operands.shared[0], None, dtype=wide, options=options
         )
-        blank = _mesh.spread(jnp.zeros(tokens, wide), _mesh.varies_over(losses))
+        blank = _mesh.varying(jnp.zeros(tokens, wide), _mesh.varies_over(losses))
         return (_chunks.put_back(packing.order, blank, losses),), ()
 
     tokens, (labels, tree) = math.prod(lead), flat_labels(labels, lead)
@@ -105,7 +105,7 @@ def by_vocab_blocks(
     def rows_of(targets, classes, _, weight, label_smoothing, want, predict):
         # Gradients of what no token owns are summed over the devices after the loop, not in it.
         varies = _mesh.varies_over(rows).union(*map(_mesh.varies_over, jax.tree.leaves(labels)))
-        weight = _mesh.spread(_targets.weight_here(weight, classes), varies)
+        weight = _mesh.varying(_targets.weight_here(weight, classes), varies)
         counts = targets.counts if fused and not all_count else None
         return _blocks.row_losses_by_block(
             _blocks.Options(geometry, label_smoothing, scaling, want, predict, wide, fused),
@@ -116,7 +116,7 @@ def by_vocab_blocks(
                 bias,
                 targets.probabilities,
                 weight,
-                _mesh.spread(_entries.of_rank(targets.share, 2), {*varies, *axes}),
+                _mesh.varying(_entries.of_rank(targets.share, 2), {*varies, *axes}),
                 targets.extra,
             ),
             _blocks.Constants(targets.kept, exists, mask_row, targets.column, counts),

@@ -127,7 +127,7 @@ def gradients(
     size = operands.hidden.shape[0]
     # A gradient of what no token owns is summed over the devices after the loop, not in it.
     over = _mesh.varies_over(operands.hidden) | _mesh.varies_over(packing.order)
-    shared = tuple(_mesh.spread(x, over) for x in operands.shared)
+    shared = tuple(_mesh.varying(x, over) for x in operands.shared)
     given = operands._replace(kernel=kernel, shared=shared)
     part = partial(_chunk_gradients, loss_fn, geometry, active, given, packing, cts)
     chunk = geometry.chunk
@@ -190,7 +190,7 @@ def _chunk_gradients(
     ct = tuple(
         jnp.zeros_like(loss)
         if c is None
-        else _mesh.spread(taken(c, at).astype(loss.dtype), _mesh.varies_over(loss))
+        else _mesh.varying(taken(c, at).astype(loss.dtype), _mesh.varies_over(loss))
         for c, loss in zip(cts, losses, strict=True)
     )
     dx, d_tokens, d_shared = pullback(ct)

@@ -75,7 +75,9 @@ def total_weight(
         _check.shape(call, "where", mask, batch, "the shape of the losses")
     token_axes = _arguments.mesh_axes(call, "token_axis_name", token_axis_name)
     of_tokens = labels.indices if isinstance(labels, TopKLabels) else labels
-    _arguments.split(call, "labels", of_tokens, {"sample_weight": sample_weight}, (), token_axes)
+    _arguments.check_split(
+        call, "labels", of_tokens, {"sample_weight": sample_weight}, (), token_axes
+    )
     if weight is not None and classes is None:
         classes = (*jnp.shape(weight), 1)[0]
     if classes is None:
