@@ -8,6 +8,7 @@ from jaxloss import _arguments, _check, _targets
 from jaxloss._casts import accumulator_dtype
 from jaxloss._jit import jit
 from jaxloss._labels import TopKLabels
+from jaxloss._mesh import AxisName
 
 
 def total_weight(
@@ -18,7 +19,7 @@ def total_weight(
     ignore_index: int | None = -100,
     sample_weight: ArrayLike | None = None,
     where: ArrayLike | None = None,
-    token_axis_name: str | tuple[str, ...] | None = None,
+    token_axis_name: AxisName | None = None,
 ) -> Array:
     r"""What ``reduction="mean"`` divides by: the total weight of the tokens that count.
 

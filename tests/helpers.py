@@ -6,11 +6,15 @@ which neither cancels nor overflows in 80 bits, so no row maximum appears. ``pla
 jnp, for JAX to differentiate in float64.
 """
 
+import re
+from math import prod
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+import jaxloss
 
 EPS = float(np.finfo(np.float32).eps)
 
@@ -19,6 +23,34 @@ def jit_quickly(f):
     """``jax.jit``, whose LLVM does not optimise: for what is compiled once and run once on a few
     numbers, and judged by no more than its values. A third of the time goes."""
     return jax.jit(f, compiler_options={"xla_backend_optimization_level": 0})
+
+
+def two_steps(x, y, **options):
+    return jaxloss.nll_loss(jaxloss.log_softmax(x), y, **options)
+
+
+def product_of_bfloat16(n, d, v, vocab_axis=1, *, scale):
+    """(hidden, kernel, labels, bias), the logits' standard deviation being ``scale sqrt(d)``."""
+    rng = np.random.default_rng(0)
+    hidden = jnp.asarray(rng.normal(size=(n, d)), jnp.bfloat16)
+    kernel = rng.normal(size=(d, v) if vocab_axis == 1 else (v, d)) * scale
+    labels = jnp.asarray(rng.integers(0, v, n), jnp.int32)
+    bias = jnp.asarray(4 * rng.normal(size=v), jnp.bfloat16)
+    return hidden, jnp.asarray(kernel, jnp.bfloat16), labels, bias
+
+
+def wide(x):
+    return np.asarray(x, np.float64)
+
+
+def temporary_mib(f, args):
+    return jax.jit(f).lower(*args).compile().memory_analysis().temp_size_in_bytes / 2**20
+
+
+def moved_sizes(text):
+    """The sizes of what a compiled program's devices send each other, but for sums."""
+    moved = r"= \S+?\[([\d,]*)\]\S* (?:all-gather|all-to-all|collective-permute)(?:-start)?\("
+    return [prod(int(n) for n in dims.split(",") if n) for dims in re.findall(moved, text)]
 
 
 # The budget. A float32 loss is conditioned by its margin: its exponents |x_y - m| are known to

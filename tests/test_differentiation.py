@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import jit_quickly, plain
+from helpers import jit_quickly, plain, two_steps
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -32,10 +32,6 @@ S = np.array([1.0, 0.01, 5.0, 1.0])
 def x64():
     with jax.enable_x64(True):
         yield
-
-
-def two_steps(x, y, **options):
-    return jaxloss.nll_loss(jaxloss.log_softmax(x), y, **options)
 
 
 def linear(x, labels, **options):

@@ -1,6 +1,5 @@
 """kl_divergence and linear_kl_divergence: exact however close the two are, in every mode."""
 
-import re
 from functools import partial
 from typing import NamedTuple
 
@@ -10,7 +9,7 @@ import mpmath
 import numpy as np
 import optax
 import pytest
-from helpers import EPS, margins
+from helpers import EPS, margins, moved_sizes, temporary_mib
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from test_differentiation import TRANSFORMS, check
@@ -601,9 +600,7 @@ def test_temporary_memory():
     shapes = [(n, d), (d, v), (n, d), (d, v)]
     args = [jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes]
 
-    def temporary(f):
-        return jax.jit(f).lower(*args).compile().memory_analysis().temp_size_in_bytes / 2**20
-
+    temporary = partial(temporary_mib, args=args)
     loss = partial(jaxloss.linear_kl_divergence, chunk_size=128)
     assert temporary(loss) <= 8 * 5
     assert temporary(jax.value_and_grad(loss, (0, 1, 2, 3))) <= 8 * 6 + 2 * d * v * 4 / 2**20
@@ -657,11 +654,7 @@ def test_sharded_logits_are_not_gathered(spec, kind):
     x = jax.ShapeDtypeStruct((64, 4096), jnp.float32, sharding=NamedSharding(mesh, spec))
     step = jax.jit(jax.value_and_grad(jaxloss.kl_divergence, (0, 1)))
     text = step.lower(x, x).compile().as_text()
-    moved = re.findall(
-        r"= \S+?\[([\d,]*)\]\S* (?:all-gather|all-to-all|collective-permute)\(", text
-    )
-    sizes = [int(np.prod([int(n) for n in dims.split(",") if n])) for dims in moved]
-    assert all(size <= 64 * 8 for size in sizes), moved
+    assert all(size <= 64 * 8 for size in moved_sizes(text))
 
 
 # What a wrong call is told

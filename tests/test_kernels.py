@@ -8,7 +8,7 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import EPS
+from helpers import EPS, product_of_bfloat16, wide
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interpreter
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
@@ -42,17 +42,7 @@ def program(*args, **options):
     return str(jax.make_jaxpr(lambda *a: jaxloss.linear_cross_entropy(*a, **options))(*args))
 
 
-def problem(n, d, v, vocab_axis=1, seed=0):
-    rng = np.random.default_rng(seed)
-    hidden = jnp.asarray(rng.normal(size=(n, d)), jnp.bfloat16)
-    kernel = rng.normal(size=(d, v) if vocab_axis == 1 else (v, d))
-    labels = jnp.asarray(rng.integers(0, v, n), jnp.int32)
-    bias = jnp.asarray(4 * rng.normal(size=v), jnp.bfloat16)
-    return hidden, jnp.asarray(kernel, jnp.bfloat16), labels, bias
-
-
-def wide(x):
-    return np.asarray(x, np.float64)
+problem = partial(product_of_bfloat16, scale=1.0)
 
 
 def assert_to_bfloat16(results, expected):

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import EPS
+from helpers import EPS, product_of_bfloat16, wide
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 import jaxloss
@@ -51,10 +51,6 @@ def hopper(monkeypatch):
 
 def never(*_):
     raise AssertionError("XLA's form was taken")
-
-
-def wide(x):
-    return np.asarray(x, np.float64)
 
 
 def rows(r, c, dtype, seed=0, scale=5.0):
@@ -304,13 +300,8 @@ def test_inside_of_shard_map(hopper, devices):
 # hidden @ kernel
 
 
-def problem(n, d, v, vocab_axis=1, seed=0):
-    rng = np.random.default_rng(seed)
-    hidden = jnp.asarray(rng.normal(size=(n, d)), jnp.bfloat16)
-    kernel = rng.normal(size=(d, v) if vocab_axis == 1 else (v, d)) / np.sqrt(d)
-    labels = jnp.asarray(rng.integers(0, v, n), jnp.int32)
-    bias = jnp.asarray(4 * rng.normal(size=v), jnp.bfloat16)
-    return hidden, jnp.asarray(kernel, jnp.bfloat16), labels, bias
+def problem(n, d, v, vocab_axis=1):
+    return product_of_bfloat16(n, d, v, vocab_axis, scale=d**-0.5)
 
 
 @pytest.mark.nan_is_meant

@@ -9,7 +9,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import EPS, assert_within, equations, exact_gradient, jit_quickly, relative_budget
+from helpers import (
+    EPS,
+    assert_within,
+    equations,
+    exact_gradient,
+    jit_quickly,
+    relative_budget,
+    two_steps,
+)
 
 import jaxloss
 
@@ -29,10 +37,6 @@ FORMS = {
     "cross_entropy": jaxloss.cross_entropy,
     **{s: partial(product_with_identity, implementation=s) for s in SCHEDULES},
 }
-
-
-def two_steps(x, y, **options):
-    return jaxloss.nll_loss(jaxloss.log_softmax(x), y, **options)
 
 
 @pytest.fixture(params=FORMS)

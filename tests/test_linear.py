@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import equations, jit_quickly, products
+from helpers import equations, jit_quickly, products, temporary_mib
 
 import jaxloss
 from jaxloss import _blocks, _chunks
@@ -499,9 +499,7 @@ def test_temporary_memory(n, d, v, most):
         for shape, dtype in (((n, d), jnp.float32), ((d, v), jnp.float32), ((n,), jnp.int32))
     ]
 
-    def temporary(f):
-        return jax.jit(f).lower(*args).compile().memory_analysis().temp_size_in_bytes / 2**20
-
+    temporary = partial(temporary_mib, args=args)
     accumulator = d * v * 4 / 2**20
     assert temporary(jax.value_and_grad(jaxloss.linear_cross_entropy, A)) <= accumulator + most
     assert temporary(jaxloss.linear_cross_entropy) <= most

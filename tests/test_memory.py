@@ -1,14 +1,13 @@
 """What is promised of memory and of the compiled program."""
 
 import os
-import re
 import subprocess
 import sys
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
+from helpers import moved_sizes
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -93,8 +92,4 @@ def test_sharded_logits_are_not_gathered(spec, dtype, kind):
     y = jax.ShapeDtypeStruct((64,), jnp.int32, sharding=NamedSharding(mesh, P(*spec[:1])))
     step = jax.jit(jax.value_and_grad(jaxloss.cross_entropy))
     text = step.lower(x, y).compile().as_text()
-    moved = re.findall(
-        r"= (\S+?)\[([\d,]*)\]\S* (all-gather|all-to-all|collective-permute)\(", text
-    )
-    sizes = [int(np.prod([int(n) for n in dims.split(",") if n])) for _, dims, _ in moved]
-    assert all(size <= 64 * 8 for size in sizes), moved
+    assert all(size <= 64 * 8 for size in moved_sizes(text))
