@@ -9,7 +9,6 @@ from benchmarks import digits, linear, precision, report, speed
 from benchmarks.environment import describe, environment
 from benchmarks.measure import keep_pages
 
-RESULTS = Path("benchmarks/results")
 PARTS = ("digits", "precision", "speed", "linear")
 
 
@@ -54,13 +53,13 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--out",
         type=Path,
-        help=f"folder of the results (default: {RESULTS}, or {RESULTS}/own with --shape, --dtype)",
+        help=f"folder of the results (default: {report.RESULTS}; own/ there with --shape, --dtype)",
     )
     args = parser.parse_args()
     own = bool(args.shape or args.dtype)
     only = args.only or (["speed"] if own else PARTS)
     args.only = [part for part in PARTS if part in only]
-    args.out = args.out or (RESULTS / "own" if own else RESULTS)
+    args.out = args.out or (report.RESULTS / "own" if own else report.RESULTS)
     args.shape = args.shape or speed.SHAPES
     args.dtype = args.dtype or speed.DTYPES
     return args

@@ -248,7 +248,7 @@ def tables(data: dict[str, Any]) -> list[report.Table]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.compiled", description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--out", type=Path, default=report.RESULTS)
     out = parser.parse_args().out
     sys.argv = sys.argv[:1]  # tokamax reads the command line too, and refuses what it does not know
     quiet()

@@ -253,7 +253,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
     parser.add_argument("--small", action="store_true", help="tiny shapes, on whatever is there")
     parser.add_argument("--seconds", type=float, default=2.0, help="for each case (default: 2)")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--out", type=Path, default=report.RESULTS)
     args = parser.parse_args()
     sys.argv = sys.argv[:1]  # tokamax reads the command line too, and refuses what it does not know
     # Torch allocates on the same device. Read when JAX first touches it.

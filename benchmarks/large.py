@@ -13,7 +13,6 @@ from rich.console import Console
 
 import jaxloss
 from benchmarks import report
-from benchmarks.__main__ import RESULTS
 from benchmarks.environment import describe, environment
 
 TOKENS, CLASSES, FEATURES, CHECKED = 2**16, 2**18, 16, 64
@@ -79,7 +78,7 @@ def main() -> None:
         "d_hidden_error": slope_error,
         "d_kernel_sum": sum_error,
     }
-    report.save(RESULTS, "large", data)
+    report.save(report.RESULTS, "large", data)
     console.print(
         f"{TOKENS} tokens of {CLASSES} classes: {seconds:.0f} s, {resident:.2f} GiB resident; "
         f"largest relative error of {CHECKED} losses {loss_error:.1e}, "

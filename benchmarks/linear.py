@@ -21,12 +21,6 @@ def _optax(hidden, kernel, labels):
     return optax.softmax_cross_entropy_with_integer_labels(hidden @ kernel, labels).mean()
 
 
-def _products(hidden, kernel, labels):
-    """Logits and both gradients need these, whatever the loss."""
-    logits = hidden @ kernel
-    return jnp.zeros(()), (logits @ kernel.T, hidden.T @ logits)
-
-
 def _with_gradients(loss: Callable) -> Callable:
     return jax.value_and_grad(loss, argnums=(0, 1))
 
@@ -49,7 +43,7 @@ def _measure(shape: tuple[int, int, int], seconds: float, tick) -> dict[str, Any
     results = {name: f(*args) for name, f in functions.items()}
     measure.check_agree(results, float(jnp.finfo(jnp.float32).eps) * d, f"linear {shape}")
     memory = {name: f.temp_mib for name, f in functions.items()}
-    functions["floor"] = measure.Program(_products, *args)
+    functions["floor"] = measure.Program(measure.bare_products, *args)
     # The same program on the labels of fine-tuning.
     few = labels.at[jax.random.permutation(keys[3], n)[: int(IGNORED * n)]].set(-100)
     ours = functions["jaxloss"]

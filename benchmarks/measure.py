@@ -73,6 +73,12 @@ class Program:
         return self._executable.memory_analysis().temp_size_in_bytes / MIB
 
 
+def bare_products(hidden: jax.Array, kernel: jax.Array, labels: jax.Array) -> Any:
+    """The logits and both gradients of a loss of ``hidden @ kernel`` need these, whatever it is."""
+    logits = hidden @ kernel
+    return jnp.zeros(()), (logits @ kernel.T, hidden.T @ logits)
+
+
 def check_agree(results: dict[str, Any], eps: float, what: str) -> None:
     """Every result is a pytree of arrays. A method that is wrong is not worth timing.
 

@@ -32,16 +32,11 @@ def loss_of(name: str) -> Callable:
     return peer.linear or partial(_materialised, peer)
 
 
-def _three_products(hidden: jax.Array, kernel: jax.Array, labels: jax.Array):
-    x = hidden @ kernel
-    return x @ kernel.T, hidden.T @ x
-
-
 def linear_calls(name: str, args: tuple) -> dict[str, Callable]:
     if name == PRODUCTS:
         return {
             "forward": measure.Program(lambda h, k, _: h @ k, *args),
-            "both": measure.Program(_three_products, *args),
+            "both": measure.Program(measure.bare_products, *args),
         }
     peer, loss = calls.LOADERS[name](), loss_of(name)
     if peer.torch:

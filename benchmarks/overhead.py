@@ -23,7 +23,6 @@ from benchmarks import report
 from benchmarks.environment import describe, environment
 from benchmarks.measure import interleaved, median_ratio
 
-RESULTS = Path("benchmarks/results")
 N, D, C = 4, 8, 10  # small: the arithmetic takes no time worth measuring
 KEYS = jax.random.split(jax.random.key(0), 5)
 
@@ -138,7 +137,7 @@ def tables(data: dict[str, Any]) -> list[report.Table]:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.overhead", description=__doc__)
     parser.add_argument("--rounds", type=int, default=15, help="of each measurement")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
+    parser.add_argument("--out", type=Path, default=report.RESULTS, help="folder of the results")
     args = parser.parse_args()
     console = Console()
     env = environment()

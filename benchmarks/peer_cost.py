@@ -169,12 +169,6 @@ class _Torch:
         return flops / (2 * math.prod(shape)) or None
 
 
-def _products(hidden, kernel, labels):
-    """Logits and both gradients need these, whatever the loss."""
-    logits = hidden @ kernel
-    return jnp.zeros(()), (logits @ kernel.T, hidden.T @ logits)
-
-
 def _method(peer: Peer, hidden, kernel, labels) -> _Jax | _Torch:
     if peer.torch:
         loss = peer.linear or (lambda h, k, y: peer.logits(h @ k.T, y))  # pyright: ignore
@@ -214,7 +208,9 @@ def _measure(
     labels = jax.random.randint(keys[2], (n,), 0, v)
     truth, left_out = _truth(hidden, kernel, labels), dict(slow)
     eps = float(jnp.finfo(dtype).eps) * (d if dtype == "float32" else 1)
-    functions: dict[str, Any] = {FLOOR: _Jax(_products, (hidden, kernel, labels), False)}
+    functions: dict[str, Any] = {
+        FLOOR: _Jax(measure.bare_products, (hidden, kernel, labels), False)
+    }
     memory, products = {}, {}
     for name in [name for name in peers if name not in slow]:
         try:

@@ -61,9 +61,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--classes", type=int, default=2**31, help="time no shape of more classes than this"
     )
-    parser.add_argument(
-        "--out", type=Path, default=Path("benchmarks/results"), help="folder of the results"
-    )
+    parser.add_argument("--out", type=Path, default=report.RESULTS, help="folder of the results")
     return parser.parse_args()
 
 

@@ -24,7 +24,6 @@ from benchmarks import (
 )
 from benchmarks.environment import describe
 
-RESULTS = Path("benchmarks/results")
 READMES = (Path("README.md"), Path("benchmarks/README.md"))
 MARKS = re.compile(r"<!-- (\w+)((?: \d+)?): begin -->.*?<!-- \1\2: end -->", re.DOTALL)
 MODULES = {
@@ -64,9 +63,9 @@ def main() -> None:
     check = parser.parse_args().check
     for path in READMES:
         text = path.read_text()
-        new = filled(text, RESULTS)
+        new = filled(text, report.RESULTS)
         if check and new != text:
-            sys.exit(f"{path} differs from {RESULTS}: run `python -m benchmarks.readme`.")
+            sys.exit(f"{path} differs from {report.RESULTS}: run `python -m benchmarks.readme`.")
         if not check:
             path.write_text(new)
 

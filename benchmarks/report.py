@@ -17,6 +17,7 @@ from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+RESULTS = Path("benchmarks/results")  # committed; from the checkout's top
 COLORS = {"jaxloss": "#0072b2", "optax": "#d55e00", "two-step": "#009e73", "floor": "#7f7f7f"}
 
 

@@ -122,7 +122,7 @@ def tables(data: dict[str, Any]) -> list[report.Table]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.scaling", description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--out", type=Path, default=report.RESULTS)
     out = parser.parse_args().out
     os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={max(COMPILED)}"

@@ -27,7 +27,6 @@ from benchmarks import measure, report, text
 from benchmarks.environment import describe, environment
 from benchmarks.language_model import LanguageModel
 
-RESULTS = Path("benchmarks/results")
 STEPS, VOCAB, DIM, BATCH = 40, 32000, 128, 8
 LAYERS, HEAD, LENGTH = 2, 32, 128
 SEED, MEGABYTES, LEARNING_RATE, WARMUP = 0, 4.0, 2e-3, 10
@@ -281,7 +280,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--out",
         type=Path,
-        help=f"folder of the results (default: {RESULTS}, or {RESULTS}/own with other sizes)",
+        help=f"folder of the results (default: {report.RESULTS}; own/ there with other sizes)",
     )
     args = parser.parse_args()
     if args.dim % HEAD:
@@ -291,7 +290,7 @@ def _arguments() -> argparse.Namespace:
         parser.error(f"--vocab must be at least {smallest}, the bytes; got {args.vocab}")
     usual = (args.steps, args.vocab, args.dim, args.batch) == (STEPS, VOCAB, DIM, BATCH)
     usual = usual and args.chunk is None and args.ignore in (0, FINE_TUNING)
-    args.out = args.out or (RESULTS if usual else RESULTS / "own")
+    args.out = args.out or (report.RESULTS if usual else report.RESULTS / "own")
     return args
 
 

@@ -24,12 +24,12 @@ def test_block(block):
 
 
 def test_tables_are_those_of_the_results():
-    from benchmarks import readme
+    from benchmarks import readme, report
 
     found = []
     for path in readme.READMES:
         text = path.read_text()
-        assert readme.filled(text, readme.RESULTS) == text
+        assert readme.filled(text, report.RESULTS) == text
         marks = readme.MARKS.findall(text)
         assert text.count(" begin -->") == text.count(" end -->") == len(marks)
         found += marks
