@@ -107,20 +107,10 @@ def linear_loss(
         rule = f"loss_fn must return one floating number a token, shape ({chunk},)"
         got = _check.describe(out) if one else type(out).__name__
         _check.fail(call, rule, f"{got} for logits {_check.describe(examples(chunk)[0])}")
-    # What the function closes over and JAX differentiates becomes an argument. A conversion holds
-    # for one shape: each size of the sweep's steps has its own.
-    converted, closed_over = {}, {}
-    for n in _chunks.all_step_sizes(chunk, columns):
-        pure, own = jax.closure_convert(loss_fn, *examples(n))
-        closed_over |= {id(x): x for x in own}
-        converted[n] = pure, [id(x) for x in own]
-    names = list(closed_over)
+    pure, closed_over = _converted(loss_fn, examples, _chunks.all_step_sizes(chunk, columns))
 
     def chunk_losses(x, per_token, shared):
-        # It holds names alone: a derivative rule, which outlives the trace, refers to it.
-        pure, own = converted[x.shape[0]]
-        given = dict(zip(names, shared, strict=True))
-        return (pure(x, *per_token, *(given[name] for name in own)).astype(wide),), ()
+        return (pure(x, per_token, shared).astype(wide),), ()
 
     counts = jnp.ones(lead, bool) if sample_weight is None else sample_weight.astype(bool)
     targets = _targets.Targets(None, None, counts)
@@ -131,7 +121,30 @@ def linear_loss(
         kernel,
         bias,
         tuple(arrays),
-        tuple(jnp.asarray(x, x.dtype) for x in closed_over.values()),  # of a Python number too
+        closed_over,
     )
     scalar = reduction != "none"
     return _linear.reduced(chunk_losses, geometry, operands, counts, weights, scalar)[0]
+
+
+def _converted(loss_fn: Callable, examples: Callable, sizes: list[int]) -> tuple[Callable, tuple]:
+    """``(pure, closed_over)``: ``pure(logits, per_token, closed_over)`` is ``loss_fn``.
+
+    What it closes over and JAX differentiates becomes an argument. A conversion holds for one
+    shape: each size of the sweep's steps has its own.
+    """
+    converted, closed_over = {}, {}
+    for n in sizes:
+        function, own = jax.closure_convert(loss_fn, *examples(n))
+        closed_over |= {id(x): x for x in own}
+        converted[n] = function, [id(x) for x in own]
+    # Names alone: a derivative rule, which outlives the trace, refers to them.
+    names = list(closed_over)
+
+    def pure(x, per_token, closed_over):
+        function, own = converted[x.shape[0]]
+        given = dict(zip(names, closed_over, strict=True))
+        return function(x, *per_token, *(given[name] for name in own))
+
+    # As arrays: what was a Python number too.
+    return pure, tuple(jnp.asarray(x, x.dtype) for x in closed_over.values())
