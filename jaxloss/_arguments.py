@@ -15,7 +15,7 @@ REDUCTIONS = get_args(Reduction)
 
 
 def top_k_labels(function: str, name: str, batch: tuple[int, ...], y: TopKLabels) -> TopKLabels:
-    indices = _check.array(function, "labels.indices", y.indices)
+    indices = _check.array(function, "labels.indices", y.indices, of_classes=True)
     probabilities = _check.array(function, "labels.probabilities", y.probabilities)
     if not jnp.issubdtype(indices.dtype, jnp.integer):
         rule = "labels.indices must be class indices (an integer dtype)"
@@ -60,7 +60,7 @@ def _labels(function: str, name: str, logits: Array, axes: tuple[int, ...], y: A
 
 
 def indices_or_probabilities(function: str, y: Any) -> Array:
-    y = _check.array(function, "labels", y)
+    y = _check.array(function, "labels", y, of_classes=True)
     if not any(jnp.issubdtype(y.dtype, kind) for kind in (jnp.integer, jnp.floating)):
         rule = "labels must be class indices (an integer dtype) or class probabilities (floating)"
         _check.fail(function, rule, _check.describe(y), kind=TypeError)
@@ -256,7 +256,8 @@ def product_operands(
 ) -> tuple[Array, Array, Array | None, int]:
     """Checked: hidden, kernel, bias and the vocab axis; ``of`` goes before each of their names."""
     hidden = _check.floating(function, f"{of}hidden", hidden)
-    kernel = _check.floating(function, f"{of}kernel", kernel)
+    order = "" if of else "hidden, kernel, labels"
+    kernel = _check.floating(function, f"{of}kernel", kernel, order=order)
     if hidden.ndim == 0:
         _check.fail(function, f"{of}hidden must be [..., D]", _check.describe(hidden))
     if kernel.ndim != 2:

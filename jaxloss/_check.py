@@ -29,12 +29,17 @@ def describe(x: Any) -> str:
     return f"{x.dtype}{tuple(x.shape)}"
 
 
-def array(function: str, name: str, x: Any) -> Array:
+def array(function: str, name: str, x: Any, *, of_classes: bool = False) -> Array:
+    """``of_classes``: an index past what JAX holds may become another one out of range."""
     if x is None:
         fail(function, f"{name} must be an array", "None", kind=TypeError)
-    if isinstance(x, np.ndarray | np.integer) and jnp.issubdtype(x.dtype, jnp.integer):
+    if isinstance(x, np.ndarray | np.integer) and jnp.issubdtype(x.dtype, jnp.integer) and x.size:
         narrow = np.iinfo(dtypes.canonicalize_dtype(x.dtype))
-        if narrow.bits < np.iinfo(x.dtype).bits:  # 2^32 + 3 would wrap to 3
+        if x.min() < narrow.min or x.max() > narrow.max:  # 2^32 + 3 would wrap to 3
+            if not of_classes:
+                got = f"{describe(x)} from {x.min()} to {x.max()}"
+                way_out = "Give smaller numbers, or set jax_enable_x64."
+                fail(function, f"{name} must fit into {narrow.dtype}", got, way_out)
             x = np.clip(x, narrow.min, narrow.max)
     try:
         return jnp.asarray(x)
@@ -42,11 +47,13 @@ def array(function: str, name: str, x: Any) -> Array:
         fail(function, f"{name} must be an array", f"{type(x).__name__} ({error})", kind=TypeError)
 
 
-def floating(function: str, name: str, x: Any, way_out: str = "") -> Array:
-    x = array(function, name, x)
+def floating(function: str, name: str, given: Any, way_out: str = "", order: str = "") -> Array:
+    """``order``: which argument stands where, for what looks like another one."""
+    x = array(function, name, given)
     if not jnp.issubdtype(x.dtype, jnp.floating):
         if not way_out and jnp.issubdtype(x.dtype, jnp.integer):
-            way_out = f"Convert it: {name}.astype(jnp.float32)."
+            cast = f"{name}.astype(" if hasattr(given, "astype") else f"jnp.asarray({name}, "
+            way_out = f"{order and f'The order is {order}. '}Convert it: {cast}jnp.float32)."
         fail(function, f"{name} must have a real floating dtype", describe(x), way_out, TypeError)
     return x
 

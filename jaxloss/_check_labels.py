@@ -41,7 +41,7 @@ def check_labels(labels: ArrayLike, num_classes: int, ignore_index: int | None =
         ...
       ValueError: check_labels: labels must be in [0, 3) or equal ignore_index, -100; got 3 at (1,).
     """
-    labels = _check.array("check_labels", "labels", labels)
+    labels = _check.array("check_labels", "labels", labels, of_classes=True)
     if not jnp.issubdtype(labels.dtype, jnp.integer):
         rule = "labels must be class indices (an integer dtype)"
         _check.fail("check_labels", rule, _check.describe(labels), kind=TypeError)

@@ -313,7 +313,7 @@ def losses_of_logits(
 ) -> Any:
     """:func:`cross_entropy` of the public function ``call``."""
     name = "logits"
-    logits = _check.floating(call, name, logits)
+    logits = _check.floating(call, name, logits, order="logits, labels")
     vocab_axes = _arguments.mesh_axes(call, "vocab_axis_name", vocab_axis_name)
     token_axes = _arguments.mesh_axes(call, "token_axis_name", token_axis_name)
     checked = _arguments.token_arguments(

@@ -152,7 +152,7 @@ def weighted_sum(
 
     def backward(residuals, ct):
         def scaled(g, home, dtype):
-            if g is None:
+            if g is None or ct[0] is None:  # None: of the others alone, which have no derivative
                 return None
             return _mesh.sum_except(ct[0] * g.astype(ct[0].dtype), home).astype(dtype)
 

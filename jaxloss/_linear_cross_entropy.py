@@ -109,6 +109,9 @@ def linear_cross_entropy(
     kernel its product takes those that count, the others a quarter of all tokens, a half or all.
     Differentiable in ``hidden``, ``kernel``, ``bias``, probabilities and weights, in every mode.
 
+    Under ``vmap`` each member of the batch has chunks, and a gradient of the kernel, of its own:
+    ``hidden[..., D]`` with more leading axes does the same in the memory of one.
+
     On an explicit mesh (``jax.sharding.AxisType.Explicit``) call it directly on sharded operands:
     the mesh axes are read from their types. Those that split the leading axes of ``hidden`` split
     the tokens, and each device loops over its own; others that split the columns of ``kernel``

@@ -138,7 +138,7 @@ def metric_sums(
 
     After the addition of n steps a sum is off by less than ``n 2^-34`` of itself beside the
     rounding of each step's own (6e-7 for 10^4 steps; a float32 by up to ``n 2^-25``, 3e-4), as long
-    as no step has less than ``2^-17`` of it. Differentiable where the statistics are.
+    as no step has less than ``2^-16`` of it. Differentiable where the statistics are.
 
     Example: an evaluation loop.
 

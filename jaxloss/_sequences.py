@@ -13,7 +13,7 @@ from jaxloss._jit import jit
 
 
 def _integers(call: str, name: str, x: Any, kind: str) -> Array:
-    x = _check.array(call, name, x)
+    x = _check.array(call, name, x, of_classes=name != "segment_ids")
     if not jnp.issubdtype(x.dtype, jnp.integer):
         rule = f"{name} must be {kind} (an integer dtype)"
         _check.fail(call, rule, _check.describe(x), kind=TypeError)
@@ -61,7 +61,8 @@ def next_token_labels(
     Raises:
       TypeError: ``tokens`` or ``segment_ids`` are no integers, ``tokens`` cannot hold
         ``ignore_index``, or ``where`` is not boolean.
-      ValueError: ``tokens`` is a scalar, or a shape is another.
+      ValueError: ``tokens`` is a scalar, a shape is another, or ``segment_ids`` of NumPy's 64 bits
+        do not fit into the 32 that JAX has by default.
 
     Rows must be whole: inside ``shard_map`` and on an explicit mesh, T is not split.
 
@@ -149,7 +150,8 @@ def sequence_weight(
 
     Raises:
       TypeError: ``labels`` or ``segment_ids`` are no integers, or ``sample_weight`` is complex.
-      ValueError: ``labels`` is a scalar, a shape is another, or ``num_segments`` is less than 1 or
+      ValueError: ``labels`` is a scalar, a shape is another, ``segment_ids`` do not fit as in
+        :func:`next_token_labels`, or ``num_segments`` is less than 1 or
         given without ``segment_ids``.
 
     Differentiable in ``sample_weight``, in every mode. Rows must be whole: inside ``shard_map`` and

@@ -126,7 +126,7 @@ def _losses(
 
 
 def _labels(function: str, labels: Any, logits: Array) -> Array:
-    labels = _check.array(function, "labels", labels)
+    labels = _check.array(function, "labels", labels, of_classes=True)
     kinds = (jnp.integer, jnp.floating, jnp.bool_)
     if not any(jnp.issubdtype(labels.dtype, kind) for kind in kinds):
         rule = "labels must be 0 and 1 (integer or boolean) or probabilities (floating)"

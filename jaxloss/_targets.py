@@ -352,8 +352,10 @@ def reduce_losses(
         return lax.psum(total, token_axes) if token_axes else total
     # One reduction for both sums: a second one took XLA:CPU a tenth of the time of a small loss,
     # and a mesh another all-reduce.
-    divisor += jnp.zeros_like(losses)  # its sharding and varying axes, which stack wants equal
-    both = jnp.stack([losses, divisor])  # not raveled: that would gather sharded tokens
+    divisor += jnp.zeros_like(losses)  # its sharding and varying axes, which have to be equal
+    # Not raveled: that would gather sharded tokens. Not stack: under vmap over an axis that an
+    # explicit mesh splits it refuses what is the same in the whole batch.
+    both = jnp.concatenate([losses[None], divisor[None]])
     both = jnp.sum(both, axis=tuple(range(1, both.ndim)))
     total, divisor = lax.psum(both, token_axes) if token_axes else both
     return mean_of(total, divisor)

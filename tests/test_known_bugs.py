@@ -688,6 +688,23 @@ def test_a_loss_of_negative_zero(form):
             assert not np.any(np.signbit(got))
 
 
+@pytest.mark.parametrize("form", ["grad", "jit", "vmap", "remat"])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_statistics_alone_of_a_scalar_loss_have_gradients_of_0(schedule, form):
+    """The pullback is called for what has no derivative, without a cotangent of the loss."""
+    h, k, y = jnp.ones((4, 3)), jnp.eye(3), jnp.array([0, 1, 2, 0])
+
+    def entropy(h, k):
+        options = {"implementation": schedule, "chunk_size": 2, "return_stats": True}
+        return jnp.sum(jaxloss.linear_cross_entropy(h, k, y, **options)[1].entropy)
+
+    grad = jax.grad(jax.checkpoint(entropy) if form == "remat" else entropy, (0, 1))
+    if form == "vmap":
+        grad, h = jax.vmap(grad, (0, None)), jnp.stack([h, 2 * h])
+    for d in (jax.jit(grad) if form == "jit" else grad)(h, k):
+        np.testing.assert_array_equal(d, 0)
+
+
 def test_the_entropy_of_a_row_whose_label_is_impossible():
     """Its slope at the label is p (log p + H) of p = 0, and 0 * inf is NaN."""
     x, y = jnp.array([[1.0, -jnp.inf, 2.0]]), jnp.array([1])

@@ -66,6 +66,15 @@ def test_wide_and_unsigned_integers():
         assert got.dtype == jnp.int64
 
 
+@pytest.mark.parametrize("name", ["segment_ids", "sample_weight"])
+def test_numbers_past_32_bits_are_refused(name):
+    """Cut to 32 bits, two documents with large numbers were one."""
+    call = {"segment_ids": jaxloss.next_token_labels, "sample_weight": jaxloss.total_weight}[name]
+    wide = np.array([5, 5, 7, 7]) * 10**9 + 1
+    with jax.enable_x64(False), pytest.raises(ValueError, match=f"{name} must fit into int32; got"):
+        call(np.array([10, 11, 20, 21]), **{name: wide})
+
+
 def sliced(hidden, kernel, tokens, mask):
     labels = jnp.where(mask, tokens, -100)[:, 1:]
     return jaxloss.linear_cross_entropy(hidden[:, :-1], kernel, labels, chunk_size=32)
