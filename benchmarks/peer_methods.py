@@ -21,7 +21,7 @@ import optax
 import jaxloss
 from benchmarks.environment import environment, installed
 
-PACKAGES = ("jaxloss", "jax", "optax", "torch", "tokamax", "jax-cce", "levanter", "haliax")
+PACKAGES = ("jaxloss", "jax", "optax", "torch", "tokamax", "jax-cce")
 ROWS = 128  # rows a chunk where torch is told how many; by itself it takes a few
 ALIKE = f"torch {ROWS} rows"  # answers as "torch chunks" does: another setting for the costs
 
@@ -143,12 +143,6 @@ def _load_jax_cce() -> Peer:
     return Peer(linear=loss, vocab_first=True)
 
 
-def _load_levanter() -> Peer:
-    module = import_module("levanter.models.loss")
-    module.fused_cross_entropy_loss_and_logsumexp_penalty  # noqa: B018
-    raise NotImplementedError("it is there, but nothing here calls it yet: it never installed")
-
-
 def jaxloss_schedule(name: str | None) -> Callable[[], Peer]:
     linear = partial(_jaxloss_linear, implementation=name)
     logits = _jaxloss if name in (None, "token_chunks") else None
@@ -167,7 +161,6 @@ LOADERS: dict[str, Callable[[], Peer]] = {
     "tokamax chunked_xla": partial(_load_tokamax, "chunked_xla"),
     "tokamax mosaic_tpu": partial(_load_tokamax, "mosaic_tpu"),
     "jax-cce": _load_jax_cce,
-    "levanter": _load_levanter,
 }
 
 
