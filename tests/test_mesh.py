@@ -34,32 +34,6 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize(
-    "loss",
-    [
-        jaxloss.cross_entropy,
-        lambda x, y: jaxloss.cross_entropy(x, jax.nn.softmax(2 * x)),
-        lambda x, y: jaxloss.kl_divergence(x, 2 * x),
-    ],
-    ids=["labels", "probabilities", "divergence"],
-)
-def test_vmap_over_an_axis_that_an_explicit_mesh_splits(loss):
-    """What is the same in the whole batch, as a divisor may be, is not split there."""
-    x = jax.random.normal(jax.random.key(0), (8, 4, 5))
-    y = jax.random.randint(jax.random.key(1), (8, 4), 0, 5)
-    grad = jax.grad(loss)
-
-    def both(x, y):
-        return loss(x, y), jax.jvp(lambda x: grad(x, y), (x,), (x,))
-
-    expected = jax.vmap(both)(x, y)
-    mesh = jax.make_mesh((8,), ("t",), axis_types=(AxisType.Explicit,))
-    with jax.set_mesh(mesh):
-        got = jax.vmap(both)(*jax.device_put((x, y), NamedSharding(mesh, P("t"))))
-    for g, e in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(jax.device_get(g), e, rtol=1e-5, atol=1e-6)
-
-
 def alternating(cases, pair):
     """Each case in both dtypes, with a value of the pair each, in turn.
 
@@ -879,3 +853,29 @@ def test_errors_of_explicit_shardings():
             jaxloss.linear_cross_entropy(put(h, "t"), put(k, "v"), put(y, "t"))
         with pytest.raises(ValueError, match="linear_loss: operands of an explicit mesh must not"):
             jaxloss.linear_loss(jaxloss.cross_entropy, put(h, "t"), put(k), put(y, "t"))
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        jaxloss.cross_entropy,
+        lambda x, y: jaxloss.cross_entropy(x, jax.nn.softmax(2 * x)),
+        lambda x, y: jaxloss.kl_divergence(x, 2 * x),
+    ],
+    ids=["labels", "probabilities", "divergence"],
+)
+def test_vmap_over_an_axis_that_an_explicit_mesh_splits(loss):
+    """What is the same in the whole batch, as a divisor may be, is not split there."""
+    x = jax.random.normal(jax.random.key(0), (8, 4, 5))
+    y = jax.random.randint(jax.random.key(1), (8, 4), 0, 5)
+    grad = jax.grad(loss)
+
+    def both(x, y):
+        return loss(x, y), jax.jvp(lambda x: grad(x, y), (x,), (x,))
+
+    expected = jax.vmap(both)(x, y)
+    mesh = jax.make_mesh((8,), ("t",), axis_types=(AxisType.Explicit,))
+    with jax.set_mesh(mesh):
+        got = jax.vmap(both)(*jax.device_put((x, y), NamedSharding(mesh, P("t"))))
+    for g, e in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(jax.device_get(g), e, rtol=1e-5, atol=1e-6)
