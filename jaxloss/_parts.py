@@ -28,7 +28,7 @@ from jaxloss._passes import lies_below, max_and_sum, near_max, row_max, row_sum,
 
 
 class Rows(NamedTuple):
-    """Some classes of some rows, and what is asked of them; or something for each of these."""
+    """Some classes of some rows, and what is asked of them."""
 
     logits: Any  # [..., C]
     kept: Any = None  # [...] int32, the entry to keep out, C for none; None: one at the maximum
