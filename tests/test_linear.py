@@ -78,7 +78,7 @@ def together(*functions, argnums=A):
 OVER_NOTHING = pytest.param(47, marks=pytest.mark.nan_is_meant)  # a mean, that is
 
 
-@pytest.mark.parametrize("seed", [*range(47), OVER_NOTHING, *range(48, 60)])
+@pytest.mark.parametrize("seed", [*range(40), OVER_NOTHING])
 def test_every_option_equals_the_materialised_loss(seed):
     given, constants, call = random_case(seed)
 
