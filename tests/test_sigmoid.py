@@ -13,15 +13,7 @@ import mpmath
 import numpy as np
 import optax
 import pytest
-from helpers import (
-    EPS,
-    assert_within,
-    classes_last,
-    differences,
-    hurting_logits,
-    moved_sizes,
-    reference,
-)
+from helpers import EPS, assert_within, classes_last, differences, hurting_logits, reference
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from test_differentiation import TRANSFORMS, check
@@ -567,7 +559,8 @@ def test_sharded_entries_are_not_gathered(kind):
         return jaxloss.sigmoid_focal_loss(x, y, weight=w, alpha=0.25)
 
     step = jax.jit(jax.value_and_grad(step)).lower(x, y, w).compile()
-    assert not moved_sizes(step.as_text())
+    text = step.as_text()
+    assert not any(op in text for op in ("all-gather", "all-to-all", "collective-permute"))
     value, slope = step(x, y, w)
     assert slope.sharding.is_equivalent_to(split, 2)
     expected = np.mean(truth(X, Y, w=W, alpha=0.25, gamma=2.0))
