@@ -256,7 +256,7 @@ def product_operands(
 ) -> tuple[Array, Array, Array | None, int]:
     """Checked: hidden, kernel, bias and the vocab axis; ``of`` goes before each of their names."""
     hidden = _check.floating(function, f"{of}hidden", hidden)
-    order = "" if of else "hidden, kernel, labels"
+    order = f"{of}hidden, {of}kernel"
     kernel = _check.floating(function, f"{of}kernel", kernel, order=order)
     if hidden.ndim == 0:
         _check.fail(function, f"{of}hidden must be [..., D]", _check.describe(hidden))

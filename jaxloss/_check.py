@@ -35,7 +35,8 @@ def array(function: str, name: str, x: Any, *, of_classes: bool = False) -> Arra
         fail(function, f"{name} must be an array", "None", kind=TypeError)
     if isinstance(x, np.ndarray | np.integer) and jnp.issubdtype(x.dtype, jnp.integer) and x.size:
         narrow = np.iinfo(dtypes.canonicalize_dtype(x.dtype))
-        if x.min() < narrow.min or x.max() > narrow.max:  # 2^32 + 3 would wrap to 3
+        wider = np.iinfo(x.dtype).bits > narrow.bits  # no other is read
+        if wider and (x.min() < narrow.min or x.max() > narrow.max):  # 2^32 + 3 would wrap to 3
             if not of_classes:
                 got = f"{describe(x)} from {x.min()} to {x.max()}"
                 way_out = "Give smaller numbers, or set jax_enable_x64."
@@ -52,8 +53,9 @@ def floating(function: str, name: str, given: Any, way_out: str = "", order: str
     x = array(function, name, given)
     if not jnp.issubdtype(x.dtype, jnp.floating):
         if not way_out and jnp.issubdtype(x.dtype, jnp.integer):
+            first = f"The order is {order}. " if order else ""
             cast = f"{name}.astype(" if hasattr(given, "astype") else f"jnp.asarray({name}, "
-            way_out = f"{order and f'The order is {order}. '}Convert it: {cast}jnp.float32)."
+            way_out = f"{first}Convert it: {cast}jnp.float32)."
         fail(function, f"{name} must have a real floating dtype", describe(x), way_out, TypeError)
     return x
 

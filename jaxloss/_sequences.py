@@ -12,8 +12,8 @@ from jaxloss._casts import accumulator_dtype
 from jaxloss._jit import jit
 
 
-def _integers(call: str, name: str, x: Any, kind: str) -> Array:
-    x = _check.array(call, name, x, of_classes=name != "segment_ids")
+def _integers(call: str, name: str, x: Any, kind: str, of_classes: bool = True) -> Array:
+    x = _check.array(call, name, x, of_classes=of_classes)
     if not jnp.issubdtype(x.dtype, jnp.integer):
         rule = f"{name} must be {kind} (an integer dtype)"
         _check.fail(call, rule, _check.describe(x), kind=TypeError)
@@ -25,7 +25,7 @@ def _integers(call: str, name: str, x: Any, kind: str) -> Array:
 def _segments(call: str, segment_ids: Any, name: str, like: Array) -> Array | None:
     if segment_ids is None:
         return None
-    segment_ids = _integers(call, "segment_ids", segment_ids, "sequence numbers")
+    segment_ids = _integers(call, "segment_ids", segment_ids, "sequence numbers", False)
     _check.shape(call, "segment_ids", segment_ids, like.shape, f"the shape of {name}")
     return segment_ids
 
@@ -151,8 +151,8 @@ def sequence_weight(
     Raises:
       TypeError: ``labels`` or ``segment_ids`` are no integers, or ``sample_weight`` is complex.
       ValueError: ``labels`` is a scalar, a shape is another, ``segment_ids`` do not fit as in
-        :func:`next_token_labels`, or ``num_segments`` is less than 1 or
-        given without ``segment_ids``.
+        :func:`next_token_labels`, or ``num_segments`` is less than 1 or given without
+        ``segment_ids``.
 
     Differentiable in ``sample_weight``, in every mode. Rows must be whole: inside ``shard_map`` and
     on an explicit mesh, T is not split. Over devices, microbatches or steps the weights add up to
