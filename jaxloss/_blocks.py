@@ -165,10 +165,8 @@ def _fused(options: Options, operands: Operands, constants: Constants) -> _parts
         some = Operands(hidden, kernel, bias, None, None, None, None)
         return _swept(options, some, Constants(kept, None, None, None, None))[0][:3]
 
-    def by_kernel(*args):
-        return _row_kernel.row_part(options.geometry, *args)[:3]
-
     kept = constants.kept
+    by_kernel = partial(_row_kernel.row_part, options.geometry)
     part = _passes.with_derivative_of(swept, by_kernel)
     m, s, x_kept = part(*operands[:3], kept, constants.counts)
     return _parts.RowPart(m, s, x_kept, kept)
@@ -285,37 +283,32 @@ def _swept_gradients(
         given = operands, constants, _at_block(state, start, size), ct
         return start, _block_gradients(options, active, *given, start, size)
 
-    def with_block(total, start, new, summed):
+    def combine(total, new):
+        start, new = new
+
         def put(x, g, axis=-1):
             if x is None:
                 return None
             return lax.dynamic_update_slice_in_dim(x, g.astype(x.dtype), start, axis)
 
-        hidden, share, extra = summed
         return Operands(
-            hidden,
+            _parts.added(total.hidden, new.hidden),
             put(total.kernel, new.kernel, geometry.vocab_axis),
             put(total.bias, new.bias),
             put(total.probabilities, new.probabilities),
             put(total.weight, new.weight),
-            share,
-            extra,
+            _parts.added(total.share, new.share),
+            _parts.added(total.extra, new.extra),
         )
 
-    def sums(x):  # of the others each block has its own
-        return x.hidden, x.share, x.extra
-
-    def begin(new):
-        start, new = new
+    def begin(first):
+        _, new = first
+        # Of these there is a sum over blocks; of the others each block has its own.
+        own = new._replace(hidden=None, share=None, extra=None)
         blank = (
-            None if g is None else jnp.zeros_like(x) for g, x in zip(new, operands, strict=True)
+            None if g is None else jnp.zeros_like(x) for g, x in zip(own, operands, strict=True)
         )
-        return with_block(Operands(*blank), start, new, sums(new))
-
-    def combine(total, new):
-        start, new = new
-        summed = map(_parts.added, sums(total), sums(new))
-        return with_block(total, start, new, summed)
+        return combine(Operands(*blank), first)
 
     return _over_blocks(geometry.num_classes, geometry.chunk, step, combine, begin)
 

@@ -325,7 +325,7 @@ def losses_of_logits(
     _arguments.check_bucket(call, checked.arrays.labels, weight, smoothing)
     static = checked.static
     options = TokenOptions(
-        static.pop("ignore_index"),
+        static["ignore_index"],
         smoothing,
         _check.number(call, "z_loss", z_loss, 0),
         _check.flag(call, "return_stats", return_stats),
@@ -333,7 +333,9 @@ def losses_of_logits(
     return _cross_entropy(
         logits,
         *checked.arrays,
-        **static,
+        axes=static["axes"],
+        num_classes=static["num_classes"],
+        reduction=reduction,
         vocab_axes=vocab_axes,
         token_axes=token_axes,
         scaling=_logits.scaling_of(*_arguments.scaling(call, logit_softcap, temperature)),

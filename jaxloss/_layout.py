@@ -129,11 +129,11 @@ def over_mesh(
         jax.tree.map(lambda a, s=spec: jax.reshard(a, jax.NamedSharding(layout.mesh, s)), x)
         for x, spec in zip(arrays, specs, strict=True)
     )
-    options = dict(static)
-    out = rows if options["reduction"] == "none" else P()
+    named = dict(static)
+    out = rows if named["reduction"] == "none" else P()
     return jax.shard_map(
-        partial(schedule, **options),
+        partial(schedule, **named),
         mesh=layout.mesh,
         in_specs=specs,
-        out_specs=(out, rows) if options["options"].with_stats else out,
+        out_specs=(out, rows) if named["options"].with_stats else out,
     )(*arrays)

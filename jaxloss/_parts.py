@@ -207,7 +207,7 @@ def _seen_from(part: RowPart, m: Array, keeps: Array, scaling: Scaling | None) -
 
 
 def added(x: Any, y: Any) -> Any:
-    return None if x is None else x + y
+    return y if x is None else x + y
 
 
 def merge(a: RowPart, b: RowPart, labelled: bool, scaling: Scaling | None = None) -> RowPart:

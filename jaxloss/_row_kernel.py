@@ -28,13 +28,13 @@ def _computed(
 
 def row_part(
     geometry: _products.Geometry, hidden, kernel, bias, kept: Array, counts: Any
-) -> _parts.RowPart:
-    """[N] each, of labels.
+) -> tuple[Array, Array, Array]:
+    """``(m, s, x_kept)`` of ``_parts.RowPart``, [N] each, of labels.
 
     ``counts[N]``: which tokens are computed, ``hidden`` being 0 in the others; None: all.
     """
     if counts is None:
-        return _computed(geometry, hidden, kernel, bias, kept)
+        return _computed(geometry, hidden, kernel, bias, kept)[:3]
     order, places = _chunks.counted_first(counts), _chunks.places(counts)
     number = jnp.sum(counts, dtype=jnp.int32)
     hidden, of_order = (_chunks.in_order(x, order) for x in (hidden, kept))
@@ -49,7 +49,7 @@ def row_part(
         jnp.where(counts, _chunks.taken(x, places), other)
         for x, other in zip(part[:3], (high, 1, own), strict=True)
     )
-    return _parts.RowPart(m, s, x_kept, kept)
+    return m, s, x_kept
 
 
 def _slope_by_xla(geometry: _products.Geometry, hidden, kernel, bias, rows: tuple) -> Array:
