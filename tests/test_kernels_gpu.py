@@ -297,6 +297,40 @@ def test_inside_of_shard_map(hopper, devices):
         np.testing.assert_array_equal(jax.jit(split)(x, y), jax.jit(each)(x, y))
 
 
+LINEAR = partial(jaxloss.linear_cross_entropy, token_axis_name="data")
+BY_NAME = partial(LINEAR, implementation="mosaic_gpu")
+
+
+@pytest.mark.parametrize(
+    ("loss", "kernels"),
+    [
+        (jax.value_and_grad(jaxloss.cross_entropy), ["jaxloss_max_and_sum", "jaxloss_slope"]),
+        (LINEAR, ["jaxloss_linear_row_part"]),
+        (jax.value_and_grad(LINEAR, (0, 1)), ["jaxloss_max_and_sum"]),
+        (jax.value_and_grad(BY_NAME, (0, 1)), ["jaxloss_linear_row_part"]),
+    ],
+)
+def test_kernels_have_the_types_of_what_is_in_their_place_elsewhere(monkeypatch, loss, kernels):
+    """Inside of shard_map, where JAX compares them. Traced, for each platform; not run."""
+    monkeypatch.setattr(_device, "is_hopper", lambda: True)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(rows_gpu, "takes", lambda x: True)
+    monkeypatch.setattr(linear_gpu, "LEAST", 0)
+    jax.clear_caches()
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    split, whole = jax.sharding.PartitionSpec("data"), jax.sharding.PartitionSpec()
+    x, y = rows(64, 256, jnp.bfloat16)
+    if kernels[-1] == "jaxloss_slope":
+        specs, args, out = (split, split), (x, y), (split, split)
+        loss = partial(lambda of, x, y: jax.tree.map(jnp.atleast_1d, of(x, y)), loss)
+    else:
+        specs, args = (split, whole, split), (x, jnp.zeros((256, 512), jnp.bfloat16), y)
+        out = whole if loss is LINEAR else (whole, (split, whole))
+    text = program(jax.shard_map(loss, mesh=mesh, in_specs=specs, out_specs=out), *args)
+    jax.clear_caches()
+    assert [name for name in kernels if name not in text] == []
+
+
 # hidden @ kernel
 
 

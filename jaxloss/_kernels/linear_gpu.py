@@ -20,11 +20,10 @@ from jaxloss._kernels.rows_gpu import (
     COLUMN,
     TILE,
     across,
+    call,
     exp,
-    like,
     load,
     merged,
-    params,
     transforms,
 )
 from jaxloss._logits import finite
@@ -71,9 +70,13 @@ def row_part(
     offset = None
     if bias is not None:
         offset = jnp.pad(bias[:columns].astype(jnp.float32), (0, tiles * v - columns))
-    args = _mesh.together(hidden, kernel, kept, count, *(() if offset is None else (offset,)))
+    # Of a group's tokens and a tile's classes: most of the tiles have no label to leave out.
+    of_tile = lax.broadcasted_iota(jnp.int32, (padded // _TOKENS, _TOKENS, tiles), 2)
+    has_label = jnp.any((kept // v).reshape(-1, _TOKENS, 1) == of_tile, axis=1).astype(jnp.int32)
+    offset = () if offset is None else (offset,)
+    args = _mesh.together(hidden, kernel, kept, has_label, count, *offset)
 
-    def jaxloss_linear_row_part(hidden, kernel, kept, count, *rest):
+    def jaxloss_linear_row_part(hidden, kernel, kept, has_label, count, *rest):
         *offset, m_out, s_out, x_out = rest
         t, accumulator = transforms(hidden.dtype), plgpu.ACC  # pyright: ignore
         of_kernel = plgpu.BlockSpec((_FEATURES, v), lambda k: (k, 0), transforms=t)
@@ -97,7 +100,11 @@ def row_part(
 
         def tile(held, out, i, j):
             group = lax.axis_index("group")
-            here = pl.ds(i * n + group * _TOKENS, _TOKENS)
+            part = i * 2 + group
+            here = pl.ds(part * _TOKENS, _TOKENS)
+
+            def column():
+                return plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=TILE)
 
             def step(_, hidden, kernel, total):
                 if vocab_axis == 0:
@@ -114,15 +121,24 @@ def row_part(
                     for o in offset:
                         o = load(o.at[pl.ds(j * v, v)], TILE.reduce(0), optimized=False)
                         x += lax.broadcast_in_dim(o, shape, [1])
-                    label = load(kept.at[here], COLUMN, optimized=False)
-                    column = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=TILE)
                     if columns % v:  # padding may hold anything
-                        x = jnp.where(column < columns - j * v, x, -jnp.inf)
-                    at_label = column == across(label - j * v, shape)
+                        x = jnp.where(column() < columns - j * v, x, -jnp.inf)
                     m = jnp.max(x, axis=1)
-                    own = jnp.sum(jnp.where(at_label, x, 0.0), axis=1)
-                    others = jnp.where(at_label, 0.0, exp(x - across(finite(m), shape)))
-                    s = jnp.sum(others, axis=1)
+
+                    def all_of():
+                        s = jnp.sum(exp(x - across(finite(m), shape)), axis=1)
+                        none = plgpu.layout_cast(jnp.zeros((_TOKENS,), jnp.float32), COLUMN)
+                        return s, none
+
+                    def but_label():
+                        label = load(kept.at[here], COLUMN, optimized=False)
+                        at_label = column() == across(label - j * v, shape)
+                        # Before the others: after them registers are spilled.
+                        own = jnp.sum(jnp.where(at_label, x, 0.0), axis=1)
+                        others = jnp.where(at_label, 0.0, exp(x - across(finite(m), shape)))
+                        return jnp.sum(others, axis=1), own
+
+                    s, own = lax.cond(has_label[part, j] > 0, but_label, all_of)
                     plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the last tile's
                     out[group, 0], out[group, 1], out[group, 2] = m, s, own
                     plgpu.commit_smem()
@@ -150,15 +166,15 @@ def row_part(
 
         plgpu.wait_smem_to_gmem(0)
 
-    m, s, own = plgpu.kernel(
+    m, s, own = call(
         jaxloss_linear_row_part,
-        out_type=[like((tiles, padded), jnp.float32, args[0])] * 3,
+        args,
+        [((tiles, padded), jnp.float32)] * 3,
         grid=(_CORES,),
         grid_names=("core",),
         num_threads=3,
         thread_name="group",
-        compiler_params=params(),
-    )(*args)
+    )
     m, s, own = (x[:, :tokens] for x in (m, s, own))
     own = jnp.where(kept[:tokens] < 0, jnp.nan, jnp.sum(own, axis=0))
     return *merged(m, s), own
