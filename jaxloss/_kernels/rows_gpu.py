@@ -115,14 +115,14 @@ def _per_row(compute: Callable, otherwise: Callable) -> Callable:
     return leading
 
 
-def _split(x: Array) -> tuple[int, int]:
-    """(parts that each row's tiles are split into, tiles of a part)."""
-    rows, tiles = pl.cdiv(x.shape[0], ROWS), x.shape[1] // COLUMNS
+def _split(x: Array) -> tuple[int, int, int]:
+    """(tiles of rows, parts that each one's tiles of classes are split into, tiles of a part)."""
+    row_tiles, tiles = pl.cdiv(x.shape[0], ROWS), x.shape[1] // COLUMNS
     blocks = _BLOCKS * (4 if x.dtype.itemsize == 2 else 1)
     # Four tiles at least: each part fills its pipeline first.
-    tiles_of_part = max(pl.cdiv(tiles * rows, blocks), min(tiles, 4))
+    tiles_of_part = max(pl.cdiv(tiles * row_tiles, blocks), min(tiles, 4))
     parts = pl.cdiv(tiles, tiles_of_part)
-    return parts, pl.cdiv(tiles, parts)
+    return row_tiles, parts, pl.cdiv(tiles, parts)
 
 
 def _over_tiles(x: Any, i: Any, part: Any, length: int, step: Callable, carry: Any = None):
@@ -155,8 +155,7 @@ def max_and_sum(otherwise: Callable) -> Callable:
 
     def compute(x: Array, kept: Array):
         rows, classes = x.shape
-        row_tiles = pl.cdiv(rows, ROWS)
-        parts, length = _split(x)
+        row_tiles, parts, length = _split(x)
 
         def jaxloss_max_and_sum(x, kept, m_out, s_out, m_core, s_core):
             # Backwards: the pass that follows begins with the rows that are in the cache then.
@@ -204,9 +203,7 @@ def slope(otherwise: Callable) -> Callable:
     at_kept where j is kept, and 0 in a row that is not active, in the dtype of ``x``."""
 
     def compute(x: Array, m: Array, kept: Array, scale: Array, at_kept: Array, active: Array):
-        rows, classes = x.shape
-        row_tiles = pl.cdiv(rows, ROWS)
-        parts, length = _split(x)
+        row_tiles, parts, length = _split(x)
 
         def jaxloss_slope(x, *rest):
             *of_rows, out, out_core = rest
