@@ -7,6 +7,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
+from jaxloss import _mesh
+
 
 def behind_barrier(m: Array, *numbers: ArrayLike) -> tuple[Array, ...]:
     """``m[...]``, whose derivative stops here, and constants.
@@ -27,5 +29,7 @@ def apart(x: Array, with_it: Any) -> tuple[Array, Any]:
 
 @apart.defjvp
 def _(primals, tangents):
-    # JAX 0.11 and 0.12 cannot transpose a barrier of which one operand alone has a tangent.
-    return apart(*primals), tangents
+    # JAX 0.11 and 0.12 cannot transpose a barrier of which one operand alone has a tangent; 0.10
+    # takes all of its results as differing over whatever axes of a mesh any operand differs over.
+    out = apart(*primals)
+    return out, jax.tree.map(lambda t, x: _mesh.varying(t, _mesh.varies_over(x)), tangents, out)

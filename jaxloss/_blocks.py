@@ -29,7 +29,7 @@ from jaxloss import (
     _rows,
     _targets,
 )
-from jaxloss._forward_mode import with_forward_mode
+from jaxloss._forward_mode import jvp_of_moving, with_forward_mode
 
 _ROWS = Layout(major_to_minor=(0, 1))
 
@@ -264,6 +264,8 @@ def _of_those_that_count(sweep, operands: Operands, constants: Constants, state,
 
     # Nothing in a sweep communicates: each device of a mesh has a size of its own.
     number = jnp.sum(counts, dtype=jnp.int32)
+    given = operands, constants, state, ct
+    operands, constants, state, ct = _mesh.all_varying(given, _mesh.varies_over(number))
     which = sum((number > size).astype(jnp.int32) for size in sizes[:-1])
     return lax.switch(which, [partial(of, size) for size in sizes])
 
@@ -363,19 +365,15 @@ def _block_gradients(
 def _tangents(options: Options, residuals, tangents) -> _rows.RowLosses:
     operands, constants, state = residuals
     geometry = options.geometry
-    moving = [i for i, t in enumerate(tangents) if t is not None]
 
     def step(start, size):
-        def some(*xs):
-            full = operands._replace(
-                **{operands._fields[i]: x for i, x in zip(moving, xs, strict=True)}
-            )
+        def of_operands(*args):
+            full = Operands(*args)
             full = full._replace(kernel=_products.gathered(full.kernel, geometry))
             b = _block(options, full, constants, start, size)
             return (b.logits, b.soft, b.top and b.top[1]), (b.mask, b.top)
 
-        primals, moves = [operands[i] for i in moving], [tangents[i] for i in moving]
-        out, moved, (mask, top) = jax.jvp(some, primals, moves, has_aux=True)
+        out, moved, (mask, top) = jvp_of_moving(of_operands, operands, tangents, has_aux=True)
         (x, soft, _), (dx, d_soft, d_extra) = out, moved
         here = _at_block(state, start, size)
         rows = _parts.Rows(x, soft=soft, mask=mask, top=top)

@@ -17,15 +17,16 @@ from jax import Array, lax
 from jaxloss import _mesh, _sweeps
 from jaxloss._casts import held_dtype
 from jaxloss._chunks import Packing, pack
-from jaxloss._forward_mode import with_forward_mode
+from jaxloss._forward_mode import jvp_of_moving, with_forward_mode
 from jaxloss._products import Geometry
 from jaxloss._sweeps import LossFn, Operands, map_operands
 
 
-def _differentiable(compute):
-    """``compute(dynamic, *args)`` with the dynamic loop's speed and the static one's derivative."""
-    function = jax.custom_jvp(partial(compute, True))
-    function.defjvp(lambda args, tangents: jax.jvp(partial(compute, False), args, tangents))
+def _differentiable(compute, value=None):
+    """``compute(dynamic, *args)`` with the dynamic loop's speed, or by ``value(*args)``, and the
+    static one's derivative."""
+    function = jax.custom_jvp(value or partial(compute, True))
+    function.defjvp(partial(jvp_of_moving, partial(compute, False)), symbolic_zeros=True)
     return function
 
 
@@ -51,7 +52,7 @@ def losses_by_token(
     """
     leaves, tree = _flat(operands)
     count, nested = len(leaves), tree.unflatten
-    compute = value or _differentiable(partial(_sweeps.losses, loss_fn, geometry))
+    compute = _differentiable(partial(_sweeps.losses, loss_fn, geometry), value)
 
     def function(*args):
         return compute(nested(args[:count]), Packing(*args[count:]))
@@ -73,18 +74,12 @@ def losses_by_token(
 
     def tangent(residuals, tangents):
         values, _ = residuals
-        moving = [i for i, t in enumerate(tangents) if t is not None]
 
-        def of_moving(*some):
-            full = list(values)
-            for i, x in zip(moving, some, strict=True):
-                full[i] = x
-            return _sweeps.losses(
-                loss_fn, geometry, False, nested(full[:count]), Packing(*full[count:])
-            )
+        def static(*args):
+            given = nested(args[:count]), Packing(*args[count:])
+            return _sweeps.losses(loss_fn, geometry, False, *given)
 
-        primals = [values[i] for i in moving]
-        return jax.jvp(of_moving, primals, [tangents[i] for i in moving])[1]
+        return jvp_of_moving(static, values, tangents)[1]
 
     rule = jax.custom_vjp(function)
     rule.defvjp(forward, backward, symbolic_zeros=True)
@@ -117,7 +112,7 @@ def weighted_sum(
     """
     leaves, tree = _flat(operands)
     count, nested = len(leaves), tree.unflatten
-    compute = value or _differentiable(partial(_sweeps.losses, loss_fn, geometry))
+    compute = _differentiable(partial(_sweeps.losses, loss_fn, geometry), value)
 
     wide = weight.dtype
     differentiated = weight, *leaves

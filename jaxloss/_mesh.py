@@ -30,6 +30,15 @@ def varying(x: Any, axes: Iterable) -> Any:
     return x if x is None or not missing else lax.pcast(x, missing, to="varying")
 
 
+def all_varying(xs: Any, axes: Iterable) -> Any:
+    """The arrays of a tree, each taken as differing over these axes.
+
+    For what the branches of a ``cond`` read, and those its condition varies over: JAX batches one
+    by selecting what is read by the condition, and the branches must know it varying already.
+    """
+    return jax.tree.map(lambda x: varying(x, axes), xs)
+
+
 def together(*xs: Any) -> tuple:
     """Each ``x`` taken as differing over whatever axes any of them differs over."""
     axes = frozenset().union(*map(varies_over, xs))

@@ -13,6 +13,7 @@ from jaxloss._barriers import apart, behind_barrier
 from jaxloss._casts import accumulator_dtype, widened
 from jaxloss._elementary import exp_of_nonpositive
 from jaxloss._entries import class_index, index_is_exact, is_kept
+from jaxloss._forward_mode import jvp_of_moving
 from jaxloss._logits import (
     Scaling,
     cap_of,
@@ -191,7 +192,11 @@ def max_and_sum(
 def with_derivative_of(plain: Callable, kernel: Callable) -> Callable:
     """``kernel``, which has no derivative of its own: ``plain``, XLA's, is the same function."""
     rule = jax.custom_jvp(kernel)
-    rule.defjvp(lambda args, tangents: (rule(*args), jax.jvp(plain, args, tangents)[1]))
+
+    def jvp(args, tangents):
+        return rule(*args), jvp_of_moving(plain, args, tangents)[1]
+
+    rule.defjvp(jvp, symbolic_zeros=True)
     return rule
 
 

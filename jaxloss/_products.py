@@ -74,7 +74,7 @@ def product_gradients(
 ):
     """Those of the ``active`` of (hidden, kernel, bias), from the logits'; ``real[n]``: a token.
 
-    ``alone``: there are no others to be added.
+    ``alone``: the kernel's has no others to be added to.
     """
     # No token, no gradient: a loss that is not finite at hidden = 0 must not leak.
     dx = jnp.where(real[:, None], dx, 0)
@@ -86,7 +86,6 @@ def product_gradients(
     if of_hidden and of_kernel and jax.default_backend() == "tpu":
         # Or XLA:TPU computes them twice, as parts of the two products, not to hold them.
         dx = lax.optimization_barrier(dx)
-    alone &= not geometry.gathered and not _mesh.varies_over(dx) - _mesh.varies_over(kernel)
     # On a GPU alone the product is asked for narrow sums (it adds in float32 all the same): there
     # XLA would narrow them in a pass of its own, elsewhere it needs no asking.
     out = held_dtype(kernel.dtype) if alone and jax.default_backend() == "gpu" else None

@@ -88,8 +88,9 @@ def _columns(kernel: Array, operands: Operands, geometry: Geometry) -> int:
 
 def losses(loss_fn: LossFn, geometry: Geometry, dynamic: bool, operands: Operands, packing):
     """(losses, others), each [N], 0 where a token does not count. One product."""
+    operands = operands._replace(kernel=gathered(operands.kernel, geometry))
+    operands = _mesh.all_varying(operands, _mesh.varies_over(packing.size))
     hidden, kernel, bias, per_token, shared, _ = operands
-    kernel = gathered(kernel, geometry)
 
     def part(at):
         x = product(filled(hidden, at, packing), kernel, bias, geometry)
@@ -127,9 +128,16 @@ def gradients(
     size = operands.hidden.shape[0]
     # A gradient of what no token owns is summed over the devices after the loop, not in it.
     over = _mesh.varies_over(operands.hidden) | _mesh.varies_over(packing.order)
-    shared = tuple(_mesh.varying(x, over) for x in operands.shared)
-    given = operands._replace(kernel=kernel, shared=shared)
-    part = partial(_chunk_gradients, loss_fn, geometry, active, given, packing, cts)
+    own = operands._replace(kernel=kernel)
+    given, cts = _mesh.all_varying((own, cts), over)
+
+    def shared(x, y):
+        return bool(_mesh.varies_over(x) - _mesh.varies_over(y))
+
+    summed = map_operands(shared, given, own)
+    if geometry.gathered:
+        summed = summed._replace(kernel=True)
+    part = partial(_chunk_gradients, loss_fn, geometry, active, summed, given, packing, cts)
     chunk = geometry.chunk
     if not active.kernel:
         chunk = value_chunk(chunk, _columns(kernel, operands, geometry), FROZEN_KERNEL_MIB)
@@ -167,12 +175,13 @@ def _chunk_gradients(
     loss_fn: LossFn,
     geometry: Geometry,
     active: Operands,
+    summed: Operands,
     operands: Operands,
     packing: Packing,
     cts: tuple,
     at: Array,
 ):
-    """The same of the tokens ``at`` alone."""
+    """The same of the tokens ``at`` alone; ``summed``: other devices have a part of that one's."""
     hidden, kernel, bias, per_token, shared, teacher = operands
     whole = at.dtype == bool
     h, real = filled(hidden, at, packing), at if whole else at < hidden.shape[0]
@@ -201,10 +210,12 @@ def _chunk_gradients(
     d_teacher = (None,) * len(teacher)
     if any(active.teacher):
         h_teacher, k_teacher = filled(teacher[0], at, packing), teacher[1]
+        alone = whole and not summed.teacher[1]
         d_teacher = product_gradients(
-            dy[0], real, h_teacher, k_teacher, active.teacher, of_teacher(geometry), whole
+            dy[0], real, h_teacher, k_teacher, active.teacher, of_teacher(geometry), alone
         )
-    of_product = product_gradients(dx, real, h, kernel, active[:3], geometry, whole)
+    alone = whole and not summed.kernel
+    of_product = product_gradients(dx, real, h, kernel, active[:3], geometry, alone)
     return losses, others, Operands(*of_product, d_tokens, d_shared, d_teacher)
 
 

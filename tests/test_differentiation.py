@@ -17,7 +17,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxloss
-from jaxloss import _forward_mode
+from jaxloss import _device, _forward_mode
 
 N, C = 4, 5
 RNG = np.random.default_rng(0)
@@ -204,6 +204,28 @@ def test_second_derivatives_of_narrow_logits(f):
     narrow, wide = jax.jit(lambda *a: (product(*a), product(*(b.astype(float) for b in a))))(x, v)
     assert narrow.dtype == jnp.bfloat16
     chex.assert_trees_all_close(narrow.astype(float), wide, rtol=2**-7, atol=2**-9)
+
+
+def test_second_derivatives_of_products_by_one_operand_alone(monkeypatch):
+    """Eagerly on one device, where XLA:CPU sums products by a kernel that other zeros upset."""
+    monkeypatch.setattr(_device, "on_one_device", lambda: True)
+    hidden = jnp.sin(jnp.arange(256.0)).reshape(16, 16)
+    kernel = jnp.cos(jnp.arange(16 * 512.0)).reshape(16, 512)
+
+    def moved(loss):
+        def slope(h):
+            each = lambda h: loss(h, kernel, jnp.arange(16), reduction="none")  # noqa: E731
+            return jax.grad(lambda h: jnp.sum(jnp.sin(each(h))))(h)
+
+        return jax.jvp(slope, (hidden,), (jnp.cos(hidden),))[1]
+
+    def of_logits(h, k, y, reduction):
+        return jaxloss.cross_entropy(h @ k, y, reduction=reduction)
+
+    expected = moved(of_logits)
+    largest = np.max(np.abs(expected))
+    got = moved(jaxloss.linear_cross_entropy)
+    np.testing.assert_allclose(got, expected, rtol=0, atol=1e-5 * largest)
 
 
 def test_masked_classes():

@@ -12,6 +12,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxloss
+from jaxloss import _device
 
 pytestmark = pytest.mark.jax_leaks("jit(grad(shard_map))")
 
@@ -204,6 +205,29 @@ def test_every_mode_in_shard_map(labels):
     assert_close(*jit_quickly(lambda: (run(sharded), run(plain)))())
 
 
+def test_second_derivatives_of_logits_that_are_read_twice(monkeypatch):
+    """Narrow ones of many classes; on a mesh of one device, where XLA has forms of its own."""
+    monkeypatch.setattr(_device, "on_one_device", lambda: True)
+    mesh = jax.make_mesh((1,), ("v",), axis_types=(AxisType.Auto,), devices=jax.devices()[:1])
+    x = jnp.sin(jnp.arange(4 * 256.0)).reshape(4, 256).astype(jnp.bfloat16)
+    y = jnp.arange(4, dtype=jnp.int32)
+
+    def step(x, along, **names):
+        def loss(x):
+            return jnp.sum(jnp.sin(jaxloss.cross_entropy(x, y, reduction="none", **names)))
+
+        return jax.jvp(jax.grad(loss), (x,), (along,))
+
+    columns = P(None, "v")
+    on_mesh = jax.shard_map(
+        partial(step, vocab_axis_name="v"),
+        mesh=mesh,
+        in_specs=(columns, columns),
+        out_specs=(columns, columns),
+    )
+    assert_close(on_mesh(x, jnp.cos(x)), step(x, jnp.cos(x)))
+
+
 def test_a_confident_row_keeps_its_loss():
     """The label stays out of the sum on whichever device holds it."""
     mesh, tokens, vocab = build("2x4")
@@ -371,6 +395,34 @@ def step_of_linear(options, dtype, schedule, mesh=None):
 def test_linear_in_shard_map(mesh, options, dtype, schedule):
     got = step_of_linear(options, dtype, schedule, mesh)
     assert_close(got, step_of_linear(options, dtype, schedule))
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_a_batch_of_linear_losses_in_shard_map(schedule):
+    """Of different numbers of tokens that count: what a loss branches on is batched too."""
+    mesh, *_ = build("8 tokens")
+    given, y, *_ = problem(jnp.float32)
+    hidden = jnp.stack([given["h"], jnp.cos(given["h"])], axis=1)
+    labels = jnp.stack([y, jnp.where(jnp.arange(N) < 7, -100, y)], axis=1)
+
+    def losses(hidden, kernel, labels, **names):
+        loss = partial(jaxloss.linear_cross_entropy, num_classes=C, chunk_size=3, **names)
+        loss = partial(loss, implementation=schedule)
+        return jax.vmap(loss, (1, None, 1))(hidden, kernel, labels)
+
+    def run(f):
+        def step(h, k):
+            return jnp.sum(jnp.sin(f(h, k, labels)))
+
+        return jax.value_and_grad(step, (0, 1))(hidden, given["k"])
+
+    on_mesh = jax.shard_map(
+        partial(losses, token_axis_name="t"),
+        mesh=mesh,
+        in_specs=(P("t"), P(), P("t")),
+        out_specs=P(),
+    )
+    assert_close(*jit_quickly(lambda: (run(on_mesh), run(losses)))())
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
