@@ -36,6 +36,7 @@ MODULES = {
     "overhead": overhead,
     "compiled": compiled,
     "gpu": gpu,
+    "gpu_before": gpu,
     "peers": peers,
 }
 

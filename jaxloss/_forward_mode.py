@@ -39,8 +39,8 @@ def moves(tangent: Any) -> bool:
 def jvp_of_moving(function, primals, tangents, has_aux=False):
     """``jax.jvp(function, primals, tangents)``, where a tangent that does not move is no array.
 
-    Of an array of zeros each product would be computed, and on some CPUs wrong: in JAX 0.12 XLA's
-    kernel of the sum of a product and another one with zeros reads past what it was given.
+    Of an array of zeros each product would be computed, and by XLA:CPU wrong: where it fuses the
+    product with a sum of it, it takes a number that is broadcast for the whole array.
     """
     primals, structure = tree.flatten(primals, is_leaf=lambda x: x is None)
     tangents = tree.leaves(tangents, is_leaf=lambda x: x is None)
@@ -146,11 +146,11 @@ def _jvp(primals, tangents, *, program, transposed, n):
     ad = _internals().ad
     out = _tangent_map().bind(*primals, program=program, transposed=transposed, n=n)
     moving = [not isinstance(t, ad.Zero) for t in tangents]
-    if not any(moving[:n]):
-        d_linear = [ad.instantiate_zeros(t) for t in tangents[n:]]
-        return out, _tangent_map().bind(
-            *primals[:n], *d_linear, program=program, transposed=transposed, n=n
+    if not any(moving[:n]) and all(moving[n:]):
+        along = _tangent_map().bind(
+            *primals[:n], *tangents[n:], program=program, transposed=transposed, n=n
         )
+        return out, along
 
     tangents = [t if m else None for m, t in zip(moving, tangents, strict=True)]
     return out, jvp_of_moving(_internals().core.jaxpr_as_fun(program), primals, tangents)[1]
