@@ -353,6 +353,24 @@ def test_a_batch_of_losses(tpu):
             np.testing.assert_allclose(wide(got[i]), wide(expected), rtol=2**-7, atol=1e-6)
 
 
+def test_a_batch_inside_of_shard_map(tpu):
+    """Of counts that differ: a loop over the batch. Traced, as it does not run there."""
+    hidden, kernel, labels, _ = problem(64, 16, 600)
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:1])
+    loss = jax.value_and_grad(partial(jaxloss.linear_cross_entropy, implementation="mosaic_tpu"))
+
+    def local(hidden, kernel, labels):
+        rows = hidden.reshape(2, 32, 16), kernel, labels.reshape(2, 32)
+        out = jax.vmap(loss, (0, None, 0))(*rows)
+        return jax.tree.map(lambda x: x.reshape(1, -1), out)
+
+    specs = P("data"), P(), P("data")
+    call = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=P("data"))
+    text = str(jax.make_jaxpr(call)(hidden, kernel, labels))
+    assert NAME in text
+    assert SLOPE in text
+
+
 @pytest.mark.nan_is_meant
 def test_devices_with_numbers_of_their_own(tpu, monkeypatch):
     """Tokens and classes split over a mesh, whose first row computes a quarter of its tokens.

@@ -7,7 +7,9 @@ reduced, or made the gradient that is written, where it was computed.
 Letters: N tokens, D features, V columns of the kernel, C classes; n and v of a tile.
 """
 
+from collections.abc import Callable
 from functools import partial, reduce
+from itertools import compress
 from typing import Any, cast
 
 import jax
@@ -131,6 +133,29 @@ def _merge(label, hidden, kernel, bias, m, s, x_kept, first, *, vocab_axis: int,
     s[...], x_kept[...] = total, own
 
 
+def _one_after_the_other(call: Callable) -> Callable:
+    """``call(count, *arrays)``, and a batch of counts in a loop.
+
+    JAX would do so too, but with a state that varies over no axis of a mesh.
+    """
+    rows = jax.custom_batching.custom_vmap(call)
+
+    @rows.def_vmap
+    def _(size, batched, *args):
+        if not batched[0]:
+            out = jax.vmap(call, [0 if b else None for b in batched])(*args)
+        else:
+
+            def one(some):
+                some = iter(some)
+                return rows(*(next(some) if b else x for x, b in zip(args, batched, strict=True)))
+
+            out = lax.map(one, list(compress(args, batched)))
+        return out, jax.tree.map(lambda _: True, out)
+
+    return rows
+
+
 def row_part(
     hidden: Array,
     kernel: Array,
@@ -174,7 +199,7 @@ def row_part(
         cost_estimate=_cost(hidden, kernel, columns, n),
         name="jaxloss_linear_row_part",
     )
-    return tuple(x[:, 0] for x in call(*args))
+    return tuple(x[:, 0] for x in _one_after_the_other(call)(*args))
 
 
 def _slope_tile(m, kept, scale, at_kept, active, hidden, kernel, *rest, vocab_axis: int):
