@@ -104,8 +104,11 @@ def by_vocab_blocks(
 
     def rows_of(targets, classes, _, weight, label_smoothing, want, predict):
         # Gradients of what no token owns are summed over the devices after the loop, not in it.
-        varies = _mesh.varies_over(rows).union(*map(_mesh.varies_over, jax.tree.leaves(labels)))
-        weight = _mesh.varying(_targets.weight_here(weight, classes), varies)
+        varies = map(_mesh.varies_over, (rows, kernel, bias, *jax.tree.leaves(labels)))
+        varies = frozenset().union(*varies)
+        weight, kept = (
+            _mesh.varying(x, varies) for x in (_targets.weight_here(weight, classes), targets.kept)
+        )
         counts = targets.counts if fused and not all_count else None
         return _blocks.row_losses_by_block(
             _blocks.Options(geometry, label_smoothing, scaling, want, predict, wide, fused),
@@ -119,7 +122,7 @@ def by_vocab_blocks(
                 _mesh.varying(_entries.of_rank(targets.share, 2), {*varies, *axes}),
                 targets.extra,
             ),
-            _blocks.Constants(targets.kept, exists, mask_row, targets.column, counts),
+            _blocks.Constants(kept, exists, mask_row, targets.column, counts),
         )
 
     losses, stats, targets = token_terms(

@@ -129,7 +129,8 @@ def gradients(
     # A gradient of what no token owns is summed over the devices after the loop, not in it.
     over = _mesh.varies_over(operands.hidden) | _mesh.varies_over(packing.order)
     own = operands._replace(kernel=kernel)
-    given, cts = _mesh.all_varying((own, cts), over)
+    given = _mesh.all_varying(own, over)
+    cts = _mesh.all_varying(cts, _mesh.varies_over(packing.size))
 
     def shared(x, y):
         return bool(_mesh.varies_over(x) - _mesh.varies_over(y))

@@ -426,6 +426,28 @@ def test_a_batch_of_linear_losses_in_shard_map(schedule):
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
+def test_labels_that_are_the_same_on_all_devices(schedule):
+    """As those of contrastive losses, a constant of the program."""
+    mesh, *_ = build("8 tokens")
+    given, *_ = problem(jnp.float32)
+
+    def losses(hidden, kernel):
+        labels = jnp.arange(2, dtype=jnp.int32)
+        loss = partial(jaxloss.linear_cross_entropy, implementation=schedule, chunk_size=8)
+        return loss(hidden, kernel, labels, reduction="none")
+
+    def each(hidden, kernel):
+        return jnp.concatenate([losses(h, kernel) for h in hidden.reshape(8, 2, D)])
+
+    def run(f):
+        step = lambda h, k: jnp.sum(jnp.sin(f(h, k)))  # noqa: E731
+        return jax.value_and_grad(step, (0, 1))(given["h"], given["k"])
+
+    on_mesh = jax.shard_map(losses, mesh=mesh, in_specs=(P("t"), P()), out_specs=P("t"))
+    assert_close(*jit_quickly(lambda: (run(on_mesh), run(each)))())
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
 def test_linear_sums_that_the_caller_takes(schedule):
     """Without token_axis_name each device returns its own sum, whose cotangents may differ."""
     mesh, *_ = build("2x4")
