@@ -128,17 +128,15 @@ def gradients(
     size = operands.hidden.shape[0]
     # A gradient of what no token owns is summed over the devices after the loop, not in it.
     over = _mesh.varies_over(operands.hidden) | _mesh.varies_over(packing.order)
-    own = operands._replace(kernel=kernel)
-    given = _mesh.all_varying(own, over)
+    given = _mesh.all_varying(operands._replace(kernel=kernel), over)
     cts = _mesh.all_varying(cts, _mesh.varies_over(packing.size))
+    of_tokens = over.union(*map(_mesh.varies_over, operands.per_token))
 
-    def shared(x, y):
-        return bool(_mesh.varies_over(x) - _mesh.varies_over(y))
+    def complete(kernel):  # no other device has a part of its gradient
+        return not of_tokens - _mesh.varies_over(kernel) - {*geometry.vocab_axes}
 
-    summed = map_operands(shared, given, own)
-    if geometry.gathered:
-        summed = summed._replace(kernel=True)
-    part = partial(_chunk_gradients, loss_fn, geometry, active, summed, given, packing, cts)
+    alone = not geometry.gathered and complete(kernel), *map(complete, operands.teacher[1:2])
+    part = partial(_chunk_gradients, loss_fn, geometry, active, alone, given, packing, cts)
     chunk = geometry.chunk
     if not active.kernel:
         chunk = value_chunk(chunk, _columns(kernel, operands, geometry), FROZEN_KERNEL_MIB)
@@ -176,13 +174,16 @@ def _chunk_gradients(
     loss_fn: LossFn,
     geometry: Geometry,
     active: Operands,
-    summed: Operands,
+    alone: tuple[bool, ...],
     operands: Operands,
     packing: Packing,
     cts: tuple,
     at: Array,
 ):
-    """The same of the tokens ``at`` alone; ``summed``: other devices have a part of that one's."""
+    """The same of the tokens ``at`` alone.
+
+    ``alone``: no other device has a part of the gradient of the kernel, of a teacher's.
+    """
     hidden, kernel, bias, per_token, shared, teacher = operands
     whole = at.dtype == bool
     h, real = filled(hidden, at, packing), at if whole else at < hidden.shape[0]
@@ -211,12 +212,11 @@ def _chunk_gradients(
     d_teacher = (None,) * len(teacher)
     if any(active.teacher):
         h_teacher, k_teacher = filled(teacher[0], at, packing), teacher[1]
-        alone = whole and not summed.teacher[1]
         d_teacher = product_gradients(
-            dy[0], real, h_teacher, k_teacher, active.teacher, of_teacher(geometry), alone
-        )
-    alone = whole and not summed.kernel
-    of_product = product_gradients(dx, real, h, kernel, active[:3], geometry, alone)
+            dy[0], real, h_teacher, k_teacher, active.teacher, of_teacher(geometry),
+            whole and alone[1],
+        )  # fmt: skip
+    of_product = product_gradients(dx, real, h, kernel, active[:3], geometry, whole and alone[0])
     return losses, others, Operands(*of_product, d_tokens, d_shared, d_teacher)
 
 
