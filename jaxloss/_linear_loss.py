@@ -9,7 +9,17 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from jaxloss import _arguments, _check, _chunks, _layout, _linear, _products, _sweeps, _targets
+from jaxloss import (
+    _arguments,
+    _check,
+    _chunks,
+    _layout,
+    _linear,
+    _mesh,
+    _products,
+    _sweeps,
+    _targets,
+)
 from jaxloss._arguments import Reduction
 from jaxloss._casts import accumulator_dtype
 
@@ -97,9 +107,12 @@ def linear_loss(
 
     wide = accumulator_dtype(hidden.dtype)
 
-    def examples(n):
-        logits = jax.ShapeDtypeStruct((n, columns), wide)
-        return logits, *(jax.ShapeDtypeStruct((n, *x.shape[1:]), x.dtype) for x in arrays)
+    def examples(n, axes=frozenset()):
+        shapes = ((n, columns), wide), *(((n, *x.shape[1:]), x.dtype) for x in arrays)
+        if not axes:
+            return [jax.ShapeDtypeStruct(*shape) for shape in shapes]
+        zeros = lambda: [jnp.zeros(*shape) for shape in shapes]  # noqa: E731
+        return jax.eval_shape(lambda: _mesh.all_varying(zeros(), axes))
 
     out = jax.eval_shape(loss_fn, *examples(chunk))
     one = isinstance(out, jax.ShapeDtypeStruct)
@@ -107,7 +120,9 @@ def linear_loss(
         rule = f"loss_fn must return one floating number a token, shape ({chunk},)"
         got = _check.describe(out) if one else type(out).__name__
         _check.fail(call, rule, f"{got} for logits {_check.describe(examples(chunk)[0])}")
-    pure, closed_over = _converted(loss_fn, examples, _chunks.all_step_sizes(chunk, columns))
+    varies = map(_mesh.varies_over, (hidden, kernel, bias, sample_weight, *arrays))
+    sizes = _chunks.all_step_sizes(chunk, columns)
+    pure, closed_over = _converted(loss_fn, examples, sizes, frozenset().union(*varies))
 
     def chunk_losses(x, per_token, shared):
         return (pure(x, per_token, shared).astype(wide),), ()
@@ -127,7 +142,9 @@ def linear_loss(
     return _linear.reduced(chunk_losses, geometry, operands, counts, weights, scalar)[0]
 
 
-def _converted(loss_fn: Callable, examples: Callable, sizes: list[int]) -> tuple[Callable, tuple]:
+def _converted(
+    loss_fn: Callable, examples: Callable, sizes: list[int], axes: frozenset
+) -> tuple[Callable, tuple]:
     """``(pure, closed_over)``: ``pure(logits, per_token, closed_over)`` is ``loss_fn``.
 
     What it closes over and JAX differentiates becomes an argument. A conversion holds for one
@@ -138,13 +155,20 @@ def _converted(loss_fn: Callable, examples: Callable, sizes: list[int]) -> tuple
         function, own = jax.closure_convert(loss_fn, *examples(n))
         closed_over |= {id(x): x for x in own}
         converted[n] = function, [id(x) for x in own]
+    if closed_over:
+        axes = frozenset()
+    elif axes:
+        # Anew for what differs between the devices of a mesh, beside constants, which do not. What
+        # is closed over would be made to differ inside: its gradient is to be summed after a sweep.
+        converted = {n: (jax.closure_convert(loss_fn, *examples(n, axes))[0], []) for n in sizes}
     # Names alone: a derivative rule, which outlives the trace, refers to them.
     names = list(closed_over)
 
     def pure(x, per_token, closed_over):
         function, own = converted[x.shape[0]]
         given = dict(zip(names, closed_over, strict=True))
-        return function(x, *per_token, *(given[name] for name in own))
+        args = _mesh.all_varying((x, *per_token), axes)
+        return function(*args, *(given[name] for name in own))
 
     # As arrays: what was a Python number too.
     return pure, tuple(jnp.asarray(x, x.dtype) for x in closed_over.values())

@@ -509,6 +509,34 @@ def test_linear_loss_in_shard_map():
     assert_close(got, expected)
 
 
+@pytest.mark.parametrize("weighed", [False, True])
+def test_linear_loss_of_constants_in_shard_map(weighed):
+    """Which are the same on all devices, as the logits are not; second derivatives too."""
+    mesh, *_ = build("8 tokens")
+    given, _, _, s = problem(jnp.float32)
+    scale = jnp.linspace(1.0, 2.0, 2, dtype=jnp.float32)
+
+    def losses(h, k, s):
+        loss = lambda x: jnp.sum(jnp.sin(x), axis=-1) * scale  # noqa: E731
+        weight = s if weighed else None
+        return jaxloss.linear_loss(loss, h, k, sample_weight=weight, reduction="none", chunk_size=2)
+
+    def each(h, k, s):
+        parts = zip(h.reshape(8, 2, D), s.reshape(8, 2), strict=True)
+        return jnp.concatenate([losses(h, k, s) for h, s in parts])
+
+    def run(f):
+        def slope(h, k):
+            return jax.grad(lambda h, k: jnp.sum(jnp.sin(f(h, k, s))), (0, 1))(h, k)
+
+        second = lambda h, k: sum(jnp.sum(jnp.sin(g)) for g in slope(h, k))  # noqa: E731
+        return slope(given["h"], given["k"]), jax.grad(second, (0, 1))(given["h"], given["k"])
+
+    specs = P("t"), P(), P("t")
+    on_mesh = jax.shard_map(losses, mesh=mesh, in_specs=specs, out_specs=P("t"))
+    assert_close(*jit_quickly(lambda: (run(on_mesh), run(each)))())
+
+
 EXPLICIT = [
     ("8 tokens", P()),
     ("8 tokens", P("t")),
