@@ -240,7 +240,7 @@ def check_split(
                 _check.fail(function, rule, f"{other} that varies over {axis!r}")
     arrays = (split_array, *of_tokens.values())
     names = [other for other, x in of_tokens.items() if x is not None]
-    given = frozenset().union(*map(_mesh.varies_over, arrays))
+    given = _mesh.varies_over(arrays)
     for axis in token_axes:
         if axis not in given:
             _check.fail(

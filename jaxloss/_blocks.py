@@ -265,7 +265,7 @@ def _of_those_that_count(sweep, operands: Operands, constants: Constants, state,
     # Nothing in a sweep communicates: each device of a mesh has a size of its own.
     number = jnp.sum(counts, dtype=jnp.int32)
     given = operands, constants, state, ct
-    operands, constants, state, ct = _mesh.all_varying(given, _mesh.varies_over(number))
+    operands, constants, state, ct = _mesh.varying(given, _mesh.varies_over(number))
     which = sum((number > size).astype(jnp.int32) for size in sizes[:-1])
     return lax.switch(which, [partial(of, size) for size in sizes])
 

@@ -31,9 +31,9 @@ def _internals() -> Any:
     return SimpleNamespace(core=core, ad=ad, batching=batching, mlir=mlir)
 
 
-def moves(tangent: Any) -> bool:
-    """Not None, nor a zero that JAX knows for one."""
-    return not isinstance(tangent, SymbolicZero | None)
+def moving_of(tangents: Any) -> list[bool]:
+    """Which are not None, nor zeros that JAX knows for ones."""
+    return [not isinstance(t, SymbolicZero | None) for t in tangents]
 
 
 def jvp_of_moving(function, primals, tangents, has_aux=False):
@@ -44,7 +44,7 @@ def jvp_of_moving(function, primals, tangents, has_aux=False):
     """
     primals, structure = tree.flatten(primals, is_leaf=lambda x: x is None)
     tangents = tree.leaves(tangents, is_leaf=lambda x: x is None)
-    moving = [moves(t) for t in tangents]
+    moving = moving_of(tangents)
 
     def of_moving(*some):
         some = iter(some)
@@ -69,9 +69,6 @@ def with_forward_mode(rule, tangent, whole=True):
     """
     if _tangent_map() is None:
         return rule
-
-    def moving_of(tangents):
-        return [moves(t) for t in tangents]
 
     def jvp(primals, tangents):
         given = primals

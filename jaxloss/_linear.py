@@ -119,7 +119,7 @@ def weighted_sum(
     homes = [_mesh.varies_over(x) for x in differentiated]
     dtypes = [None if x is None else x.dtype for x in differentiated]
     summed = {*geometry.vocab_axes, *geometry.token_axes}
-    varies = frozenset().union(*homes, *map(_mesh.varies_over, packing)) - summed
+    varies = _mesh.varies_over((differentiated, packing)) - summed
 
     def total(weight, losses):
         here = jnp.sum(jnp.where(weight == 0, 0, weight * losses))

@@ -112,7 +112,7 @@ def linear_loss(
         if not axes:
             return [jax.ShapeDtypeStruct(*shape) for shape in shapes]
         zeros = lambda: [jnp.zeros(*shape) for shape in shapes]  # noqa: E731
-        return jax.eval_shape(lambda: _mesh.all_varying(zeros(), axes))
+        return jax.eval_shape(lambda: _mesh.varying(zeros(), axes))
 
     out = jax.eval_shape(loss_fn, *examples(chunk))
     one = isinstance(out, jax.ShapeDtypeStruct)
@@ -120,9 +120,9 @@ def linear_loss(
         rule = f"loss_fn must return one floating number a token, shape ({chunk},)"
         got = _check.describe(out) if one else type(out).__name__
         _check.fail(call, rule, f"{got} for logits {_check.describe(examples(chunk)[0])}")
-    varies = map(_mesh.varies_over, (hidden, kernel, bias, sample_weight, *arrays))
+    varies = _mesh.varies_over((hidden, kernel, bias, sample_weight, arrays))
     sizes = _chunks.all_step_sizes(chunk, columns)
-    pure, closed_over = _converted(loss_fn, examples, sizes, frozenset().union(*varies))
+    pure, closed_over = _converted(loss_fn, examples, sizes, varies)
 
     def chunk_losses(x, per_token, shared):
         return (pure(x, per_token, shared).astype(wide),), ()
@@ -167,7 +167,7 @@ def _converted(
     def pure(x, per_token, closed_over):
         function, own = converted[x.shape[0]]
         given = dict(zip(names, closed_over, strict=True))
-        args = _mesh.all_varying((x, *per_token), axes)
+        args = _mesh.varying((x, *per_token), axes)
         return function(*args, *(given[name] for name in own))
 
     # As arrays: what was a Python number too.

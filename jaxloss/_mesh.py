@@ -16,33 +16,35 @@ def is_manual() -> bool:
     return bool(jax.sharding.get_abstract_mesh().manual_axes)
 
 
-def varies_over(x: Any) -> frozenset:
-    """The axes of the surrounding ``shard_map`` over which ``x`` differs between devices."""
-    if x is None:
-        return frozenset()
-    kind = x if isinstance(x, jax.ShapeDtypeStruct) else jax.typeof(x)
-    return kind.manual_axis_type.varying if kind.manual_axis_type else frozenset()
+def varies_over(xs: Any) -> frozenset:
+    """The axes of the surrounding ``shard_map`` over which any array of a tree differs between
+    devices."""
+
+    def axes(x):
+        kind = x if isinstance(x, jax.ShapeDtypeStruct) else jax.typeof(x)
+        return kind.manual_axis_type.varying if kind.manual_axis_type else ()
+
+    return frozenset().union(*map(axes, jax.tree.leaves(xs)))
 
 
-def varying(x: Any, axes: Iterable) -> Any:
-    """``x``, taken as differing over these axes too: its gradient is summed over them."""
-    missing = tuple(sorted(set(axes) - varies_over(x)))
-    return x if x is None or not missing else lax.pcast(x, missing, to="varying")
+def varying(xs: Any, axes: Iterable) -> Any:
+    """The arrays of a tree, taken as differing over these axes too: gradients are summed over them.
 
-
-def all_varying(xs: Any, axes: Iterable) -> Any:
-    """The arrays of a tree, each taken as differing over these axes.
-
-    For what the branches of a ``cond`` read, and those its condition varies over: JAX batches one
-    by selecting what is read by the condition, and the branches must know it varying already.
+    So must be what the branches of a ``cond`` read, over what its condition differs over: JAX
+    batches one by selecting what is read by the condition, and its branches are traced before.
     """
-    return jax.tree.map(lambda x: varying(x, axes), xs)
+    axes = frozenset(axes)
+
+    def one(x):
+        missing = tuple(sorted(axes - varies_over(x)))
+        return lax.pcast(x, missing, to="varying") if missing else x
+
+    return jax.tree.map(one, xs)
 
 
 def together(*xs: Any) -> tuple:
     """Each ``x`` taken as differing over whatever axes any of them differs over."""
-    axes = frozenset().union(*map(varies_over, xs))
-    return tuple(varying(x, axes) for x in xs)
+    return varying(xs, varies_over(xs))
 
 
 def largest(x: Array, axes: Axes) -> Array:

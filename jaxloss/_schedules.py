@@ -2,7 +2,6 @@
 
 import math
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -104,11 +103,9 @@ def by_vocab_blocks(
 
     def rows_of(targets, classes, _, weight, label_smoothing, want, predict):
         # Gradients of what no token owns are summed over the devices after the loop, not in it.
-        varies = map(_mesh.varies_over, (rows, kernel, bias, *jax.tree.leaves(labels)))
-        varies = frozenset().union(*varies)
-        weight, kept = (
-            _mesh.varying(x, varies) for x in (_targets.weight_here(weight, classes), targets.kept)
-        )
+        varies = _mesh.varies_over((rows, kernel, bias, labels))
+        weight = _targets.weight_here(weight, classes)
+        weight, kept = _mesh.varying((weight, targets.kept), varies)
         counts = targets.counts if fused and not all_count else None
         return _blocks.row_losses_by_block(
             _blocks.Options(geometry, label_smoothing, scaling, want, predict, wide, fused),

@@ -89,7 +89,7 @@ def _columns(kernel: Array, operands: Operands, geometry: Geometry) -> int:
 def losses(loss_fn: LossFn, geometry: Geometry, dynamic: bool, operands: Operands, packing):
     """(losses, others), each [N], 0 where a token does not count. One product."""
     operands = operands._replace(kernel=gathered(operands.kernel, geometry))
-    operands = _mesh.all_varying(operands, _mesh.varies_over(packing.size))
+    operands = _mesh.varying(operands, _mesh.varies_over(packing.size))
     hidden, kernel, bias, per_token, shared, _ = operands
 
     def part(at):
@@ -128,9 +128,9 @@ def gradients(
     size = operands.hidden.shape[0]
     # A gradient of what no token owns is summed over the devices after the loop, not in it.
     over = _mesh.varies_over(operands.hidden) | _mesh.varies_over(packing.order)
-    given = _mesh.all_varying(operands._replace(kernel=kernel), over)
-    cts = _mesh.all_varying(cts, _mesh.varies_over(packing.size))
-    of_tokens = over.union(*map(_mesh.varies_over, operands.per_token))
+    given = _mesh.varying(operands._replace(kernel=kernel), over)
+    cts = _mesh.varying(cts, _mesh.varies_over(packing.size))
+    of_tokens = over | _mesh.varies_over(operands.per_token)
 
     def complete(kernel):  # no other device has a part of its gradient
         return not of_tokens - _mesh.varies_over(kernel) - {*geometry.vocab_axes}
@@ -186,6 +186,7 @@ def _chunk_gradients(
     """
     hidden, kernel, bias, per_token, shared, teacher = operands
     whole = at.dtype == bool
+    alone = tuple(whole and one for one in alone)
     h, real = filled(hidden, at, packing), at if whole else at < hidden.shape[0]
     x = product(h, kernel, bias, geometry)
     # A teacher's logits go the way of what the tokens own, and then on to its operands.
@@ -213,10 +214,9 @@ def _chunk_gradients(
     if any(active.teacher):
         h_teacher, k_teacher = filled(teacher[0], at, packing), teacher[1]
         d_teacher = product_gradients(
-            dy[0], real, h_teacher, k_teacher, active.teacher, of_teacher(geometry),
-            whole and alone[1],
-        )  # fmt: skip
-    of_product = product_gradients(dx, real, h, kernel, active[:3], geometry, whole and alone[0])
+            dy[0], real, h_teacher, k_teacher, active.teacher, of_teacher(geometry), alone[1]
+        )
+    of_product = product_gradients(dx, real, h, kernel, active[:3], geometry, alone[0])
     return losses, others, Operands(*of_product, d_tokens, d_shared, d_teacher)
 
 

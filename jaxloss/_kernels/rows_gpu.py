@@ -65,22 +65,16 @@ def transforms(dtype: Any) -> tuple:
     return made.TilingTransform((8, 128 // jnp.dtype(dtype).itemsize)), made.SwizzleTransform(128)
 
 
-def call(body: Callable, args: tuple[Array, ...], out: Any, **options: Any) -> Any:
-    """``plgpu.kernel`` of the arrays: ``out`` is shape and dtype of its result, or several of them.
+def call(body: Callable, args: tuple[Array, ...], out: list[tuple], **options: Any) -> Any:
+    """``plgpu.kernel`` of the arrays: ``out`` has shape and dtype of each result.
 
     Its results vary over a mesh's axes as the arrays do, which JAX forgets where it is not
     interpreted.
     """
-    axes = _mesh.varies_over(args[0])
     kind = jax.typeof(args[0]).manual_axis_type
-
-    def typed(shape, dtype):
-        return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=kind)
-
-    several = isinstance(out, list)
-    out_type = [typed(*o) for o in out] if several else typed(*out)
+    out_type = [jax.ShapeDtypeStruct(*o, manual_axis_type=kind) for o in out]
     results = plgpu.kernel(body, out_type=out_type, compiler_params=params(), **options)(*args)
-    return jax.tree.map(lambda x: _mesh.varying(x, axes), results)
+    return _mesh.varying(results, _mesh.varies_over(args[0]))
 
 
 def takes(x: Array) -> bool:
@@ -238,13 +232,14 @@ def slope(otherwise: Callable) -> Callable:
             for v in (m, kept, scale, at_kept, active.astype(jnp.int32))
         )
         held = plgpu.SMEM((2, *_SHAPE), x.dtype, transforms=transforms(x.dtype))
-        return call(
+        (dx,) = call(
             jaxloss_slope,
             (x, *of_rows),
-            (x.shape, x.dtype),
+            [(x.shape, x.dtype)],
             grid=(row_tiles, parts),
             grid_names=("rows", "part"),
             scratch_types=[held],
         )
+        return dx
 
     return _per_row(compute, otherwise)
