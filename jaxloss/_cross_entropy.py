@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from jaxloss import _arguments, _check, _entries, _logits, _rows, _targets
+from jaxloss import _arguments, _check, _entries, _logits, _one_pass, _rows, _targets
 from jaxloss._arguments import Reduction
 from jaxloss._canonical import classes_back, classes_last, mask_classes_last
 from jaxloss._casts import accumulator_dtype
@@ -363,18 +363,40 @@ def _cross_entropy(
     if _targets.is_probabilities(labels):
         labels = classes_last(labels, axes)
     x, class_mask = classes_last(logits, axes), mask_classes_last(class_mask, logits, axes)
+    classes = _targets.classes_here(num_classes, x.shape[-1], vocab_axes)
+    wide = accumulator_dtype(x.dtype)
+    plain = weight is class_mask is scaling is None and _is_plain(labels, classes, options)
+    if plain and reduction != "none" and _one_pass.takes(x):
+        targets = _targets.make_targets(
+            labels,
+            classes,
+            wide,
+            weight=None,
+            sample_weight=sample_weight,
+            token_mask=token_mask,
+            ignore_index=options.ignore_index,
+        )
+        weights = _targets.token_weights(targets, sample_weight, reduction, wide, token_axes)
+        return _one_pass.reduced(x, targets.kept, *weights, token_axes)
     losses, stats, targets = token_terms(
         rows_of_logits(x, scaling),
-        _targets.classes_here(num_classes, x.shape[-1], vocab_axes),
+        classes,
         labels,
         weight,
         class_mask,
         sample_weight,
         token_mask,
-        dtype=accumulator_dtype(x.dtype),
+        dtype=wide,
         options=options,
     )
     loss = _targets.reduce_losses(losses, targets, sample_weight, reduction, token_axes)
     if stats is None:
         return loss
     return loss, stats if reduction == "none" else lax.stop_gradient(stats)
+
+
+def _is_plain(labels, classes: _targets.Classes, options: TokenOptions) -> bool:
+    """Whether the loss is the negative log-likelihood of class indices among all columns here."""
+    whole = classes.total == classes.size and not classes.axes
+    options = options._replace(ignore_index=None)
+    return whole and _targets.is_indices(labels) and options == TokenOptions(None, 0, 0, False)

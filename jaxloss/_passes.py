@@ -181,7 +181,7 @@ def max_and_sum(
         return max_and_sum_in_one(widen(logits, class_mask, scaling), kept, compute, scaling)
 
     forms = {"cpu": in_two, "default": in_one}
-    if class_mask is None and scaling is None and _fit_kernels(logits):
+    if class_mask is None and scaling is None and fit_kernels(logits):
         from jaxloss._kernels import rows_gpu  # Pallas: a third of the whole import
 
         kernel = rows_gpu.max_and_sum(_merged)
@@ -205,7 +205,7 @@ def slope_pass(plain: Callable, logits: Array, *rest: Array) -> Array:
     kept, and 0 in a row that is not active, in the logits' dtype; by a kernel where there is one.
     """
     # In 32 bits XLA reads and writes as fast as the memory allows.
-    if logits.dtype.itemsize != 2 or not _fit_kernels(logits):
+    if logits.dtype.itemsize != 2 or not fit_kernels(logits):
         return plain(logits, *rest)
     from jaxloss._kernels import rows_gpu
 
@@ -213,7 +213,7 @@ def slope_pass(plain: Callable, logits: Array, *rest: Array) -> Array:
     return lax.platform_dependent(logits, *rest, cuda=kernel, default=plain)
 
 
-def _fit_kernels(logits: Array) -> bool:
+def fit_kernels(logits: Array) -> bool:
     """Whether the kernels for a Hopper GPU have tiles of these classes."""
     return (
         _device.is_hopper()

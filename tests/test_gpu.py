@@ -96,15 +96,20 @@ def _compile_passes(shape):
     print(json.dumps(sorted(passes)))
 
 
-def _compile_kernels(shape):
+def _compile_kernels(shape, factor=1):
     """Prints which kernels a batch of cross_entropy runs; JAX prints their resources."""
     one = _h200()
     x = jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=one)
     y = jax.ShapeDtypeStruct(shape[:-1], jnp.int32, sharding=one)
-    loss = jax.vmap(jax.value_and_grad(jaxloss.cross_entropy))
+    loss = jax.vmap(jax.value_and_grad(lambda x, y: factor * jaxloss.cross_entropy(x, y)))
     program = _lowered(loss, x, y).compile()
-    temporaries = program.memory_analysis().temp_size_in_bytes
-    print(json.dumps({"kernels": _kernels(program.as_text()), "temporaries": temporaries}))
+    text = program.as_text()
+    found = {
+        "kernels": _kernels(text),
+        "calls": text.count('custom_call_target="mosaic_gpu'),
+        "temporaries": program.memory_analysis().temp_size_in_bytes,
+    }
+    print(json.dumps(found))
 
 
 def run(**options):
@@ -200,6 +205,23 @@ def test_the_rows_take_kernels():
     assert sum(spilled) == 0
 
 
+@pytest.mark.parametrize(("classes", "most"), [(1024, 128), (2048, 255)])
+def test_rows_of_few_classes_take_one_pass(classes, most):
+    """What the backward pass asks for is what the forward pass asked for, and computed once."""
+    found, said = run(kernels_of=[2, 2**24 // classes, classes])
+    assert found["kernels"] == ["jaxloss_one_pass"]
+    assert found["calls"] == 1
+    assert found["temporaries"] <= 8 * MIB
+    registers, spilled = resources(said)
+    assert max(registers) <= most  # four blocks of 128 threads a core, or two
+    assert sum(spilled) == 0
+
+
+def test_of_a_multiple_of_the_loss_the_gradient_is_computed_again():
+    """Scaled as it is it would be rounded twice."""
+    assert compiled(kernels_of=[1, 2**14, 1024], factor=3)["calls"] == 2
+
+
 def test_chunks_take_the_kernel_of_their_rows():
     assert compiled(**BOTH)["kernels"] == ["jaxloss_max_and_sum"]
     assert compiled(**BOTH, kernels=False)["kernels"] == []
@@ -222,6 +244,6 @@ if __name__ == "__main__":
     if "passes" in given:
         _compile_passes(given["passes"])
     elif "kernels_of" in given:
-        _compile_kernels(given["kernels_of"])
+        _compile_kernels(given["kernels_of"], given.get("factor", 1))
     else:
         _compile(**given)

@@ -82,13 +82,13 @@ def takes(x: Array) -> bool:
     return x.shape[0] >= ROWS and x.shape[0] % 8 == 0 and x.size >= 2**24
 
 
-def _per_row(compute: Callable, otherwise: Callable) -> Callable:
-    """``compute(*arrays)``, which all have a row axis first, or ``otherwise`` by ``takes``; a batch
-    of calls is one call of more rows."""
+def per_row(compute: Callable) -> Callable:
+    """``compute(*arrays)``, which all have a row axis first, of arrays with any axes in its place;
+    a batch of calls is one call of more rows."""
 
     @jax.custom_batching.custom_vmap
     def rows(*args):
-        return (compute if takes(args[0]) else otherwise)(*args)
+        return compute(*args)
 
     @rows.def_vmap
     def _(size, batched, *args):
@@ -107,6 +107,10 @@ def _per_row(compute: Callable, otherwise: Callable) -> Callable:
         return jax.tree.map(lambda v: v.reshape(*lead, *v.shape[1:]), out)
 
     return leading
+
+
+def _by_takes(compute: Callable, otherwise: Callable) -> Callable:
+    return lambda x, *rest: (compute if takes(x) else otherwise)(x, *rest)
 
 
 def _split(x: Array) -> tuple[int, int, int]:
@@ -189,7 +193,7 @@ def max_and_sum(otherwise: Callable) -> Callable:
         )
         return merged(m[:, :rows], s[:, :rows])
 
-    return _per_row(compute, otherwise)
+    return per_row(_by_takes(compute, otherwise))
 
 
 def slope(otherwise: Callable) -> Callable:
@@ -242,4 +246,4 @@ def slope(otherwise: Callable) -> Callable:
         )
         return dx
 
-    return _per_row(compute, otherwise)
+    return per_row(_by_takes(compute, otherwise))

@@ -1,0 +1,127 @@
+"""Rows of logits on a Hopper GPU, read once: the parts of their losses, and a gradient.
+
+A row of few classes stays in registers from its maximum to its gradient. So a
+weighted sum of losses and its gradient take one read and one write of the logits; by ``rows_gpu``
+they take two reads and a write.
+
+Letters: R rows, C classes.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from jaxloss._kernels.rows_gpu import call, exp, load, per_row
+from jaxloss._logits import finite
+
+_ROWS = 4  # of a tile: a warp each
+_SPAN = 32  # rows of a block: of as many numbers 128 bytes, what is copied at once
+_CLASSES = 2048  # 64 in each lane's registers; of 4096 two warps a row would gain half as much
+_STEPS = 2  # tiles that are fetched ahead: more leave fewer blocks on a core
+
+
+def _width(dtype: Any) -> int:
+    """Classes that a warp reads at once, 16 bytes a lane."""
+    return 512 // jnp.dtype(dtype).itemsize
+
+
+def takes(x: Array) -> bool:
+    """Whether x[R, C] is made of whole tiles, and makes up for starting the kernel."""
+    rows, classes = x.shape
+    whole = classes % _width(x.dtype) == 0 and rows % _ROWS == 0
+    return whole and classes <= _CLASSES and rows >= _SPAN and x.size >= 2**24
+
+
+def _layout(width: int) -> Any:
+    """Of a tile [rows, C / width, width]: a row a warp, a lane 16 bytes of each width."""
+    tiling = plgpu.Tiling(((_ROWS, 1, width), (width // 32,)))
+    return plgpu.Layout.TILED(tiling, (-4,), (-2,), -1)
+
+
+def _of_tile(x: Array, layout: Any, kept: Array, x_kept: Array, weight: Array):
+    """``(m, s, gradient)`` of a tile [rows, C / width, width], the rest [rows]."""
+    shape = x.shape
+
+    def across(v: Array) -> Array:
+        return plgpu.layout_cast(lax.broadcast_in_dim(v, shape, [0]), layout)
+
+    def over_row(function: Callable, v: Array) -> Array:  # within each lane first
+        return function(function(v, axis=1), axis=1)
+
+    def iota(axis: int) -> Array:
+        return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=layout)
+
+    m = over_row(jnp.max, x).astype(jnp.float32)
+    high = finite(m)
+    e = exp(x.astype(jnp.float32) - across(high))
+    at_label = iota(1) * shape[2] + iota(2) == across(kept)
+    s = over_row(jnp.sum, jnp.where(at_label, 0.0, e))
+    # 1 + t of _rows is the sum of all.
+    scale = weight / (s + exp(x_kept - high))
+    dx = jnp.where(at_label, across(-s * scale), e * across(scale))
+    # A row that asks for nothing gets 0, whatever it holds.
+    return m, s, jnp.where(across(weight) == 0.0, 0.0, dx)
+
+
+@per_row
+def sums_and_gradient(x: Array, kept: Array, x_kept: Array, weight: Array):
+    """``(x[..., C], kept, x_kept, weight)``, the rest ``[...]``: the row's maximum, ``sum_{j != k}
+    exp(x_j - max)``, and the gradient of ``sum(weight * nll)`` in the dtype of ``x``."""
+    rows, classes = x.shape
+    width = _width(x.dtype)
+    layout, shape = _layout(width), (_ROWS, classes // width, width)
+
+    def jaxloss_one_pass(x, kept, x_kept, weight, dx, m, s, *cores):
+        *of_rows, m_core, s_core, dx_core, barrier = cores
+        # The last block begins where it has all of its rows: some are computed twice.
+        start = jnp.minimum(lax.axis_index("block") * _SPAN, rows - _SPAN)
+        here = pl.ds(start, _SPAN)
+        for v, core in zip((kept, x_kept, weight), of_rows, strict=True):
+            plgpu.copy_gmem_to_smem(v.at[here], core, barrier)
+
+        def step(index, tile):
+            (t,) = index
+
+            @pl.when(t == 0)
+            def _():
+                plgpu.barrier_wait(barrier)
+
+            row, slot = t * _ROWS, lax.rem(t, jnp.int32(2))
+            these, a_row = pl.ds(row, _ROWS), layout.reduce((1, 2))
+            numbers = (load(core.at[these], a_row, optimized=False) for core in of_rows)
+            m_core[these], s_core[these], gradient = _of_tile(load(tile, layout), layout, *numbers)
+            plgpu.wait_smem_to_gmem(1, wait_read_only=True)  # the slot's tile before the last
+            dx_core[slot] = gradient.astype(dx.dtype)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(dx_core.at[slot], dx.at[pl.ds(start + row, _ROWS)])
+
+        spec = plgpu.BlockSpec(shape, lambda t: (lax.div(start, jnp.int32(_ROWS)) + t, 0, 0))
+        with jax.enable_x64(False):
+            plgpu.emit_pipeline(
+                step, grid=(_SPAN // _ROWS,), in_specs=[spec], max_concurrent_steps=_STEPS
+            )(x)
+        plgpu.copy_smem_to_gmem(m_core, m.at[here])
+        plgpu.copy_smem_to_gmem(s_core, s.at[here])
+        plgpu.wait_smem_to_gmem(0)
+
+    x = x.reshape(rows, *shape[1:])
+    number = plgpu.SMEM((_SPAN,), jnp.float32)
+    dx, m, s = call(
+        jaxloss_one_pass,
+        (x, kept, x_kept, weight),
+        [(x.shape, x.dtype), *[((rows,), jnp.float32)] * 2],
+        grid=(pl.cdiv(rows, _SPAN),),
+        grid_names=("block",),
+        scratch_types=[
+            plgpu.SMEM((_SPAN,), jnp.int32),
+            *[number] * 4,
+            plgpu.SMEM((2, *shape), x.dtype),
+            plgpu.Barrier(num_arrivals=3),
+        ],
+    )
+    return m, s, dx.reshape(rows, classes)

@@ -1,0 +1,114 @@
+"""A weighted sum of losses of logits, with its gradient from the pass that reads them.
+
+By ``_rows`` a gradient waits for its cotangent, and the backward pass reads the logits again. Here
+the forward pass asks for the gradient of the sum too, and the backward pass for that of its
+cotangent times the sum. Where the cotangent is 1, as that of a loss is which is what a program
+differentiates, the two ask for the same: XLA computes it once. By any other it is computed again,
+and so rounded once.
+
+Letters: R rows, C classes.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from jaxloss import _mesh, _parts, _rows
+from jaxloss._casts import widened
+from jaxloss._entries import entry
+from jaxloss._forward_mode import with_forward_mode
+from jaxloss._passes import fit_kernels, with_derivative_of
+
+
+def takes(logits: Array) -> bool:
+    """Whether there is a kernel for logits[..., C]."""
+    if not fit_kernels(logits):
+        return False
+    from jaxloss._kernels import one_pass_gpu  # Pallas: a third of the whole import
+
+    classes = logits.shape[-1]
+    rows = jax.ShapeDtypeStruct((logits.size // classes, classes), logits.dtype)
+    return one_pass_gpu.takes(rows)
+
+
+def _by_xla(logits: Array, kept: Array, weight: Array) -> tuple[Array, Array, Array, Array]:
+    rows = _parts.Rows(logits, kept)
+    part = _parts.row_part(rows, None, ("nll",))
+    _, state = _rows.finish(part, ())
+    dx = _rows.row_gradient(rows, state, None, _rows.RowLosses(nll=weight), logits.dtype)
+    return part.m, part.s, part.x_kept, dx
+
+
+def _kept_logit(logits: Array, kept: Array, weight: Array) -> Array:
+    """Of class 0 where nothing is asked: so it waits for the weights. XLA would gather it in the
+    pass that adds them up, which may be a single block's."""
+    kept = jnp.where(weight == 0, 0, kept)
+    return jnp.where(kept < logits.shape[-1], widened(entry(logits, kept)), jnp.nan)
+
+
+def _by_kernel(logits: Array, kept: Array, weight: Array) -> tuple[Array, Array, Array, Array]:
+    from jaxloss._kernels import one_pass_gpu
+
+    x_kept = _kept_logit(logits, kept, weight)
+    m, s, dx = one_pass_gpu.sums_and_gradient(logits, kept, x_kept, weight)
+    return m, s, x_kept, dx
+
+
+def _with_gradient(logits: Array, kept: Array, weight: Array) -> tuple[Array, Array, Array, Array]:
+    """``(m, s, x_kept)`` of ``_parts.RowPart``, and the gradient of ``sum(weight * nll)``."""
+    kernel = with_derivative_of(_by_xla, _by_kernel)
+    return lax.platform_dependent(logits, kept, weight, cuda=kernel, default=_by_xla)
+
+
+def weighted_sum(logits: Array, kept: Array, weight: Array) -> Array:
+    """``sum(weight * nll)`` of ``logits[..., C]``; ``kept`` and ``weight[...]`` as in ``_rows``.
+
+    A row of weight 0 adds nothing, whatever it holds. Differentiable in the logits and the weights,
+    in every mode.
+    """
+
+    def total(weight, nll):
+        return jnp.sum(weight * jnp.where(weight == 0, 0, nll))
+
+    def value(logits, kept, weight):
+        return total(weight, _rows.row_losses(logits, kept).nll)
+
+    def asked(weight, ct):
+        return jnp.where(weight == 0, 0, weight * ct)  # of a cotangent that is NaN too
+
+    def forward(logits, kept, weight):
+        # The same operations as the backward pass's, or XLA would not see that they are the same.
+        m, s, x_kept, _ = _with_gradient(logits, kept, asked(weight, jnp.ones_like(weight)))
+        losses, state = _rows.finish(_parts.RowPart(m, s, x_kept, kept), ("nll",))
+        return total(weight, losses.nll), (logits, weight, losses.nll, state)
+
+    def backward(residuals, ct):
+        logits, weight, nll, state = residuals
+        *_, dx = _with_gradient(logits, state.kept, asked(weight, ct))
+        return dx, None, ct * jnp.where(weight == 0, 0, nll)
+
+    def tangent(residuals, tangents):
+        logits, weight, nll, state = residuals
+        d_logits, _, d_weight = tangents
+        out = jnp.zeros((), weight.dtype)
+        if d_logits is not None:
+            along = d_logits, None, None
+            moved = _rows.row_tangents(_parts.Rows(logits), state, None, ("nll",), *along)
+            out += total(weight, moved.nll)
+        if d_weight is not None:
+            out += jnp.sum(d_weight * jnp.where(weight == 0, 0, nll))
+        return out
+
+    rule = jax.custom_vjp(value)
+    rule.defvjp(forward, backward)
+    return with_forward_mode(rule, tangent)(*_mesh.together(logits, kept, weight))
+
+
+def reduced(
+    logits: Array, kept: Array, weight: Array, nothing: Array, token_axes: _mesh.Axes
+) -> Array:
+    """Their sum, over the devices along ``token_axes`` too; the weights are from
+    ``_targets.token_weights``."""
+    total = weighted_sum(logits, kept, weight)
+    total = lax.psum(total, token_axes) if token_axes else total
+    return total + jnp.where(nothing, jnp.nan, jnp.zeros_like(total))
