@@ -36,7 +36,6 @@ MODULES = {
     "overhead": overhead,
     "compiled": compiled,
     "gpu": gpu,
-    "gpu_before": gpu,
     "peers": peers,
 }
 

@@ -34,8 +34,7 @@ def test_tables_are_those_of_the_results():
         assert text.count(" begin -->") == text.count(" end -->") == len(marks)
         found += marks
     whole = [name for name, number in found if not number]
-    # Of the run before the last on a GPU there is what the last one lacks.
-    assert sorted([*whole, "gpu_before"]) == sorted(readme.MODULES)
+    assert sorted(whole) == sorted(readme.MODULES)
 
 
 def test_there_are_blocks():
