@@ -377,7 +377,7 @@ def _cross_entropy(
             ignore_index=options.ignore_index,
         )
         weights = _targets.token_weights(targets, sample_weight, reduction, wide, token_axes)
-        return _one_pass.reduced(x, targets.kept, *weights, token_axes)
+        return _one_pass.reduced(x, cast(Array, targets.kept), *weights, token_axes)
     losses, stats, targets = token_terms(
         rows_of_logits(x, scaling),
         classes,

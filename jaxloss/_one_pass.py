@@ -27,8 +27,7 @@ def takes(logits: Array) -> bool:
     from jaxloss._kernels import one_pass_gpu  # Pallas: a third of the whole import
 
     classes = logits.shape[-1]
-    rows = jax.ShapeDtypeStruct((logits.size // classes, classes), logits.dtype)
-    return one_pass_gpu.takes(rows)
+    return one_pass_gpu.takes(logits.size // classes, classes, logits.dtype)
 
 
 def _by_xla(logits: Array, kept: Array, weight: Array) -> tuple[Array, Array, Array, Array]:

@@ -52,7 +52,7 @@ def hopper(monkeypatch):
 @pytest.fixture
 def one_pass(hopper, monkeypatch):
     """So is that of one pass, where a span has its rows."""
-    whole = lambda x: x.shape[0] % 4 == 0 and x.shape[0] >= 32  # noqa: E731
+    whole = lambda rows, *_: rows % 4 == 0 and rows >= 32  # noqa: E731
     monkeypatch.setattr(one_pass_gpu, "takes", whole)
 
 
@@ -210,8 +210,8 @@ def test_sums_and_gradient(one_pass, r, c, dtype):
 
 
 def test_what_makes_up_for_one_pass():
-    def takes(*shape, dtype=jnp.bfloat16):
-        return one_pass_gpu.takes(jax.ShapeDtypeStruct(shape, dtype))
+    def takes(rows, classes, dtype=jnp.bfloat16):
+        return one_pass_gpu.takes(rows, classes, dtype)
 
     assert all(takes(*shape) for shape in ((16384, 1024), (8192, 2048), (2**16, 256)))
     assert takes(2**15, 640, dtype=jnp.float32)
@@ -439,7 +439,7 @@ def test_kernels_have_the_types_of_other_platforms_forms(monkeypatch, function, 
     monkeypatch.setattr(_device, "is_hopper", lambda: True)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(rows_gpu, "takes", lambda x: True)
-    monkeypatch.setattr(one_pass_gpu, "takes", lambda x: kernel == "jaxloss_one_pass")
+    monkeypatch.setattr(one_pass_gpu, "takes", lambda *_: kernel == "jaxloss_one_pass")
     monkeypatch.setattr(linear_gpu, "LEAST", 0)
     jax.clear_caches()
 

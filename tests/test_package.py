@@ -62,7 +62,7 @@ LAYERS = (
     "_passes _prediction _sweeps",
     "_linear _parts",
     "_rows",
-    "_divergence_rows _row_kernel _targets",
+    "_divergence_rows _one_pass _row_kernel _targets",
     "_blocks _check_labels _divergence _linear_loss _sequences _terms _total_weight",
     "_cross_entropy _implementation _metrics _schedules",
     "_focal _linear_cross_entropy",

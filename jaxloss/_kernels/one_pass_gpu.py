@@ -30,11 +30,10 @@ def _width(dtype: Any) -> int:
     return 512 // jnp.dtype(dtype).itemsize
 
 
-def takes(x: Array) -> bool:
-    """Whether x[R, C] is made of whole tiles, and makes up for starting the kernel."""
-    rows, classes = x.shape
-    whole = classes % _width(x.dtype) == 0 and rows % _ROWS == 0
-    return whole and classes <= _CLASSES and rows >= _SPAN and x.size >= 2**24
+def takes(rows: int, classes: int, dtype: Any) -> bool:
+    """Whether [R, C] is made of whole tiles, and makes up for starting the kernel."""
+    whole = classes % _width(dtype) == 0 and rows % _ROWS == 0
+    return whole and classes <= _CLASSES and rows >= _SPAN and rows * classes >= 2**24
 
 
 def _layout(width: int) -> Any:
