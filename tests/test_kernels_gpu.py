@@ -209,6 +209,25 @@ def test_sums_and_gradient(one_pass, r, c, dtype):
     assert np.all((np.abs(wide(dx) - gradient) <= allowed) | wrong)
 
 
+@pytest.mark.nan_is_meant
+@interpreted
+def test_in_one_pass_too_rows_answer_for_themselves(one_pass):
+    x, y = rows(32, 256, jnp.bfloat16)
+    x = x.at[1, 5].set(jnp.nan).at[2, 7].set(jnp.inf).at[3].set(-jnp.inf).at[4, y[4]].set(jnp.inf)
+    x, y = x.at[5].set(jnp.nan), y.at[5].set(-100).at[6].set(256)
+    loss, dx = jax.value_and_grad(jaxloss.cross_entropy)(x, y)
+    wrong = np.isin(np.arange(32), [1, 2, 3, 4, 6])
+    assert np.isnan(loss)
+    np.testing.assert_array_equal(np.isnan(dx), np.broadcast_to(wrong[:, None], dx.shape))
+    np.testing.assert_array_equal(dx[5], 0)
+    # Nothing is asked of any of them, or something that is no number.
+    of_none = jax.value_and_grad(jaxloss.cross_entropy)(x, jnp.full_like(y, -100))
+    assert np.isnan(of_none[0])
+    np.testing.assert_array_equal(of_none[1], 0)
+    _, back = jax.vjp(lambda x: jaxloss.cross_entropy(x, y), x)
+    np.testing.assert_array_equal(back(jnp.float32(jnp.nan))[0][5], 0)
+
+
 def test_what_makes_up_for_one_pass():
     def takes(rows, classes, dtype=jnp.bfloat16):
         return one_pass_gpu.takes(rows, classes, dtype)

@@ -1,8 +1,8 @@
 """Rows of logits on a Hopper GPU, read once: the parts of their losses, and a gradient.
 
-A row of few classes stays in registers from its maximum to its gradient. So a
-weighted sum of losses and its gradient take one read and one write of the logits; by ``rows_gpu``
-they take two reads and a write.
+A row of few classes stays in registers from its maximum to its gradient. So a weighted sum of the
+losses and its gradient take one read and one write of the logits; by ``rows_gpu`` they take two
+reads and a write.
 
 Letters: R rows, C classes.
 """
@@ -21,7 +21,7 @@ from jaxloss._logits import finite
 
 _ROWS = 4  # of a tile: a warp each
 _SPAN = 32  # rows of a block: of as many numbers 128 bytes, what is copied at once
-_CLASSES = 2048  # 64 in each lane's registers; of 4096 two warps a row would gain half as much
+_CLASSES = 2048  # 64 in the registers of a lane: twice as many overflow
 _STEPS = 2  # tiles that are fetched ahead: more leave fewer blocks on a core
 
 
