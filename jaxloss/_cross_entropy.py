@@ -379,7 +379,7 @@ def _cross_entropy(
         weights = _targets.token_weights(targets, sample_weight, reduction, wide, token_axes)
         return _one_pass.reduced(x, cast(Array, targets.kept), *weights, token_axes)
     losses, stats, targets = token_terms(
-        rows_of_logits(x, scaling),
+        rows_of_logits(x, scaling, held=False),
         classes,
         labels,
         weight,

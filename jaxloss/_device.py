@@ -21,3 +21,10 @@ def is_hopper() -> bool:
     if jax.default_backend() != "gpu":
         return False
     return getattr(jax.devices()[0], "compute_capability", None) == "9.0"
+
+
+def is_recent_tpu() -> bool:
+    """Whether the default device is a TPU that the kernels are for: tiles do not fit into a v4."""
+    if jax.default_backend() != "tpu":
+        return False
+    return not jax.devices()[0].device_kind.startswith(("TPU v2", "TPU v3", "TPU v4"))

@@ -91,10 +91,7 @@ def _kernel_here() -> Implementation | None:
 def _beyond(name: Any, asked: Asked) -> list[str]:
     """What of a call the kernel ``name`` has no form of."""
     backend, chip = jax.default_backend(), jax.devices()[0].device_kind
-    if name == "mosaic_tpu":  # its tiles do not fit into the oldest
-        old = chip.startswith(("TPU v2", "TPU v3", "TPU v4"))
-    else:
-        old = not _device.is_hopper()
+    old = not (_device.is_recent_tpu() if name == "mosaic_tpu" else _device.is_hopper())
     other = backend != name.removeprefix("mosaic_")
     cases = (
         (f"the backend {backend}", other),

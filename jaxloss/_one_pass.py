@@ -9,25 +9,47 @@ and so rounded once.
 Letters: R rows, C classes.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jaxloss import _mesh, _parts, _rows
+from jaxloss import _device, _mesh, _parts, _rows
 from jaxloss._casts import widened
 from jaxloss._entries import entry
 from jaxloss._forward_mode import with_forward_mode
 from jaxloss._passes import fit_kernels, with_derivative_of
 
 
+def _kernels():
+    """Those of the default device, and its platform. Pallas is a third of the whole import."""
+    if jax.default_backend() == "tpu":
+        from jaxloss._kernels import one_pass_tpu
+
+        return one_pass_tpu, "tpu"
+    from jaxloss._kernels import one_pass_gpu
+
+    return one_pass_gpu, "cuda"
+
+
 def takes(logits: Array) -> bool:
     """Whether there is a kernel for logits[..., C]."""
-    if not fit_kernels(logits):
+    # Of 16 bits alone: see _passes.max_and_sum.
+    if logits.dtype.itemsize != 2 or not (fit_kernels(logits) or _fit_a_tpu(logits)):
         return False
-    from jaxloss._kernels import one_pass_gpu  # Pallas: a third of the whole import
-
+    kernels, _ = _kernels()
     classes = logits.shape[-1]
-    return one_pass_gpu.takes(logits.size // classes, classes, logits.dtype)
+    return kernels.takes(logits.size // classes, classes)
+
+
+def _fit_a_tpu(logits: Array) -> bool:
+    return (
+        _device.is_recent_tpu()
+        and _device.is_whole()
+        and all(isinstance(n, int) and n > 0 for n in logits.shape)
+        and logits.dtype == jnp.bfloat16
+    )
 
 
 def _by_xla(logits: Array, kept: Array, weight: Array) -> tuple[Array, Array, Array, Array]:
@@ -46,17 +68,17 @@ def _kept_logit(logits: Array, kept: Array, weight: Array) -> Array:
 
 
 def _by_kernel(logits: Array, kept: Array, weight: Array) -> tuple[Array, Array, Array, Array]:
-    from jaxloss._kernels import one_pass_gpu
-
+    kernels, _ = _kernels()
     x_kept = _kept_logit(logits, kept, weight)
-    m, s, dx = one_pass_gpu.sums_and_gradient(logits, kept, x_kept, weight)
+    m, s, dx = kernels.sums_and_gradient(logits, kept, x_kept, weight)
     return m, s, x_kept, dx
 
 
 def _with_gradient(logits: Array, kept: Array, weight: Array) -> tuple[Array, Array, Array, Array]:
     """``(m, s, x_kept)`` of ``_parts.RowPart``, and the gradient of ``sum(weight * nll)``."""
-    kernel = with_derivative_of(_by_xla, _by_kernel)
-    return lax.platform_dependent(logits, kept, weight, cuda=kernel, default=_by_xla)
+    _, platform = _kernels()
+    forms: dict[str, Any] = {platform: with_derivative_of(_by_xla, _by_kernel)}
+    return lax.platform_dependent(logits, kept, weight, **forms, default=_by_xla)
 
 
 def weighted_sum(logits: Array, kept: Array, weight: Array) -> Array:

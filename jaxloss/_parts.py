@@ -55,13 +55,18 @@ class RowPart(NamedTuple):
 
 
 def row_part(
-    rows: Rows, scaling: Scaling | None, want: tuple[str, ...], *, backward_follows: bool = False
+    rows: Rows,
+    scaling: Scaling | None,
+    want: tuple[str, ...],
+    *,
+    backward_follows: bool = False,
+    held: bool = False,
 ) -> RowPart:
-    """``backward_follows``: in the same program."""
+    """``backward_follows``: in the same program. ``held``: see ``_passes.max_and_sum``."""
     labelled, written = rows.kept is not None, backward_follows and writes_out(rows.logits)
     logits, mask = rows.logits, rows.mask
     if labelled:
-        highest, s = max_and_sum(logits, rows.kept, mask, scaling, written)
+        highest, s = max_and_sum(logits, rows.kept, mask, scaling, written, held)
         m = finite(highest)
     else:
         largest = row_max(logits, mask, None)

@@ -165,11 +165,17 @@ def _(compute, scaling, primals, tangents):
 
 
 def max_and_sum(
-    logits: Array, kept: Array, class_mask: Array | None, scaling: Scaling | None, written: bool
+    logits: Array,
+    kept: Array,
+    class_mask: Array | None,
+    scaling: Scaling | None,
+    written: bool,
+    held: bool = False,
 ) -> tuple[Array, Array]:
     """(the row's maximum, -inf where all are; the sum of the others' exponentials).
 
     In one pass where reading the logits is what takes the time. CPUs vectorise two, not that one.
+    ``held``: the logits are an array whatever reads them.
     """
 
     def in_two(logits, kept, class_mask):
@@ -181,7 +187,9 @@ def max_and_sum(
         return max_and_sum_in_one(widen(logits, class_mask, scaling), kept, compute, scaling)
 
     forms = {"cpu": in_two, "default": in_one}
-    if class_mask is None and scaling is None and fit_kernels(logits):
+    # Of logits in 32 bits a kernel would have a copy made where they are 16 that were widened.
+    held = held or logits.dtype.itemsize == 2
+    if class_mask is None and scaling is None and held and fit_kernels(logits):
         from jaxloss._kernels import rows_gpu  # Pallas: a third of the whole import
 
         kernel = rows_gpu.max_and_sum(_merged)

@@ -281,6 +281,7 @@ def row_losses(
     scaling: Scaling | None = None,
     want: tuple[str, ...] = ("nll",),
     vocab_axes: _mesh.Axes = (),
+    held: bool = False,
 ) -> RowLosses:
     """The losses of ``logits[..., C]`` over the last axis, one number a row.
 
@@ -291,13 +292,15 @@ def row_losses(
 
     ``vocab_axes``: the mesh axes over which the rows are split. C is then what stands here, as are
     ``soft_targets`` and ``class_mask``; a label has index C where another device holds it.
+
+    ``held``: the logits are an array whatever reads them, as a product is.
     """
 
     def nested(logits, soft, extra, kept, mask, index):
         return Rows(logits, kept, soft, mask, None if extra is None else (index, extra))
 
     def part_of(rows, backward_follows=False):
-        part = row_part(rows, scaling, want, backward_follows=backward_follows)
+        part = row_part(rows, scaling, want, backward_follows=backward_follows, held=held)
         labelled = rows.kept is not None
         return merge_shards(part, vocab_axes, labelled, rows.logits.shape[-1], scaling)
 

@@ -52,8 +52,11 @@ class TokenOptions(NamedTuple):
     with_stats: bool
 
 
-def rows_of_logits(x: Array, scaling: _logits.Scaling | None):
-    """How :func:`token_terms` gets its rows where the logits ``x[..., columns]`` are there."""
+def rows_of_logits(x: Array, scaling: _logits.Scaling | None, *, held: bool):
+    """How :func:`token_terms` gets its rows where the logits ``x[..., columns]`` are there.
+
+    ``held``: they are an array whatever reads them, as a product is.
+    """
 
     def rows_of(targets, classes, class_mask, weight, label_smoothing, want, predict):
         mask, axes = _targets.existing(class_mask, classes, x.ndim), classes.axes
@@ -66,7 +69,7 @@ def rows_of_logits(x: Array, scaling: _logits.Scaling | None):
             classes.size,
             accumulator_dtype(x.dtype),
         )
-        losses = partial(_rows.row_losses, x, scaling=scaling, vocab_axes=axes)
+        losses = partial(_rows.row_losses, x, scaling=scaling, vocab_axes=axes, held=held)
         if targets.rest is not None:
             rows = _bucket_rows(x, targets, classes, mask, scaling, want)
         else:

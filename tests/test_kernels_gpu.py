@@ -13,9 +13,9 @@ from helpers import EPS, product_of_bfloat16, wide
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 import jaxloss
-from jaxloss import _device, _one_pass, _passes
+from jaxloss import _device, _passes
 from jaxloss._casts import accumulator_dtype
-from jaxloss._kernels import linear_gpu, one_pass_gpu, rows_gpu
+from jaxloss._kernels import linear_gpu, rows_gpu
 
 pytestmark = pytest.mark.jax_leaks("plgpu.kernel")
 ON_GPU = jax.default_backend() == "gpu"
@@ -47,13 +47,6 @@ def hopper(monkeypatch):
     jax.clear_caches()
     yield
     jax.clear_caches()
-
-
-@pytest.fixture
-def one_pass(hopper, monkeypatch):
-    """So is that of one pass, where a span has its rows."""
-    whole = lambda rows, *_: rows % 4 == 0 and rows >= 32  # noqa: E731
-    monkeypatch.setattr(one_pass_gpu, "takes", whole)
 
 
 def never(*_):
@@ -154,91 +147,6 @@ def test_a_batch_is_more_rows(hopper):
     np.testing.assert_array_equal(same[1][1], expected[1][:8])
 
 
-# Rows in one pass
-
-ONE_PASS = [
-    (32, 256, jnp.bfloat16),  # one span
-    (100, 768, jnp.bfloat16),  # rows over the edge, computed twice
-    (32, 2048, jnp.float16),
-    (44, 640, jnp.float32),
-]
-
-
-def weighted(r, c, dtype):
-    x, kept = rows(r, c, dtype)
-    kept = jnp.where(jnp.arange(r) % 7 == 2, c, kept)  # c: no such class
-    weight = jnp.asarray(np.random.default_rng(1).normal(size=r), jnp.float32)
-    weight = jnp.where(jnp.arange(r) % 5 == 1, 0, weight)
-    x = x.at[3, ::2].set(-jnp.inf).at[1].set(jnp.nan)  # row 1 is asked for nothing
-    return x, kept, _one_pass._kept_logit(x, kept, weight), weight
-
-
-def weighted_gradient(x, kept, weight):
-    """In float64: (s, the gradient of the weighted sum)."""
-    x, at, labels = wide(x), np.arange(x.shape[0]), np.asarray(kept)
-    here = labels < x.shape[1]
-    x[np.asarray(weight) == 0] = 0
-    e = np.exp(x - x.max(axis=-1, keepdims=True))
-    total = e.sum(axis=-1)
-    dx = e / total[:, None]
-    e[at[here], labels[here]] = 0
-    dx[at[here], labels[here]] = -(e.sum(axis=-1) / total)[here]
-    dx[~here] = np.nan
-    asked = wide(weight)[:, None]
-    return e.sum(axis=-1), np.where(asked == 0, 0, dx * asked)
-
-
-@pytest.mark.nan_is_meant
-@interpreted
-@pytest.mark.parametrize(("r", "c", "dtype"), ONE_PASS, ids=str)
-def test_sums_and_gradient(one_pass, r, c, dtype):
-    x, kept, x_kept, weight = weighted(r, c, dtype)
-    m, s, dx = jax.jit(one_pass_gpu.sums_and_gradient)(x, kept, x_kept, weight)
-    assert m.dtype == s.dtype == jnp.float32
-    assert dx.dtype == dtype
-    truth, gradient = weighted_gradient(x, kept, weight)
-    np.testing.assert_array_equal(m, wide(x).max(axis=-1))
-    asked = np.asarray(weight) != 0
-    # A summand's argument is at most 40, rounded; the exponential and the sum 16 more.
-    assert np.all(np.abs(wide(s) - truth)[asked] <= 36 * EPS * truth[asked])
-    half, least = wide(jnp.finfo(dtype).eps) / 2, wide(jnp.finfo(dtype).tiny)
-    size = np.abs(gradient)
-    allowed = half * np.maximum(size, least) + 60 * EPS * size
-    wrong = np.isnan(gradient)
-    np.testing.assert_array_equal(np.isnan(dx), wrong)
-    assert np.all((np.abs(wide(dx) - gradient) <= allowed) | wrong)
-
-
-@pytest.mark.nan_is_meant
-@interpreted
-def test_in_one_pass_too_rows_answer_for_themselves(one_pass):
-    x, y = rows(32, 256, jnp.bfloat16)
-    x = x.at[1, 5].set(jnp.nan).at[2, 7].set(jnp.inf).at[3].set(-jnp.inf).at[4, y[4]].set(jnp.inf)
-    x, y = x.at[5].set(jnp.nan), y.at[5].set(-100).at[6].set(256)
-    loss, dx = jax.value_and_grad(jaxloss.cross_entropy)(x, y)
-    wrong = np.isin(np.arange(32), [1, 2, 3, 4, 6])
-    assert np.isnan(loss)
-    np.testing.assert_array_equal(np.isnan(dx), np.broadcast_to(wrong[:, None], dx.shape))
-    np.testing.assert_array_equal(dx[5], 0)
-    # Nothing is asked of any of them, or something that is no number.
-    of_none = jax.value_and_grad(jaxloss.cross_entropy)(x, jnp.full_like(y, -100))
-    assert np.isnan(of_none[0])
-    np.testing.assert_array_equal(of_none[1], 0)
-    _, back = jax.vjp(lambda x: jaxloss.cross_entropy(x, y), x)
-    np.testing.assert_array_equal(back(jnp.float32(jnp.nan))[0][5], 0)
-
-
-def test_what_makes_up_for_one_pass():
-    def takes(rows, classes, dtype=jnp.bfloat16):
-        return one_pass_gpu.takes(rows, classes, dtype)
-
-    assert all(takes(*shape) for shape in ((16384, 1024), (8192, 2048), (2**16, 256)))
-    assert takes(2**15, 640, dtype=jnp.float32)
-    # Of 16 bits a warp reads 256 classes; 4096 overflow; too little to do; no whole tiles.
-    assert not any(takes(*shape) for shape in ((2**15, 640), (4096, 4096), (4096, 1024)))
-    assert not takes(2**15 + 2, 1024)
-
-
 def test_what_makes_up_for_a_kernel():
     def takes(*shape):
         return rows_gpu.takes(jax.ShapeDtypeStruct(shape, jnp.bfloat16))
@@ -250,28 +158,24 @@ def test_what_makes_up_for_a_kernel():
 # The losses
 
 
+def losses(x, y, z_loss=0.0, weight=None):
+    options = {"z_loss": z_loss, "weight": weight}
+    return jaxloss.cross_entropy(x, y, **options)
+
+
 OPTIONS = {
     "plain": {},
     "both": {"z_loss": 1e-2, "weight": jnp.linspace(0.5, 1.5, 256)},
 }
-OPTIONS["one pass"] = {"sample_weight": jnp.resize(jnp.array([0.5, -1.0, 2.0]), 32)}
 
 
 @interpreted
 @pytest.mark.parametrize("name", OPTIONS)
-def test_every_mode_equals_that_without_kernels(hopper, monkeypatch, name, request):
-    if name == "one pass":
-        request.getfixturevalue("one_pass")
-    x, y = rows(64, 256, jnp.bfloat16, scale=2.0)
-    x, y = x.reshape(2, 32, 256), y.reshape(2, 32).at[0, 3].set(-100)
-    options = OPTIONS[name]
+def test_every_mode_equals_that_without_kernels(hopper, monkeypatch, name):
+    x, y = rows(48, 256, jnp.bfloat16, scale=2.0)
+    x, y = x.reshape(6, 8, 256), y.reshape(6, 8).at[0, 3].set(-100)
+    loss = partial(losses, **OPTIONS[name])
     along = jnp.cos(x)
-
-    def loss(x, y, factor=1.0):
-        given = dict(options)
-        if "sample_weight" in given:
-            given["sample_weight"] = jnp.broadcast_to(factor * given["sample_weight"], y.shape)
-        return jaxloss.cross_entropy(x, y, **given)
 
     def squared(x):
         return jnp.sum(jnp.square(jax.grad(loss)(x, y).astype(accumulator_dtype(x.dtype))))
@@ -281,30 +185,22 @@ def test_every_mode_equals_that_without_kernels(hopper, monkeypatch, name, reque
         each = jax.vmap(jax.value_and_grad(loss))(x, y)
         forward = jax.jvp(lambda x: loss(x, y), (x,), (along,))
         over = jax.jvp(grad, (x,), (along,))
-        by = jnp.linspace(0.5, 1.5, 32)
-        scaled = jax.grad(lambda x, by: 3 * loss(x, y, by), (0, 1))(x, by)
-        moved = jax.jvp(lambda by: loss(x, y, by), (by,), (jnp.cos(by),))
-        first = jax.value_and_grad(loss)(x, y)
-        return first, each, forward, over, scaled, moved, jax.grad(squared)(x)
+        return jax.value_and_grad(loss)(x, y), each, forward, over, jax.grad(squared)(x)
 
-    kernels = {"max_and_sum", "slope"} | ({"one_pass"} if name == "one pass" else set())
-    text = program(every, x)
-    assert {k for k in (*kernels, "one_pass") if f"jaxloss_{k}" in text} == kernels
+    assert "jaxloss_max_and_sum" in program(every, x)
+    assert "jaxloss_slope" in program(every, x)
     got = jax.jit(every)(x)
     monkeypatch.setattr(_device, "is_hopper", lambda: False)
     jax.clear_caches()
-    assert "jaxloss_slope" not in program(every, x)  # nor any other
+    assert "jaxloss_slope" not in program(every, x)
     expected = jax.jit(every)(x)
     assert jax.tree.map(jnp.result_type, got) == jax.tree.map(jnp.result_type, expected)
     *got, of_squares = jax.tree.leaves(got)
     *expected, _ = jax.tree.leaves(expected)
-    largest = max(np.max(np.abs(w)) for w in expected if w.dtype == jnp.float32)
     for v, w in zip(got, expected, strict=True):
         # Rounded to bfloat16, where values that differ by a float32's rounding part by a unit.
-        narrow = v.dtype == jnp.bfloat16
-        # A weight's derivative is the difference of its loss and the mean.
-        atol = 1e-9 if narrow else 4 * EPS * largest
-        np.testing.assert_allclose(wide(v), wide(w), rtol=2**-7 if narrow else 1e-6, atol=atol)
+        rtol = 2**-7 if v.dtype == jnp.bfloat16 else 1e-6
+        np.testing.assert_allclose(wide(v), wide(w), rtol=rtol, atol=1e-9)
     # The gradient g of the squares is p_j (g_j - sum_i p_i g_i) but for factors that a row shares.
     # Each term is rounded to bfloat16 six times at most: as g, as a cotangent, in a sum.
     with jax.enable_x64(True):
@@ -324,7 +220,7 @@ def test_every_mode_equals_that_without_kernels(hopper, monkeypatch, name, reque
     ("dtype", "classes", "options", "taken"),
     [
         (jnp.bfloat16, 256, {}, ("max_and_sum", "slope")),
-        (jnp.float32, 256, {}, ("max_and_sum",)),
+        (jnp.float32, 256, {}, ()),  # they may be of 16 bits, widened
         (jnp.bfloat16, 200, {}, ()),  # no whole tiles
         (jnp.bfloat16, 256, {"where": jnp.arange(256) != 3}, ()),
         (jnp.bfloat16, 256, {"logit_softcap": 9.0}, ()),
@@ -337,34 +233,6 @@ def test_which_rows_it_takes(hopper, dtype, classes, options, taken):
     text = program(jax.grad(partial(jaxloss.cross_entropy, **options)), x, y)
     for name in ("max_and_sum", "slope"):
         assert (f"jaxloss_{name}" in text) == (name in taken)
-
-
-@pytest.mark.parametrize(
-    ("options", "taken"),
-    [
-        ({}, True),
-        ({"reduction": "sum", "ignore_index": None}, True),
-        ({"where": jnp.arange(32) != 3, "sample_weight": jnp.arange(32.0)}, True),
-        ({"reduction": "none"}, False),
-        ({"weight": jnp.ones(256)}, False),
-        ({"where": jnp.arange(256) != 3}, False),
-        ({"num_classes": 250}, False),
-        ({"logit_softcap": 9.0}, False),
-        ({"label_smoothing": 0.1}, False),
-        ({"z_loss": 0.1}, False),
-        ({"return_stats": True}, False),
-    ],
-    ids=str,
-)
-def test_what_one_pass_takes(one_pass, options, taken):
-    x, y = rows(32, 256, jnp.bfloat16)
-
-    def loss(x):
-        return jnp.sum(jax.tree.leaves(jaxloss.cross_entropy(x, y, **options))[0])
-
-    assert ("jaxloss_one_pass" in program(jax.grad(loss), x)) == taken
-    # The value alone has no use for a gradient.
-    assert "jaxloss_one_pass" not in program(loss, x)
 
 
 def test_a_batch_takes_it_once(hopper):
@@ -381,13 +249,10 @@ def test_a_kernel_has_the_derivative_of_xlas_form(hopper, monkeypatch):
         np.testing.assert_array_equal(v, w)
 
 
-@pytest.mark.parametrize("r", [8, 32])
-def test_around_the_kernels_no_tracer_leaks(one_pass, monkeypatch, old_objects_are_left_alone, r):
+def test_around_the_kernels_no_tracer_leaks(hopper, monkeypatch, old_objects_are_left_alone):
     monkeypatch.setattr(rows_gpu, "slope", lambda plain: plain)
     monkeypatch.setattr(rows_gpu, "max_and_sum", lambda plain: plain)
-    parts = lambda x, kept, x_kept, weight: (x_kept, weight, x)  # noqa: E731
-    monkeypatch.setattr(one_pass_gpu, "sums_and_gradient", parts)
-    x, y = rows(r, 256, jnp.bfloat16)
+    x, y = rows(8, 256, jnp.bfloat16)
 
     def every(x):
         loss = lambda x: jaxloss.cross_entropy(x, y)  # noqa: E731
@@ -446,7 +311,6 @@ def of_tokens(x, kernel, y, name=None):
     [
         (of_logits, "jaxloss_max_and_sum"),
         (jax.grad(of_logits), "jaxloss_slope"),
-        (jax.grad(of_logits), "jaxloss_one_pass"),
         (of_tokens, "jaxloss_linear_row_part"),
         (jax.grad(of_tokens, (0, 1)), "jaxloss_max_and_sum"),
         (jax.grad(partial(of_tokens, name="mosaic_gpu"), (0, 1)), "jaxloss_linear_row_part"),
@@ -458,7 +322,6 @@ def test_kernels_have_the_types_of_other_platforms_forms(monkeypatch, function, 
     monkeypatch.setattr(_device, "is_hopper", lambda: True)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(rows_gpu, "takes", lambda x: True)
-    monkeypatch.setattr(one_pass_gpu, "takes", lambda *_: kernel == "jaxloss_one_pass")
     monkeypatch.setattr(linear_gpu, "LEAST", 0)
     jax.clear_caches()
 

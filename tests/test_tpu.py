@@ -140,6 +140,48 @@ def test_cross_entropy_fits(name):
     assert program.memory_analysis().temp_size_in_bytes <= 8 * MIB
 
 
+def multiple(factor):
+    return jax.value_and_grad(lambda x, y: factor * jaxloss.cross_entropy(x, y))
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "classes", "factor"),
+    [
+        *((name, 8192, 16384, 1) for name in TOPOLOGIES),
+        ("v5e", 8190, 1152, 1),  # over the edges of blocks and widths
+        ("v6e", 24, 128256, 1),
+        ("tpu7x", 64, 245760, 1),  # the longest rows, the least memory
+        ("v6e", 1024, 1024, 3),
+    ],
+)
+def test_cross_entropy_takes_one_pass(name, rows, classes, factor):
+    """What the backward pass asks for is what the forward pass asked for, and computed once; of a
+    multiple of the loss it is another gradient. Numbers of a row are padded to 128."""
+    shapes = ((rows, classes), jnp.bfloat16), ((rows,), jnp.int32)
+    program = compiled(name, multiple(factor), *shapes)
+    assert program.as_text().count(f'"{KERNEL}"') == (1 if factor == 1 else 2)
+    gradients = 2 * rows * classes if factor != 1 else 0  # the first of the two is thrown away
+    held = 2 * 4 * 128 * (rows + 128) + gradients + MIB
+    assert program.memory_analysis().temp_size_in_bytes <= held
+
+
+def test_one_pass_on_four_chips(traced_anew):
+    chips = topology("v6e").devices
+    mesh = Mesh(np.array(chips), ("data",), axis_types=(AxisType.Explicit,))
+    args = [
+        jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, P("data")))
+        for shape, dtype in (((8192, 16384), jnp.bfloat16), ((8192,), jnp.int32))
+    ]
+    loss = jax.value_and_grad(partial(jaxloss.cross_entropy, token_axis_name="data"))
+    specs = {"in_specs": (P("data"), P("data")), "out_specs": (P(), P("data"))}
+    split = jax.shard_map(loss, mesh=mesh.abstract_mesh, **specs)
+    with mock.patch.object(jax, "devices", return_value=chips):
+        text = lowered(split, *args).compile().as_text()
+    assert text.count(f'"{KERNEL}"') == 1
+    assert {kind for kind, *_ in collectives(text)} == {"all-reduce"}
+    assert all(elements(shape) <= 2 for _, shape, _ in collectives(text))
+
+
 def test_the_walk_finds_materialised_logits():
     """The assertions above must be able to fail."""
 

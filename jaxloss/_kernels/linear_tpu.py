@@ -23,7 +23,7 @@ from jaxloss._elementary import exp_is_long, short_exp
 from jaxloss._logits import finite
 
 # Bytes of a core's own that the tiles may take: chips up to v4 have 16 MiB, later ones 64 and more.
-_MEMORY = 48 * 2**20
+MEMORY = 48 * 2**20
 LANES = 128  # of a register
 
 
@@ -35,7 +35,7 @@ def tiles(tokens: int, features: int) -> tuple[int, int] | None:
     for n, v in ((1024, 512), (512, 512), (256, 512), (256, 256), (128, 256)):
         n = min(n, -(-tokens // 16) * 16)
         # Operands are held twice, one tile being fetched; of logits, their exponential and masks.
-        if 2 * 2 * (n + v) * features + 4 * 4 * n * v <= _MEMORY:
+        if 2 * 2 * (n + v) * features + 4 * 4 * n * v <= MEMORY:
             return n, v
     return None
 
@@ -60,7 +60,7 @@ def _params(merged: bool) -> pltpu.CompilerParams:
     """``merged``: a row's tiles are one result."""
     return pltpu.CompilerParams(
         dimension_semantics=("parallel", "arbitrary" if merged else "parallel"),
-        vmem_limit_bytes=_MEMORY + 8 * 2**20,
+        vmem_limit_bytes=MEMORY + 8 * 2**20,
     )
 
 
@@ -73,7 +73,7 @@ def _cost(hidden: Array, kernel: Array, columns: int, n: int) -> pl.CostEstimate
     )
 
 
-def _exp(x: Array) -> Array:
+def exp(x: Array) -> Array:
     """The accurate one: Mosaic takes each chip's own instruction."""
     return short_exp(x) if exp_is_long() else jnp.exp(x)
 
@@ -105,7 +105,7 @@ def _tile(count, label, hidden, kernel, *rest, vocab_axis: int, columns: int):
     def _():
         high = jnp.max(m[...], axis=1, keepdims=True)
         m_out[...] = high
-        s_out[...] = jnp.sum(s[...] * _exp(m[...] - finite(high)), axis=1, keepdims=True)
+        s_out[...] = jnp.sum(s[...] * exp(m[...] - finite(high)), axis=1, keepdims=True)
         own = jnp.max(x_kept[...], axis=1, keepdims=True)
         x_kept_out[...] = jnp.where(label[...] < 0, jnp.nan, own)
 
@@ -126,9 +126,9 @@ def _merge(label, hidden, kernel, bias, m, s, x_kept, first, *, vocab_axis: int,
     before = m[...]
     m[...] = reduce(jnp.maximum, (x[:, at] for at in some), before)
     high = finite(m[...])
-    total, own = s[...] * _exp(before - high), x_kept[...]
+    total, own = s[...] * exp(before - high), x_kept[...]
     for at in some:
-        total = jnp.where(at_label[:, at], total, total + _exp(x[:, at] - high))
+        total = jnp.where(at_label[:, at], total, total + exp(x[:, at] - high))
         own = jnp.where(at_label[:, at], x[:, at], own)
     s[...], x_kept[...] = total, own
 
@@ -207,7 +207,7 @@ def _slope_tile(m, kept, scale, at_kept, active, hidden, kernel, *rest, vocab_ax
     x = _logits(hidden, kernel, bias, vocab_axis)
     column = lax.broadcasted_iota(jnp.int32, x.shape, 1)
     first = pl.program_id(1) * x.shape[1]
-    dx = jnp.where(active[...] != 0, _exp(x - m[...]) * scale[...], 0)
+    dx = jnp.where(active[...] != 0, exp(x - m[...]) * scale[...], 0)
     out[...] = jnp.where(column == kept[...] - first, at_kept[...], dx).astype(out.dtype)
 
 

@@ -16,29 +16,26 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jaxloss._kernels.rows_gpu import call, exp, load, per_row
+from jaxloss._kernels.per_row import per_row
+from jaxloss._kernels.rows_gpu import call, exp, load
 from jaxloss._logits import finite
 
 _ROWS = 4  # of a tile: a warp each
+_WIDTH = 256  # classes that a warp reads at once: of 16 bits, 16 bytes a lane
 _SPAN = 32  # rows of a block: of as many numbers 128 bytes, what is copied at once
 _CLASSES = 2048  # 64 in the registers of a lane: twice as many overflow
 _STEPS = 2  # tiles that are fetched ahead: more leave fewer blocks on a core
 
 
-def _width(dtype: Any) -> int:
-    """Classes that a warp reads at once, 16 bytes a lane."""
-    return 512 // jnp.dtype(dtype).itemsize
-
-
-def takes(rows: int, classes: int, dtype: Any) -> bool:
+def takes(rows: int, classes: int) -> bool:
     """Whether [R, C] is made of whole tiles, and makes up for starting the kernel."""
-    whole = classes % _width(dtype) == 0 and rows % _ROWS == 0
+    whole = classes % _WIDTH == 0 and rows % _ROWS == 0
     return whole and classes <= _CLASSES and rows >= _SPAN and rows * classes >= 2**24
 
 
-def _layout(width: int) -> Any:
+def _layout() -> Any:
     """Of a tile [rows, C / width, width]: a row a warp, a lane 16 bytes of each width."""
-    tiling = plgpu.Tiling(((_ROWS, 1, width), (width // 32,)))
+    tiling = plgpu.Tiling(((_ROWS, 1, _WIDTH), (_WIDTH // 32,)))
     return plgpu.Layout.TILED(tiling, (-4,), (-2,), -1)
 
 
@@ -70,10 +67,9 @@ def _of_tile(x: Array, layout: Any, kept: Array, x_kept: Array, weight: Array):
 @per_row
 def sums_and_gradient(x: Array, kept: Array, x_kept: Array, weight: Array):
     """``(x[..., C], kept, x_kept, weight)``, the rest ``[...]``: the row's maximum, ``sum_{j != k}
-    exp(x_j - max)``, and the gradient of ``sum(weight * nll)`` in the dtype of ``x``."""
+    exp(x_j - max)``, and the gradient of ``sum(weight * nll)`` in the 16 bits of ``x``."""
     rows, classes = x.shape
-    width = _width(x.dtype)
-    layout, shape = _layout(width), (_ROWS, classes // width, width)
+    layout, shape = _layout(), (_ROWS, classes // _WIDTH, _WIDTH)
 
     def jaxloss_one_pass(x, kept, x_kept, weight, dx, m, s, *cores):
         *of_rows, m_core, s_core, dx_core, barrier = cores

@@ -18,6 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxloss import _mesh
+from jaxloss._kernels.per_row import per_row
 from jaxloss._logits import finite
 
 ROWS = 64  # of a tile: those of the registers' layout, in which four threads share a row
@@ -80,33 +81,6 @@ def call(body: Callable, args: tuple[Array, ...], out: list[tuple], **options: A
 def takes(x: Array) -> bool:
     """Whether x[R, C] can be copied by tiles of whole rows, and makes up for starting a kernel."""
     return x.shape[0] >= ROWS and x.shape[0] % 8 == 0 and x.size >= 2**24
-
-
-def per_row(compute: Callable) -> Callable:
-    """``compute(*arrays)``, which all have a row axis first, of arrays with any axes in its place;
-    a batch of calls is one call of more rows."""
-
-    @jax.custom_batching.custom_vmap
-    def rows(*args):
-        return compute(*args)
-
-    @rows.def_vmap
-    def _(size, batched, *args):
-        args = (
-            x if b else jnp.broadcast_to(x[None], (size, *x.shape))
-            for x, b in zip(args, batched, strict=True)
-        )
-        out = rows(*(x.reshape(-1, *x.shape[2:]) for x in args))
-        out = jax.tree.map(lambda x: x.reshape(size, -1, *x.shape[1:]), out)
-        return out, jax.tree.map(lambda _: True, out)
-
-    def leading(x, *rest):
-        lead = x.shape[:-1]
-        flat = (x.reshape(-1, x.shape[-1]), *(v.reshape(-1) for v in rest))
-        out = rows(*_mesh.together(*flat))
-        return jax.tree.map(lambda v: v.reshape(*lead, *v.shape[1:]), out)
-
-    return leading
 
 
 def _by_takes(compute: Callable, otherwise: Callable) -> Callable:
