@@ -165,6 +165,14 @@ def test_cross_entropy_takes_one_pass(name, rows, classes, factor):
     assert program.memory_analysis().temp_size_in_bytes <= held
 
 
+def test_kernels_with_64_bits_elsewhere(traced_anew):
+    shapes = ((512, 256), jnp.bfloat16), ((256, 4096), jnp.bfloat16), ((512,), jnp.int32)
+    with jax.enable_x64(True):
+        assert KERNEL in compiled("v5e", linear(None), *shapes).as_text()
+        shapes = ((1024, 1024), jnp.bfloat16), ((1024,), jnp.int32)
+        assert KERNEL in compiled("v5e", multiple(1), *shapes).as_text()
+
+
 def test_one_pass_on_four_chips(traced_anew):
     chips = topology("v6e").devices
     mesh = Mesh(np.array(chips), ("data",), axis_types=(AxisType.Explicit,))

@@ -133,6 +133,16 @@ def _merge(label, hidden, kernel, bias, m, s, x_kept, first, *, vocab_axis: int,
     s[...], x_kept[...] = total, own
 
 
+def in_32_bits(call: Callable) -> Callable:
+    """A core's own integers have them, whatever ``jax_enable_x64`` says."""
+
+    def traced(*args):
+        with jax.enable_x64(False):
+            return call(*args)
+
+    return traced
+
+
 def _one_after_the_other(call: Callable) -> Callable:
     """``call(count, *arrays)``, and a batch of counts in a loop.
 
@@ -199,7 +209,7 @@ def row_part(
         cost_estimate=_cost(hidden, kernel, columns, n),
         name="jaxloss_linear_row_part",
     )
-    return tuple(x[:, 0] for x in _one_after_the_other(call)(*args))
+    return tuple(x[:, 0] for x in _one_after_the_other(in_32_bits(call))(*args))
 
 
 def _slope_tile(m, kept, scale, at_kept, active, hidden, kernel, *rest, vocab_axis: int):
@@ -232,4 +242,4 @@ def slope(hidden: Array, kernel: Array, bias: Any, rows: tuple, vocab_axis: int)
         cost_estimate=_cost(hidden, kernel, columns, n),
         name="jaxloss_linear_slope",
     )
-    return call(*args)
+    return in_32_bits(call)(*args)

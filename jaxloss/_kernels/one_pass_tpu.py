@@ -18,7 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from jaxloss import _mesh
-from jaxloss._kernels.linear_tpu import LANES, MEMORY, exp
+from jaxloss._kernels.linear_tpu import LANES, MEMORY, exp, in_32_bits
 from jaxloss._kernels.per_row import per_row
 from jaxloss._logits import finite
 
@@ -116,7 +116,7 @@ def sums_and_gradient(x: Array, kept: Array, x_kept: Array, weight: Array):
     of_rows, of_numbers, of_parts = (
         pl.BlockSpec((n, width), lambda i: (i, 0)) for width in (classes, 3, 2)
     )
-    dx, parts = pl.pallas_call(
+    call = pl.pallas_call(
         _block,
         grid=(pl.cdiv(rows, n),),
         in_specs=[of_rows, of_numbers],
@@ -133,5 +133,6 @@ def sums_and_gradient(x: Array, kept: Array, x_kept: Array, weight: Array):
             flops=8 * x.size, bytes_accessed=2 * x.nbytes, transcendentals=x.size
         ),
         name="jaxloss_one_pass",
-    )(x, numbers)
+    )
+    dx, parts = in_32_bits(call)(x, numbers)
     return parts[:, 0], parts[:, 1], dx
