@@ -135,7 +135,7 @@ def _swept(options: Options, operands: Operands, constants: Constants):
 
     def step(start, size):
         b = _block(options, operands, constants, start, size)
-        part = _parts.row_part(b, options.scaling, options.want, held=True)
+        part = _parts.row_part(b, options.scaling, options.want, kernel_bytes=4)
         best = of_label = None
         if options.predict:
             best = _prediction.highest(b.logits, b.mask, start)

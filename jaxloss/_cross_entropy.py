@@ -365,8 +365,9 @@ def _cross_entropy(
     x, class_mask = classes_last(logits, axes), mask_classes_last(class_mask, logits, axes)
     classes = _targets.classes_here(num_classes, x.shape[-1], vocab_axes)
     wide = accumulator_dtype(x.dtype)
+    in_one_piece = axes == (logits.ndim - 1,)
     plain = weight is class_mask is scaling is None and _is_plain(labels, classes, options)
-    if plain and reduction != "none" and _one_pass.takes(x):
+    if plain and reduction != "none" and in_one_piece and _one_pass.takes(x):
         targets = _targets.make_targets(
             labels,
             classes,
@@ -379,7 +380,7 @@ def _cross_entropy(
         weights = _targets.token_weights(targets, sample_weight, reduction, wide, token_axes)
         return _one_pass.reduced(x, cast(Array, targets.kept), *weights, token_axes)
     losses, stats, targets = token_terms(
-        rows_of_logits(x, scaling, held=False),
+        rows_of_logits(x, scaling, kernel_bytes=2 if in_one_piece else 0),
         classes,
         labels,
         weight,

@@ -44,10 +44,14 @@ def takes(logits: Array) -> bool:
 
 
 def _fit_a_tpu(logits: Array) -> bool:
+    """The axis before the classes is one of rows whose end is a register's: of another, XLA makes
+    one axis of rows by copies, and of long ones is minutes at compiling them."""
     return (
         _device.is_recent_tpu()
         and _device.is_whole()
         and all(isinstance(n, int) and n > 0 for n in logits.shape)
+        and logits.ndim > 1
+        and logits.shape[-2] % 16 == 0
         and logits.dtype == jnp.bfloat16
     )
 

@@ -60,13 +60,13 @@ def row_part(
     want: tuple[str, ...],
     *,
     backward_follows: bool = False,
-    held: bool = False,
+    kernel_bytes: int = 2,
 ) -> RowPart:
-    """``backward_follows``: in the same program. ``held``: see ``_passes.max_and_sum``."""
+    """``backward_follows``: in the same program. ``kernel_bytes``: see ``_passes.max_and_sum``."""
     labelled, written = rows.kept is not None, backward_follows and writes_out(rows.logits)
     logits, mask = rows.logits, rows.mask
     if labelled:
-        highest, s = max_and_sum(logits, rows.kept, mask, scaling, written, held)
+        highest, s = max_and_sum(logits, rows.kept, mask, scaling, written, kernel_bytes)
         m = finite(highest)
     else:
         largest = row_max(logits, mask, None)

@@ -170,12 +170,15 @@ def max_and_sum(
     class_mask: Array | None,
     scaling: Scaling | None,
     written: bool,
-    held: bool = False,
+    kernel_bytes: int,
 ) -> tuple[Array, Array]:
     """(the row's maximum, -inf where all are; the sum of the others' exponentials).
 
     In one pass where reading the logits is what takes the time. CPUs vectorise two, not that one.
-    ``held``: the logits are an array whatever reads them.
+
+    ``kernel_bytes``: the widest logits that a kernel may read. 4: they are an array whatever reads
+    them, as a product is. 2: in float32 they may be narrow ones that were widened. 0: their rows do
+    not lie in one piece. What XLA reads as it is, a kernel would have copied first.
     """
 
     def in_two(logits, kept, class_mask):
@@ -187,9 +190,8 @@ def max_and_sum(
         return max_and_sum_in_one(widen(logits, class_mask, scaling), kept, compute, scaling)
 
     forms = {"cpu": in_two, "default": in_one}
-    # Of logits in 32 bits a kernel would have a copy made where they are 16 that were widened.
-    held = held or logits.dtype.itemsize == 2
-    if class_mask is None and scaling is None and held and fit_kernels(logits):
+    plain = class_mask is None and scaling is None and logits.dtype.itemsize <= kernel_bytes
+    if plain and fit_kernels(logits):
         from jaxloss._kernels import rows_gpu  # Pallas: a third of the whole import
 
         kernel = rows_gpu.max_and_sum(_merged)

@@ -89,11 +89,16 @@ def _confidence(t: Array) -> Array:
 
 
 def row_gradient(
-    rows: Rows, state: RowState, scaling: Scaling | None, ct: RowLosses, dtype: Any = None
+    rows: Rows,
+    state: RowState,
+    scaling: Scaling | None,
+    ct: RowLosses,
+    dtype: Any = None,
+    kernel_bytes: int = 2,
 ) -> Array:
     """d(sum of ct * losses) / d(logits), in the accumulator's dtype or narrowed to ``dtype``."""
     dtype = dtype or accumulator_dtype(rows.logits.dtype)
-    dx = _dense_gradient(rows, state, scaling, ct, dtype)
+    dx = _dense_gradient(rows, state, scaling, ct, dtype, kernel_bytes)
     if rows.top is None:
         return dx
     # At the k classes again, with what is asked of them, and put in place.
@@ -103,7 +108,7 @@ def row_gradient(
     place = lax.broadcasted_iota(jnp.int32, index.shape, index.ndim - 1)
     place = jnp.min(jnp.where(index == state.kept[..., None], place, k), axis=-1, initial=k)
     state = state._replace(kept=place)
-    return put_at(dx, index, _dense_gradient(few, state, scaling, ct, dtype))
+    return put_at(dx, index, _dense_gradient(few, state, scaling, ct, dtype, 0))
 
 
 def slope_rows(state: RowState, ct: RowLosses) -> tuple[Array, Array, Array, Array, Array]:
@@ -144,14 +149,20 @@ def slope_rows(state: RowState, ct: RowLosses) -> tuple[Array, Array, Array, Arr
 
 
 def _dense_gradient(
-    rows: Rows, state: RowState, scaling: Scaling | None, ct: RowLosses, dtype: Any
+    rows: Rows,
+    state: RowState,
+    scaling: Scaling | None,
+    ct: RowLosses,
+    dtype: Any,
+    kernel_bytes: int,
 ) -> Array:
     """:func:`row_gradient` as if there were no ``top``, in one pass."""
     given = rows.logits, *slope_rows(state, ct)
     soft = None if ct.soft is None or rows.soft is None else (ct.soft, rows.soft)
     entropy = None if ct.entropy is None else (ct.entropy / (1 + state.t), state.spread)
     others = soft, entropy, rows.mask, scaling
-    if all(other is None for other in others) and dtype == rows.logits.dtype:
+    same = dtype == rows.logits.dtype and dtype.itemsize <= kernel_bytes
+    if all(other is None for other in others) and same:
         return slope_pass(of_entries, *given)
     return of_entries(*given, *others, dtype)
 
@@ -281,7 +292,7 @@ def row_losses(
     scaling: Scaling | None = None,
     want: tuple[str, ...] = ("nll",),
     vocab_axes: _mesh.Axes = (),
-    held: bool = False,
+    kernel_bytes: int = 2,
 ) -> RowLosses:
     """The losses of ``logits[..., C]`` over the last axis, one number a row.
 
@@ -293,14 +304,15 @@ def row_losses(
     ``vocab_axes``: the mesh axes over which the rows are split. C is then what stands here, as are
     ``soft_targets`` and ``class_mask``; a label has index C where another device holds it.
 
-    ``held``: the logits are an array whatever reads them, as a product is.
+    ``kernel_bytes``: see ``_passes.max_and_sum``.
     """
 
     def nested(logits, soft, extra, kept, mask, index):
         return Rows(logits, kept, soft, mask, None if extra is None else (index, extra))
 
     def part_of(rows, backward_follows=False):
-        part = row_part(rows, scaling, want, backward_follows=backward_follows, held=held)
+        how = {"backward_follows": backward_follows, "kernel_bytes": kernel_bytes}
+        part = row_part(rows, scaling, want, **how)
         labelled = rows.kept is not None
         return merge_shards(part, vocab_axes, labelled, rows.logits.shape[-1], scaling)
 
@@ -319,7 +331,7 @@ def row_losses(
             # the forward pass, and holds them: a float32 copy of the logits.
             logits, scalars = apart(rows.logits, state._replace(kept=None))
             rows, state = rows._replace(logits=logits), scalars._replace(kept=state.kept)
-        dx = row_gradient(rows, state, scaling, ct, rows.logits.dtype)
+        dx = row_gradient(rows, state, scaling, ct, rows.logits.dtype, kernel_bytes)
         d_soft = d_extra = None
         if rows.soft is not None and ct.soft is not None:
             d_soft = sum_to(asked_for(ct.soft, soft_gradient(rows, state, scaling)), rows.soft)

@@ -40,8 +40,8 @@ def by_token_chunks(
         # Counted anew: traced values must not leak into the loop that this runs in.
         classes = _targets.classes_here(num_classes, x.shape[-1], geometry.vocab_axes)
         losses, stats, _ = token_terms(
-            rows_of_logits(x, scaling, held=True), classes, tree.unflatten(labels), weight, mask,
-            dtype=wide, options=options,
+            rows_of_logits(x, scaling, kernel_bytes=4), classes, tree.unflatten(labels), weight,
+            mask, dtype=wide, options=options,
         )  # fmt: skip
         if stats is None:
             return (losses,), ()

@@ -52,10 +52,10 @@ class TokenOptions(NamedTuple):
     with_stats: bool
 
 
-def rows_of_logits(x: Array, scaling: _logits.Scaling | None, *, held: bool):
+def rows_of_logits(x: Array, scaling: _logits.Scaling | None, *, kernel_bytes: int):
     """How :func:`token_terms` gets its rows where the logits ``x[..., columns]`` are there.
 
-    ``held``: they are an array whatever reads them, as a product is.
+    ``kernel_bytes``: see ``_passes.max_and_sum``.
     """
 
     def rows_of(targets, classes, class_mask, weight, label_smoothing, want, predict):
@@ -69,7 +69,8 @@ def rows_of_logits(x: Array, scaling: _logits.Scaling | None, *, held: bool):
             classes.size,
             accumulator_dtype(x.dtype),
         )
-        losses = partial(_rows.row_losses, x, scaling=scaling, vocab_axes=axes, held=held)
+        how = {"scaling": scaling, "vocab_axes": axes, "kernel_bytes": kernel_bytes}
+        losses = partial(_rows.row_losses, x, **how)
         if targets.rest is not None:
             rows = _bucket_rows(x, targets, classes, mask, scaling, want)
         else:

@@ -112,6 +112,23 @@ def _compile_kernels(shape, factor=1):
     print(json.dumps(found))
 
 
+def _compile_as_given(how):
+    """Prints the kernels that cross_entropy runs of logits that are no rows as they lie."""
+    one = _h200()
+    y = jax.ShapeDtypeStruct((32, 512), jnp.int32, sharding=one)
+    shape = (32, 2048, 512) if how == "transposed" else (32, 512, 2048)
+    x = jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=one)
+
+    def loss(x, y):
+        if how == "transposed":
+            return jaxloss.cross_entropy(x, y, axis=1)
+        return jaxloss.cross_entropy(x.astype(jnp.float32), y)
+
+    program = _lowered(jax.value_and_grad(loss), x, y).compile()
+    temporaries = program.memory_analysis().temp_size_in_bytes
+    print(json.dumps({"kernels": _kernels(program.as_text()), "temporaries": temporaries}))
+
+
 def run(**options):
     """(What the program printed as JSON, all that it said.)"""
     # In a process of its own: a program that the compiler cannot do may end it.
@@ -222,6 +239,14 @@ def test_of_a_multiple_of_the_loss_the_gradient_is_computed_again():
     assert compiled(kernels_of=[1, 2**14, 1024], factor=3)["calls"] == 2
 
 
+@pytest.mark.parametrize("how", ["widened", "transposed"])
+def test_logits_that_a_kernel_would_have_copied(how):
+    """XLA reads them as they are: logits in 16 bits as float32, and classes on another axis."""
+    found = compiled(as_given=how)
+    assert found["kernels"] == []
+    assert found["temporaries"] <= 8 * MIB
+
+
 def test_chunks_take_the_kernel_of_their_rows():
     assert compiled(**BOTH)["kernels"] == ["jaxloss_max_and_sum"]
     assert compiled(**BOTH, kernels=False)["kernels"] == []
@@ -243,6 +268,8 @@ if __name__ == "__main__":
     given = json.loads(sys.argv[1])
     if "passes" in given:
         _compile_passes(given["passes"])
+    elif "as_given" in given:
+        _compile_as_given(given["as_given"])
     elif "kernels_of" in given:
         _compile_kernels(given["kernels_of"], given.get("factor", 1))
     else:
