@@ -48,14 +48,14 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("suite")
 
 
-# pytest -m soak: thousands of random cases, which nothing else runs.
+# pytest -m soak: thousands of random cases, and programs that take long, which nothing else runs.
 
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "nan_is_meant: a NaN is what is tested; JAX_DEBUG_NANS off")
     config.addinivalue_line("markers", "jax_leaks(what): it is JAX; JAX_CHECK_TRACER_LEAKS off")
     config.addinivalue_line("markers", "every_case: of which --each leaves nothing out")
-    config.addinivalue_line("markers", "soak: random cases for as long as one likes; -m soak")
+    config.addinivalue_line("markers", "soak: for as long as one likes; -m soak")
     if "soak" in config.option.markexpr:
         hypothesis.settings.load_profile("soak")
 

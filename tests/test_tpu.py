@@ -29,6 +29,10 @@ pytestmark = [
 QUICKLY = {"exec_time_optimization_effort": -1.0}
 N, D, V = 8192, 2048, 128256
 MIB = 2**20
+# The others too by `pytest -m soak tests/test_tpu.py`: a program takes 5 to 25 s.
+CHIPS = ["v5e", "v6e", *(pytest.param(name, marks=pytest.mark.soak) for name in ("v5p", "tpu7x"))]
+# A tpu7x' compiler lays the kernel out in other tiles first.
+COPIED = {"tpu7x": 2 * D * V}
 
 
 @cache
@@ -76,7 +80,7 @@ def test_value_and_gradients_fit_as_users_compile_them():
     assert memory.peak_memory_in_bytes <= 1250 * MIB
 
 
-@pytest.mark.parametrize("name", ["v5e", "v6e"])
+@pytest.mark.parametrize("name", CHIPS)
 @pytest.mark.parametrize(
     ("schedule", "options", "peak"),
     [
@@ -91,11 +95,11 @@ def test_value_and_gradients_fit(name, schedule, options, peak):
     """The arguments and the gradients alone are 1066 MiB."""
     program = compiled(name, linear(schedule, **options), *OPERANDS)
     assert (N, V) not in buffers(program.as_text())
-    names = {name for name in KERNELS if name in program.as_text()}
-    assert names == (set() if schedule else KERNELS)
+    found = {kernel for kernel in KERNELS if kernel in program.as_text()}
+    assert found == (set() if schedule else KERNELS)
     memory = program.memory_analysis()
     least = memory.argument_size_in_bytes + memory.output_size_in_bytes
-    assert least < memory.peak_memory_in_bytes <= peak * MIB
+    assert least < memory.peak_memory_in_bytes <= peak * MIB + COPIED.get(name, 0)
 
 
 @pytest.mark.parametrize(
@@ -124,13 +128,13 @@ def test_the_kernel_takes_a_batch():
     assert KERNEL in compiled("v5e", loss, *shapes).as_text()
 
 
-@pytest.mark.parametrize("name", ["v5e"])
+@pytest.mark.parametrize("name", ["v5e", *CHIPS[2:]])
 @pytest.mark.parametrize("options", [{}, {"reduction": "none", "return_stats": True}], ids=str)
 @pytest.mark.parametrize("schedule", ["token_chunks", "vocab_blocks"])
 def test_the_value_alone_fits(name, schedule, options):
     program = compiled(name, linear(schedule, gradients=False, **options), *OPERANDS)
     assert (N, V) not in buffers(program.as_text())
-    assert program.memory_analysis().temp_size_in_bytes <= 320 * MIB
+    assert program.memory_analysis().temp_size_in_bytes <= 320 * MIB + COPIED.get(name, 0)
 
 
 @pytest.mark.parametrize("name", list(TOPOLOGIES))
@@ -264,6 +268,11 @@ def test_the_accurate_exponential_of_a_tpu7x_is_an_instruction(traced_anew):
         ("v6e", "token_chunks", P("data", "vocab")),
         ("v6e", "vocab_blocks", P(None, "vocab")),
         ("v6e", "mosaic_tpu", P("data", "vocab")),
+        *(
+            pytest.param(name, schedule, P("data", "vocab"), marks=pytest.mark.soak)
+            for name in ("v5p", "tpu7x")
+            for schedule in ("token_chunks", "vocab_blocks")
+        ),
     ],
     ids=str,
 )
@@ -271,7 +280,8 @@ def test_on_four_chips(name, schedule, spec):
     """Temporaries: this chip's float32 d_kernel, its columns of the kernel where they had to be
     gathered, and of a chunk and of a quarter of one the float32 logits and their narrow gradient;
     or a block's."""
-    devices = np.array(topology(name).devices).reshape(2, 2)
+    devices = np.array(topology(name).devices).reshape(2, -1)  # a chip of a tpu7x is two devices
+    columns = V // devices.shape[1]
     mesh = Mesh(devices, ("data", "vocab"), axis_types=(AxisType.Explicit,) * 2)
     specs = P("data"), spec, P("data")
     args = [
@@ -280,13 +290,13 @@ def test_on_four_chips(name, schedule, spec):
     ]
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         program = lowered(linear(schedule), *args).compile()
-    shard = D * V // 2
-    columns = 2 * shard if "data" in spec else 0
-    logits = (1024 + 256) * V // 2 * (4 + 2) if schedule == "token_chunks" else 256 * MIB
-    allowed = 4 * shard + columns + logits + 72 * MIB
+    shard = D * columns
+    gathered = 2 * shard if "data" in spec else 0
+    logits = (1024 + 256) * columns * (4 + 2) if schedule == "token_chunks" else 256 * MIB
+    allowed = 4 * shard + gathered + logits + 72 * MIB + COPIED.get(name, 0) // devices.shape[1]
     assert program.memory_analysis().temp_size_in_bytes <= allowed
     text = program.as_text()
-    assert not {(N, V), (N // 2, V // 2)} & buffers(text)
+    assert not {(N, V), (N // 2, columns)} & buffers(text)
     found = collectives(text)
     large = sorted((kind, elements(shape)) for kind, shape, _ in found if elements(shape) > N * 8)
     d_hidden = ("all-reduce", N // 2 * D)
