@@ -161,7 +161,7 @@ def _dense_gradient(
     soft = None if ct.soft is None or rows.soft is None else (ct.soft, rows.soft)
     entropy = None if ct.entropy is None else (ct.entropy / (1 + state.t), state.spread)
     others = soft, entropy, rows.mask, scaling
-    same = dtype == rows.logits.dtype and dtype.itemsize <= kernel_bytes
+    same = dtype == rows.logits.dtype and rows.logits.dtype.itemsize <= kernel_bytes
     if all(other is None for other in others) and same:
         return slope_pass(of_entries, *given)
     return of_entries(*given, *others, dtype)

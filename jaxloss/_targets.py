@@ -358,10 +358,6 @@ def reduce_losses(
     both = jnp.concatenate([losses[None], divisor[None]])
     both = jnp.sum(both, axis=tuple(range(1, both.ndim)))
     total, divisor = lax.psum(both, token_axes) if token_axes else both
-    weighted = sample_weight is not None and sample_weight.dtype != jnp.bool_
-    if not weighted and targets.label_weight is None:
-        # It is a count. From the one reduction it has a tangent of 0, and 0 * inf is NaN.
-        divisor = lax.stop_gradient(divisor)
     return mean_of(total, divisor)
 
 

@@ -332,20 +332,6 @@ LOSSES_OF_TOKENS = {
 }
 
 
-@pytest.mark.parametrize("weight", [None, jnp.array([True, True, False])], ids=["none", "mask"])
-def test_an_infinite_mean_has_one_derivative(weight):
-    """Of a label of probability 0: in forward mode what it is in reverse mode."""
-    x = jnp.array([[-jnp.inf, 1.0, 2.0], [0.5, 0.0, -1.0], [1.0, 2.0, 3.0]])
-    along = jnp.array([[0.0, 1.0, -2.0], [1.0, 0.5, 0.25], [1.0, 1.0, 1.0]])
-
-    def loss(x):
-        return jaxloss.cross_entropy(x, jnp.array([0, 1, 2]), sample_weight=weight)
-
-    value, moved = jax.jvp(loss, (x,), (along,))
-    assert np.isposinf(value)
-    np.testing.assert_allclose(moved, np.vdot(jax.grad(loss)(x), along), rtol=1e-6)
-
-
 @pytest.mark.parametrize("name", LOSSES_OF_TOKENS)
 def test_losses_weighed_by_0_have_mixed_derivatives(name):
     """What learns to weigh examples starts at weights of 0, and looks at how the gradient moves."""
