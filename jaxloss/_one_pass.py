@@ -9,6 +9,7 @@ and so rounded once.
 Letters: R rows, C classes.
 """
 
+from math import prod
 from typing import Any
 
 import jax
@@ -39,8 +40,7 @@ def takes(logits: Array) -> bool:
     if logits.dtype.itemsize != 2 or not (fit_kernels(logits) or _fit_a_tpu(logits)):
         return False
     kernels, _ = _kernels()
-    classes = logits.shape[-1]
-    return kernels.takes(logits.size // classes, classes)
+    return kernels.takes(prod(logits.shape[:-1]), logits.shape[-1])
 
 
 def _fit_a_tpu(logits: Array) -> bool:

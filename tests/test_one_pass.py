@@ -28,6 +28,7 @@ interpreted_gpu = pytest.mark.skipif(
 )
 no_tpu = pytest.mark.skipif(ON_GPU, reason="the other kernels are for a GPU")
 BACKENDS = [pytest.param("gpu", marks=interpreted_gpu), pytest.param("tpu", marks=no_tpu)]
+TAKES = {kernels: kernels.takes for kernels in (one_pass_gpu, one_pass_tpu)}
 DTYPES = {"gpu": (jnp.bfloat16, jnp.float16), "tpu": (jnp.bfloat16,)}
 
 
@@ -229,6 +230,15 @@ def test_logits_and_devices_that_it_is_not_for(traced, monkeypatch):
     monkeypatch.setattr(_device, "is_hopper", lambda: False)
     jax.clear_caches()
     assert "jaxloss_one_pass" not in program(grad, x, y)
+
+
+@pytest.mark.nan_is_meant
+def test_no_classes_are_not_for_it(traced, monkeypatch):
+    """Of none there are whole tiles."""
+    for kernels, takes in TAKES.items():
+        monkeypatch.setattr(kernels, "takes", takes)
+    x, y = jnp.zeros((32, 0), jnp.bfloat16), jnp.zeros(32, jnp.int32)
+    assert "jaxloss_" not in program(jax.grad(jaxloss.cross_entropy), x, y)
 
 
 def test_which_sizes_make_up_for_it():
