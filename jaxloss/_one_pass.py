@@ -6,7 +6,7 @@ cotangent times the sum. Where the cotangent is 1, as that of a loss is which is
 differentiates, the two ask for the same: XLA computes it once. By any other it is computed again,
 and so rounded once.
 
-Letters: R rows, C classes.
+Letters: C classes.
 """
 
 from math import prod
@@ -44,12 +44,12 @@ def takes(logits: Array) -> bool:
 
 
 def _fit_a_tpu(logits: Array) -> bool:
-    """The axis before the classes is one of rows whose end is a register's: of another, XLA makes
-    one axis of rows by copies, and of long ones is minutes at compiling them."""
+    """The axis before the classes ends where a register does: else XLA makes one axis of rows by
+    copies, and takes minutes to compile those of many classes."""
     return (
         _device.is_recent_tpu()
         and _device.is_whole()
-        and all(isinstance(n, int) and n > 0 for n in logits.shape)
+        and all(isinstance(n, int) for n in logits.shape)
         and logits.ndim > 1
         and logits.shape[-2] % 16 == 0
         and logits.dtype == jnp.bfloat16
@@ -92,25 +92,24 @@ def weighted_sum(logits: Array, kept: Array, weight: Array) -> Array:
     in every mode.
     """
 
-    def total(weight, nll):
-        return jnp.sum(weight * jnp.where(weight == 0, 0, nll))
+    def asked(weight, x):
+        return jnp.where(weight == 0, 0, x)
 
     def value(logits, kept, weight):
-        return total(weight, _rows.row_losses(logits, kept).nll)
-
-    def asked(weight, ct):
-        return jnp.where(weight == 0, 0, weight * ct)  # of a cotangent that is NaN too
+        return jnp.sum(weight * asked(weight, _rows.row_losses(logits, kept).nll))
 
     def forward(logits, kept, weight):
         # The same operations as the backward pass's, or XLA would not see that they are the same.
-        m, s, x_kept, _ = _with_gradient(logits, kept, asked(weight, jnp.ones_like(weight)))
+        weights = asked(weight, weight * jnp.ones_like(weight))
+        m, s, x_kept, _ = _with_gradient(logits, kept, weights)
         losses, state = _rows.finish(_parts.RowPart(m, s, x_kept, kept), ("nll",))
-        return total(weight, losses.nll), (logits, weight, losses.nll, state)
+        nll = asked(weight, losses.nll)
+        return jnp.sum(weight * nll), (logits, weight, nll, state)
 
     def backward(residuals, ct):
         logits, weight, nll, state = residuals
-        *_, dx = _with_gradient(logits, state.kept, asked(weight, ct))
-        return dx, None, ct * jnp.where(weight == 0, 0, nll)
+        *_, dx = _with_gradient(logits, state.kept, asked(weight, weight * ct))
+        return dx, None, ct * nll
 
     def tangent(residuals, tangents):
         logits, weight, nll, state = residuals
@@ -119,9 +118,9 @@ def weighted_sum(logits: Array, kept: Array, weight: Array) -> Array:
         if d_logits is not None:
             along = d_logits, None, None
             moved = _rows.row_tangents(_parts.Rows(logits), state, None, ("nll",), *along)
-            out += total(weight, moved.nll)
+            out += jnp.sum(weight * asked(weight, moved.nll))
         if d_weight is not None:
-            out += jnp.sum(d_weight * jnp.where(weight == 0, 0, nll))
+            out += jnp.sum(d_weight * nll)
         return out
 
     rule = jax.custom_vjp(value)
@@ -136,4 +135,5 @@ def reduced(
     ``_targets.token_weights``."""
     total = weighted_sum(logits, kept, weight)
     total = lax.psum(total, token_axes) if token_axes else total
+    # Added, not selected: a select's cotangent is no constant 1, and the kernel would run twice.
     return total + jnp.where(nothing, jnp.nan, jnp.zeros_like(total))

@@ -96,7 +96,10 @@ def row_gradient(
     dtype: Any = None,
     kernel_bytes: int = 2,
 ) -> Array:
-    """d(sum of ct * losses) / d(logits), in the accumulator's dtype or narrowed to ``dtype``."""
+    """d(sum of ct * losses) / d(logits), in the accumulator's dtype or narrowed to ``dtype``.
+
+    ``kernel_bytes``: see ``_passes.max_and_sum``.
+    """
     dtype = dtype or accumulator_dtype(rows.logits.dtype)
     dx = _dense_gradient(rows, state, scaling, ct, dtype, kernel_bytes)
     if rows.top is None:
@@ -311,8 +314,9 @@ def row_losses(
         return Rows(logits, kept, soft, mask, None if extra is None else (index, extra))
 
     def part_of(rows, backward_follows=False):
-        how = {"backward_follows": backward_follows, "kernel_bytes": kernel_bytes}
-        part = row_part(rows, scaling, want, **how)
+        part = row_part(
+            rows, scaling, want, backward_follows=backward_follows, kernel_bytes=kernel_bytes
+        )
         labelled = rows.kept is not None
         return merge_shards(part, vocab_axes, labelled, rows.logits.shape[-1], scaling)
 

@@ -69,8 +69,9 @@ def rows_of_logits(x: Array, scaling: _logits.Scaling | None, *, kernel_bytes: i
             classes.size,
             accumulator_dtype(x.dtype),
         )
-        how = {"scaling": scaling, "vocab_axes": axes, "kernel_bytes": kernel_bytes}
-        losses = partial(_rows.row_losses, x, **how)
+        losses = partial(
+            _rows.row_losses, x, scaling=scaling, vocab_axes=axes, kernel_bytes=kernel_bytes
+        )
         if targets.rest is not None:
             rows = _bucket_rows(x, targets, classes, mask, scaling, want)
         else:

@@ -96,13 +96,19 @@ def _compile_passes(shape):
     print(json.dumps(sorted(passes)))
 
 
-def _compile_kernels(shape, factor=1):
+def _compile_kernels(shape, factor=1, how=None):
     """Prints which kernels a batch of cross_entropy runs; JAX prints their resources."""
     one = _h200()
-    x = jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=one)
     y = jax.ShapeDtypeStruct(shape[:-1], jnp.int32, sharding=one)
-    loss = jax.vmap(jax.value_and_grad(lambda x, y: factor * jaxloss.cross_entropy(x, y)))
-    program = _lowered(loss, x, y).compile()
+    axis = -1 if how != "transposed" else -2
+    shape = shape if axis == -1 else (*shape[:-2], shape[-1], shape[-2])
+    x = jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=one)
+
+    def loss(x, y):
+        x = x.astype(jnp.float32) if how == "widened" else x
+        return factor * jaxloss.cross_entropy(x, y, axis=axis)
+
+    program = _lowered(jax.vmap(jax.value_and_grad(loss)), x, y).compile()
     text = program.as_text()
     found = {
         "kernels": _kernels(text),
@@ -110,23 +116,6 @@ def _compile_kernels(shape, factor=1):
         "temporaries": program.memory_analysis().temp_size_in_bytes,
     }
     print(json.dumps(found))
-
-
-def _compile_as_given(how):
-    """Prints the kernels that cross_entropy runs of logits that are no rows as they lie."""
-    one = _h200()
-    y = jax.ShapeDtypeStruct((32, 512), jnp.int32, sharding=one)
-    shape = (32, 2048, 512) if how == "transposed" else (32, 512, 2048)
-    x = jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=one)
-
-    def loss(x, y):
-        if how == "transposed":
-            return jaxloss.cross_entropy(x, y, axis=1)
-        return jaxloss.cross_entropy(x.astype(jnp.float32), y)
-
-    program = _lowered(jax.value_and_grad(loss), x, y).compile()
-    temporaries = program.memory_analysis().temp_size_in_bytes
-    print(json.dumps({"kernels": _kernels(program.as_text()), "temporaries": temporaries}))
 
 
 def run(**options):
@@ -242,7 +231,7 @@ def test_of_a_multiple_of_the_loss_the_gradient_is_computed_again():
 @pytest.mark.parametrize("how", ["widened", "transposed"])
 def test_logits_that_a_kernel_would_have_copied(how):
     """XLA reads them as they are: logits in 16 bits as float32, and classes on another axis."""
-    found = compiled(as_given=how)
+    found = compiled(kernels_of=[1, 2**14, 2048], how=how)
     assert found["kernels"] == []
     assert found["temporaries"] <= 8 * MIB
 
@@ -268,9 +257,7 @@ if __name__ == "__main__":
     given = json.loads(sys.argv[1])
     if "passes" in given:
         _compile_passes(given["passes"])
-    elif "as_given" in given:
-        _compile_as_given(given["as_given"])
     elif "kernels_of" in given:
-        _compile_kernels(given["kernels_of"], given.get("factor", 1))
+        _compile_kernels(given.pop("kernels_of"), **given)
     else:
         _compile(**given)

@@ -14,20 +14,17 @@ import pytest
 from helpers import EPS, wide
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from test_kernels_gpu import ON_GPU, interpreted, program
+from test_kernels_gpu import rows as rows_of
 
 import jaxloss
 from jaxloss import _device, _one_pass
 from jaxloss._kernels import one_pass_gpu, one_pass_tpu
 
 pytestmark = pytest.mark.jax_leaks("plgpu.kernel")
-ON_GPU = jax.default_backend() == "gpu"
 PLATFORMS = {"gpu": "cuda", "tpu": "tpu"}
-interpreted_gpu = pytest.mark.skipif(
-    not ON_GPU and not hasattr(plgpu, "InterpretGPUParams"),
-    reason="JAX interprets kernels for GPUs from 0.11 on",
-)
 no_tpu = pytest.mark.skipif(ON_GPU, reason="the other kernels are for a GPU")
-BACKENDS = [pytest.param("gpu", marks=interpreted_gpu), pytest.param("tpu", marks=no_tpu)]
+BACKENDS = [pytest.param("gpu", marks=interpreted), pytest.param("tpu", marks=no_tpu)]
 TAKES = {kernels: kernels.takes for kernels in (one_pass_gpu, one_pass_tpu)}
 DTYPES = {"gpu": (jnp.bfloat16, jnp.float16), "tpu": (jnp.bfloat16,)}
 
@@ -74,14 +71,7 @@ def traced(request, monkeypatch):
     jax.clear_caches()
 
 
-def rows(r, c, dtype=jnp.bfloat16, scale=5.0):
-    rng = np.random.default_rng(0)
-    x = jnp.asarray(scale * rng.normal(size=(r, c)), dtype)
-    return x, jnp.asarray(rng.integers(0, c, r), jnp.int32)
-
-
-def program(function, *args):
-    return str(jax.make_jaxpr(function)(*args))
+rows = partial(rows_of, dtype=jnp.bfloat16)
 
 
 def truth_of(x, kept, weight):
@@ -104,7 +94,7 @@ def truth_of(x, kept, weight):
 def test_sums_and_gradient(backend, r, c):
     """Rows over the edge; on a GPU those are computed twice."""
     for dtype in DTYPES[backend]:
-        x, kept = rows(r, c, dtype)
+        x, kept = rows(r, c, dtype=dtype)
         kept = jnp.where(jnp.arange(r) % 7 == 2, c, kept)  # c: no such class
         weight = jnp.asarray(np.random.default_rng(1).normal(size=r), jnp.float32)
         weight = jnp.where(jnp.arange(r) % 5 == 1, 0, weight)

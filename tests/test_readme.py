@@ -33,8 +33,7 @@ def test_tables_are_those_of_the_results():
         marks = readme.MARKS.findall(text)
         assert text.count(" begin -->") == text.count(" end -->") == len(marks)
         found += marks
-    whole = [name for name, number in found if not number]
-    assert sorted(whole) == sorted(readme.MODULES)
+    assert sorted(name for name, number in found if not number) == sorted(readme.MODULES)
 
 
 def test_there_are_blocks():

@@ -56,12 +56,9 @@ def _operands(hidden, kernel, bias, vocab_axis: int, n: int, v: int, of_columns)
     return specs, args
 
 
-def _params(merged: bool) -> pltpu.CompilerParams:
-    """``merged``: a row's tiles are one result."""
-    return pltpu.CompilerParams(
-        dimension_semantics=("parallel", "arbitrary" if merged else "parallel"),
-        vmem_limit_bytes=MEMORY + 8 * 2**20,
-    )
+def params(*semantics: Any) -> pltpu.CompilerParams:
+    """Of each axis of the grid: ``"arbitrary"`` where its steps are one result."""
+    return pltpu.CompilerParams(dimension_semantics=semantics, vmem_limit_bytes=MEMORY + 8 * 2**20)
 
 
 def _cost(hidden: Array, kernel: Array, columns: int, n: int) -> pl.CostEstimate:
@@ -205,7 +202,7 @@ def row_part(
             scratch_shapes=[pltpu.VMEM((n, LANES), jnp.float32)] * 3,
         ),
         out_shape=[out] * 3,
-        compiler_params=_params(merged=True),
+        compiler_params=params("parallel", "arbitrary"),
         cost_estimate=_cost(hidden, kernel, columns, n),
         name="jaxloss_linear_row_part",
     )
@@ -238,7 +235,7 @@ def slope(hidden: Array, kernel: Array, bias: Any, rows: tuple, vocab_axis: int)
         in_specs=[pl.BlockSpec((n, 1), lambda i, j: (i, 0))] * 5 + specs,
         out_specs=pl.BlockSpec((n, v), lambda i, j: (i, j)),
         out_shape=jax.ShapeDtypeStruct((tokens, columns), hidden.dtype, manual_axis_type=kind),
-        compiler_params=_params(merged=False),
+        compiler_params=params("parallel", "parallel"),
         cost_estimate=_cost(hidden, kernel, columns, n),
         name="jaxloss_linear_slope",
     )

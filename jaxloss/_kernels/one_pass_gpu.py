@@ -8,7 +8,6 @@ Letters: R rows, C classes.
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxloss._kernels.per_row import per_row
-from jaxloss._kernels.rows_gpu import call, exp, load
+from jaxloss._kernels.rows_gpu import call, exp, load, put
 from jaxloss._logits import finite
 
 _ROWS = 4  # of a tile: a warp each
@@ -25,6 +24,10 @@ _WIDTH = 256  # classes that a warp reads at once: of 16 bits, 16 bytes a lane
 _SPAN = 32  # rows of a block: of as many numbers 128 bytes, what is copied at once
 _CLASSES = 2048  # 64 in the registers of a lane: twice as many overflow
 _STEPS = 2  # tiles that are fetched ahead: more leave fewer blocks on a core
+# Of a tile [rows, C / width, width]: a row a warp, a lane 16 bytes of each width.
+_TILING = plgpu.Tiling(((_ROWS, 1, _WIDTH), (_WIDTH // 32,)))
+_TILE = plgpu.Layout.TILED(_TILING, (-4,), (-2,), -1)
+_COLUMN = _TILE.reduce((1, 2))
 
 
 def takes(rows: int, classes: int) -> bool:
@@ -33,24 +36,18 @@ def takes(rows: int, classes: int) -> bool:
     return whole and classes <= _CLASSES and rows >= _SPAN and rows * classes >= 2**24
 
 
-def _layout() -> Any:
-    """Of a tile [rows, C / width, width]: a row a warp, a lane 16 bytes of each width."""
-    tiling = plgpu.Tiling(((_ROWS, 1, _WIDTH), (_WIDTH // 32,)))
-    return plgpu.Layout.TILED(tiling, (-4,), (-2,), -1)
-
-
-def _of_tile(x: Array, layout: Any, kept: Array, x_kept: Array, weight: Array):
+def _of_tile(x: Array, kept: Array, x_kept: Array, weight: Array):
     """``(m, s, gradient)`` of a tile [rows, C / width, width], the rest [rows]."""
     shape = x.shape
 
     def across(v: Array) -> Array:
-        return plgpu.layout_cast(lax.broadcast_in_dim(v, shape, [0]), layout)
+        return plgpu.layout_cast(lax.broadcast_in_dim(v, shape, [0]), _TILE)
 
     def over_row(function: Callable, v: Array) -> Array:  # within each lane first
         return function(function(v, axis=1), axis=1)
 
     def iota(axis: int) -> Array:
-        return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=layout)
+        return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=_TILE)
 
     m = over_row(jnp.max, x).astype(jnp.float32)
     high = finite(m)
@@ -69,7 +66,7 @@ def sums_and_gradient(x: Array, kept: Array, x_kept: Array, weight: Array):
     """``(x[..., C], kept, x_kept, weight)``, the rest ``[...]``: the row's maximum, ``sum_{j != k}
     exp(x_j - max)``, and the gradient of ``sum(weight * nll)`` in the 16 bits of ``x``."""
     rows, classes = x.shape
-    layout, shape = _layout(), (_ROWS, classes // _WIDTH, _WIDTH)
+    shape = _ROWS, classes // _WIDTH, _WIDTH
 
     def jaxloss_one_pass(x, kept, x_kept, weight, dx, m, s, *cores):
         *of_rows, m_core, s_core, dx_core, barrier = cores
@@ -86,14 +83,10 @@ def sums_and_gradient(x: Array, kept: Array, x_kept: Array, weight: Array):
             def _():
                 plgpu.barrier_wait(barrier)
 
-            row, slot = t * _ROWS, lax.rem(t, jnp.int32(2))
-            these, a_row = pl.ds(row, _ROWS), layout.reduce((1, 2))
-            numbers = (load(core.at[these], a_row, optimized=False) for core in of_rows)
-            m_core[these], s_core[these], gradient = _of_tile(load(tile, layout), layout, *numbers)
-            plgpu.wait_smem_to_gmem(1, wait_read_only=True)  # the slot's tile before the last
-            dx_core[slot] = gradient.astype(dx.dtype)
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(dx_core.at[slot], dx.at[pl.ds(start + row, _ROWS)])
+            these = pl.ds(t * _ROWS, _ROWS)
+            numbers = (load(core.at[these], _COLUMN, optimized=False) for core in of_rows)
+            m_core[these], s_core[these], gradient = _of_tile(load(tile, _TILE), *numbers)
+            put(dx_core, t, gradient, dx.at[pl.ds(start + t * _ROWS, _ROWS)])
 
         spec = plgpu.BlockSpec(shape, lambda t: (lax.div(start, jnp.int32(_ROWS)) + t, 0, 0))
         with jax.enable_x64(False):

@@ -18,7 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from jaxloss import _mesh
-from jaxloss._kernels.linear_tpu import LANES, MEMORY, exp, in_32_bits
+from jaxloss._kernels.linear_tpu import LANES, MEMORY, exp, in_32_bits, params
 from jaxloss._kernels.per_row import per_row
 from jaxloss._logits import finite
 
@@ -89,18 +89,16 @@ def _group(rows: Any, x: Any, numbers: Any, dx: Any, parts: Any, e: Any) -> None
             # A row that asks for nothing gets 0, whatever it holds.
             some.append(jnp.where(nothing, 0, slope).astype(dx.dtype))
         dx[rows, pl.ds(first, width)] = jnp.concatenate(some, axis=1)
-        return _
 
-    _over(classes, slopes, jnp.int32(0))
+    _over(classes, slopes, None)
     parts[rows, :] = jnp.concatenate([m, s], axis=1)
 
 
 def _block(x, numbers, dx, parts, e):
     def group(i, _):
         _group(pl.ds(pl.multiple_of(i * _ROWS, _ROWS), _ROWS), x, numbers, dx, parts, e)
-        return _
 
-    lax.fori_loop(jnp.int32(0), jnp.int32(x.shape[0] // _ROWS), group, jnp.int32(0))
+    lax.fori_loop(jnp.int32(0), jnp.int32(x.shape[0] // _ROWS), group, None)
 
 
 @per_row
@@ -126,9 +124,7 @@ def sums_and_gradient(x: Array, kept: Array, x_kept: Array, weight: Array):
             jax.ShapeDtypeStruct((rows, 2), jnp.float32, manual_axis_type=kind),
         ],
         scratch_shapes=[pltpu.VMEM((_ROWS, classes), jnp.float32)],
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel",), vmem_limit_bytes=MEMORY + 8 * 2**20
-        ),
+        compiler_params=params("parallel"),
         cost_estimate=pl.CostEstimate(
             flops=8 * x.size, bytes_accessed=2 * x.nbytes, transcendentals=x.size
         ),

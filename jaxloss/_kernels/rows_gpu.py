@@ -83,6 +83,15 @@ def takes(x: Array) -> bool:
     return x.shape[0] >= ROWS and x.shape[0] % 8 == 0 and x.size >= 2**24
 
 
+def put(cores: Any, step: Any, tile: Array, there: Any) -> None:
+    """The tile of a step goes to the GPU's memory, by way of one of two places in the core's."""
+    slot = lax.rem(step, jnp.int32(2))
+    plgpu.wait_smem_to_gmem(1, wait_read_only=True)  # the slot's tile before the last
+    cores[slot] = tile.astype(cores.dtype)
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(cores.at[slot], there)
+
+
 def _by_takes(compute: Callable, otherwise: Callable) -> Callable:
     return lambda x, *rest: (compute if takes(x) else otherwise)(x, *rest)
 
@@ -187,18 +196,14 @@ def slope(otherwise: Callable) -> Callable:
 
             def step(index, tile):
                 t = part * length + index[0]
-                slot = lax.rem(index[0], jnp.int32(2))
                 x = load(tile, TILE).astype(jnp.float32)
                 column = plgpu.broadcasted_iota(jnp.int32, _SHAPE, 1, layout=TILE)
                 at_label = column == across(label - t * COLUMNS)
                 x = jnp.where(across(active) == 0, -jnp.inf, x)
                 dx = exp(x - across(m)) * across(scale)
                 dx = jnp.where(at_label, across(at_kept), dx)
-                plgpu.wait_smem_to_gmem(1, wait_read_only=True)  # the slot's tile before the last
-                out_core[slot] = dx.astype(out.dtype)
-                plgpu.commit_smem()
                 there = out.at[here, pl.ds(t * COLUMNS, COLUMNS)]
-                plgpu.copy_smem_to_gmem(out_core.at[slot], there)
+                put(out_core, index[0], dx, there)
 
             _over_tiles(x, i, part, length, step)
             plgpu.wait_smem_to_gmem(0)
