@@ -9,7 +9,6 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-import chex
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, dtypes
@@ -63,14 +62,10 @@ def floating(function: str, name: str, given: Any, way_out: str = "", order: str
 def shape(
     function: str, name: str, x: Array, expected: Sequence[int], rule: str, way_out: str = ""
 ) -> None:
-    chex.assert_shape(
-        x,
-        tuple(expected),
-        custom_message=message(
-            function, f"{name} must have {rule}, {tuple(expected)}", describe(x), way_out
-        ),
-        exception_type=ValueError,
-    )
+    # By hand, as every check here: chex.disable_asserts(), which programs call for speed, would
+    # switch an assertion of chex off, and arrays that do not fit would broadcast.
+    if x.shape != tuple(expected):
+        fail(function, f"{name} must have {rule}, {tuple(expected)}", describe(x), way_out)
 
 
 def is_index(x: Any) -> bool:
@@ -135,13 +130,8 @@ def number(
             "It is compiled into the program; under jit, close over it or mark it static.",
             TypeError,
         )
-    chex.assert_scalar_in(
-        x,
-        low,
-        high,
-        custom_message=message(function, f"{name} must be in [{low:g}, {high:g}]", repr(x)),
-        exception_type=ValueError,
-    )
+    if not low <= x <= high:  # nor is NaN
+        fail(function, f"{name} must be in [{low:g}, {high:g}]", repr(x))
     return float(x)
 
 

@@ -1,5 +1,6 @@
 """What a wrong call is told: the argument, the rule, what came; and what is no error."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -296,10 +297,122 @@ def test_a_wrong_call_is_told_what_is_wrong_in_every_way_of_tracing(name, wrong,
 
     with pytest.raises(kind, match=f"{name}: {text}") as eager:
         call(arrays)
+    assert str(eager.value).startswith(f"{name}: ")  # no other library has the first word
     for traced in (jax.jit(call), lambda x: jax.eval_shape(call, x)):
         with pytest.raises(kind) as told:
             traced(arrays)
         assert str(told.value) == str(eager.value)
+
+
+STATS = jaxloss.token_stats(X, Y)
+SUMS = jaxloss.metric_sums(STATS)
+TOP = jaxloss.TopKLabels(np.zeros((4, 2), np.int32), np.ones((4, 1), np.float32))
+BESIDE = {"linear_kl_divergence": {"hidden": H, "kernel": K}}
+BESIDE["linear_kl_divergence"] |= {"teacher_hidden": H, "teacher_kernel": K}
+# Of each public function calls that would broadcast, divide by 0 or take a number that is none.
+PROMISES = {
+    "check_labels": [{"labels": Y, "num_classes": -1}],
+    "cross_entropy": [
+        {"logits": X, "labels": Y[:1]},
+        {"logits": X, "labels": X[:1]},
+        {"logits": X, "labels": TOP},
+        {"logits": X, "labels": Y, "weight": X[0, :1]},
+        {"logits": X, "labels": Y, "sample_weight": X[:1, 0]},
+        {"logits": X, "labels": Y, "label_smoothing": 7.0},
+        {"logits": X, "labels": Y, "z_loss": -1.0},
+        {"logits": X, "labels": Y, "logit_softcap": 0.0},
+    ],
+    "focal_loss": [
+        {"logits": X, "labels": Y[:1]},
+        {"logits": X, "labels": Y, "gamma": -1.0},
+        {"logits": X, "labels": Y, "weight": X[0, :1]},
+    ],
+    "kl_divergence": [
+        {"logits": X, "teacher_logits": X[:1]},
+        {"logits": X, "teacher_logits": X, "temperature": 0.0},
+        {"logits": X, "teacher_logits": X, "beta": 2.0},
+        {"logits": X, "teacher_logits": X, "sample_weight": X[:1, 0]},
+    ],
+    "linear_cross_entropy": [
+        {"hidden": H, "kernel": K, "labels": Y[:1]},
+        {"hidden": H, "kernel": K, "labels": Y, "bias": X[0, :1]},
+        {"hidden": H, "kernel": K, "labels": Y, "label_smoothing": 7.0},
+        {"hidden": H, "kernel": K, "labels": Y, "weight": X[0, :1]},
+    ],
+    "linear_kl_divergence": [
+        {**BESIDE["linear_kl_divergence"], "temperature": 0.0},
+        {**BESIDE["linear_kl_divergence"], "teacher_bias": X[0, :1]},
+        {**BESIDE["linear_kl_divergence"], "sample_weight": X[:1, 0]},
+    ],
+    "linear_loss": [
+        {"loss_fn": lambda x: x[:, 0], "hidden": H, "kernel": K, "sample_weight": X[:1, 0]},
+        {"loss_fn": lambda x: x[:, 0], "hidden": H, "kernel": K, "bias": X[0, :1]},
+    ],
+    "linear_token_stats": [
+        {"hidden": H, "kernel": K, "labels": Y[:1]},
+        {"hidden": H, "kernel": K, "labels": Y, "temperature": 0.0},
+    ],
+    "log_softmax": [{"logits": X, "where": np.ones((4, 2), bool)}],
+    "metric_sums": [
+        {"stats": STATS._replace(rank=Y[:1])},
+        {"stats": STATS, "sample_weight": X[:1, 0]},
+    ],
+    "metrics": [{"sums": jax.tree.map(lambda x: jnp.stack([x] * 2), SUMS)}],
+    "next_token_labels": [
+        {"tokens": Y, "segment_ids": Y[:1]},
+        {"tokens": Y, "where": np.ones(1, bool)},
+    ],
+    "nll_loss": [
+        {"log_probs": X, "labels": Y[:1]},
+        {"log_probs": X, "labels": Y, "weight": X[0, :1]},
+        {"log_probs": X, "labels": Y, "sample_weight": X[:1, 0]},
+    ],
+    "sequence_weight": [
+        {"labels": Y, "segment_ids": Y[:1]},
+        {"labels": Y, "sample_weight": X[:1, 0]},
+    ],
+    "sigmoid_cross_entropy": [
+        {"logits": X, "labels": X[:1]},
+        {"logits": X, "labels": X, "where": np.ones((1, 3), bool)},
+        {"logits": X, "labels": X, "label_smoothing": 7.0},
+        {"logits": X, "labels": X, "pos_weight": -1.0},
+        {"logits": X, "labels": X, "sample_weight": X[:1]},
+    ],
+    "sigmoid_focal_loss": [
+        {"logits": X, "labels": X[:1]},
+        {"logits": X, "labels": X, "alpha": 2.0},
+        {"logits": X, "labels": X, "gamma": -1.0},
+    ],
+    "token_stats": [
+        {"logits": X, "labels": Y[:1]},
+        {"logits": X, "labels": Y, "temperature": 0.0},
+    ],
+    "total_weight": [
+        {"labels": Y, "sample_weight": X[:1, 0]},
+        {"labels": Y, "where": np.ones(1, bool)},
+        {"labels": X, "weight": X[0, :1]},
+    ],
+}
+
+
+@pytest.fixture
+def without_chex_assertions():
+    chex.disable_asserts()
+    yield
+    chex.enable_asserts()
+
+
+@pytest.mark.usefixtures("without_chex_assertions")
+@pytest.mark.parametrize("name", jaxloss.__all__)
+def test_what_is_promised_does_not_hang_on_assertions_of_chex(name):
+    """Training code calls chex.disable_asserts() for speed."""
+    if isinstance(getattr(jaxloss, name), type):
+        return
+    for arguments in PROMISES[name]:
+        given = dict(arguments)
+        loss_fn = [given.pop("loss_fn")] if "loss_fn" in given else []
+        with pytest.raises((TypeError, ValueError), match=rf"^{name}: [^\n]+; got [^\n]+\.$"):
+            getattr(jaxloss, name)(*loss_fn, **given)
 
 
 @pytest.mark.parametrize("name", RIGHT)

@@ -23,7 +23,7 @@ def test_import_is_light():
 import sys, jaxloss
 from jax._src import xla_bridge
 assert not xla_bridge.backends_are_initialized()
-heavy = {"optax", "flax", "haiku", "equinox", "sklearn", "matplotlib", "torch"}
+heavy = {"chex", "optax", "flax", "haiku", "equinox", "sklearn", "matplotlib", "torch"}
 assert not heavy & set(sys.modules), heavy & set(sys.modules)
 """
     subprocess.run([sys.executable, "-W", "ignore", "-c", program], check=True)
