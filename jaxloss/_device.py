@@ -7,13 +7,18 @@ from jaxloss import _mesh
 
 def on_one_device() -> bool:
     # Sharded classes must not be reshaped or indexed (they would be gathered), and whether they
-    # are sharded is not known while tracing: one device leaves no doubt.
-    return jax.device_count() == 1
+    # are sharded is not known while tracing: one device leaves no doubt. The mesh of a program that
+    # is compiled for other devices than this process has may be larger.
+    return jax.device_count() == 1 >= jax.sharding.get_abstract_mesh().size
 
 
 def is_whole() -> bool:
-    """Whether arrays are what one device holds. No kernel is for what a partitioner may split."""
-    return on_one_device() or _mesh.is_manual()
+    """Whether arrays are what one device holds. No kernel is for what a partitioner may split.
+
+    Inside of ``shard_map`` over some of the mesh's axes a partitioner may split them over the
+    others. JAX refuses kernels for TPUs there even where the others have one device.
+    """
+    return not _mesh.other_axes() if _mesh.manual_axes() else on_one_device()
 
 
 def is_hopper() -> bool:

@@ -11,9 +11,15 @@ Axes = tuple[str, ...]
 AxisName = str | Axes  # as a user names one or several
 
 
-def is_manual() -> bool:
-    """Whether this is inside of ``shard_map``, where an array is what one device holds."""
-    return bool(jax.sharding.get_abstract_mesh().manual_axes)
+def manual_axes() -> Axes:
+    """The axes of the surrounding ``shard_map``; none outside of one."""
+    return tuple(jax.sharding.get_abstract_mesh().manual_axes)
+
+
+def other_axes() -> Axes:
+    """The axes of the mesh that the surrounding ``shard_map``, if any, leaves out."""
+    manual = manual_axes()
+    return tuple(n for n in jax.sharding.get_abstract_mesh().axis_names if n not in manual)
 
 
 def varies_over(xs: Any) -> frozenset:

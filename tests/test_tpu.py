@@ -194,6 +194,30 @@ def test_one_pass_on_four_chips(traced_anew):
     assert all(elements(shape) <= 2 for _, shape, _ in collectives(text))
 
 
+@pytest.mark.parametrize("linear", [False, True])
+def test_shard_map_over_some_axes_of_four_chips(linear, traced_anew):
+    """XLA may split along the others, and a kernel it cannot split."""
+    chips = topology("v5e").devices
+    mesh = Mesh(np.array(chips).reshape(2, 2), ("d", "v"), axis_types=(AxisType.Auto,) * 2)
+    shapes = [((2048, 4096), jnp.bfloat16), ((2048,), jnp.int32)]
+    loss, specs = partial(jaxloss.cross_entropy, token_axis_name="d"), (P("d"), P("d"))
+    if linear:
+        shapes = [((2048, 256), jnp.bfloat16), *shapes[1:], ((256, 4096), jnp.bfloat16)]
+        specs = *specs, P()
+
+        def loss(h, y, k):
+            return jaxloss.linear_cross_entropy(h, k, y, token_axis_name="d")
+
+    args = [
+        jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, p))
+        for (shape, dtype), p in zip(shapes, specs, strict=True)
+    ]
+    given = {"mesh": mesh.abstract_mesh, "axis_names": {"d"}, "in_specs": specs}
+    split = jax.shard_map(jax.value_and_grad(loss), out_specs=(P(), P("d")), **given)
+    with mock.patch.object(jax, "devices", return_value=chips):
+        assert KERNEL not in lowered(split, *args).compile().as_text()
+
+
 def test_the_walk_finds_materialised_logits():
     """The assertions above must be able to fail."""
 
