@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any
 
@@ -29,6 +29,9 @@ from jaxloss._terms import TokenStats
 class MetricSums:
     """Sums over tokens, from :func:`metric_sums`: a pytree of arrays that add.
 
+    ``a + b`` are those of the tokens of both, and so is ``sum([a, b])``; over devices
+    ``jax.lax.psum``.
+
     Each sum is two numbers, on the first axis of its array: its leading 8 bits, and the rest. The
     sum of both is the sum. One float32 stops counting single tokens at 2^24; these two, added
     separately, count them past 10^10.
@@ -53,6 +56,29 @@ class MetricSums:
     bin_hits: Any
     top_k: tuple[int, ...] = (1,)
 
+    def __add__(self, other: Any) -> "MetricSums":
+        if not isinstance(other, MetricSums):
+            return NotImplemented
+        call = "MetricSums"
+        if self.top_k != other.top_k:
+            got = f"{self.top_k} and {other.top_k}"
+            _check.fail(call, "sums that are added must have the same top_k", got)
+        total, own = {}, _arrays(self)
+        for name, x in _arrays(other).items():
+            if jnp.shape(own[name]) != jnp.shape(x):
+                got = f"{jnp.shape(own[name])} and {jnp.shape(x)}"
+                _check.fail(call, f"sums that are added must have the same shape of {name}", got)
+            total[name] = jnp.add(own[name], x)
+        return MetricSums(**total, top_k=self.top_k)
+
+    def __radd__(self, other: Any) -> "MetricSums":
+        # sum(parts) starts from 0.
+        return self if isinstance(other, int) and other == 0 else NotImplemented
+
+
+def _arrays(sums: MetricSums) -> dict[str, Any]:
+    return {field.name: getattr(sums, field.name) for field in fields(sums)[:-1]}  # but top_k
+
 
 # A program that returns them can be stored, and run where jaxloss is imported.
 export.register_pytree_node_serialization(
@@ -63,14 +89,21 @@ export.register_pytree_node_serialization(
 )
 
 
-def _positive(call: str, name: str, x: Any) -> int:
-    return _check.bounded(call, name, _check.index(call, name, x), 1)
+MOST_BINS = 2**24  # float32 has no more numbers in (1/2, 1]
+
+
+def _positive(call: str, name: str, x: Any, most: int) -> int:
+    x = _check.bounded(call, name, _check.index(call, name, x), 1)
+    if x > most:
+        _check.fail(call, f"{name} must be at most {most}", repr(x))
+    return x
 
 
 def _top_k(call: str, top_k: Any) -> tuple[int, ...]:
     if not isinstance(top_k, Sequence) or isinstance(top_k, str):
         _check.fail(call, "top_k must be a sequence of ints", repr(top_k), kind=TypeError)
-    ks = tuple(_positive(call, "each of top_k", k) for k in top_k)
+    most = jnp.iinfo(jnp.int32).max  # of ranks
+    ks = tuple(_positive(call, "each of top_k", k, most) for k in top_k)
     if len(set(ks)) != len(ks):
         _check.fail(call, "top_k must name each k once", repr(top_k))
     return (1, *(k for k in ks if k != 1))
@@ -86,10 +119,13 @@ def _stats(call: str, stats: Any) -> TokenStats:
     names = ("log_prob", "entropy", "confidence")
     found = {name: _check.floating(call, f"stats.{name}", getattr(stats, name)) for name in names}
     found["rank"] = _check.array(call, "stats.rank", stats.rank)
+    if not jnp.issubdtype(found["rank"].dtype, jnp.integer):
+        rule = "stats.rank must have an integer dtype"
+        _check.fail(call, rule, _check.describe(found["rank"]), kind=TypeError)
     shape = found["log_prob"].shape
     for name, x in found.items():
         _check.shape(call, f"stats.{name}", x, shape, "the shape of stats.log_prob")
-    return stats._replace(**found)
+    return stats._replace(**found, logsumexp=None, prediction=None)  # which nothing here reads
 
 
 def metric_sums(
@@ -107,9 +143,9 @@ def metric_sums(
 
     and, for each bin ``b`` of ``bins`` equal ones, ``((b - 1) / bins, b / bins]``, the sums of
     ``s_n``, of ``s_n confidence_n`` and of ``s_n [rank_n = 0]`` over the tokens whose confidence
-    lies in it. Over steps add them with ``jax.tree.map(jnp.add, a, b)``, over devices with
-    ``jax.lax.psum``: ratios and the exponential come after, in :func:`metrics`, since a mean of
-    perplexities or of calibration errors is none.
+    lies in it. Over steps add them with ``+`` or ``sum``, over devices with ``jax.lax.psum``.
+    Ratios and the exponential come after that, in :func:`metrics`: a mean of perplexities or of
+    calibration errors is none.
 
     Args:
       stats: from :func:`token_stats` or :func:`linear_token_stats`, or what ``return_stats=True``
@@ -133,8 +169,8 @@ def metric_sums(
 
     Raises:
       TypeError: ``stats`` are no :class:`TokenStats`, or an argument has the wrong type.
-      ValueError: shapes differ, a k or ``bins`` is less than 1, or an axis name is none of the
-        surrounding ``shard_map``.
+      ValueError: shapes differ, a k is not in [1, 2^31) or ``bins`` not in [1, 2^24], or an axis
+        name is none of the surrounding ``shard_map``.
 
     After the addition of n steps a sum is off by less than ``n 2^-34`` of itself beside the
     rounding of each step's own (6e-7 for 10^4 steps; a float32 by up to ``n 2^-25``, 3e-4), as long
@@ -142,7 +178,6 @@ def metric_sums(
 
     Example: an evaluation loop.
 
-      >>> from functools import partial, reduce
       >>> import jax, jax.numpy as jnp
       >>> import jaxloss
       >>> @jax.jit
@@ -150,7 +185,7 @@ def metric_sums(
       ...     return jaxloss.metric_sums(jaxloss.token_stats(logits, labels), top_k=(1, 3))
       >>> logits = 3 * jax.random.normal(jax.random.key(0), (4, 2, 6, 10))  # four batches
       >>> labels = jnp.argmax(logits, axis=-1).at[:, :, 4].set(7).at[:, :, 5].set(-100)
-      >>> sums = reduce(partial(jax.tree.map, jnp.add), map(step, logits, labels))
+      >>> sums = sum(map(step, logits, labels))
       >>> for name, value in jaxloss.metrics(sums).items():
       ...     print(f"{name:18} {value:.2f}")
       weight             40.00
@@ -173,7 +208,7 @@ def metric_sums(
         stats,
         sample_weight,
         top_k=_top_k(call, top_k),
-        bins=_positive(call, "bins", bins),
+        bins=_positive(call, "bins", bins, MOST_BINS),
         token_axes=token_axes,
     )
 
@@ -261,8 +296,9 @@ def metrics(sums: MetricSums) -> dict[str, Array]:
       ``"calibration_error"``. Without any token that counts, all but the weight are NaN.
 
     Raises:
-      TypeError: ``sums`` are no :class:`MetricSums`.
-      ValueError: they are several, stacked.
+      TypeError: ``sums`` are no :class:`MetricSums`, or hold something else than arrays.
+      ValueError: they are several, stacked, or their arrays have other shapes than
+        :func:`metric_sums` makes.
 
     Example: inside of a ``scan``, whose stacked sums are added afterwards.
 
@@ -289,10 +325,7 @@ def metrics(sums: MetricSums) -> dict[str, Array]:
         rule = "sums must be jaxloss.MetricSums"
         way_out = "Make them: metric_sums(stats)." if isinstance(sums, TokenStats) else ""
         _check.fail(call, rule, type(sums).__name__, way_out, TypeError)
-    sums = jax.tree.map(jnp.asarray, sums)
-    way_out = "Add them: jax.tree.map(lambda x: x.sum(axis=0), sums)." if sums.weight.ndim else ""
-    _check.shape(call, "sums.weight", sums.weight, (2,), "two numbers", way_out)
-
+    sums = _checked_sums(call, sums)
     total, nll, perplexity, entropy, hits, calibration_error = _means(sums)
     return {
         "weight": total,
@@ -305,6 +338,18 @@ def metrics(sums: MetricSums) -> dict[str, Array]:
         },
         "calibration_error": calibration_error,
     }
+
+
+def _checked_sums(call: str, sums: MetricSums) -> MetricSums:
+    found = {name: _check.floating(call, f"sums.{name}", x) for name, x in _arrays(sums).items()}
+    weight, bins = found["weight"], found["bin_weight"].shape[-1:]
+    way_out = "Add them: jax.tree.map(lambda x: x.sum(axis=0), sums)." if weight.ndim > 1 else ""
+    _check.shape(call, "sums.weight", weight, (2,), "two numbers", way_out)
+    shapes = {"hits": (2, len(_top_k(call, sums.top_k)))}
+    shapes |= dict.fromkeys(("bin_weight", "bin_confidence", "bin_hits"), (2, *bins))
+    for name, x in found.items():
+        _check.shape(call, f"sums.{name}", x, shapes.get(name, (2,)), "metric_sums' shape")
+    return replace(sums, **found)
 
 
 @jax.jit

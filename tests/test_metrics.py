@@ -1,5 +1,7 @@
 """Metrics from the statistics of a loss: what they are, and that their sums add."""
 
+import functools
+import operator
 from functools import partial
 
 import jax
@@ -245,6 +247,53 @@ def test_any_split_equals_the_whole():
     rows = [jax.tree.map(lambda v: v.sum(axis=0), sums) for sums in (stacked, vmapped)]
     for sums in (halves, jax.jit(local)(x, y, s), *rows):
         check(jax.jit(jaxloss.metrics)(sums), expected)
+
+
+@pytest.mark.nan_is_meant
+def test_sums_have_a_plus():
+    x, y, s = map(jnp.asarray, problem())
+    parts = [sums_of(*row[:2], sample_weight=row[2]) for row in zip(x, y, s, strict=True)]
+    reduced = functools.reduce(partial(jax.tree.map, jnp.add), parts)
+    zeros = jax.tree.map(jnp.zeros_like, parts[0])
+    stacked = jax.tree.map(lambda *v: jnp.stack(v), *parts)
+
+    def carried(total, part):
+        return total + part, None
+
+    for total in (
+        functools.reduce(operator.add, parts),
+        sum(parts),
+        sum(parts[1:], parts[0]),
+        jax.jit(sum)(parts),
+        jax.jit(lambda parts: sum(parts, zeros))(parts),
+        jax.lax.scan(carried, zeros, stacked)[0],
+        sum(jax.device_get(parts)),
+    ):
+        assert isinstance(total, jaxloss.MetricSums)
+        assert total.top_k == parts[0].top_k
+        jax.tree.map(np.testing.assert_array_equal, total, reduced)
+    doubled = jax.vmap(operator.add)(stacked, stacked)
+    np.testing.assert_array_equal(doubled.nll, 2 * stacked.nll)
+    moved = jax.jvp(operator.add, (parts[0], parts[1]), (parts[2], parts[3]))[1]
+    jax.tree.map(np.testing.assert_array_equal, moved, parts[2] + parts[3])
+
+
+def test_sums_of_other_kinds_do_not_add():
+    x, y, _ = problem()
+    stats = jaxloss.token_stats(jnp.asarray(x), y)
+    sums = jaxloss.metric_sums(stats, top_k=(1, 5), bins=15)
+    for other, text in (
+        (jaxloss.metric_sums(stats, top_k=(1, 3)), r"top_k; got \(1, 5\) and \(1, 3\)"),
+        (jaxloss.metric_sums(stats, bins=10), r"shape of bin_weight; got \(2, 15\) and \(2, 10\)"),
+        (jax.tree.map(lambda v: v[None], sums), r"shape of weight; got \(2,\) and \(1, 2\)"),
+    ):
+        with pytest.raises(ValueError, match=f"^MetricSums: .* have the same {text}"):
+            sums + other
+    for other in (1, 0.0, None, (1, 2), jnp.ones(2)):
+        with pytest.raises(TypeError, match="unsupported operand"):
+            sums + other
+    with pytest.raises(TypeError, match="unsupported operand"):
+        1 + sums
 
 
 @pytest.mark.parametrize("vocab", [False, True], ids=["tokens", "tokens and classes"])
