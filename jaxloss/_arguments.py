@@ -1,5 +1,6 @@
 """What the losses' arguments must be: labels, weights, masks, operands, axes of a mesh."""
 
+import itertools
 from functools import partial
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -12,11 +13,14 @@ from jaxloss._labels import RESTS, TopKLabels
 
 Reduction = Literal["none", "mean", "sum"]
 REDUCTIONS = get_args(Reduction)
+# Functions whose messages do not offer it.
+WITHOUT_SAMPLE_WEIGHT = ("log_softmax", "token_stats", "linear_token_stats", "next_token_labels")
+WITHOUT_AXIS = ("linear_cross_entropy", "linear_token_stats")
 
 
 def top_k_labels(function: str, name: str, batch: tuple[int, ...], y: TopKLabels) -> TopKLabels:
     indices = _check.array(function, "labels.indices", y.indices, of_classes=True)
-    probabilities = _check.array(function, "labels.probabilities", y.probabilities)
+    probabilities = _check.array(function, "labels.probabilities", y.probabilities, narrow=False)
     if not jnp.issubdtype(indices.dtype, jnp.integer):
         rule = "labels.indices must be class indices (an integer dtype)"
         way_out = ""
@@ -37,19 +41,19 @@ def _labels(function: str, name: str, logits: Array, axes: tuple[int, ...], y: A
     """Class indices (integers, logits without the class axes) or probabilities (like logits)."""
     if isinstance(y, TopKLabels):
         return top_k_labels(function, name, _check.batch_shape(logits, axes), y)
-    y = indices_or_probabilities(function, y)
-    batch = _check.batch_shape(logits, axes)
+    given, batch = y, _check.batch_shape(logits, axes)
+    y = indices_or_probabilities(function, given, logits.shape, batch)
     axis = axes[0] if len(axes) == 1 else axes
     if jnp.issubdtype(y.dtype, jnp.integer):
         rule = f"the shape of {name} without axis {axis}"
         way_out = ""
         if y.shape == logits.shape:
-            way_out = "One-hot labels are probabilities: labels.astype(jnp.float32)."
+            way_out = one_hot_way_out(given)
         elif len(axes) == 1 and y.shape == (*batch[: axes[0]], 1, *batch[axes[0] :]):
             way_out = f"Drop the size-1 class axis: labels.squeeze({axis})."
-        _check.shape(
-            function, "labels", y, batch, rule, way_out or f"{name}: {_check.describe(logits)}."
-        )
+        of_logits = f"{name}: {_check.describe(logits)}."
+        way_out = way_out or f"{of_logits}{_other_axis(function, logits, axes, y)}"
+        _check.shape(function, "labels", y, batch, rule, way_out)
     else:
         rule = f"the shape of {name} when they are probabilities (floating)"
         way_out = ""
@@ -59,11 +63,34 @@ def _labels(function: str, name: str, logits: Array, axes: tuple[int, ...], y: A
     return y
 
 
-def indices_or_probabilities(function: str, y: Any) -> Array:
-    y = _check.array(function, "labels", y, of_classes=True)
-    if not any(jnp.issubdtype(y.dtype, kind) for kind in (jnp.integer, jnp.floating)):
+def _other_axis(function: str, logits: Any, axes: tuple[int, ...], y: Array) -> str:
+    """The one other class axis, or tuple of as many, that labels of this shape fit."""
+    if function in WITHOUT_AXIS:
+        return ""
+    choices = itertools.combinations(range(logits.ndim), len(axes))
+    found = [other for other in choices if _check.batch_shape(logits, other) == y.shape]
+    if len(found) != 1:
+        return ""
+    return f" The labels fit axis={found[0][0] if len(axes) == 1 else found[0]}."
+
+
+def one_hot_way_out(given: Any) -> str:
+    return f"One-hot labels are probabilities: {_check.cast('labels', given, 'float32')}."
+
+
+def indices_or_probabilities(
+    function: str, given: Any, logits: tuple[int, ...] = (), batch: tuple[int, ...] = ()
+) -> Array:
+    """``logits``, ``batch``: the shapes of what the labels are of, and without its class axes."""
+    y = _check.array(function, "labels", given, of_classes=True, narrow=False)
+    if not (jnp.issubdtype(y.dtype, jnp.integer) or jnp.issubdtype(y.dtype, jnp.floating)):
         rule = "labels must be class indices (an integer dtype) or class probabilities (floating)"
-        _check.fail(function, rule, _check.describe(y), kind=TypeError)
+        way_out = ""
+        if y.dtype == jnp.bool_ and y.ndim and y.shape == logits:
+            way_out = one_hot_way_out(given)
+        elif y.dtype == jnp.bool_ and y.shape == batch:
+            way_out = f"Class indices are integers: {_check.cast('labels', given, 'int32')}."
+        _check.fail(function, rule, _check.describe(y), way_out, TypeError)
     return y
 
 
@@ -75,10 +102,10 @@ def class_weight(function: str, weight: Any, num_classes: int) -> Array | None:
     return weight
 
 
-def check_sample_weight(function: str, weight: Any, batch: tuple[int, ...]) -> Array | None:
-    if weight is None:
+def check_sample_weight(function: str, given: Any, batch: tuple[int, ...]) -> Array | None:
+    if given is None:
         return None
-    weight = _check.array(function, "sample_weight", weight)
+    weight = _check.array(function, "sample_weight", given, narrow=False)
     if jnp.issubdtype(weight.dtype, jnp.complexfloating):
         _check.fail(
             function,
@@ -86,21 +113,37 @@ def check_sample_weight(function: str, weight: Any, batch: tuple[int, ...]) -> A
             _check.describe(weight),
             kind=TypeError,
         )
-    _check.shape(function, "sample_weight", weight, batch, "the shape of the losses")
+    way_out = "" if weight.shape == batch else broadcast("sample_weight", given, weight, batch)
+    _check.shape(function, "sample_weight", weight, batch, "the shape of the losses", way_out)
     return weight
 
 
-def boolean(function: str, mask: Any) -> Array:
-    mask = _check.array(function, "where", mask)
+def broadcast(name: str, given: Any, x: Array, shape: tuple[int, ...]) -> str:
+    """How to bring it to the shape, where there is one way: nothing is broadcast by itself."""
+    trailing, leading = fits(x, shape), x.shape == shape[: x.ndim]
+    if trailing == leading:
+        return ""
+    if leading:
+        name = name if hasattr(given, "ndim") else f"jnp.asarray({name})"
+        name += f"[{', '.join([':'] * x.ndim + ['None'] * (len(shape) - x.ndim))}]"
+    return f"Broadcast it: jnp.broadcast_to({name}, {shape})."
+
+
+def boolean(function: str, given: Any) -> Array:
+    mask = _check.array(function, "where", given)
     if mask.dtype != jnp.bool_:
-        way_out = "For weights use sample_weight."
+        where = "where" if hasattr(given, "dtype") else "jnp.asarray(where)"
+        way_out = f"Convert it: {where} != 0."
+        if function not in WITHOUT_SAMPLE_WEIGHT:
+            way_out += " For weights use sample_weight."
         _check.fail(function, "where must be boolean", _check.describe(mask), way_out, TypeError)
     return mask
 
 
-def fits(mask: Array, logits: Array) -> bool:
-    pairs = zip(mask.shape[::-1], logits.shape[::-1], strict=False)
-    return mask.ndim <= logits.ndim and all(m in (1, n) for m, n in pairs)
+def fits(mask: Array, shape: tuple[int, ...]) -> bool:
+    """Whether it broadcasts to the shape."""
+    pairs = zip(mask.shape[::-1], shape[::-1], strict=False)
+    return mask.ndim <= len(shape) and all(m in (1, n) for m, n in pairs)
 
 
 def masks(
@@ -110,7 +153,7 @@ def masks(
     if mask is None:
         return None, None
     mask = boolean(function, mask)
-    fitting = fits(mask, logits)
+    fitting = fits(mask, logits.shape)
     tokens = mask.shape == _check.batch_shape(logits, axes)
     padded = mask.reshape((1,) * (logits.ndim - mask.ndim) + mask.shape) if fitting else mask
     if tokens and fitting and _check.num_classes(padded, axes) > 1:
@@ -137,7 +180,7 @@ def class_mask(function: str, name: str, mask: Any, logits: Array) -> Array | No
     if mask is None:
         return None
     mask = boolean(function, mask)
-    if not fits(mask, logits):
+    if not fits(mask, logits.shape):
         _check.fail(
             function,
             f"where must broadcast to {name}",
@@ -194,8 +237,19 @@ def check_bucket(function: str, labels: Any, weight: Any, label_smoothing: float
         _check.fail(function, rule, got, "One class stands for many: it has no weight of its own.")
 
 
-def ignored(function: str, x: Any) -> int | None:
-    return None if x is None else _check.index(function, "ignore_index", x, "an int or None")
+IGNORED = -100  # the default, which every call gives
+
+
+def ignored(function: str, x: Any, labels: Any = None) -> int | None:
+    """``labels``: probabilities and booleans have no label that is ignored."""
+    x = None if x is None else _check.index(function, "ignore_index", x, "an int or None")
+    given = x not in (None, IGNORED)
+    if given and isinstance(labels, Array) and not jnp.issubdtype(labels.dtype, jnp.integer):
+        other = "" if function in WITHOUT_SAMPLE_WEIGHT else "sample_weight or "
+        way_out = f"Leave entries out by {other}where, shaped as the losses."
+        got = f"ignore_index {x} beside labels {_check.describe(labels)}"
+        _check.fail(function, "ignore_index is for labels of an integer dtype", got, way_out)
+    return x
 
 
 def mesh_axes(function: str, name: str, x: Any) -> _mesh.Axes:
@@ -211,6 +265,9 @@ def mesh_axes(function: str, name: str, x: Any) -> _mesh.Axes:
                 function,
                 f"{name} must name axes of the surrounding shard_map",
                 f"{n!r}, inside of {'shard_map over ' + str(manual) if manual else 'none'}",
+                f"Of pmap or vmap, leave it out{_by_hand(function, name, n)}."
+                if _mesh.is_bound(n)
+                else "",
             )
     if len(set(names)) != len(names):
         _check.fail(function, f"{name} must name each axis once", repr(x))
@@ -226,12 +283,13 @@ def check_split(
     token_axes: _mesh.Axes,
 ) -> None:
     """The types must say what the names say: gradients are sums over what the types leave out."""
-    way_out = "Split it in in_specs, and keep shard_map's check_vma=True."
+    way_out = "Split it in in_specs."
     for axis in vocab_axes:
         if axis in token_axes:
             rule = "vocab_axis_name and token_axis_name must differ"
             _check.fail(function, rule, f"{axis!r} in both")
         if axis not in _mesh.varies_over(split_array):
+            _check_types(function, "vocab_axis_name", axis)
             rule = f"{name} must be split over vocab_axis_name"
             _check.fail(function, rule, f"{name} the same on all devices along {axis!r}", way_out)
         for other, x in of_tokens.items():
@@ -243,12 +301,35 @@ def check_split(
     given = _mesh.varies_over(arrays)
     for axis in token_axes:
         if axis not in given:
+            _check_types(function, "token_axis_name", axis)
             _check.fail(
                 function,
                 "the tokens must be split over token_axis_name",
                 f"{', '.join((name, *names))} the same on all devices along {axis!r}",
                 way_out,
             )
+
+
+def _check_types(function: str, name: str, axis: str) -> None:
+    """Refuses where no type says what is split over the axis, so that nothing is known of it."""
+    if not _mesh.is_typed(axis):
+        rule = f"{name} needs types that say what is split over {axis!r}"
+        got = "none, as inside of jax.pmap and of shard_map with check_vma=False"
+        way_out = f"For that keep shard_map's check_vma=True{_by_hand(function, name, axis)}."
+        _check.fail(function, rule, got, way_out)
+
+
+def _by_hand(function: str, name: str, axis: str) -> str:
+    """What takes the place of ``token_axis_name``; nothing does of ``vocab_axis_name``."""
+    if name != "token_axis_name":
+        return ""
+    if function in ("metric_sums", "total_weight"):
+        return f", or leave {name} out and write jax.lax.psum({function}(...), {axis!r})"
+    divisor = "the tokens' weights" if "divergence" in function else "total_weight(...)"
+    return (
+        f", or leave {name} out: take reduction='sum', divide it by jax.lax.psum of {divisor} over "
+        f"{axis!r}, differentiate that, and jax.lax.psum the loss and its gradients"
+    )
 
 
 def product_operands(
@@ -342,7 +423,7 @@ def token_arguments(
         {
             "axes": axes,
             "num_classes": classes,
-            "ignore_index": ignored(function, ignore_index),
+            "ignore_index": ignored(function, ignore_index, labels),
             "reduction": reduction,
         },
         {

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, dtypes
@@ -28,33 +29,84 @@ def describe(x: Any) -> str:
     return f"{x.dtype}{tuple(x.shape)}"
 
 
-def array(function: str, name: str, x: Any, *, of_classes: bool = False) -> Array:
-    """``of_classes``: an index past what JAX holds may become another one out of range."""
+def array(
+    function: str,
+    name: str,
+    x: Any,
+    *,
+    of_classes: bool = False,
+    of_keys: bool = False,
+    narrow: bool = True,
+) -> Array:
+    """``of_classes``: an index past what JAX holds may become another one out of range.
+
+    ``of_keys``: random keys are allowed too. ``narrow``: so are floats of fewer than 16 bits.
+    """
+    rule = f"{name} must be an array"
     if x is None:
-        fail(function, f"{name} must be an array", "None", kind=TypeError)
-    if isinstance(x, np.ndarray | np.integer) and jnp.issubdtype(x.dtype, jnp.integer) and x.size:
-        narrow = np.iinfo(dtypes.canonicalize_dtype(x.dtype))
-        wider = np.iinfo(x.dtype).bits > narrow.bits  # no other is read
-        if wider and (x.min() < narrow.min or x.max() > narrow.max):  # 2^32 + 3 would wrap to 3
-            if not of_classes:
-                got = f"{describe(x)} from {x.min()} to {x.max()}"
-                way_out = "Give smaller numbers, or set jax_enable_x64."
-                fail(function, f"{name} must fit into {narrow.dtype}", got, way_out)
-            x = np.clip(x, narrow.min, narrow.max)
+        fail(function, rule, "None", kind=TypeError)
+    if not narrow:
+        _refuse_narrow(function, name, x)  # JAX may have no such dtype
+    if not isinstance(x, Array) and isinstance(x, jax.Ref):
+        fail(function, rule, f"{jax.typeof(x)}", f"Read it: {name}[...].", TypeError)
+    if isinstance(x, np.ndarray | np.generic) and jnp.issubdtype(x.dtype, jnp.integer) and x.size:
+        x = _integers_for_jax(function, name, x, of_classes)
     try:
-        return jnp.asarray(x)
-    except (TypeError, ValueError, OverflowError) as error:
-        fail(function, f"{name} must be an array", f"{type(x).__name__} ({error})", kind=TypeError)
+        out = jnp.asarray(x)
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:
+        if isinstance(error, jax.errors.JaxRuntimeError):  # of a transfer guard, say
+            raise
+        # A tensor of PyTorch raises RuntimeError.
+        way_out = f"Detach it: {name}.detach()." if getattr(x, "requires_grad", False) else ""
+        got = f"{type(x).__name__} ({str(error).partition(chr(10))[0]})"
+        fail(function, rule, got, way_out, TypeError)
+    numbers = jnp.issubdtype(out.dtype, jnp.number) or out.dtype == jnp.bool_
+    if not numbers and not (of_keys and jnp.issubdtype(out.dtype, dtypes.prng_key)):
+        fail(function, f"{rule} of numbers", describe(out), kind=TypeError)
+    if not narrow:
+        _refuse_narrow(function, name, out)
+    return out
+
+
+def _integers_for_jax(function: str, name: str, x: Any, of_classes: bool) -> Any:
+    """What JAX holds of NumPy's integers."""
+    given, narrow = jnp.iinfo(x.dtype), jnp.iinfo(dtypes.canonicalize_dtype(x.dtype))
+    if given.bits == 1:  # JAX reads them wrongly
+        return x.astype(np.int8)
+    wider = given.bits > narrow.bits  # no other is read
+    if not wider or (x.min() >= narrow.min and x.max() <= narrow.max):
+        return x
+    if of_classes:
+        return np.clip(x, narrow.min, narrow.max)
+    got = f"{describe(x)} from {x.min()} to {x.max()}"  # 2^32 + 3 would wrap to 3
+    way_out = "Give smaller numbers, or set jax_enable_x64."
+    fail(function, f"{name} must fit into {narrow.dtype}", got, way_out)
+
+
+def cast(name: str, given: Any, dtype: str) -> str:
+    """How to convert it, as Python."""
+    convert = f"{name}.astype(" if hasattr(given, "astype") else f"jnp.asarray({name}, "
+    return f"{convert}jnp.{dtype})"
+
+
+def _refuse_narrow(function: str, name: str, given: Any) -> None:
+    """Floats of fewer than 16 bits. Gradients have their inputs' dtypes: divided by the number of
+    tokens, they would all be 0 (float8_e4m3fn has nothing between 0 and 2^-9), and the losses of
+    what has no 0 (float8_e8m0fnu) are NaN."""
+    dtype = getattr(given, "dtype", None)
+    if isinstance(dtype, np.dtype) and dtype.itemsize < 2 and jnp.issubdtype(dtype, jnp.floating):
+        rule = f"{name} must have a floating dtype of at least 16 bits"
+        way_out = f"Convert it: {cast(name, given, 'bfloat16')}."
+        fail(function, rule, describe(given), way_out, TypeError)
 
 
 def floating(function: str, name: str, given: Any, way_out: str = "", order: str = "") -> Array:
     """``order``: which argument stands where, for what looks like another one."""
-    x = array(function, name, given)
+    x = array(function, name, given, narrow=False)
     if not jnp.issubdtype(x.dtype, jnp.floating):
         if not way_out and jnp.issubdtype(x.dtype, jnp.integer):
             first = f"The order is {order}. " if order else ""
-            cast = f"{name}.astype(" if hasattr(given, "astype") else f"jnp.asarray({name}, "
-            way_out = f"{first}Convert it: {cast}jnp.float32)."
+            way_out = f"{first}Convert it: {cast(name, given, 'float32')}."
         fail(function, f"{name} must have a real floating dtype", describe(x), way_out, TypeError)
     return x
 

@@ -223,7 +223,8 @@ def cross_entropy(
       num_classes: C, by default all columns of the logits. Those at and past it are padding and
         never enter the sum.
       weight: ``[C]``, one weight a class. Differentiable.
-      ignore_index: the label of tokens that do not count; None: there is none. Class indices only.
+      ignore_index: the label of tokens that do not count; None: there is none. For class indices:
+        another value than the default and None beside class probabilities is an error.
       label_smoothing: ``eps`` in [0, 1], mixes in the uniform distribution over the C classes (over
         those that exist, with ``where``).
       z_loss: ``z``, the weight of the squared log-sum-exp.

@@ -97,7 +97,7 @@ def linear_loss(
     chunk = _arguments.chunk_size(call, chunk_size, _chunks.default_chunk(most, columns), most)
     arrays = []
     for i, x in enumerate(per_token):
-        x = _check.array(call, f"per_token[{i}]", x)
+        x = _check.array(call, f"per_token[{i}]", x, of_keys=True)
         if x.shape[: len(lead)] != lead:
             rule = f"per_token[{i}] must have hidden's leading shape, {lead}"
             _check.fail(call, rule, f"{_check.describe(x)}, hidden {_check.describe(hidden)}")

@@ -33,6 +33,21 @@ def varies_over(xs: Any) -> frozenset:
     return frozenset().union(*map(axes, jax.tree.leaves(xs)))
 
 
+def is_typed(axis: str) -> bool:
+    """Whether types say what differs over a manual axis: with ``check_vma=False`` they do not, not
+    even of the device's own place."""
+    return axis in varies_over(lax.axis_index(axis))
+
+
+def is_bound(axis: str) -> bool:
+    """Whether it is an axis of some ``vmap``, ``pmap`` or ``shard_map`` around."""
+    try:
+        lax.axis_size(axis)
+    except NameError:
+        return False
+    return True
+
+
 def varying(xs: Any, axes: Iterable) -> Any:
     """The arrays of a tree, taken as differing over these axes too: gradients are summed over them.
 

@@ -126,7 +126,7 @@ def _losses(
 
 
 def _labels(function: str, labels: Any, logits: Array) -> Array:
-    labels = _check.array(function, "labels", labels, of_classes=True)
+    labels = _check.array(function, "labels", labels, of_classes=True, narrow=False)
     kinds = (jnp.integer, jnp.floating, jnp.bool_)
     if not any(jnp.issubdtype(labels.dtype, kind) for kind in kinds):
         rule = "labels must be 0 and 1 (integer or boolean) or probabilities (floating)"
@@ -143,15 +143,13 @@ def _labels(function: str, labels: Any, logits: Array) -> Array:
     return labels
 
 
-def _entry_weight(function: str, name: str, weight: Any, logits: Array, scalar=False) -> Any:
-    if weight is None:
+def _entry_weight(function: str, name: str, given: Any, logits: Array) -> Any:
+    if given is None:
         return None
-    weight = _check.floating(function, name, weight)
-    shape, last = logits.shape, logits.shape[-1:]
-    if weight.shape not in (shape, last) and not (scalar and weight.ndim == 0):
-        rule = f"{name} must have the shape of logits, {shape}, or one entry a class, {last}"
-        broadcast = f"Broadcast it: jnp.broadcast_to({name}, logits.shape)."
-        way_out = broadcast if _arguments.fits(weight, logits) else ""
+    weight = _check.floating(function, name, given)
+    if not _arguments.fits(weight, logits.shape):
+        rule = f"{name} must broadcast to the shape of logits, {logits.shape}"
+        way_out = _arguments.broadcast(name, given, weight, logits.shape)
         _check.fail(function, rule, _check.describe(weight), way_out)
     return weight
 
@@ -160,7 +158,7 @@ def _pos_weight(function: str, weight: Any, logits: Array) -> Any:
     if isinstance(weight, int | float):
         weight = _check.number(function, "pos_weight", weight, 0)
         weight = jnp.asarray(weight, accumulator_dtype(logits.dtype))
-    return _entry_weight(function, "pos_weight", weight, logits, scalar=True)
+    return _entry_weight(function, "pos_weight", weight, logits)
 
 
 def _alpha(function: str, alpha: Any) -> float | None:
@@ -192,8 +190,10 @@ def _loss_of(
     pos_weight = _pos_weight(function, pos_weight, logits)
     sample_weight = _arguments.check_sample_weight(function, sample_weight, logits.shape)
     if where is not None:
-        where = _arguments.boolean(function, where)
-        _check.shape(function, "where", where, logits.shape, "the shape of logits")
+        mask = _arguments.boolean(function, where)
+        way_out = _arguments.broadcast("where", where, mask, logits.shape)
+        _check.shape(function, "where", mask, logits.shape, "the shape of logits", way_out)
+        where = mask
     _arguments.check_reduction(function, reduction)
     return _losses(
         logits,
@@ -202,7 +202,7 @@ def _loss_of(
         pos_weight,
         sample_weight,
         where,
-        ignore_index=_arguments.ignored(function, ignore_index),
+        ignore_index=_arguments.ignored(function, ignore_index, labels),
         label_smoothing=_check.number(function, "label_smoothing", label_smoothing, 0, 1),
         alpha=_alpha(function, alpha),
         gamma=check_gamma(function, gamma),
@@ -233,11 +233,12 @@ def sigmoid_cross_entropy(
         as they are and computed in float32.
       labels: the shape of ``logits``. Integer: 0 or 1. Boolean. Floating: the probability of a yes,
         differentiable.
-      weight: ``[C]``, one weight a class, or the shape of ``logits``: ``w``. It scales losses, and
-        is not in the mean's denominator. Differentiable.
-      pos_weight: ``[C]``, or the shape of ``logits``, or one number: ``p``, what a yes weighs.
+      weight: ``w``, broadcastable to ``logits``: ``[C]`` is one weight a class, ``[C, 1, 1]`` that
+        of images ``[..., C, H, W]``. It scales losses, and is not in the mean's denominator.
         Differentiable.
-      ignore_index: the label of entries that do not count; None: there is none. Integers only.
+      pos_weight: ``p``, what a yes weighs, broadcastable to ``logits``. Differentiable.
+      ignore_index: the label of entries that do not count; None: there is none. For integers:
+        another value than the default and None beside other labels is an error.
       label_smoothing: ``eps`` in [0, 1], mixes in a probability of 1/2.
       sample_weight: the shape of ``logits``, ``s``: a weight an entry, or a boolean mask.
         Differentiable.
@@ -254,7 +255,7 @@ def sigmoid_cross_entropy(
 
     Raises:
       TypeError: an argument has the wrong dtype, or an option is no Python number.
-      ValueError: a shape or an option's value is wrong. Nothing else is ever broadcast.
+      ValueError: a shape or an option's value is wrong: nothing but these two is ever broadcast.
 
     Differentiable in ``logits``, probabilities and the weights, in forward and reverse mode to any
     order. The backward pass keeps the arguments and nothing else. The gradient,

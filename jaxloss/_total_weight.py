@@ -62,7 +62,8 @@ def total_weight(
     call = "total_weight"
     classes = None  # as many as one likes
     if isinstance(labels, TopKLabels):
-        batch = jnp.shape(labels.indices)[:-1]
+        indices = _check.array(call, "labels.indices", labels.indices, of_classes=True)
+        batch = indices.shape[:-1]
         labels = _arguments.top_k_labels(call, "labels.probabilities", batch, labels)
     else:
         labels = _arguments.indices_or_probabilities(call, labels)
@@ -80,11 +81,13 @@ def total_weight(
         call, "labels", of_tokens, {"sample_weight": sample_weight}, (), token_axes
     )
     if weight is not None and classes is None:
-        classes = (*jnp.shape(weight), 1)[0]
+        weight = _check.floating(call, "weight", weight)
+        classes = (*weight.shape, 1)[0]
     if classes is None:
         classes = jnp.iinfo(jnp.int32).max
     weight = _arguments.class_weight(call, weight, classes)
     dense = _targets.is_probabilities(labels)
+    ignore_index = _arguments.ignored(call, ignore_index, labels)
     return _total_weight(
         None if dense else labels,  # of probabilities nothing but the number of tokens matters
         weight if _targets.is_indices(labels) else None,
@@ -92,7 +95,7 @@ def total_weight(
         mask,
         batch=batch,
         num_classes=classes,
-        ignore_index=None if dense else _arguments.ignored(call, ignore_index),
+        ignore_index=None if dense else ignore_index,
         token_axes=token_axes,
     )
 

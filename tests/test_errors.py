@@ -1,8 +1,14 @@
 """What a wrong call is told: the argument, the rule, what came; and what is no error."""
 
+import dataclasses
+import inspect
+import re
+from functools import partial
+
 import chex
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -547,3 +553,371 @@ def test_numbers_are_finite(name, x):
 def test_no_classes_that_exist():
     loss = jaxloss.linear_cross_entropy(H, K, Y, num_classes=0, where=np.ones((4, 0), bool))
     assert np.isnan(loss)
+
+
+# Every array argument of every public function
+
+
+def pick(x):
+    return x[:, 0]
+
+
+BESIDE_TEACHER = {"hidden": H, "kernel": K, "teacher_hidden": H, "teacher_kernel": K}
+# A call, and which of its arguments are arrays: of real numbers, of integers, masks, or anything.
+OF_ARRAYS = {
+    "check_labels": ({"labels": Y, "num_classes": 3}, {"labels": "i"}),
+    "cross_entropy": (
+        {"logits": X, "labels": Y},
+        {"logits": "f", "labels": "y", "weight": "f", "sample_weight": "w", "where": "b"},
+    ),
+    "focal_loss": (
+        {"logits": X, "labels": Y},
+        {"logits": "f", "labels": "y", "weight": "f", "sample_weight": "w", "where": "b"},
+    ),
+    "kl_divergence": (
+        {"logits": X, "teacher_logits": X},
+        {"logits": "f", "teacher_logits": "f", "sample_weight": "w", "where": "b"},
+    ),
+    "linear_cross_entropy": (
+        {"hidden": H, "kernel": K, "labels": Y},
+        {"hidden": "f", "kernel": "f", "labels": "y", "bias": "f", "weight": "f"}
+        | {"sample_weight": "w", "where": "b"},
+    ),
+    "linear_kl_divergence": (
+        BESIDE_TEACHER,
+        {**dict.fromkeys(BESIDE_TEACHER, "f"), "bias": "f", "teacher_bias": "f"}
+        | {"sample_weight": "w", "where": "b"},
+    ),
+    "linear_loss": (
+        {"loss_fn": pick, "hidden": H, "kernel": K},
+        {"hidden": "f", "kernel": "f", "bias": "f", "sample_weight": "w"},
+    ),
+    "linear_token_stats": (
+        {"hidden": H, "kernel": K, "labels": Y},
+        {"hidden": "f", "kernel": "f", "labels": "y", "bias": "f", "where": "b"},
+    ),
+    "log_softmax": ({"logits": X}, {"logits": "f", "where": "b"}),
+    "metric_sums": ({"stats": STATS}, {"sample_weight": "w"}),
+    "metrics": ({"sums": SUMS}, {}),
+    "next_token_labels": ({"tokens": Y}, {"tokens": "i", "segment_ids": "i", "where": "b"}),
+    "nll_loss": (
+        {"log_probs": X, "labels": Y},
+        {"log_probs": "f", "labels": "y", "weight": "f", "sample_weight": "w", "where": "b"},
+    ),
+    "sequence_weight": ({"labels": Y}, {"labels": "i", "segment_ids": "i", "sample_weight": "w"}),
+    "sigmoid_cross_entropy": (
+        {"logits": X, "labels": X},
+        {"logits": "f", "labels": "y", "weight": "f", "pos_weight": "f"}
+        | {"sample_weight": "w", "where": "b"},
+    ),
+    "sigmoid_focal_loss": (
+        {"logits": X, "labels": X},
+        {"logits": "f", "labels": "y", "weight": "f", "pos_weight": "f"}
+        | {"sample_weight": "w", "where": "b"},
+    ),
+    "token_stats": ({"logits": X, "labels": Y}, {"logits": "f", "labels": "y", "where": "b"}),
+    "total_weight": ({"labels": Y}, {"labels": "y", "weight": "f", "sample_weight": "w"}),
+}
+FUNCTIONS = sorted(OF_ARRAYS)
+
+
+def test_no_array_argument_is_left_out():
+    """An ``Args`` of a docstring that may be an array has that type in the signature."""
+    names = [n for n in jaxloss.__all__ if not isinstance(getattr(jaxloss, n), type)]
+    assert names == FUNCTIONS
+    for name in names:
+        parameters = inspect.signature(getattr(jaxloss, name)).parameters
+        _, arrays = OF_ARRAYS[name]
+        for argument, parameter in parameters.items():
+            if "ArrayLike" in str(parameter.annotation) and parameter.kind != 2:
+                known = argument in arrays or (name, argument) == ("total_weight", "where")
+                assert known, (name, argument)
+
+
+class Tensor:
+    """As a tensor of PyTorch that requires a gradient."""
+
+    requires_grad = True
+
+    def __array__(self, dtype=None, copy=None):
+        raise RuntimeError("Can't call numpy() on Tensor that requires grad. Use detach.")
+
+
+def strange():
+    """What is no array of numbers, and what is said of it."""
+    keys = jax.random.split(jax.random.key(0), 4)
+    return {
+        "None of a list": ([None], r"list \(.*\)"),
+        "ragged": ([[1], [1, 2]], r"list \(.*inhomogeneous.*\)"),
+        "text": ("abc", r"str \(.*\)"),
+        "tensor": (Tensor(), r"Tensor \(Can't call .*\)\. Detach it: {}\.detach\(\)"),
+        "ref": (jax.new_ref(jnp.ones((4, 3))), r"Ref.float32\[4,3\].\. Read it: {}\[\.\.\.\]"),
+        "keys": (keys, r"key<fry>\(4,\).*"),
+        "float0": (np.zeros((4, 3), jax.dtypes.float0), r".*float0.*\(4, 3\).*"),
+        "objects": (np.full(4, None), r"ndarray \(.*\)"),
+        "dates": (np.zeros(4, "datetime64[s]"), r"ndarray \(.*\)"),
+        "shape": (jax.ShapeDtypeStruct((4,), jnp.float32), r"ShapeDtypeStruct \(.*\)"),
+    }
+
+
+@pytest.mark.parametrize("what", strange())
+def test_what_is_no_array_of_numbers_is_told_by_its_argument(what):
+    wrong, got = strange()[what]
+    for name, (right, arrays) in OF_ARRAYS.items():
+        for argument in arrays:
+            with pytest.raises(TypeError) as told:
+                call_of(name, right | {argument: wrong})
+            expected = rf"{name}: {argument} must [^\n]+; got {got.format(argument)}\."
+            assert re.fullmatch(expected, str(told.value)), (name, argument, told.value)
+
+
+def call_of(name, arguments):
+    arguments = dict(arguments)
+    first = [arguments.pop("loss_fn")] if "loss_fn" in arguments else []
+    return getattr(jaxloss, name)(*first, **arguments)
+
+
+NARROW = [
+    d for d in (*vars(ml_dtypes).values(),) if isinstance(d, type) and d.__name__.startswith("flo")
+]
+
+
+@pytest.mark.parametrize("dtype", NARROW, ids=lambda d: d.__name__)
+def test_floats_of_fewer_than_16_bits_are_refused_by_name(dtype):
+    """Their gradients would be 0."""
+    assert jnp.finfo(dtype).bits < 16
+    wrong = X.astype(dtype)
+    for name, (right, arrays) in OF_ARRAYS.items():
+        for argument, kind in arrays.items():
+            if kind in ("f", "y", "w"):
+                rule = rf"{name}: {argument} must have a floating dtype of at least 16 bits"
+                got = rf"{dtype.__name__}\(4, 3\)\. Convert it: {argument}\.astype\(jnp\.bfloat16"
+                with pytest.raises(TypeError, match=f"^{rule}; got {got}"):
+                    call_of(name, right | {argument: wrong})
+    top = jaxloss.TopKLabels(Y[:, None], X[:, :1].astype(dtype))
+    with pytest.raises(TypeError, match=r"labels\.probabilities must have .* at least 16 bits"):
+        jaxloss.cross_entropy(X, top)
+    for field in ("log_prob", "entropy", "confidence"):
+        with pytest.raises(TypeError, match=rf"stats\.{field} must have .* at least 16 bits"):
+            jaxloss.metric_sums(STATS._replace(**{field: wrong}))
+
+
+@pytest.mark.parametrize("traced", [False, True])
+def test_float8_arrays_of_jax_are_refused(traced):
+    def call(x):
+        return jaxloss.cross_entropy(x, Y)
+
+    with pytest.raises(TypeError, match=r"logits must .* at least 16 bits; got float8_e4m3fn\(4"):
+        (jax.jit(call) if traced else call)(jnp.zeros((4, 3), jnp.float8_e4m3fn))
+
+
+def test_a_ref_of_a_program_is_told_to_be_read():
+    def step(x):
+        ref = jax.new_ref(x)
+        return jaxloss.cross_entropy(ref, Y)
+
+    with pytest.raises(TypeError, match=r"got Ref\{float32\[4,3\]\}\. Read it: logits\[\.\.\.\]"):
+        jax.jit(step)(X)
+
+
+def test_a_transfer_guard_is_heard():
+    with (
+        jax.transfer_guard("disallow"),
+        pytest.raises(jax.errors.JaxRuntimeError, match="Disallowed"),
+    ):
+        jaxloss.log_softmax(X)
+
+
+def test_random_keys_may_be_one_a_token():
+    keys = jax.random.split(jax.random.key(0), 4)
+    noise = jax.vmap(jax.random.normal)(keys)
+
+    def loss_fn(x, key):
+        return x[:, 0] + jax.vmap(jax.random.normal)(key)
+
+    got = jaxloss.linear_loss(loss_fn, H, K, keys, reduction="none")
+    np.testing.assert_array_equal(got, noise)
+
+
+@pytest.mark.parametrize("name", ["int2", "uint2", "int4", "uint4", "int1", "uint1"])
+def test_integers_of_a_few_bits_of_numpy_are_labels(name):
+    if not hasattr(ml_dtypes, name):
+        pytest.skip("not in this version of ml_dtypes")
+    y = np.array([0, 1, 0, 1] if name[-1] != "1" else [0] * 4)
+    narrow, rng = y.astype(getattr(ml_dtypes, name)), np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(4, 3)), jnp.float32)
+    h, k = (jnp.asarray(rng.normal(size=v.shape), jnp.float32) for v in (H, K))
+    calls = {
+        "cross_entropy": lambda y: jaxloss.cross_entropy(x, y),
+        "nll_loss": lambda y: jaxloss.nll_loss(x, y),
+        "focal_loss": lambda y: jaxloss.focal_loss(x, y),
+        "linear_cross_entropy": lambda y: jaxloss.linear_cross_entropy(h, k, y),
+        "token_stats": lambda y: jaxloss.token_stats(x, y).log_prob,
+        "TopKLabels": lambda y: jaxloss.cross_entropy(
+            x, jaxloss.TopKLabels(y[:, None], np.ones((4, 1), np.float32))
+        ),
+        "sigmoid": lambda y: jaxloss.sigmoid_cross_entropy(x[:, 0], y),
+        "total_weight": lambda y: jaxloss.total_weight(y, weight=np.ones(3, np.float32)),
+        "sample_weight": lambda y: jaxloss.cross_entropy(x, Y, sample_weight=y + 1 - 1),
+        "segments": lambda y: jaxloss.sequence_weight(Y, segment_ids=y),
+        "check_labels": lambda y: jaxloss.check_labels(y, 3) or 0.0,
+    }
+    for call, f in calls.items():
+        if call == "sample_weight" and name[-1] == "1":
+            continue
+        np.testing.assert_array_equal(f(narrow), f(y), err_msg=call)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_mask_of_integers_is_told_how_to_become_one(name):
+    """sample_weight is offered by the functions that have it."""
+    right, _ = OF_ARRAYS[name]
+    parameters = inspect.signature(getattr(jaxloss, name)).parameters
+    if "where" not in parameters:
+        return
+    weights = " For weights use sample_weight." if "sample_weight" in parameters else ""
+    for mask in (Y, Y.astype(np.uint8), X):
+        text = f"{name}: where must be boolean; got {mask.dtype}{mask.shape}."
+        with pytest.raises(TypeError) as told:
+            call_of(name, right | {"where": mask})
+        assert str(told.value) == f"{text} Convert it: where != 0.{weights}"
+    with pytest.raises(TypeError, match=r"Convert it: jnp\.asarray\(where\) != 0\."):
+        call_of(name, right | {"where": [1, 0, 1, 1]})
+
+
+WRONG_SUMS = {
+    "weight": (None, TypeError, "sums.weight must be an array; got None"),
+    "nll": (None, TypeError, "sums.nll must be an array; got None"),
+    "hits": (np.zeros((2, 3), np.float32), ValueError, r"sums\.hits must .*\(2, 2\); got .*2, 3"),
+    "bin_weight": (np.float32(0), ValueError, r"sums\.bin_\w+ must have .*; got float32"),
+    "bin_hits": (np.zeros((2, 3), np.float32), ValueError, r"sums\.bin_hits must .*; got .*2, 3"),
+    "entropy": (np.zeros(2, int), TypeError, r"sums\.entropy must have a real floating dtype"),
+    "top_k": (None, TypeError, "top_k must be a sequence of ints; got None"),
+}
+
+
+@pytest.mark.parametrize("field", WRONG_SUMS)
+def test_sums_that_metric_sums_did_not_make(field):
+    wrong, kind, text = WRONG_SUMS[field]
+    with pytest.raises(kind, match=f"^metrics: {text}"):
+        jaxloss.metrics(dataclasses.replace(SUMS, **{field: wrong}))
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"top_k": [2**31]}, r"each of top_k must be at most 2147483647; got 2147483648"),
+        ({"top_k": [1, 10**30]}, r"each of top_k must be at most 2147483647; got 1000"),
+        ({"bins": 10**30}, r"bins must be at most 16777216; got 1000"),
+        ({"bins": 2**24 + 1}, r"bins must be at most 16777216; got 16777217"),
+        ({"stats": STATS._replace(rank=Y[:, None])}, r"stats\.rank must have the shape"),
+    ],
+)
+def test_numbers_of_metrics_are_bounded(options, text):
+    with pytest.raises(ValueError, match=f"metric_sums: {text}"):
+        jaxloss.metric_sums(**{"stats": STATS, **options})
+
+
+def test_ranks_are_integers():
+    with pytest.raises(TypeError, match=r"stats\.rank must have an integer dtype; got float32"):
+        jaxloss.metric_sums(STATS._replace(rank=X[:, 0]))
+
+
+def test_top_k_labels_of_no_arrays():
+    ragged = [[1], [1, 2]]
+    for y in (jaxloss.TopKLabels(ragged, X[:, :1]), jaxloss.TopKLabels(Y[:, None], ragged)):
+        for call in (jaxloss.total_weight, lambda y: jaxloss.cross_entropy(X, y)):
+            with pytest.raises(TypeError, match=r"labels\.(indices|prob\w+) must be an array; got"):
+                call(y)
+
+
+# What labels of another layout fit
+
+
+@pytest.mark.parametrize(
+    ("logits", "axis", "labels", "fits"),
+    [
+        ((2, 3, 5), -1, (2, 5), " The labels fit axis=1."),
+        ((2, 3, 5), -1, (3, 5), " The labels fit axis=0."),
+        ((2, 3, 5), 0, (2, 3), " The labels fit axis=2."),
+        ((2, 3, 5), (0, 1), (2,), " The labels fit axis=(1, 2)."),
+        ((4, 3), 1, (3,), " The labels fit axis=0."),
+        ((2, 3, 3, 5), -1, (2, 3, 5), ""),  # two fit
+        ((2, 3, 5), -1, (7, 5), ""),
+        ((4, 3), 1, (1,), ""),
+    ],
+)
+@pytest.mark.parametrize("name", ["cross_entropy", "nll_loss", "focal_loss", "token_stats"])
+def test_labels_that_fit_another_axis(name, logits, axis, labels, fits):
+    x, y = np.zeros(logits, np.float32), np.zeros(labels, np.int32)
+    with pytest.raises(ValueError, match=rf"^{name}: labels must have the shape of") as told:
+        getattr(jaxloss, name)(x, y, axis=axis)
+    first = "log_probs" if name == "nll_loss" else "logits"
+    assert str(told.value).endswith(f"; got int32{labels}. {first}: float32{logits}.{fits}")
+
+
+def test_a_product_has_no_axis_to_offer():
+    for name in ("linear_cross_entropy", "linear_token_stats"):
+        with pytest.raises(ValueError, match=rf"^{name}: .*hidden @ kernel: float32\(4, 3\)\.$"):
+            getattr(jaxloss, name)(H, K, Y[:3])
+
+
+@pytest.mark.parametrize("dtype", [bool, np.int8])
+def test_one_hot_labels_are_told_to_be_probabilities(dtype):
+    one_hot = np.eye(3, dtype=dtype)[Y]
+    calls = {
+        "cross_entropy": lambda y: jaxloss.cross_entropy(X, y),
+        "nll_loss": lambda y: jaxloss.nll_loss(X, y),
+        "linear_cross_entropy": lambda y: jaxloss.linear_cross_entropy(H, K, y),
+        "token_stats": lambda y: jaxloss.token_stats(X, y),
+    }
+    for name, call in calls.items():
+        for y, code in (
+            (one_hot, r"labels\.astype\(jnp\.float32\)"),
+            (one_hot.tolist(), r"jnp\.asarray\(labels, jnp\.float32\)"),
+        ):
+            with pytest.raises((TypeError, ValueError), match=rf"^{name}: labels must .*{code}\.$"):
+                call(y)
+    with pytest.raises(TypeError, match=r"Class indices are integers: labels\.astype\(jnp\.int32"):
+        jaxloss.cross_entropy(X[:, :2], Y.astype(bool))
+
+
+# ignore_index is no class probability
+
+
+IGNORING = {
+    "cross_entropy": lambda y, **o: jaxloss.cross_entropy(X, y, **o),
+    "nll_loss": lambda y, **o: jaxloss.nll_loss(X, y, **o),
+    "linear_cross_entropy": lambda y, **o: jaxloss.linear_cross_entropy(H, K, y, **o),
+    "token_stats": lambda y, **o: jaxloss.token_stats(X, y, **o),
+    "linear_token_stats": lambda y, **o: jaxloss.linear_token_stats(H, K, y, **o),
+    "total_weight": lambda y, **o: jaxloss.total_weight(y, **o),
+    "sigmoid_cross_entropy": lambda y, **o: jaxloss.sigmoid_cross_entropy(X, y, **o),
+    "sigmoid_focal_loss": lambda y, **o: jaxloss.sigmoid_focal_loss(X, y, **o),
+}
+
+
+@pytest.mark.parametrize("name", IGNORING)
+def test_ignore_index_beside_probabilities_is_refused(name):
+    call = IGNORING[name]
+    offers = "sample_weight" in inspect.signature(getattr(jaxloss, name)).parameters
+    for ignored in (2, 0, -1, np.int64(255)):
+        with pytest.raises(ValueError, match=rf"^{name}: ignore_index is for .* got ") as told:
+            call(X, ignore_index=ignored)
+        assert f"got ignore_index {ignored} beside labels float32(4, 3). " in str(told.value)
+        assert ("sample_weight or where" in str(told.value)) == offers
+    if "sigmoid" in name:
+        with pytest.raises(ValueError, match="beside labels bool"):
+            call(X > 0, ignore_index=1)
+    for allowed in (-100, None):
+        jax.eval_shape(partial(call, X, ignore_index=allowed))
+
+
+def test_ignore_index_is_for_empty_slots_of_top_k_labels():
+    indices, q = np.array([[0, 1], [2, 7], [7, 7], [1, 0]]), np.full((4, 2), 0.5, np.float32)
+    y = jaxloss.TopKLabels(indices, q)
+    default = jaxloss.TopKLabels(np.where(indices == 7, -100, indices), q)
+    for name in ("cross_entropy", "total_weight"):
+        np.testing.assert_array_equal(IGNORING[name](y, ignore_index=7), IGNORING[name](default))
+    for name in ("linear_cross_entropy", "token_stats", "linear_token_stats"):
+        jax.eval_shape(lambda name=name: IGNORING[name](y, ignore_index=7))

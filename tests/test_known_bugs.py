@@ -716,7 +716,9 @@ def test_the_entropy_of_a_row_whose_label_is_impossible():
     np.testing.assert_allclose(jax.grad(entropy)(x, y), expected, rtol=8 * EPS)
 
 
-def test_total_weight_of_probabilities_when_class_0_is_ignored():
+def test_total_weight_of_probabilities_ignores_no_class():
     """ignore_index is of class indices: probabilities have none, and all of their tokens count."""
     q = jnp.full((2, 3), 1 / 3)
-    assert jaxloss.total_weight(q, ignore_index=0) == 2
+    assert jaxloss.total_weight(q, ignore_index=None) == jaxloss.total_weight(q) == 2
+    with pytest.raises(ValueError, match="ignore_index is for labels of an integer dtype"):
+        jaxloss.total_weight(q, ignore_index=0)

@@ -884,6 +884,89 @@ def test_errors_of_axis_names(names, specs, check, kind, text):
         in_shard_map(lambda x, y: jaxloss.cross_entropy(x, y, **names), *specs, check=check)
 
 
+def pmapped(f, *args):
+    return jax.pmap(f, axis_name="t")(*args)
+
+
+def mapped_without_types(f, *args):
+    mesh = jax.make_mesh((8,), ("t",), axis_types=(AxisType.Auto,))
+
+    def of_one(*args):
+        return jax.tree.map(lambda x: x[None], f(*(x[0] for x in args)))
+
+    return jax.jit(
+        jax.shard_map(of_one, mesh=mesh, in_specs=P("t"), out_specs=P("t"), check_vma=False)
+    )(*args)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("of_tokens", [pmapped, mapped_without_types])
+def test_where_no_type_says_what_is_split(of_tokens):
+    """pmap, and check_vma=False: the tokens are split there, and nothing says so."""
+    x, h = np.zeros((8, 4, 3), np.float32), np.zeros((8, 4, 2), np.float32)
+    y, k = np.zeros((8, 4), np.int32), np.zeros((2, 3), np.float32)
+    calls = {
+        "cross_entropy": lambda x, h, y, **o: jaxloss.cross_entropy(x, y, **o),
+        "linear_cross_entropy": lambda x, h, y, **o: jaxloss.linear_cross_entropy(h, k, y, **o),
+        "linear_kl_divergence": lambda x, h, y, **o: jaxloss.linear_kl_divergence(h, k, h, k, **o),
+        "total_weight": lambda x, h, y, **o: jaxloss.total_weight(y, **o),
+        "metric_sums": lambda x, h, y, **o: jaxloss.metric_sums(jaxloss.token_stats(x, y), **o),
+    }
+    for name, call in calls.items():
+        with pytest.raises(ValueError, match=f"^{name}: token_axis_name needs types that") as told:
+            of_tokens(partial(call, token_axis_name="t"), x, h, y)
+        text = str(told.value)
+        assert "keep shard_map's check_vma=True, or leave token_axis_name out" in text
+        assert "pmap" in text
+        assert "must be split" not in text
+        assert f"psum({name}" in text or "reduction='sum'" in text
+    for name, call in {
+        "cross_entropy": lambda x, h, y: jaxloss.cross_entropy(x, y, vocab_axis_name="t"),
+        "token_stats": lambda x, h, y: jaxloss.token_stats(x, y, vocab_axis_name="t"),
+        "linear_token_stats": lambda x, h, y: jaxloss.linear_token_stats(
+            h, k, y, vocab_axis_name="t"
+        ),
+    }.items():
+        with pytest.raises(ValueError, match=f"^{name}: vocab_axis_name needs types that.*True"):
+            of_tokens(call, x, h, y)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("linear", [False, True])
+@pytest.mark.parametrize("of_tokens", [pmapped, mapped_without_types])
+def test_what_is_offered_where_no_type_says_what_is_split(of_tokens, linear):
+    rng = np.random.default_rng(0)
+    h = jnp.asarray(rng.normal(size=(8, 4, 2)), jnp.float32)
+    k = jnp.asarray(rng.normal(size=(2, 3)), jnp.float32)
+    y = jnp.asarray(rng.integers(0, 3, (8, 4)), jnp.int32).at[2].set(-100).at[5, 1:].set(-100)
+
+    def loss(k, h, y, **options):
+        if linear:
+            return jaxloss.linear_cross_entropy(h, k, y, **options)
+        return jaxloss.cross_entropy(h @ k, y, **options)
+
+    def local(h, y):
+        total = jax.lax.psum(jaxloss.total_weight(y), "t")
+        found = jax.value_and_grad(lambda k: loss(k, h, y, reduction="sum") / total)(k)
+        return jax.lax.psum(found, "t")
+
+    value, gradient = jax.value_and_grad(loss)(k, h, y)
+    values, gradients = of_tokens(local, h, y)
+    for d in range(8):
+        np.testing.assert_allclose(values[d], value, rtol=1e-6)
+        np.testing.assert_allclose(gradients[d], gradient, rtol=1e-5, atol=1e-7)
+
+
+def test_an_axis_of_vmap_is_told_to_be_left_out():
+    x, y = np.zeros((2, 4, 3), np.float32), np.zeros((2, 4), np.int32)
+
+    def call(x, y):
+        return jaxloss.cross_entropy(x, y, token_axis_name="t")
+
+    with pytest.raises(ValueError, match=r"'t', inside of none\. Of pmap or vmap, leave it out"):
+        jax.vmap(call, axis_name="t")(x, y)
+
+
 def test_errors_of_labels_that_differ_within_a_row():
     def local(x, y):
         y += jax.lax.axis_index("v")

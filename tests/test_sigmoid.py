@@ -13,7 +13,16 @@ import mpmath
 import numpy as np
 import optax
 import pytest
-from helpers import EPS, assert_within, classes_last, differences, hurting_logits, reference
+from helpers import (
+    EPS,
+    assert_within,
+    classes_last,
+    differences,
+    hurting_logits,
+    jit_quickly,
+    reference,
+    wide,
+)
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from test_differentiation import TRANSFORMS, check
@@ -223,6 +232,37 @@ def test_reductions_are_those_of_pytorch(weight, pos_weight):
     assert_within(ours(reduction="none"), losses, 32 * EPS)
     assert_within(ours(reduction="sum"), np.sum(losses), 32 * EPS)
     assert_within(ours(), np.mean(losses), 32 * EPS)
+
+
+@pytest.mark.parametrize(
+    "shape", [(), (1,), (5,), (4, 1, 1), (3, 1, 1, 1), (4, 6, 1), (1, 4, 1, 5)]
+)
+@pytest.mark.parametrize("option", ["weight", "pos_weight"])
+def test_weights_broadcast_as_in_pytorch(option, shape):
+    """``pos_weight[C, 1, 1]`` is that of images; the gradient is the sum over what is broadcast."""
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(3, 4, 6, 5)), jnp.float32)
+    y = jnp.asarray(rng.integers(0, 2, x.shape), jnp.int32)
+    w = jnp.asarray(rng.uniform(0.5, 2, shape), jnp.float32)
+    for loss in (jaxloss.sigmoid_cross_entropy, jaxloss.sigmoid_focal_loss):
+
+        def total(w, loss=loss):
+            return loss(x, y, reduction="sum", **{option: w})
+
+        whole = jnp.broadcast_to(w, x.shape)
+        step = jit_quickly(jax.value_and_grad(total))
+        (got, slope), (expected, each) = step(w), step(whole)
+        np.testing.assert_allclose(got, expected, rtol=1e-6)
+        slopes = np.sum(wide(each), axis=tuple(range(x.ndim - w.ndim)))
+        slopes = np.sum(slopes, keepdims=True, axis=tuple(np.flatnonzero(np.array(shape) == 1)))
+        np.testing.assert_allclose(slope, slopes.reshape(shape), rtol=1e-5)
+
+
+def test_one_weight_a_row_of_as_many_classes_is_told_no_way():
+    """Both ways would fit: [N] of N classes."""
+    x = np.zeros((3, 3), np.float32)
+    with pytest.raises(ValueError, match=r"losses, \(3, 3\); got float32\(3,\)\.$"):
+        jaxloss.sigmoid_cross_entropy(x, x, sample_weight=x[0])
 
 
 def test_the_mean_is_over_entries_that_count():
@@ -570,7 +610,7 @@ def test_sharded_entries_are_not_gathered(kind):
 # What is refused
 
 SIGMOID = {"logits": X[:4, :3], "labels": Y[:4, :3]}
-SHAPES = r"must have the shape of logits, \(4, 3\), or one entry a class, \(3,\)"
+SHAPES = r"must broadcast to the shape of logits, \(4, 3\)"
 BOTH = [
     (
         {"logits": Y[:4, :3]},
@@ -596,28 +636,41 @@ BOTH = [
         ValueError,
         r"labels must have the shape of logits, \(4, 1\); got int32\(4,\)\. Drop .*logits\.squeeze",
     ),
-    (
-        {"weight": S[:4, :1]},
-        ValueError,
-        rf"weight {SHAPES}; got float32\(4, 1\)\. Broadcast it: jnp\.broadcast_to\(weight, logits",
-    ),
-    ({"weight": 2.0}, ValueError, rf"weight {SHAPES}; got float\d+\(\)\. Broadcast it"),
     ({"weight": S[:3, 0][:, None]}, ValueError, rf"weight {SHAPES}; got float32\(3, 1\)\.\]?$"),
+    (
+        {"weight": S[:4, 0]},
+        ValueError,
+        rf"weight {SHAPES}; got float32\(4,\)\. Broadcast it: jnp\.broadcast_to\(weight\[:, None\]",
+    ),
     ({"weight": Y[0, :3]}, TypeError, r"weight must have a real floating dtype; got int32\(3,\)"),
-    ({"pos_weight": S[:4, :1]}, ValueError, rf"pos_weight {SHAPES}; got float32\(4, 1\)\. Broad"),
-    ({"pos_weight": S[:1, 0]}, ValueError, rf"pos_weight {SHAPES}; got float32\(1,\)\. Broad"),
+    ({"pos_weight": S[:4, :2]}, ValueError, rf"pos_weight {SHAPES}; got float32\(4, 2\)\.\]?$"),
+    ({"pos_weight": S[None, :4, :3]}, ValueError, rf"pos_weight {SHAPES}; got float32\(1, 4, 3\)"),
     ({"pos_weight": True}, TypeError, "pos_weight must be a Python number; got bool"),
     ({"pos_weight": -1.0}, ValueError, r"pos_weight must be in \[0, .*; got -1\.0"),
     (
         {"sample_weight": W[:3]},
         ValueError,
-        r"sample_weight must have the shape of the losses, \(4, 3\); got float32\(3,\)",
+        r"sample_weight must have the shape of the losses, \(4, 3\); got float32\(3,\)\. "
+        r"Broadcast it: jnp\.broadcast_to\(sample_weight, \(4, 3\)\)",
     ),
+    (
+        {"sample_weight": S[:4, 0]},
+        ValueError,
+        r"sample_weight must .*; got float32\(4,\)\. "
+        r"Broadcast it: jnp\.broadcast_to\(sample_weight\[:, None\], \(4, 3\)\)",
+    ),
+    (
+        {"sample_weight": [1.0] * 4},
+        ValueError,
+        r"sample_weight .* jnp\.broadcast_to\(jnp\.asarray\(sample_weight\)\[:, None\], \(4, 3\)\)",
+    ),
+    ({"sample_weight": S[:4, :2]}, ValueError, r"sample_weight .*; got float32\(4, 2\)\.\]?$"),
     ({"where": S[:4, :3]}, TypeError, "where must be boolean; .*sample_weight"),
     (
         {"where": np.ones(3, bool)},
         ValueError,
-        r"where must have the shape of logits, \(4, 3\); got bool\(3,\)",
+        r"where must have the shape of logits, \(4, 3\); got bool\(3,\)\. "
+        r"Broadcast it: jnp\.broadcast_to\(where, \(4, 3\)\)",
     ),
     ({"reduction": "avg"}, ValueError, "reduction must be one of 'none', 'mean', 'sum'; got 'avg'"),
     ({"ignore_index": 0.5}, TypeError, r"ignore_index must be an int or None; got 0\.5"),

@@ -209,6 +209,6 @@ def sanitized(config):
         config["layout"] = "last"
     if config.get("layout") in ("first", "middle", "two") and config.get("where") == "tokens":
         config["where"] = None  # a mask that fits both ways is refused
-    if config.get("labels") in ("drop", "uniform", "bucket") and config.get("ignore_index") == 0:
+    if config.get("labels", "index") != "index" and config.get("ignore_index") == 0:
         config["ignore_index"] = -100
     return config
