@@ -77,7 +77,7 @@ def with_forward_mode(rule, tangent, whole=True):
             given = [None if p is None else CustomVJPPrimal(p, a) for p, a in marked]
         out, residuals = rule.fwd(*given)
         moved = tangents_of(out, residuals, tangents)
-        return (again(out, residuals, *primals) if whole else out), moved
+        return (again(out, residuals, *primals) if whole else _batched_alike(out, primals)), moved
 
     def jvp_again(primals, tangents):
         out, residuals, *_ = primals
@@ -119,10 +119,22 @@ def with_forward_mode(rule, tangent, whole=True):
         ]
         return tree.unflatten(out_tree, out_tangents)
 
-    shell, again = jax.custom_jvp(rule.fun), jax.custom_jvp(lambda out, *_: out)
+    shell = jax.custom_jvp(lambda *primals: _batched_alike(rule.fun(*primals), primals))
+    again = jax.custom_jvp(_batched_alike)
     shell.defjvp(jvp, symbolic_zeros=True)
     again.defjvp(jvp_again, symbolic_zeros=True)
     return shell
+
+
+def _batched_alike(out, *given):
+    """``out``. Under ``vmap`` all of its arrays have a batch axis if any array here has one.
+
+    ``_batch`` gives all tangents a batch axis. Without this an output that does not depend on what
+    is batched would have none, and JAX refuses a tangent of another shape than its output's.
+    """
+    leaves, structure = tree.flatten(out)
+    alike = _alike().bind(*leaves, *tree.leaves(given), n=len(leaves))
+    return tree.unflatten(structure, alike)
 
 
 def _bind(forward, transposed, n, residuals, tangents):
@@ -180,6 +192,46 @@ def _batch(args, axes, *, program, transposed, n):
     forward = jax.vmap(_internals().core.jaxpr_as_fun(program), in_axes=axes)
     out = _bind(forward, backward, n, args[:n], args[n:])
     return out, [0] * len(out)
+
+
+def _alike_evaluated(*args, n):
+    return args[:n]
+
+
+def _alike_jvp(primals, tangents, *, n):
+    ad = _internals().ad
+    out = _alike().bind(*primals, n=n)
+    moving = [not isinstance(t, ad.Zero) for t in tangents[:n]]
+    along = list(compress(tangents[:n], moving))
+    some = iter(_alike().bind(*along, *primals, n=len(along)) if along else ())
+    moved = zip(moving, tangents[:n], strict=True)
+    return out, [next(some) if moves else zero for moves, zero in moved]
+
+
+def _alike_transpose(cts, *args, n):
+    return [*cts, *(None for _ in args[n:])]
+
+
+def _alike_batch(args, axes, *, n):
+    # By vmap, which knows over what an explicit mesh splits the batch.
+    out = jax.vmap(lambda *args: list(args[:n]), in_axes=tuple(axes), out_axes=0)(*args)
+    return out, [0] * n
+
+
+@cache
+def _alike() -> Any:
+    """The primitive: bind(*out, *given, n) -> out, n of them, as :func:`_batched_alike` says."""
+    using = _internals()
+    primitive = using.core.Primitive("jaxloss_batched_alike")
+    primitive.multiple_results = True
+    primitive.def_impl(_alike_evaluated)
+    primitive.def_abstract_eval(_alike_evaluated)
+    using.ad.primitive_jvps[primitive] = _alike_jvp
+    using.ad.primitive_transposes[primitive] = _alike_transpose
+    using.batching.primitive_batchers[primitive] = _alike_batch
+    lowering = using.mlir.lower_fun(_alike_evaluated, multiple_results=True)
+    using.mlir.register_lowering(primitive, lowering)
+    return primitive
 
 
 @cache
