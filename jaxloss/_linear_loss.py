@@ -147,28 +147,28 @@ def _converted(
 ) -> tuple[Callable, tuple]:
     """``(pure, closed_over)``: ``pure(logits, per_token, closed_over)`` is ``loss_fn``.
 
-    What it closes over and JAX differentiates becomes an argument. A conversion holds for one
-    shape: each size of the sweep's steps has its own.
+    The arrays that ``loss_fn`` closes over become arguments, of whatever dtype they are: a
+    derivative rule outlives the trace that it is made in, and must not refer to that trace's
+    arrays. A program holds for one shape: each size of the sweep's steps has its own.
     """
-    converted, closed_over = {}, {}
-    for n in sizes:
-        function, own = jax.closure_convert(loss_fn, *examples(n))
-        closed_over |= {id(x): x for x in own}
-        converted[n] = function, [id(x) for x in own]
+    programs = {n: jax.make_jaxpr(loss_fn)(*examples(n)) for n in sizes}
+    closed_over = {id(x): x for program in programs.values() for x in program.consts}
     if closed_over:
         axes = frozenset()
     elif axes:
-        # Anew for what differs between the devices of a mesh, beside constants, which do not. What
-        # is closed over would be made to differ inside: its gradient is to be summed after a sweep.
-        converted = {n: (jax.closure_convert(loss_fn, *examples(n, axes))[0], []) for n in sizes}
-    # Names alone: a derivative rule, which outlives the trace, refers to them.
-    names = list(closed_over)
+        # Traced again with the types of shards. With closed-over arrays it is not: JAX would make
+        # them differ between devices within the program, and sum their gradients in the loop.
+        programs = {n: jax.make_jaxpr(loss_fn)(*examples(n, axes)) for n in sizes}
+    # The rule may refer to names and to programs without arrays.
+    names = {n: [id(x) for x in program.consts] for n, program in programs.items()}
+    programs = {n: program.jaxpr for n, program in programs.items()}
+    order = list(closed_over)
 
     def pure(x, per_token, closed_over):
-        function, own = converted[x.shape[0]]
-        given = dict(zip(names, closed_over, strict=True))
+        n = x.shape[0]
+        given = dict(zip(order, closed_over, strict=True))
         args = _mesh.varying((x, *per_token), axes)
-        return function(*args, *(given[name] for name in own))
+        (out,) = jax.core.eval_jaxpr(programs[n], [given[name] for name in names[n]], *args)
+        return out
 
-    # As arrays: what was a Python number too.
-    return pure, tuple(jnp.asarray(x, x.dtype) for x in closed_over.values())
+    return pure, tuple(jnp.asarray(x) for x in closed_over.values())
