@@ -1,6 +1,7 @@
 """What the losses' arguments must be: labels, weights, masks, operands, axes of a mesh."""
 
 import itertools
+import sys
 from functools import partial
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -210,28 +211,43 @@ def chunk_size(function: str, x: Any, default: int, most: int) -> int:
     return min(_check.integer(function, "chunk_size", x, 1, None, default=default), max(1, most))
 
 
-def scaling(function: str, cap: Any, x: Any) -> tuple[float | None, float]:
-    """The soft cap and the temperature."""
-    cap = None if cap is None else _divisor(function, "logit_softcap", cap)
-    x = temperature(function, x)
+# What logits are divided by: past these, it or its reciprocal is 0 in float32.
+DIVISORS = (float(jnp.finfo(jnp.float32).tiny), 1 / float(jnp.finfo(jnp.float32).tiny))
+
+
+def scaling(function: str, cap: Any, x: Any, dtype) -> tuple[float | None, Any]:
+    """The soft cap and the temperature, which may be a traced scalar of ``dtype``."""
     if cap is not None:
+        if isinstance(cap, int | float) and cap == 0:
+            rule = "logit_softcap must be positive, or None"
+            _check.fail(function, rule, repr(cap), "No cap is logit_softcap=None.")
+        cap = _check.number(function, "logit_softcap", cap, *DIVISORS)
+    x = temperature(function, x, dtype)
+    if cap is not None and not isinstance(x, Array):
         most = float(jnp.finfo(jnp.float32).max)
         _check.number(function, "logit_softcap / temperature", cap / x, 0, most)
     return cap, x
 
 
-def temperature(function: str, x: Any) -> float:
-    return _divisor(function, "temperature", x)
+def temperature(function: str, x: Any, dtype) -> Any:
+    return _check.scalar(function, "temperature", x, *DIVISORS, 1.0, dtype)
 
 
-def _divisor(function: str, name: str, x: Any) -> float:
-    """What logits are divided by: past these, it or its reciprocal is 0 in float32."""
-    tiny = float(jnp.finfo(jnp.float32).tiny)
-    return _check.number(function, name, x, tiny, 1 / tiny)
+def smoothing(function: str, x: Any, dtype) -> Any:
+    return _check.scalar(function, "label_smoothing", x, 0, 1, 0.0, dtype)
 
 
-def check_bucket(function: str, labels: Any, weight: Any, label_smoothing: float) -> None:
-    if getattr(labels, "rest", None) == "bucket" and (weight is not None or label_smoothing):
+def z_loss(function: str, x: Any, dtype) -> Any:
+    return _check.scalar(function, "z_loss", x, 0, sys.float_info.max, 0.0, dtype)
+
+
+def empty_mean(function: str, x: Any) -> float | None:
+    return None if x is None else _check.number(function, "empty_mean", x)
+
+
+def check_bucket(function: str, labels: Any, weight: Any, label_smoothing: Any) -> None:
+    plain = weight is None and not isinstance(label_smoothing, Array) and label_smoothing == 0
+    if getattr(labels, "rest", None) == "bucket" and not plain:
         rule = "labels with rest='bucket' take neither weight nor label_smoothing"
         got = f"weight {'None' if weight is None else 'given'}, label_smoothing {label_smoothing}"
         _check.fail(function, rule, got, "One class stands for many: it has no weight of its own.")
@@ -400,10 +416,13 @@ def token_arguments(
     reduction: Any,
     classes: Any = None,
     vocab_axes: _mesh.Axes = (),
+    *,
+    of_nothing: Any = None,
 ) -> TokenArguments:
     """The arguments that the losses of logits share; ``name`` is what they call their logits.
 
     ``classes``: C, by default all columns of the logits, on all devices along ``vocab_axes``.
+    ``of_nothing``: ``empty_mean``.
     """
     axes = _check.class_axes(function, logits, name, axis)
     check_reduction(function, reduction)
@@ -425,6 +444,7 @@ def token_arguments(
             "num_classes": classes,
             "ignore_index": ignored(function, ignore_index, labels),
             "reduction": reduction,
+            "empty_mean": empty_mean(function, of_nothing),
         },
         {
             "labels": of_tokens,

@@ -174,6 +174,8 @@ def number(
     high: float = sys.float_info.max,
 ) -> float:
     """A Python number: these options are compiled into the program."""
+    if isinstance(x, np.generic | np.ndarray) and x.ndim == 0 and is_real(x):
+        x = x.item()  # the host's own number, as np.float32(0.1) is
     if isinstance(x, bool) or not isinstance(x, int | float):
         fail(
             function,
@@ -185,6 +187,27 @@ def number(
     if not low <= x <= high:  # nor is NaN
         fail(function, f"{name} must be in [{low:g}, {high:g}]", repr(x))
     return float(x)
+
+
+def is_real(x: Any) -> bool:
+    return any(jnp.issubdtype(x.dtype, kind) for kind in (jnp.floating, jnp.integer))
+
+
+def scalar(function: str, name: str, x: Any, low: float, high: float, off: float, dtype) -> Any:
+    """A number that may be traced: a float, or a scalar array of ``dtype``.
+
+    None is ``off``. An array's value is not known here. Out of range it is NaN, which makes NaN of
+    the losses.
+    """
+    if x is None:
+        return off
+    if not isinstance(x, Array):
+        return number(function, name, x, low, high)
+    if x.ndim or not is_real(x):
+        rule = f"{name} must be a number, or a real scalar array"
+        fail(function, rule, describe(x), kind=ValueError if is_real(x) else TypeError)
+    x, high = x.astype(dtype), min(high, float(jnp.finfo(dtype).max))
+    return jnp.where((x >= low) & (x <= high), x, jnp.nan)
 
 
 def batch_shape(logits: Array, axes: tuple[int, ...]) -> tuple[int, ...]:

@@ -15,7 +15,7 @@ from jaxloss._forward_mode import with_forward_mode
 from jaxloss._jit import jit
 from jaxloss._labels import TopKLabels
 from jaxloss._mesh import AxisName
-from jaxloss._terms import TokenOptions, rows_of_logits, token_terms
+from jaxloss._terms import Scalars, TokenOptions, rows_of_logits, token_terms
 
 
 def log_softmax(logits: ArrayLike, axis: int | tuple[int, ...] = -1, *, where=None) -> Array:
@@ -82,6 +82,7 @@ def nll_loss(
     sample_weight: ArrayLike | None = None,
     where: ArrayLike | None = None,
     reduction: Reduction = "mean",
+    empty_mean: float | None = None,
 ) -> Array:
     r"""Negative log-likelihood of labels under log-probabilities, taken as they are.
 
@@ -92,7 +93,8 @@ def nll_loss(
       log_probs: ``[..., C]``, C at ``axis``; a floating dtype. What ``log_softmax`` returns:
         nothing is normalised here.
       labels: class indices or class probabilities, as in :func:`cross_entropy`.
-      axis, weight, ignore_index, sample_weight, where, reduction: as in :func:`cross_entropy`.
+      axis, weight, ignore_index, sample_weight, where, reduction, empty_mean: as in
+        :func:`cross_entropy`.
 
     Returns:
       float32 (float64 for float64 input): the losses, shaped as ``log_probs`` without ``axis``, or
@@ -119,8 +121,9 @@ def nll_loss(
         rule = "labels must be class indices or class probabilities"
         _check.fail(call, rule, "TopKLabels", "cross_entropy takes them.", TypeError)
     checked = _arguments.token_arguments(
-        call, name, log_probs, labels, axis, weight, ignore_index, sample_weight, where, reduction
-    )
+        call, name, log_probs, labels, axis, weight, ignore_index, sample_weight, where, reduction,
+        of_nothing=empty_mean,
+    )  # fmt: skip
     return _nll_loss(log_probs, *checked.arrays, **checked.static)
 
 
@@ -137,14 +140,20 @@ def _nll_loss(
     num_classes,
     ignore_index,
     reduction,
+    empty_mean,
 ):
     class_mask = mask_classes_last(class_mask, log_probs, axes)
-    x = _logits.widen(classes_last(log_probs, axes), class_mask, None)
+    x = classes_last(log_probs, axes)
+    classes = _targets.classes_here(num_classes)
+    class_mask, token_mask = _targets.without_empty_rows(
+        class_mask, token_mask, x.shape[:-1], classes
+    )
+    x = _logits.widen(x, class_mask, None)
     if not jnp.issubdtype(labels.dtype, jnp.integer):
         labels = classes_last(labels, axes)
     targets = _targets.make_targets(
         labels,
-        _targets.classes_here(num_classes),
+        classes,
         x.dtype,
         weight=weight,
         sample_weight=sample_weight,
@@ -159,12 +168,13 @@ def _nll_loss(
         log_prob = _nan_where(targets.kept >= num_classes, _entries.entry(x, targets.kept))
         nll = jnp.where(counts, 0 - log_prob, 0)
     else:
-        q = jnp.where(counts[..., None], cast(Array, targets.probabilities), 0)
+        asked = counts[..., None] if class_mask is None else counts[..., None] & class_mask
+        q = jnp.where(asked, cast(Array, targets.probabilities), 0)
         q = _targets.soft_targets(q, None, None, weight, 0.0, num_classes, x.dtype)
         nothing = ~counts[..., None] | ((x == -jnp.inf) & (q == 0))
         soft = jnp.sum(q.astype(x.dtype) * jnp.where(nothing, 0, -x), axis=-1)
     losses = _targets.token_losses(_rows.RowLosses(nll, soft), targets, 0.0, 0.0)
-    return _targets.reduce_losses(losses, targets, sample_weight, reduction)
+    return _targets.reduce_losses(losses, targets, sample_weight, reduction, empty_mean=empty_mean)
 
 
 def _nan_where(wrong: Array, x: Array) -> Array:
@@ -192,12 +202,13 @@ def cross_entropy(
     num_classes: int | None = None,
     weight: ArrayLike | None = None,
     ignore_index: int | None = -100,
-    label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
+    label_smoothing: ArrayLike | None = 0.0,
+    z_loss: ArrayLike | None = 0.0,
     logit_softcap: float | None = None,
     sample_weight: ArrayLike | None = None,
     where: ArrayLike | None = None,
     reduction: Reduction = "mean",
+    empty_mean: float | None = None,
     vocab_axis_name: AxisName | None = None,
     token_axis_name: AxisName | None = None,
     return_stats: bool = False,
@@ -226,17 +237,22 @@ def cross_entropy(
       ignore_index: the label of tokens that do not count; None: there is none. For class indices:
         another value than the default and None beside class probabilities is an error.
       label_smoothing: ``eps`` in [0, 1], mixes in the uniform distribution over the C classes (over
-        those that exist, with ``where``).
-      z_loss: ``z``, the weight of the squared log-sum-exp.
+        those that exist, with ``where``). A Python number, or a scalar array, which may be traced
+        and is differentiable (out of range it makes the losses NaN); None is 0.
+      z_loss: ``z >= 0``, the weight of the squared log-sum-exp; a number as ``label_smoothing``.
       logit_softcap: ``cap > 0``: ``cap * tanh(logits / cap)`` before everything else; None: no cap.
       sample_weight: shaped as the losses, ``s``: a weight a token, or a boolean mask.
         Differentiable.
       where: boolean. Broadcastable to ``logits``: the classes that exist, the others being as -inf.
-        Shaped as the losses: the tokens that count. One that fits both ways (``[C]`` of C tokens)
-        is an error: tokens may be given as ``sample_weight`` too.
+        A token that is left no class does not count, so ``mask[..., None]`` is a mask of tokens; a
+        probability that is asked of a class left out is left out of the sum, and a class index of
+        one has an infinite loss. Shaped as the losses: the tokens that count. A mask that fits both
+        ways (``[C]`` of C tokens) is an error: tokens may be given as ``sample_weight`` too.
       reduction: ``"none"``: ``s_n l_n``, one a token. ``"sum"``. ``"mean"``: PyTorch's,
         ``sum(s_n l_n) / sum(s_n w_{y_n})`` over the tokens that count for class indices,
-        ``sum(s_n l_n) / sum(s_n)`` for probabilities. A mean over nothing is NaN, with gradient 0.
+        ``sum(s_n l_n) / sum(s_n)`` for probabilities.
+      empty_mean: what a mean over nothing is, a Python number (0.0 where a batch may be all
+        prompt); None: NaN. The gradient of a mean over nothing is 0.
       vocab_axis_name: inside ``shard_map``, the mesh axis, or axes, that the classes are split
         over, in order. ``logits``, probabilities and ``where`` are then this device's columns;
         class indices, ``weight`` and ``num_classes`` speak of the whole vocabulary.
@@ -286,6 +302,7 @@ def cross_entropy(
         sample_weight=sample_weight,
         where=where,
         reduction=reduction,
+        empty_mean=empty_mean,
         vocab_axis_name=vocab_axis_name,
         token_axis_name=token_axis_name,
         return_stats=return_stats,
@@ -306,11 +323,12 @@ def losses_of_logits(
     vocab_axis_name,
     return_stats,
     weight=None,
-    label_smoothing=0.0,
-    z_loss=0.0,
+    label_smoothing: Any = 0.0,
+    z_loss: Any = 0.0,
     sample_weight=None,
+    empty_mean=None,
     token_axis_name=None,
-    temperature=1.0,
+    temperature: Any = 1.0,
 ) -> Any:
     """:func:`cross_entropy` of the public function ``call``."""
     name = "logits"
@@ -319,29 +337,41 @@ def losses_of_logits(
     token_axes = _arguments.mesh_axes(call, "token_axis_name", token_axis_name)
     checked = _arguments.token_arguments(
         call, name, logits, labels, axis, weight, ignore_index, sample_weight, where, reduction,
-        num_classes, vocab_axes,
+        num_classes, vocab_axes, of_nothing=empty_mean,
     )  # fmt: skip
     _arguments.check_split(call, name, logits, checked.of_tokens, vocab_axes, token_axes)
-    smoothing = _check.number(call, "label_smoothing", label_smoothing, 0, 1)
-    _arguments.check_bucket(call, checked.arrays.labels, weight, smoothing)
+    wide = accumulator_dtype(logits.dtype)
+    scalars, scaling = scalars_of(call, label_smoothing, z_loss, logit_softcap, temperature, wide)
+    _arguments.check_bucket(call, checked.arrays.labels, weight, scalars.label_smoothing)
     static = checked.static
-    options = TokenOptions(
-        static["ignore_index"],
-        smoothing,
-        _check.number(call, "z_loss", z_loss, 0),
-        _check.flag(call, "return_stats", return_stats),
-    )
+    options = TokenOptions(static["ignore_index"], _check.flag(call, "return_stats", return_stats))
     return _cross_entropy(
         logits,
         *checked.arrays,
+        scalars,
         axes=static["axes"],
         num_classes=static["num_classes"],
         reduction=reduction,
+        empty_mean=static["empty_mean"],
         vocab_axes=vocab_axes,
         token_axes=token_axes,
-        scaling=_logits.scaling_of(*_arguments.scaling(call, logit_softcap, temperature)),
+        scaling=scaling,
         options=options,
     )
+
+
+def scalars_of(
+    call: str, label_smoothing, z_loss, logit_softcap, temperature, wide
+) -> tuple[Scalars, _logits.Scaling | None]:
+    """Checked. A temperature that is a Python number belongs to the scaling."""
+    cap, temperature = _arguments.scaling(call, logit_softcap, temperature, wide)
+    traced = isinstance(temperature, Array)
+    scalars = Scalars(
+        _arguments.smoothing(call, label_smoothing, wide),
+        _arguments.z_loss(call, z_loss, wide),
+        temperature if traced else 1.0,
+    )
+    return scalars, _logits.scaling_of(cap, 1.0 if traced else temperature)
 
 
 @jit
@@ -352,10 +382,12 @@ def _cross_entropy(
     sample_weight,
     class_mask,
     token_mask,
+    scalars,
     *,
     axes,
     num_classes,
     reduction,
+    empty_mean,
     vocab_axes,
     token_axes,
     scaling,
@@ -365,9 +397,13 @@ def _cross_entropy(
         labels = classes_last(labels, axes)
     x, class_mask = classes_last(logits, axes), mask_classes_last(class_mask, logits, axes)
     classes = _targets.classes_here(num_classes, x.shape[-1], vocab_axes)
+    class_mask, token_mask = _targets.without_empty_rows(
+        class_mask, token_mask, x.shape[:-1], classes
+    )
     wide = accumulator_dtype(x.dtype)
     in_one_piece = axes == (logits.ndim - 1,)
-    plain = weight is class_mask is scaling is None and _is_plain(labels, classes, options)
+    plain = weight is class_mask is scaling is None and scalars.plain
+    plain = plain and _is_plain(labels, classes, options)
     if plain and reduction != "none" and in_one_piece and _one_pass.takes(x):
         targets = _targets.make_targets(
             labels,
@@ -378,10 +414,12 @@ def _cross_entropy(
             token_mask=token_mask,
             ignore_index=options.ignore_index,
         )
-        weights = _targets.token_weights(targets, sample_weight, reduction, wide, token_axes)
+        weights = _targets.token_weights(
+            targets, sample_weight, reduction, wide, token_axes, empty_mean
+        )
         return _one_pass.reduced(x, cast(Array, targets.kept), *weights, token_axes)
     losses, stats, targets = token_terms(
-        rows_of_logits(x, scaling, kernel_bytes=2 if in_one_piece else 0),
+        rows_of_logits(x, scaling, scalars.temperature, kernel_bytes=2 if in_one_piece else 0),
         classes,
         labels,
         weight,
@@ -390,8 +428,9 @@ def _cross_entropy(
         token_mask,
         dtype=wide,
         options=options,
+        scalars=scalars,
     )
-    loss = _targets.reduce_losses(losses, targets, sample_weight, reduction, token_axes)
+    loss = _targets.reduce_losses(losses, targets, sample_weight, reduction, token_axes, empty_mean)
     if stats is None:
         return loss
     return loss, stats if reduction == "none" else lax.stop_gradient(stats)
@@ -400,5 +439,4 @@ def _cross_entropy(
 def _is_plain(labels, classes: _targets.Classes, options: TokenOptions) -> bool:
     """Whether the loss is the negative log-likelihood of class indices among all columns here."""
     whole = classes.total == classes.size and not classes.axes
-    options = options._replace(ignore_index=None)
-    return whole and _targets.is_indices(labels) and options == TokenOptions(None, 0, 0, False)
+    return whole and _targets.is_indices(labels) and not options.with_stats

@@ -25,7 +25,7 @@ def _options(call: str, divergence: Any, beta: Any, temperature: Any) -> tuple:
     if not 0 < _check.number(call, "beta", beta) < 1:
         way_out = "At its ends the divergences are 'forward' and 'reverse', times 0."
         _check.fail(call, "beta must be in (0, 1)", repr(beta), way_out)
-    temperature = _arguments.temperature(call, temperature)
+    temperature = _check.number(call, "temperature", temperature, *_arguments.DIVISORS)
     return (("divergence", divergence), ("beta", float(beta)), ("temperature", temperature))
 
 
@@ -40,6 +40,7 @@ def kl_divergence(
     sample_weight: ArrayLike | None = None,
     where: ArrayLike | None = None,
     reduction: Reduction = "mean",
+    empty_mean: float | None = None,
 ) -> Array:
     r"""Divergence of a student's softmax from its teacher's, exact however close they are.
 
@@ -64,10 +65,11 @@ def kl_divergence(
         do, to keep the gradient's size; ``T**2 * loss`` is yours to write.
       sample_weight: shaped as the losses, ``s``: a weight a token, or a boolean mask.
         Differentiable.
-      where: boolean. Broadcastable to ``logits``: the classes that exist, on both sides. Shaped as
-        the losses: the tokens that count.
+      where: boolean. Broadcastable to ``logits``: the classes that exist, on both sides (a token
+        that is left none does not count). Shaped as the losses: the tokens that count.
       reduction: ``"none"``: ``s_n l_n``, one a token. ``"sum"``. ``"mean"``:
-        ``sum(s_n l_n) / sum(s_n)``. A mean over nothing is NaN, with gradient 0.
+        ``sum(s_n l_n) / sum(s_n)``.
+      empty_mean: what a mean over nothing is, a Python number; None: NaN. Its gradient is 0.
 
     Returns:
       The loss, float32 (float64 where an argument is); gradients have their inputs' dtypes. Never
@@ -112,21 +114,25 @@ def kl_divergence(
     class_mask, token_mask = _arguments.masks(call, name, where, logits, axes)
     return _kl_divergence(
         logits, teacher_logits, sample_weight, class_mask, token_mask,
-        axes=axes, reduction=reduction, options=options,
+        axes=axes, reduction=reduction, empty_mean=_arguments.empty_mean(call, empty_mean),
+        options=options,
     )  # fmt: skip
 
 
 @jit
 def _kl_divergence(
-    logits, teacher_logits, sample_weight, class_mask, token_mask, *, axes, reduction, options
-):
+    logits, teacher_logits, sample_weight, class_mask, token_mask,
+    *, axes, reduction, empty_mean, options,
+):  # fmt: skip
     mask = mask_classes_last(class_mask, logits, axes)
     x, t = classes_last(logits, axes), classes_last(teacher_logits, axes)
+    classes = _targets.classes_here(x.shape[-1])
+    mask, token_mask = _targets.without_empty_rows(mask, token_mask, x.shape[:-1], classes)
     counts = _targets.counted(sample_weight, token_mask)
     losses = row_divergences(x, t, mask, counts, **dict(options))
     counts = jnp.ones_like(losses, bool) if counts is None else counts
     targets = _targets.Targets(None, None, counts)
-    return _targets.reduce_losses(losses, targets, sample_weight, reduction)
+    return _targets.reduce_losses(losses, targets, sample_weight, reduction, empty_mean=empty_mean)
 
 
 def linear_kl_divergence(
@@ -146,6 +152,7 @@ def linear_kl_divergence(
     sample_weight: ArrayLike | None = None,
     where: ArrayLike | None = None,
     reduction: Reduction = "mean",
+    empty_mean: float | None = None,
     token_axis_name: AxisName | None = None,
     chunk_size: int | None = None,
     precision: Any = None,
@@ -169,7 +176,8 @@ def linear_kl_divergence(
       num_classes: C. Columns of either kernel at and past it are padding and never enter the sums;
         they want finite numbers, as in :func:`linear_cross_entropy`. By default all columns,
         V = V2.
-      divergence, beta, temperature, sample_weight, where, reduction: as in :func:`kl_divergence`.
+      divergence, beta, temperature, sample_weight, where, reduction, empty_mean: as in
+        :func:`kl_divergence`.
       token_axis_name: inside ``shard_map``, the mesh axis, or axes, that the tokens are split over:
         ``"sum"`` and ``"mean"`` are over all of them.
       chunk_size: tokens whose logits are held at a time, of both sides; None as for
@@ -254,16 +262,19 @@ def linear_kl_divergence(
     )
     return _linear_kl_divergence(
         hidden, kernel, bias, teacher_hidden, teacher_kernel, teacher_bias, sample_weight,
-        class_mask, token_mask, geometry=geometry, reduction=reduction, options=options,
+        class_mask, token_mask, geometry=geometry, reduction=reduction,
+        empty_mean=_arguments.empty_mean(call, empty_mean), options=options,
     )  # fmt: skip
 
 
 @jit
 def _linear_kl_divergence(
     hidden, kernel, bias, teacher_hidden, teacher_kernel, teacher_bias, sample_weight, class_mask,
-    token_mask, *, geometry, reduction, options,
+    token_mask, *, geometry, reduction, empty_mean, options,
 ):  # fmt: skip
     lead, tokens = hidden.shape[:-1], math.prod(hidden.shape[:-1])
+    classes = _targets.classes_here(geometry.num_classes)
+    class_mask, token_mask = _targets.without_empty_rows(class_mask, token_mask, lead, classes)
     mask_rows, mask_index = rows_of_mask(class_mask, lead)
 
     def rows(x):
@@ -278,7 +289,9 @@ def _linear_kl_divergence(
     counts = jnp.ones(lead, bool) if counts is None else counts
     targets = _targets.Targets(None, None, counts)
     wide = accumulator_of(hidden, teacher_hidden)
-    weights = _targets.token_weights(targets, sample_weight, reduction, wide, geometry.token_axes)
+    weights = _targets.token_weights(
+        targets, sample_weight, reduction, wide, geometry.token_axes, empty_mean
+    )
     operands = _sweeps.Operands(
         rows(hidden),
         kernel,

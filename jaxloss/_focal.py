@@ -10,6 +10,7 @@ from jax.typing import ArrayLike
 
 from jaxloss import _arguments, _check, _targets
 from jaxloss._arguments import Reduction
+from jaxloss._canonical import mask_classes_last
 from jaxloss._casts import accumulator_dtype
 from jaxloss._cross_entropy import cross_entropy
 from jaxloss._elementary import exp, expm1, log
@@ -66,6 +67,7 @@ def focal_loss(
     sample_weight: ArrayLike | None = None,
     where: ArrayLike | None = None,
     reduction: Reduction = "mean",
+    empty_mean: float | None = None,
 ) -> Array:
     r"""Focal loss of class indices: cross-entropy that counts less where the model is right.
 
@@ -79,8 +81,9 @@ def focal_loss(
       labels: class indices, an integer dtype, the shape of ``logits`` without ``axis``.
       gamma: a Python number, at least 0. 0 is :func:`cross_entropy`.
       weight: ``[C]``, one weight a class, often called alpha. Differentiable.
-      axis, ignore_index, sample_weight, where, reduction: as in :func:`cross_entropy`. ``"mean"``
-        is ``sum(s_n l_n) / sum(s_n w_{y_n})`` over the tokens that count.
+      axis, ignore_index, sample_weight, where, reduction, empty_mean: as in
+        :func:`cross_entropy`. ``"mean"`` is ``sum(s_n l_n) / sum(s_n w_{y_n})`` over the tokens
+        that count.
 
     Returns:
       float32 (float64 for float64 logits): the losses, shaped as ``labels``, or their sum or mean.
@@ -114,8 +117,9 @@ def focal_loss(
     logits = _check.floating(call, "logits", logits)
     gamma = check_gamma(call, gamma)
     checked = _arguments.token_arguments(
-        call, "logits", logits, labels, axis, weight, ignore_index, sample_weight, where, reduction
-    )
+        call, "logits", logits, labels, axis, weight, ignore_index, sample_weight, where, reduction,
+        of_nothing=empty_mean,
+    )  # fmt: skip
     labels = checked.arrays.labels
     if not _targets.is_indices(labels):
         got = "TopKLabels" if isinstance(labels, TopKLabels) else _check.describe(labels)
@@ -136,12 +140,16 @@ def _focal_loss(
     num_classes,
     ignore_index,
     reduction,
+    empty_mean,
     gamma,
 ):
-    dtype = accumulator_dtype(logits.dtype)
+    dtype, classes = accumulator_dtype(logits.dtype), _targets.classes_here(num_classes)
+    # cross_entropy itself makes nothing of a row without classes: here it is not to count.
+    mask = mask_classes_last(class_mask, logits, axes)
+    _, token_mask = _targets.without_empty_rows(mask, token_mask, labels.shape, classes)
     targets = _targets.make_targets(
         labels,
-        _targets.classes_here(num_classes),
+        classes,
         dtype,
         weight=weight,
         sample_weight=sample_weight,
@@ -160,4 +168,4 @@ def _focal_loss(
     losses = modulated(nll, -expm1(-nll), gamma, (-jnp.inf, 1))
     if targets.label_weight is not None:
         losses = targets.label_weight * losses
-    return _targets.reduce_losses(losses, targets, sample_weight, reduction)
+    return _targets.reduce_losses(losses, targets, sample_weight, reduction, empty_mean=empty_mean)

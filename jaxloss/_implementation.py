@@ -4,8 +4,10 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 
 from jaxloss import _arguments, _blocks, _check, _chunks, _device, _logits, _targets
+from jaxloss._terms import Scalars
 
 Implementation = Literal["token_chunks", "vocab_blocks", "mosaic_tpu", "mosaic_gpu"]
 IMPLEMENTATIONS = get_args(Implementation)
@@ -29,7 +31,7 @@ class Asked(NamedTuple):
     dtype: Any
     labels: Any
     class_mask: Any
-    label_smoothing: float
+    scalars: Scalars
     scaling: _logits.Scaling | None
     with_stats: bool
 
@@ -51,6 +53,7 @@ def choose(
 ) -> Choice:
     """Checked. ``whole``: no partitioner may split arrays."""
     bucket = getattr(asked.labels, "rest", None) == "bucket"
+    divided = isinstance(asked.scalars.temperature, Array)
     chip = _kernel_here()
     by_rule = implementation is None and chunk_size is None
     wanted = chip if by_rule else implementation if implementation in KERNELS else None
@@ -64,11 +67,14 @@ def choose(
         name = wanted
     elif name is None:
         few = _chunks.default_chunk(tokens, size.columns) < min(FEW, tokens)
-        name = "vocab_blocks" if few and not bucket else "token_chunks"
+        name = "vocab_blocks" if few and not bucket and not divided else "token_chunks"
     _check.word(call, "implementation", name, IMPLEMENTATIONS)
     if bucket and name == "vocab_blocks":
         rule = "labels with rest='bucket' need implementation='token_chunks'"
         _check.fail(call, rule, repr(name))
+    if divided and name == "vocab_blocks":
+        rule = "a temperature that is an array needs implementation='token_chunks'"
+        _check.fail(call, rule, repr(name), "Give a Python number, or leave implementation out.")
     if name in KERNELS and beyond:
         where = "a TPU" if name == "mosaic_tpu" else "a Hopper GPU"
         rule = f"implementation={name!r} takes class indices and bfloat16 operands on {where}"
@@ -91,6 +97,7 @@ def _kernel_here() -> Implementation | None:
 def _beyond(name: Any, asked: Asked) -> list[str]:
     """What of a call the kernel ``name`` has no form of."""
     backend, chip = jax.default_backend(), jax.devices()[0].device_kind
+    divided = isinstance(asked.scalars.temperature, Array)
     old = not (_device.is_recent_tpu() if name == "mosaic_tpu" else _device.is_hopper())
     other = backend != name.removeprefix("mosaic_")
     cases = (
@@ -99,8 +106,8 @@ def _beyond(name: Any, asked: Asked) -> list[str]:
         (f"operands of {asked.dtype}", asked.dtype != jnp.bfloat16),
         ("labels that are no class indices", not _targets.is_indices(asked.labels)),
         ("where over classes", asked.class_mask is not None),
-        ("label_smoothing", asked.label_smoothing != 0),
-        ("a soft cap or a temperature", asked.scaling is not None),
+        ("label_smoothing", not _targets.is_zero(asked.scalars.label_smoothing)),
+        ("a soft cap or a temperature", asked.scaling is not None or divided),
         ("statistics", asked.with_stats),
     )
     return [what for what, here in cases if here]

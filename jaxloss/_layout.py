@@ -97,7 +97,7 @@ def over_mesh(
     static: tuple[tuple[str, Any], ...],
 ) -> Any:
     """``schedule(*arrays, **static)`` inside ``shard_map``, arrays split as the layout says."""
-    hidden, kernel, bias, labels, weight, sample_weight, class_mask, token_mask = arrays
+    hidden, kernel, bias, labels, weight, sample_weight, class_mask, token_mask, scalars = arrays
     tokens, vocab = layout.tokens, layout.vocab_axes or None
 
     def padded(x):  # the kernel's columns divide among the devices, the classes need not
@@ -109,7 +109,7 @@ def over_mesh(
         labels = padded(labels)
     if class_mask is not None and class_mask.shape[-1] > 1:
         class_mask = padded(class_mask)
-    arrays = (hidden, kernel, bias, labels, weight, sample_weight, class_mask, token_mask)
+    arrays = (hidden, kernel, bias, labels, weight, sample_weight, class_mask, token_mask, scalars)
     of_mask = P()
     if class_mask is not None:
         split = zip((*tokens, vocab), class_mask.shape, strict=True)
@@ -124,6 +124,7 @@ def over_mesh(
         rows,
         of_mask,
         rows,
+        P(),
     )
     arrays = tuple(
         jax.tree.map(lambda a, s=spec: jax.reshard(a, jax.NamedSharding(layout.mesh, s)), x)

@@ -179,13 +179,13 @@ def reduced(
 
     ``weights`` are from ``_targets.token_weights``; ``value`` as above.
     """
-    each, nothing = weights
+    each, offset = weights
     # Devices that communicate within a loop must take as many steps.
     packing = pack(counts.reshape(-1), geometry.chunk, in_step=bool(geometry.vocab_axes))
     if scalar:
         given = geometry, each.reshape(-1), operands, packing
         total, others = weighted_sum(loss_fn, *given, value)
         # Added, not selected: a select's gradient scales d_kernel by 1, in a pass of its own.
-        return total + jnp.where(nothing, jnp.nan, jnp.zeros_like(total)), others
+        return total + offset.astype(total.dtype), others
     (losses, *rest), others = losses_by_token(loss_fn, geometry, operands, packing, value)
     return jnp.where(counts, each * losses.reshape(counts.shape), 0), (*rest, *others)

@@ -12,11 +12,12 @@ from jaxloss import (
     _device,
     _implementation,
     _layout,
-    _logits,
     _mesh,
     _products,
 )
 from jaxloss._arguments import Reduction
+from jaxloss._casts import accumulator_dtype
+from jaxloss._cross_entropy import scalars_of
 from jaxloss._implementation import Implementation
 from jaxloss._mesh import AxisName
 from jaxloss._schedules import by_token_chunks, by_vocab_blocks
@@ -33,12 +34,13 @@ def linear_cross_entropy(
     num_classes: int | None = None,
     weight: ArrayLike | None = None,
     ignore_index: int | None = -100,
-    label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
+    label_smoothing: ArrayLike | None = 0.0,
+    z_loss: ArrayLike | None = 0.0,
     logit_softcap: float | None = None,
     sample_weight: ArrayLike | None = None,
     where: ArrayLike | None = None,
     reduction: Reduction = "mean",
+    empty_mean: float | None = None,
     vocab_axis_name: AxisName | None = None,
     token_axis_name: AxisName | None = None,
     return_stats: bool = False,
@@ -63,7 +65,7 @@ def linear_cross_entropy(
         ``weight``, ``where`` and probabilities have C classes. The gradient of ``hidden`` is a
         product with 0 there, so padding wants finite numbers.
       weight, ignore_index, label_smoothing, z_loss, logit_softcap, sample_weight, where, reduction,
-        return_stats: as in :func:`cross_entropy`.
+        empty_mean, return_stats: as in :func:`cross_entropy`.
       vocab_axis_name, token_axis_name: as in :func:`cross_entropy`; the columns of ``kernel`` and
         ``bias`` are split over the one, the tokens over the other.
       chunk_size: tokens whose logits are held at a time. None takes what 1 GiB of float32 logits
@@ -151,6 +153,7 @@ def linear_cross_entropy(
         sample_weight=sample_weight,
         where=where,
         reduction=reduction,
+        empty_mean=empty_mean,
         vocab_axis_name=vocab_axis_name,
         token_axis_name=token_axis_name,
         return_stats=return_stats,
@@ -179,11 +182,12 @@ def losses_of_product(
     precision,
     implementation,
     weight=None,
-    label_smoothing=0.0,
-    z_loss=0.0,
+    label_smoothing: Any = 0.0,
+    z_loss: Any = 0.0,
     sample_weight=None,
+    empty_mean=None,
     token_axis_name=None,
-    temperature=1.0,
+    temperature: Any = 1.0,
 ) -> Any:
     """:func:`linear_cross_entropy` of the public function ``call``."""
     vocab_axes = _arguments.mesh_axes(call, "vocab_axis_name", vocab_axis_name)
@@ -200,16 +204,16 @@ def losses_of_product(
     logits = jax.ShapeDtypeStruct((*hidden.shape[:-1], local), hidden.dtype)
     checked = _arguments.token_arguments(
         call, "hidden @ kernel", logits, labels, -1, weight, ignore_index, sample_weight, where,
-        reduction, num_classes, vocab_axes,
+        reduction, num_classes, vocab_axes, of_nothing=empty_mean,
     )  # fmt: skip
     labels, *_, class_mask, _ = checked.arrays
     classes, ignored = checked.static["num_classes"], checked.static["ignore_index"]
-    smoothing = _check.number(call, "label_smoothing", label_smoothing, 0, 1)
-    _arguments.check_bucket(call, labels, weight, smoothing)
+    wide = accumulator_dtype(hidden.dtype)
+    scalars, scaling = scalars_of(call, label_smoothing, z_loss, logit_softcap, temperature, wide)
+    _arguments.check_bucket(call, labels, weight, scalars.label_smoothing)
     _arguments.check_split(
         call, "kernel", kernel, {"hidden": hidden, **checked.of_tokens}, vocab_axes, token_axes
     )
-    scaling = _logits.scaling_of(*_arguments.scaling(call, logit_softcap, temperature))
     with_stats = _check.flag(call, "return_stats", return_stats)
     precision = _arguments.precision(call, precision)
 
@@ -225,7 +229,7 @@ def losses_of_product(
         implementation,
         chunk_size,
         _implementation.Size(tokens, hidden.shape[-1], columns, local, classes != local * shards),
-        _implementation.Asked(hidden.dtype, labels, class_mask, smoothing, scaling, with_stats),
+        _implementation.Asked(hidden.dtype, labels, class_mask, scalars, scaling, with_stats),
         whole=layout is not None or _device.is_whole(),
     )
     static = {
@@ -240,14 +244,13 @@ def losses_of_product(
         ),
         "num_classes": classes,
         "reduction": reduction,
+        "empty_mean": checked.static["empty_mean"],
         "scaling": scaling,
         "fused": chosen.fused,
-        "options": TokenOptions(
-            ignored, smoothing, _check.number(call, "z_loss", z_loss, 0), with_stats
-        ),
+        "options": TokenOptions(ignored, with_stats),
     }
     schedule = by_token_chunks if chosen.by_tokens else by_vocab_blocks
-    arrays = (hidden, kernel, bias, *checked.arrays)
+    arrays = (hidden, kernel, bias, *checked.arrays, scalars)
     if layout is None:
         return schedule(*arrays, **static)
     return _layout.over_mesh(

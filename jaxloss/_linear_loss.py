@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.core import eval_jaxpr
 from jax.typing import ArrayLike
 
 from jaxloss import (
@@ -33,6 +34,7 @@ def linear_loss(
     vocab_axis: int = -1,
     sample_weight: ArrayLike | None = None,
     reduction: Reduction = "mean",
+    empty_mean: float | None = None,
     chunk_size: int | None = None,
     precision: Any = None,
 ) -> Array:
@@ -53,7 +55,8 @@ def linear_loss(
         ``loss_fn`` holds of them is not known.
       sample_weight: ``[...]``, a weight a token, or a boolean mask. Tokens of weight 0 are not
         computed; their loss and gradient are exactly 0.
-      reduction: ``"none"``, ``"sum"`` or ``"mean"``. A mean over nothing is NaN, with gradient 0.
+      reduction: ``"none"``, ``"sum"`` or ``"mean"``.
+      empty_mean: what a mean over nothing is, a Python number; None: NaN. Its gradient is 0.
 
     Returns:
       A scalar, or ``[...]`` for ``"none"``, in the dtype of the logits.
@@ -129,7 +132,8 @@ def linear_loss(
 
     counts = jnp.ones(lead, bool) if sample_weight is None else sample_weight.astype(bool)
     targets = _targets.Targets(None, None, counts)
-    weights = _targets.token_weights(targets, sample_weight, reduction, wide)
+    empty_mean = _arguments.empty_mean(call, empty_mean)
+    weights = _targets.token_weights(targets, sample_weight, reduction, wide, empty_mean=empty_mean)
     geometry = _products.Geometry(vocab_axis, columns, chunk, _arguments.precision(call, precision))
     operands = _sweeps.Operands(
         hidden.reshape(tokens, hidden.shape[-1]),
@@ -168,7 +172,7 @@ def _converted(
         n = x.shape[0]
         given = dict(zip(order, closed_over, strict=True))
         args = _mesh.varying((x, *per_token), axes)
-        (out,) = jax.core.eval_jaxpr(programs[n], [given[name] for name in names[n]], *args)
+        (out,) = eval_jaxpr(programs[n], [given[name] for name in names[n]], *args)
         return out
 
     return pure, tuple(jnp.asarray(x) for x in closed_over.values())

@@ -129,11 +129,11 @@ def weighted_sum(logits: Array, kept: Array, weight: Array) -> Array:
 
 
 def reduced(
-    logits: Array, kept: Array, weight: Array, nothing: Array, token_axes: _mesh.Axes
+    logits: Array, kept: Array, weight: Array, offset: Array, token_axes: _mesh.Axes
 ) -> Array:
-    """Their sum, over the devices along ``token_axes`` too; the weights are from
+    """Their sum, over the devices along ``token_axes`` too; the weights and the offset are from
     ``_targets.token_weights``."""
     total = weighted_sum(logits, kept, weight)
     total = lax.psum(total, token_axes) if token_axes else total
     # Added, not selected: a select's cotangent is no constant 1, and the kernel would run twice.
-    return total + jnp.where(nothing, jnp.nan, jnp.zeros_like(total))
+    return total + offset

@@ -133,8 +133,8 @@ def _soft_sums(rows: Rows, x: Array, m: Array, scaling: Scaling | None, again: t
     else:
         q = q if top is None else jnp.where(elsewhere(x, top[0]), q, 0)
         if mask is not None:
-            # What a class that does not exist has none of, it has no derivative in either.
-            q = jnp.where(mask | (q != 0), q, 0)
+            # What is asked of a class that does not exist is left out.
+            q = jnp.where(mask, q, 0)
         at_kept = jnp.where(here, entry(jnp.broadcast_to(q, x.shape), kept), 0)
         other_mass = jnp.where(is_kept(x, kept), 0, jnp.broadcast_to(q, x.shape))
         other_mass = jnp.sum(other_mass, axis=-1)

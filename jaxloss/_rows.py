@@ -220,6 +220,8 @@ def soft_gradient(rows: Rows, state: RowState, scaling: Scaling | None) -> Array
     """d(soft) / d(soft targets): -log p, and 0 for a class at -inf that has no mass, or at top."""
     x = widen(rows.logits, rows.mask, scaling)
     impossible = (x == -jnp.inf) & (rows.soft == 0)
+    if rows.mask is not None:
+        impossible |= ~rows.mask
     if rows.top is not None:
         impossible |= ~elsewhere(x, rows.top[0])
     r = log1p(state.t)[..., None]
@@ -364,12 +366,16 @@ def row_log_softmax(logits: Array, class_mask: Array | None = None) -> Array:
         _, state = finish(row_part(Rows(logits, mask=class_mask), None, ()), ())
         x = widen(logits, class_mask, None)
         out = (x - state.m[..., None]) - log1p(state.t)[..., None]
+        if class_mask is not None:  # of no class at all it would be inf - inf
+            out = jnp.where(class_mask, out, -jnp.inf)
         return narrowed(out, logits.dtype), (logits, state, class_mask)
 
     def backward(residuals, g):
         # sum_j g_j out_j is the soft loss at q = -g: out_j = x_j - logsumexp(x).
         logits, state, class_mask = residuals
         wide = g.astype(accumulator_dtype(logits.dtype))
+        if class_mask is not None:
+            wide = jnp.where(class_mask, wide, 0)
         others = jnp.sum(jnp.where(is_kept(wide, state.kept), 0, wide), axis=-1)
         state = state._replace(mass=-others - entry(wide, state.kept), other_mass=-others)
         # Of a sum of all of out g is a constant, whose reduction XLA would take 20 s to fold.

@@ -2,8 +2,9 @@
 
 import math
 
+import jax
 import jax.numpy as jnp
-from jax import lax
+from jax import Array, lax
 
 from jaxloss import _blocks, _chunks, _entries, _linear, _mesh, _row_kernel, _sweeps, _targets
 from jaxloss._canonical import flat_labels, rows_of_mask
@@ -16,11 +17,12 @@ INTEGERS = ("prediction", "rank")  # of TokenStats: -1 where a token does not co
 
 @jit
 def by_token_chunks(
-    hidden, kernel, bias, labels, weight, sample_weight, class_mask, token_mask,
-    *, geometry, num_classes, reduction, scaling, fused, options,
+    hidden, kernel, bias, labels, weight, sample_weight, class_mask, token_mask, scalars,
+    *, geometry, num_classes, reduction, empty_mean, scaling, fused, options,
 ):  # fmt: skip
     classes = _targets.classes_here(num_classes, geometry.num_classes, geometry.vocab_axes)
     lead, wide = hidden.shape[:-1], accumulator_dtype(hidden.dtype)
+    class_mask, token_mask = _targets.without_empty_rows(class_mask, token_mask, lead, classes)
     targets = _targets.make_targets(
         labels,
         classes,
@@ -35,13 +37,14 @@ def by_token_chunks(
 
     def loss_fn(x, per_token, shared):
         *labels, index = per_token
-        weight, mask = shared
+        weight, mask, *numbers = shared
+        scalars = of_scalars.unflatten(numbers)
         mask = mask if index is None else mask[index]
         # Counted anew: traced values must not leak into the loop that this runs in.
         classes = _targets.classes_here(num_classes, x.shape[-1], geometry.vocab_axes)
         losses, stats, _ = token_terms(
-            rows_of_logits(x, scaling, kernel_bytes=4), classes, tree.unflatten(labels), weight,
-            mask, dtype=wide, options=options,
+            rows_of_logits(x, scaling, scalars.temperature, kernel_bytes=4), classes,
+            tree.unflatten(labels), weight, mask, dtype=wide, options=options, scalars=scalars,
         )  # fmt: skip
         if stats is None:
             return (losses,), ()
@@ -56,21 +59,26 @@ def by_token_chunks(
             of_rows = operands._replace(hidden=hidden), targets.kept, packing.size
             return _row_kernel.row_losses(geometry, *of_rows, want), None, None
 
+        weight, _, *numbers = operands.shared
         losses, *_ = token_terms(
-            rows_of, classes, labels, operands.shared[0], None, dtype=wide, options=options
-        )
+            rows_of, classes, labels, weight, None, dtype=wide, options=options,
+            scalars=of_scalars.unflatten(numbers),
+        )  # fmt: skip
         blank = _mesh.varying(jnp.zeros(tokens, wide), _mesh.varies_over(losses))
         return (_chunks.put_back(packing.order, blank, losses),), ()
 
     tokens, (labels, tree) = math.prod(lead), flat_labels(labels, lead)
+    numbers, of_scalars = jax.tree.flatten(scalars)
     operands = _sweeps.Operands(
         hidden.reshape(tokens, hidden.shape[-1]),
         kernel,
         bias,
         (*labels, mask_index),
-        (weight, mask_rows),
+        (weight, mask_rows, *numbers),
     )
-    weights = _targets.token_weights(targets, sample_weight, reduction, wide, geometry.token_axes)
+    weights = _targets.token_weights(
+        targets, sample_weight, reduction, wide, geometry.token_axes, empty_mean
+    )
     given = geometry, operands, targets.counts, weights, scalar
     loss, stats = _linear.reduced(loss_fn, *given, value if fused else None)
     if not with_stats:
@@ -82,13 +90,14 @@ def by_token_chunks(
 
 @jit
 def by_vocab_blocks(
-    hidden, kernel, bias, labels, weight, sample_weight, class_mask, token_mask,
-    *, geometry, num_classes, reduction, scaling, fused, options,
+    hidden, kernel, bias, labels, weight, sample_weight, class_mask, token_mask, scalars,
+    *, geometry, num_classes, reduction, empty_mean, scaling, fused, options,
 ):  # fmt: skip
     axes = geometry.vocab_axes
     classes = _targets.classes_here(num_classes, geometry.num_classes, axes)
     lead, wide = hidden.shape[:-1], accumulator_dtype(hidden.dtype)
     tokens = math.prod(lead)
+    class_mask, token_mask = _targets.without_empty_rows(class_mask, token_mask, lead, classes)
     mask, mask_row = rows_of_mask(class_mask, lead)
     if mask is not None:
         mask = jnp.broadcast_to(mask, (mask.shape[0], classes.size))
@@ -107,6 +116,11 @@ def by_vocab_blocks(
         weight = _targets.weight_here(weight, classes)
         weight, kept = _mesh.varying((weight, targets.kept), varies)
         counts = targets.counts if fused and not all_count else None
+        probabilities = targets.probabilities
+        if isinstance(label_smoothing, Array):  # a block's own factor must be static
+            if probabilities is not None:
+                probabilities = probabilities.astype(wide) * (1 - label_smoothing)
+            label_smoothing = 0.0
         return _blocks.row_losses_by_block(
             _blocks.Options(geometry, label_smoothing, scaling, want, predict, wide, fused),
             _blocks.Operands(
@@ -114,7 +128,7 @@ def by_vocab_blocks(
                 jnp.where(targets.counts[:, None], rows, 0),
                 kernel,
                 bias,
-                targets.probabilities,
+                probabilities,
                 weight,
                 _mesh.varying(_entries.of_rank(targets.share, 2), {*varies, *axes}),
                 targets.extra,
@@ -132,8 +146,11 @@ def by_vocab_blocks(
         token_mask,
         dtype=wide,
         options=options,
+        scalars=scalars,
     )
-    loss = _targets.reduce_losses(losses, targets, sample_weight, reduction, geometry.token_axes)
+    loss = _targets.reduce_losses(
+        losses, targets, sample_weight, reduction, geometry.token_axes, empty_mean
+    )
     loss = loss.reshape(lead) if reduction == "none" else loss
     if stats is None:
         return loss

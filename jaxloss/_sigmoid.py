@@ -19,6 +19,7 @@ from jaxloss._elementary import exp_of_nonpositive, log1p
 from jaxloss._entries import of_rank
 from jaxloss._focal import check_gamma, modulated
 from jaxloss._jit import jit
+from jaxloss._terms import Scalars
 
 
 @jax.custom_jvp
@@ -74,14 +75,16 @@ def _losses(
     pos_weight,
     sample_weight,
     where,
+    scalars,
     *,
     ignore_index,
-    label_smoothing,
     alpha,
     gamma,
     reduction,
+    empty_mean,
 ):
     dtype, rank = accumulator_dtype(logits.dtype), logits.ndim
+    label_smoothing = scalars.label_smoothing
 
     # The backward pass computes it again from the arguments, instead of keeping what would be half
     # a dozen arrays of the logits' size, in float32 whatever their dtype.
@@ -94,7 +97,7 @@ def _losses(
         # Selected away before anything multiplies them, and once more behind it.
         x, y = jnp.where(counts, widened(logits), 0), jnp.where(counts, y, 0)
         z = 1 - y
-        if label_smoothing:
+        if not _targets.is_zero(label_smoothing):
             # As z (1 - eps) + eps / 2, XLA adds a small eps / 2 to the 1 of 1 - y, and loses it.
             y, z = (v + label_smoothing * (0.5 - v) for v in (y, z))
         a, b = y, z
@@ -122,7 +125,7 @@ def _losses(
         return jnp.sum(losses), jnp.sum(jnp.where(counts, divisor, 0))
 
     losses, divisor = terms(logits, labels, weight, pos_weight, sample_weight, where)
-    return losses if reduction != "mean" else _targets.mean_of(losses, divisor)
+    return losses if reduction != "mean" else _targets.mean_of(losses, divisor, empty_mean)
 
 
 def _labels(function: str, labels: Any, logits: Array) -> Array:
@@ -181,6 +184,7 @@ def _loss_of(
     sample_weight: Any,
     where: Any,
     reduction: Any,
+    empty_mean: Any,
     alpha: Any = None,
     gamma: Any = 0,
 ) -> Array:
@@ -202,11 +206,12 @@ def _loss_of(
         pos_weight,
         sample_weight,
         where,
+        Scalars(_arguments.smoothing(function, label_smoothing, accumulator_dtype(logits.dtype))),
         ignore_index=_arguments.ignored(function, ignore_index, labels),
-        label_smoothing=_check.number(function, "label_smoothing", label_smoothing, 0, 1),
         alpha=_alpha(function, alpha),
         gamma=check_gamma(function, gamma),
         reduction=reduction,
+        empty_mean=_arguments.empty_mean(function, empty_mean),
     )
 
 
@@ -217,10 +222,11 @@ def sigmoid_cross_entropy(
     weight: ArrayLike | None = None,
     pos_weight: ArrayLike | None = None,
     ignore_index: int | None = -100,
-    label_smoothing: float = 0.0,
+    label_smoothing: ArrayLike | None = 0.0,
     sample_weight: ArrayLike | None = None,
     where: ArrayLike | None = None,
     reduction: Reduction = "mean",
+    empty_mean: float | None = None,
 ) -> Array:
     r"""Binary cross-entropy of logits: each entry is a yes or no of its own.
 
@@ -239,13 +245,15 @@ def sigmoid_cross_entropy(
       pos_weight: ``p``, what a yes weighs, broadcastable to ``logits``. Differentiable.
       ignore_index: the label of entries that do not count; None: there is none. For integers:
         another value than the default and None beside other labels is an error.
-      label_smoothing: ``eps`` in [0, 1], mixes in a probability of 1/2.
+      label_smoothing: ``eps`` in [0, 1], mixes in a probability of 1/2. A Python number, or a
+        scalar array, which may be traced and is differentiable; None is 0.
       sample_weight: the shape of ``logits``, ``s``: a weight an entry, or a boolean mask.
         Differentiable.
       where: boolean, the shape of ``logits``: the entries that count.
       reduction: ``"none"``: ``s_n l_n``, one an entry. ``"sum"``. ``"mean"``:
         ``sum(s_n l_n) / sum(s_n)`` over the entries that count, so PyTorch's where all do and s is
-        1. A mean over nothing is NaN, with gradient 0.
+        1.
+      empty_mean: what a mean over nothing is, a Python number; None: NaN. Its gradient is 0.
 
     Returns:
       float32 (float64 for float64 logits); gradients have their inputs' dtypes. An entry that does
@@ -288,6 +296,7 @@ def sigmoid_cross_entropy(
         sample_weight,
         where,
         reduction,
+        empty_mean,
     )
 
 
@@ -300,10 +309,11 @@ def sigmoid_focal_loss(
     weight: ArrayLike | None = None,
     pos_weight: ArrayLike | None = None,
     ignore_index: int | None = -100,
-    label_smoothing: float = 0.0,
+    label_smoothing: ArrayLike | None = 0.0,
     sample_weight: ArrayLike | None = None,
     where: ArrayLike | None = None,
     reduction: Reduction = "mean",
+    empty_mean: float | None = None,
 ) -> Array:
     r"""Focal loss of binary decisions: what is right already counts less.
 
@@ -322,9 +332,9 @@ def sigmoid_focal_loss(
         both weigh 1.
       gamma: a Python number, at least 0. With 0 and no ``alpha`` it is
         :func:`sigmoid_cross_entropy`.
-      weight, pos_weight, ignore_index, label_smoothing, sample_weight, where, reduction: as in
-        :func:`sigmoid_cross_entropy`. Detectors often divide the ``"sum"`` by the number of
-        positives instead of taking the ``"mean"``.
+      weight, pos_weight, ignore_index, label_smoothing, sample_weight, where, reduction,
+        empty_mean: as in :func:`sigmoid_cross_entropy`. Detectors often divide the ``"sum"`` by the
+        number of positives instead of taking the ``"mean"``.
 
     Returns:
       As :func:`sigmoid_cross_entropy`.
@@ -358,6 +368,7 @@ def sigmoid_focal_loss(
         sample_weight,
         where,
         reduction,
+        empty_mean,
         alpha,
         gamma,
     )

@@ -11,6 +11,7 @@ anything else                                         NaN          NaN in that r
 A multiplication by 0 does not mask (0 * inf is NaN), so every mask here is a select.
 """
 
+import math
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -116,12 +117,29 @@ def number_of_classes(classes: Classes, class_mask: Array | None, dtype) -> Arra
     return lax.psum(exist, classes.axes) if classes.axes else exist
 
 
+def without_empty_rows(
+    class_mask: Array | None, token_mask: Array | None, batch: tuple[int, ...], classes: Classes
+) -> tuple[Array | None, Array | None]:
+    """The two masks, for a ``class_mask[..., columns]`` that may leave a token no class at all.
+
+    Such a token does not count. All classes exist in its row, so that what is selected away is
+    finite: NaN would return from behind the select in derivatives.
+    """
+    if class_mask is None or not classes.total:
+        return class_mask, token_mask
+    here = jnp.any(_existing_columns(class_mask, classes), axis=-1)
+    some = _anywhere(here, classes.axes)
+    class_mask |= ~some[..., None]
+    some = jnp.broadcast_to(some, batch)
+    return class_mask, some if token_mask is None else some & token_mask
+
+
 def soft_targets(
     probabilities: Any,
     share: Any,
     class_mask: Any,
     weight: Any,
-    label_smoothing: float,
+    label_smoothing: Any,
     num_classes: int,
     dtype: jnp.dtype,
 ) -> Any:
@@ -134,7 +152,7 @@ def soft_targets(
             soft = jnp.where(mask, of_rank(share, mask.ndim), 0)
     if probabilities is not None:
         scaled = probabilities
-        if label_smoothing:
+        if not is_zero(label_smoothing):
             scaled = probabilities.astype(dtype) * (1 - label_smoothing)
         soft = scaled if soft is None else scaled + of_rank(soft, scaled.ndim)
     if soft is not None and weight is not None:
@@ -160,14 +178,14 @@ def make_targets(
     class_mask: Array | None = None,
     token_mask: Array | None = None,
     ignore_index: int | None,
-    label_smoothing: float = 0.0,
+    label_smoothing: Any = 0.0,
 ) -> Targets:
     """Columns last: ``labels`` are indices [...], probabilities [..., columns] or TopKLabels.
 
     ``weight[C]`` and indices speak of all classes, ``class_mask`` of the columns here.
     """
     share, some = None, counted(sample_weight, token_mask)
-    if label_smoothing and classes.total:
+    if not is_zero(label_smoothing) and classes.total:
         share = label_smoothing / jnp.maximum(number_of_classes(classes, class_mask, dtype), 1)
     if isinstance(labels, TopKLabels):
         targets = _of_top(
@@ -224,7 +242,7 @@ def _of_top(
     counted: Array | None,
     class_mask: Array | None,
     ignore_index: int | None,
-    label_smoothing: float,
+    label_smoothing: Any,
     share: Array | None,
 ) -> Targets:
     index, taken = class_indices(labels.indices, classes.total, ignore_index)
@@ -241,18 +259,23 @@ def _of_top(
     index = jnp.where(index < classes.total, index, 0)
     index = jnp.where(taken, index, classes.total)
     column = _column(index, classes)
-    extra, rest, real = q, None, taken
-    if class_mask is not None and (share is not None or labels.rest != "drop") and classes.total:
+    rest, real, left_over = None, taken, 1 - jnp.sum(q, axis=-1)
+    if class_mask is not None and classes.total:
         mask = _existing_columns(class_mask, classes)
         mask = jnp.broadcast_to(mask, (*column.shape[:-1], classes.size))
-        real &= _anywhere((column < classes.size) & entries(mask, column), classes.axes)
+        exists, here = entries(mask, column), column < classes.size
+        # What is asked of a class that does not exist is left out. A label that is wrong stays NaN.
+        q = jnp.where(exists | ~here | wrong, q, 0)
+        if share is not None or labels.rest != "drop":
+            real &= _anywhere(here & exists, classes.axes)
+    extra = q
     if share is not None:
         extra = q * (1 - label_smoothing) + jnp.where(real, of_rank(share, q.ndim), 0)
     if labels.rest != "drop" and classes.total:
         others = number_of_classes(classes, class_mask, dtype)
         others = of_rank(others, real.ndim) - jnp.sum(real, axis=-1, keepdims=True, dtype=dtype)
         # Where there is no other class, what is left over is rounding.
-        rest = jnp.maximum(1 - jnp.sum(q, axis=-1), 0)
+        rest = jnp.maximum(left_over, 0)
         rest = jnp.where(others[..., 0] > 0, rest, 0)
         if labels.rest == "uniform":
             each = (1 - label_smoothing) * rest[..., None] / jnp.maximum(others, 1)
@@ -266,7 +289,9 @@ def _of_top(
 
 
 def _anywhere(here: Array, axes: _mesh.Axes) -> Array:
-    return lax.psum(here.astype(jnp.int32), axes) > 0 if axes else here
+    if not axes:
+        return here
+    return lax.psum(_mesh.varying(here.astype(jnp.int32), axes), axes) > 0
 
 
 def weight_here(weight: Array | None, classes: Classes) -> Array | None:
@@ -277,19 +302,33 @@ def weight_here(weight: Array | None, classes: Classes) -> Array | None:
     return lax.dynamic_slice_in_dim(weight, classes.start, classes.size)
 
 
-def wanted(targets: Targets, label_smoothing: float, z_loss: float, stats: bool):
+def is_zero(x: Any) -> bool:
+    """Whether a number is known to be 0. Of a traced one it is not."""
+    return not isinstance(x, Array) and x == 0
+
+
+def _asks_for_label(targets: Targets, label_smoothing: Any) -> bool:
+    return targets.kept is not None and not is_zero(1 - label_smoothing)
+
+
+def wanted(targets: Targets, label_smoothing: Any, z_loss: Any, stats: bool):
     """Which of ``RowLosses`` (beside ``soft``) the loss and the statistics are made of."""
-    want = ("nll",) if targets.kept is not None and (label_smoothing < 1 or stats) else ()
-    want += ("logsumexp",) if z_loss or stats else ()
+    label = targets.kept is not None and (stats or _asks_for_label(targets, label_smoothing))
+    want = ("nll",) if label else ()
+    want += ("logsumexp",) if stats or not is_zero(z_loss) else ()
     return want + (("entropy", "confidence") if stats else ())
 
 
-def token_losses(rows: RowLosses, targets: Targets, label_smoothing: float, z_loss: float) -> Array:
+def token_losses(rows: RowLosses, targets: Targets, label_smoothing: Any, z_loss: Any) -> Array:
     """Each token's loss, class weights included."""
     losses = None
-    if targets.kept is not None and label_smoothing < 1:
-        losses = rows.nll * (1 - label_smoothing) if label_smoothing else rows.nll
-    if z_loss:
+    if _asks_for_label(targets, label_smoothing):
+        losses = rows.nll
+        if isinstance(label_smoothing, Array):  # of 1 it asks for nothing of an infinite loss
+            losses = jnp.where(label_smoothing == 1, 0, losses)
+        if not is_zero(label_smoothing):
+            losses *= 1 - label_smoothing
+    if not is_zero(z_loss):
         penalty = z_loss * rows.logsumexp**2
         losses = penalty if losses is None else losses + penalty
     if targets.label_weight is not None and losses is not None:
@@ -319,21 +358,27 @@ def token_weights(
     reduction: str,
     dtype: jnp.dtype,
     token_axes: _mesh.Axes = (),
+    empty_mean: float | None = None,
 ) -> tuple[Array, Array]:
-    """``(weight, nothing)``: the result is ``sum(weight * losses)``, or NaN where ``nothing``.
+    """``(weight, offset)``: the result is ``sum(weight * losses) + offset``.
 
+    The offset is 0, except for a mean over nothing: there it is that mean, and the weights are 0.
     With ``"none"`` there is no sum. ``weight`` is 0 where a token does not count. The sum is over
     the devices along ``token_axes`` too.
     """
     weight, divisor = terms(targets, sample_weight, dtype)
     if reduction != "mean":
-        return weight, jnp.zeros((), bool)
+        return weight, jnp.zeros((), dtype)
     divisor = jnp.sum(divisor)
     if token_axes:
         divisor = lax.psum(divisor, token_axes)
     # In place of a 0 it makes all weights 0, and with them all gradients.
     weight = jnp.where(targets.counts, weight / jnp.where(divisor == 0, jnp.inf, divisor), 0)
-    return weight, divisor == 0
+    return weight, jnp.where(divisor == 0, _of_nothing(empty_mean), jnp.zeros((), dtype))
+
+
+def _of_nothing(empty_mean: float | None) -> float:
+    return math.nan if empty_mean is None else empty_mean
 
 
 def reduce_losses(
@@ -342,6 +387,7 @@ def reduce_losses(
     sample_weight: Array | None,
     reduction: str,
     token_axes: _mesh.Axes = (),
+    empty_mean: float | None = None,
 ) -> Array:
     weight, divisor = terms(targets, sample_weight, losses.dtype)
     losses = jnp.where(targets.counts, weight * losses, 0)
@@ -358,10 +404,11 @@ def reduce_losses(
     both = jnp.concatenate([losses[None], divisor[None]])
     both = jnp.sum(both, axis=tuple(range(1, both.ndim)))
     total, divisor = lax.psum(both, token_axes) if token_axes else both
-    return mean_of(total, divisor)
+    return mean_of(total, divisor, empty_mean)
 
 
-def mean_of(total: Array, divisor: Array) -> Array:
-    """``total / divisor``, NaN with gradient 0 where ``divisor`` is 0."""
+def mean_of(total: Array, divisor: Array, empty_mean: float | None = None) -> Array:
+    """``total / divisor``; where ``divisor`` is 0, ``empty_mean`` (None: NaN) with gradient 0."""
     # The constant in place of a 0 keeps 0 / 0 out of the gradients.
-    return jnp.where(divisor == 0, jnp.nan, total / jnp.where(divisor == 0, 1, divisor))
+    mean = total / jnp.where(divisor == 0, 1, divisor)
+    return jnp.where(divisor == 0, _of_nothing(empty_mean), mean)

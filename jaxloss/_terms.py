@@ -4,6 +4,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array, export, lax
 
@@ -47,19 +48,49 @@ class TokenOptions(NamedTuple):
     """What is static about each token's loss."""
 
     ignore_index: int | None
-    label_smoothing: float
-    z_loss: float
     with_stats: bool
 
 
-def rows_of_logits(x: Array, scaling: _logits.Scaling | None, *, kernel_bytes: int):
+@jax.tree_util.register_pytree_node_class
+class Scalars(NamedTuple):
+    """Numbers of a loss that may be traced: a pytree whose Python numbers are static."""
+
+    label_smoothing: Any = 0.0
+    z_loss: Any = 0.0
+    temperature: Any = 1.0  # 1 where it is static: then ``Scaling`` has it
+
+    def tree_flatten(self):
+        arrays = tuple(x for x in self if isinstance(x, Array))
+        return arrays, tuple(None if isinstance(x, Array) else x for x in self)
+
+    @classmethod
+    def tree_unflatten(cls, static, arrays):
+        rest = iter(arrays)
+        return cls(*(next(rest) if x is None else x for x in static))
+
+    @property
+    def plain(self) -> bool:
+        """Whether it is known that they change nothing."""
+        return not jax.tree.leaves(self) and self == Scalars()
+
+
+def rows_of_logits(
+    x: Array, scaling: _logits.Scaling | None, temperature: Any = 1.0, *, kernel_bytes: int
+):
     """How :func:`token_terms` gets its rows where the logits ``x[..., columns]`` are there.
 
-    ``kernel_bytes``: see ``_passes.max_and_sum``.
+    ``temperature``: 1, or an array. ``kernel_bytes``: see ``_passes.max_and_sum``.
     """
 
     def rows_of(targets, classes, class_mask, weight, label_smoothing, want, predict):
         mask, axes = _targets.existing(class_mask, classes, x.ndim), classes.axes
+        if isinstance(temperature, Array):
+            y, m = _divided(x, mask, scaling, temperature, axes)
+            given = targets, classes, class_mask, weight, label_smoothing, want, False
+            rows, *_ = rows_of_logits(y, None, kernel_bytes=0)(*given)
+            if rows.logsumexp is not None:
+                rows = rows._replace(logsumexp=rows.logsumexp + m)
+            return rows, *_predicted(targets, classes, mask, predict)
         soft = _targets.soft_targets(
             targets.probabilities,
             targets.share,
@@ -76,15 +107,30 @@ def rows_of_logits(x: Array, scaling: _logits.Scaling | None, *, kernel_bytes: i
             rows = _bucket_rows(x, targets, classes, mask, scaling, want)
         else:
             rows = losses(targets.kept, soft, mask, top=targets.top, want=want)
+        return rows, *_predicted(targets, classes, mask, predict)
+
+    def _predicted(targets, classes, mask, predict):
         if not predict:
-            return rows, None, None
-        prediction = _prediction.prediction(x, mask, classes.start, axes)
+            return None, None
+        prediction = _prediction.prediction(x, mask, classes.start, classes.axes)
         rank = None
         if targets.kept is not None:
-            rank = _prediction.rank(x, mask, targets.kept, classes.start, axes)
-        return rows, prediction, rank
+            rank = _prediction.rank(x, mask, targets.kept, classes.start, classes.axes)
+        return prediction, rank
 
     return rows_of
+
+
+def _divided(x, mask, scaling, temperature, axes) -> tuple[Array, Array]:
+    """``((x - m) / temperature, m / temperature)`` of the capped logits and their maximum m.
+
+    The difference comes first: it is exact whatever offset the logits share.
+    """
+    y = _logits.widen(x, mask, scaling)
+    m = _mesh.largest(jnp.max(y, axis=-1), axes)
+    m = jnp.where(jnp.isfinite(m), m, 0)
+    unit = 1.0 if scaling is None else scaling.unit
+    return (y - m[..., None]) * unit / temperature, m * unit / temperature
 
 
 def _bucket_rows(x, targets, classes, mask, scaling, want) -> _rows.RowLosses:
@@ -146,9 +192,11 @@ def token_terms(
     *,
     dtype: jnp.dtype,
     options: TokenOptions,
+    scalars: Scalars,
 ) -> tuple[Array, TokenStats | None, _targets.Targets]:
     """Each token's loss (not yet masked), its statistics (masked), and what it asked for."""
-    ignore_index, label_smoothing, z_loss, with_stats = options
+    ignore_index, with_stats = options
+    label_smoothing, z_loss, _ = scalars
     targets_of = partial(
         _targets.make_targets,
         labels,
@@ -176,7 +224,7 @@ def token_terms(
 
     if targets.kept is not None:
         log_prob = -rows.nll
-    elif (not label_smoothing and weight is None) or classes.total == 0:
+    elif (_targets.is_zero(label_smoothing) and weight is None) or classes.total == 0:
         log_prob = -rows.soft
     else:  # weighed or smoothed: the labels themselves take a pass of their own
         own, *_ = rows_of(targets_of(weight=None), classes, class_mask, None, 0.0, (), False)

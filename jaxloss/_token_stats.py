@@ -18,7 +18,7 @@ def token_stats(
     axis: int | tuple[int, ...] = -1,
     num_classes: int | None = None,
     ignore_index: int | None = -100,
-    temperature: float = 1.0,
+    temperature: ArrayLike | None = 1.0,
     logit_softcap: float | None = None,
     where: ArrayLike | None = None,
     vocab_axis_name: AxisName | None = None,
@@ -40,8 +40,10 @@ def token_stats(
         without ``axis``), class probabilities (floating, the shape of ``logits``), or
         :class:`TopKLabels`.
       axis, num_classes, ignore_index, where, vocab_axis_name: as in :func:`cross_entropy`.
-      temperature: ``T > 0``, what the logits are divided by; a Python number. Their differences
-        are, so that an offset that they share costs no digits.
+      temperature: ``T > 0``, what the logits are divided by: a Python number, or a scalar array,
+        which may be traced and is differentiable (out of range it makes the statistics NaN); None
+        is 1. The logits' differences are divided, so that an offset that they share costs no
+        digits. An array costs a float32 copy of the logits.
       logit_softcap: ``cap > 0``: ``cap * tanh(logits / cap)`` before the temperature.
 
     Returns:
@@ -98,7 +100,7 @@ def linear_token_stats(
     vocab_axis: int = -1,
     num_classes: int | None = None,
     ignore_index: int | None = -100,
-    temperature: float = 1.0,
+    temperature: ArrayLike | None = 1.0,
     logit_softcap: float | None = None,
     where: ArrayLike | None = None,
     vocab_axis_name: AxisName | None = None,
@@ -115,7 +117,7 @@ def linear_token_stats(
       kernel: ``[D, V]``, or ``[V, D]`` with ``vocab_axis=0``; the dtype of ``hidden``.
       labels, bias, vocab_axis, num_classes, ignore_index, logit_softcap, where, vocab_axis_name,
         chunk_size, precision, implementation: as in :func:`linear_cross_entropy`.
-      temperature: as in :func:`token_stats`.
+      temperature: as in :func:`token_stats`; an array needs ``"token_chunks"``.
 
     Returns:
       :class:`TokenStats`, each shaped as ``hidden`` without its last axis.
