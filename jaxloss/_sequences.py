@@ -46,7 +46,8 @@ def next_token_labels(
     exactly 0 to both.
 
     Args:
-      tokens: ``[..., T]``, a signed integer dtype that can hold ``ignore_index``.
+      tokens: ``[..., T]``, an integer dtype that can hold ``ignore_index``. Unsigned tokens are taken
+        as int32.
       segment_ids: ``[..., T]``, an integer dtype: the sequence that each token belongs to, where
         rows are packed with several. A position whose next token is of another one is ignored.
         No number is special: where padding has one of its own (0 in batches packed by Grain, seqio
@@ -56,7 +57,8 @@ def next_token_labels(
       ignore_index: the label of a position that has none, as in :func:`cross_entropy`.
 
     Returns:
-      An array of the shape and dtype of ``tokens``.
+      An array of the shape and dtype of ``tokens``; int32 where those are unsigned (a token past
+      int32 is its largest number, which is no class).
 
     Raises:
       TypeError: ``tokens`` or ``segment_ids`` are no integers, ``tokens`` cannot hold
@@ -85,6 +87,9 @@ def next_token_labels(
     call = "next_token_labels"
     tokens = _integers(call, "tokens", tokens, "token numbers")
     ignore_index = _check.index(call, "ignore_index", ignore_index)
+    if jnp.issubdtype(tokens.dtype, jnp.unsignedinteger):
+        most = min(jnp.iinfo(tokens.dtype).max, jnp.iinfo(jnp.int32).max)
+        tokens = jnp.minimum(tokens, jnp.array(most, tokens.dtype)).astype(jnp.int32)
     info = jnp.iinfo(tokens.dtype)
     if not info.min <= ignore_index <= info.max:
         rule = f"tokens must have a dtype that holds ignore_index, {ignore_index}"

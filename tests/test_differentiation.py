@@ -4,6 +4,7 @@ In float64, where both are good to 1e-12: what differs is a rule, and not its ro
 is nearly all of the time, and by far the cheapest in few large programs: one holds every transform.
 """
 
+import itertools
 import sys
 from functools import cache, partial
 
@@ -577,3 +578,75 @@ def test_reverse_mode_does_without(no_forward_mode, case):
     check_together(partial(call, loss=loss), partial(call, loss=plain), args, names)
     with pytest.raises(TypeError, match="forward-mode autodiff"):
         jax.jvp(lambda *a: call(*a, loss=loss), args, args)
+
+
+def some_batched():
+    """Losses of which one argument is batched and the others, the logits among them, are shared."""
+    rng = np.random.default_rng(0)
+    h, k = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((3, 2), (2, 4)))
+    q = jnp.asarray(rng.dirichlet(np.ones(4), (2, 3)), jnp.float32)
+    index = jnp.asarray(np.argsort(rng.normal(size=(3, 4)), -1)[:, :2], jnp.int32)
+    y, w = jnp.array([0, 1, 3]), jnp.asarray(rng.random((2, 4)) + 0.5, jnp.float32)
+    mask = jnp.asarray(rng.random((2, 3, 4)) < 0.7).at[:, jnp.arange(3), y].set(True)
+
+    def dense(form):
+        return lambda h, k, q: form(h, k, q, z_loss=0.1)
+
+    def stats(form):
+        return lambda h, k, q: form(h, k, q, return_stats=True, reduction="none")
+
+    def weights(form):
+        return lambda h, k, w: form(h, k, y, weight=w, label_smoothing=0.1, z_loss=0.1)
+
+    def top(form):
+        return lambda h, k, p: form(
+            h, k, jaxloss.TopKLabels(index, p), z_loss=0.1, return_stats=True, reduction="none"
+        )
+
+    def masks(form):
+        return lambda h, k, m: form(h, k, y, where=m, return_stats=True, reduction="none")
+
+    kinds = {
+        "probabilities": (dense, q),
+        "statistics of probabilities": (stats, q),
+        "class weights": (weights, w),
+        "top k": (top, q[..., :2]),
+        "where": (masks, mask),
+    }
+    forms = {
+        "logits": lambda h, k, y, **options: jaxloss.cross_entropy(h @ k, y, **options),
+        "token_chunks": partial(
+            jaxloss.linear_cross_entropy, implementation="token_chunks", chunk_size=2
+        ),
+        "vocab_blocks": partial(
+            jaxloss.linear_cross_entropy, implementation="vocab_blocks", chunk_size=3
+        ),
+    }
+    for (kind, (make, batch)), (name, form) in itertools.product(kinds.items(), forms.items()):
+        yield pytest.param(make(form), h, k, batch, id=f"{name}, {kind}")
+
+
+@pytest.mark.parametrize(("loss", "h", "k", "batch"), some_batched())
+def test_vmap_over_labels_or_weights_of_shared_logits(loss, h, k, batch):
+    """An output that does not depend on what is batched had no batch axis, and its tangent had."""
+
+    def one(h, k, some):
+        leaves = jax.tree.leaves(loss(h, k, some))
+        return sum(jnp.sum(jnp.sin(v)) for v in leaves if jnp.issubdtype(v.dtype, jnp.floating))
+
+    def batched(h, k):
+        return jnp.sum(jax.vmap(one, (None, None, 0))(h, k, batch))
+
+    def looped(h, k):
+        return one(h, k, batch[0]) + one(h, k, batch[1])
+
+    @jit_quickly
+    def run(h, k):
+        def both(f):
+            grad = jax.grad(f, (0, 1))
+            return grad(h, k), jax.jvp(grad, (h, k), (h, k))[1]
+
+        return both(batched), both(looped)
+
+    got, expected = run(h, k)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), got, expected)

@@ -635,6 +635,93 @@ def test_what_a_loss_closes_over_has_the_gradient_of_the_tokens_that_count(chunk
     np.testing.assert_allclose(jax.value_and_grad(mean)(3.0), (3 * expected, expected), rtol=1e-6)
 
 
+def closing_over(scale, allowed, order, key):
+    """A loss that closes over a float, booleans, integers and a key."""
+
+    def loss(x, y):
+        x = jnp.where(allowed[None], scale * x, -1e9)[:, order][:, order]
+        x += jnp.where(jax.random.bernoulli(key, 0.5, (1, x.shape[1])), 0.1, 0.0)
+        return jaxloss.cross_entropy(x, y, reduction="none")
+
+    return loss
+
+
+ALLOWED, ORDER = jnp.arange(11) != 7, jnp.arange(11)[::-1]
+CAPTURED = {
+    "jit": lambda f: jax.jit(f),
+    "scan": lambda f: (
+        lambda *args: jax.lax.scan(lambda total, _: (total + f(*args), None), 0.0, None, length=2)[
+            0
+        ]
+    ),
+    "scan over them": lambda f: (
+        lambda h, k, s, a, o, key: jax.lax.scan(
+            lambda total, a: (total + f(h, k, s, a, o, key), None), 0.0, jnp.stack([a, a])
+        )[0]
+    ),
+    "map": lambda f: (
+        lambda h, k, s, a, o, key: jnp.sum(
+            jax.lax.map(lambda o: f(h, k, s, a, o, key), jnp.stack([o, o]))
+        )
+    ),
+    "cond": lambda f: (
+        lambda h, k, s, a, o, key: jax.lax.cond(a[0], lambda: f(h, k, s, a, o, key), lambda: 0.0)
+    ),
+    "checkpoint": lambda f: jax.checkpoint(f),
+    "vmap": lambda f: (
+        lambda h, k, s, a, o, key: jnp.sum(
+            jax.vmap(lambda a, key: f(h, k, s, a, o, key))(jnp.stack([a, a]), jnp.stack([key, key]))
+        )
+    ),
+}
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+@pytest.mark.parametrize("captured", CAPTURED)
+def test_gradients_from_outside_of_the_trace_that_a_loss_closes_over(captured, reduction):
+    """An integer, a boolean or a key of that trace stayed in a rule, which outlives the trace."""
+    hidden, kernel, labels = problem()
+    args = jnp.float32(1.5), ALLOWED, ORDER, jax.random.key(3)
+    labels = jnp.where(labels == 7, 0, labels)
+
+    def fused(h, k, *captured):
+        out = jaxloss.linear_loss(
+            closing_over(*captured), h, k, labels, chunk_size=4, reduction=reduction
+        )
+        return jnp.sum(jnp.sin(out))
+
+    def plain(h, k, *captured):
+        out = closing_over(*captured)(h @ k, labels)
+        return jnp.sum(jnp.sin(out if reduction == "none" else jnp.mean(out)))
+
+    ours, theirs = (
+        jax.value_and_grad(CAPTURED[captured](f), (0, 1, 2))(hidden, kernel, *args)
+        for f in (fused, plain)
+    )
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), ours, theirs)
+
+
+def test_second_derivatives_of_a_loss_that_closes_over_a_mask():
+    hidden, kernel, labels = problem()
+    labels = jnp.where(labels == 7, 0, labels)
+    args = ALLOWED, ORDER, jax.random.key(3)
+
+    def product(h, k, s, loss):
+        def grad(h, k, s):
+            return jax.grad(jax.jit(lambda *a: loss(*a, *args)), (0, 1, 2))(h, k, s)
+
+        return jax.jvp(grad, (h, k, s), (h, k, s))
+
+    def fused(h, k, *captured):
+        return jaxloss.linear_loss(closing_over(*captured), h, k, labels, chunk_size=4)
+
+    def plain(h, k, *captured):
+        return jnp.mean(closing_over(*captured)(h @ k, labels))
+
+    ours, theirs = (product(hidden, kernel, jnp.float32(1.5), f) for f in (fused, plain))
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), ours, theirs)
+
+
 H, K, Y = np.zeros((6, 4), np.float32), np.zeros((4, 10), np.float32), np.zeros(6, np.int32)
 
 

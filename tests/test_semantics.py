@@ -1,10 +1,20 @@
 """What each option means, worked by hand where it is PyTorch's, then all of them together."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import EPS, assert_within, differences, hurting_logits, margins, reference
+from helpers import (
+    EPS,
+    assert_within,
+    differences,
+    hurting_logits,
+    jit_quickly,
+    margins,
+    reference,
+)
 
 import jaxloss
 
@@ -457,3 +467,185 @@ def test_smoothing_over_a_mask_of_size_one():
     x, y = jnp.asarray([[1.0, 2.0, 4.0], [0.0, 3.0, 1.0]]), jnp.array([2, 0])
     masked = jaxloss.cross_entropy(x, y, where=jnp.ones((2, 1), bool), label_smoothing=0.2)
     np.testing.assert_allclose(masked, jaxloss.cross_entropy(x, y, label_smoothing=0.2), rtol=1e-6)
+
+
+# Numbers that may be traced, and what may be None.
+
+FORMS = {
+    "logits": lambda h, k, y, **options: jaxloss.cross_entropy(h @ k, y, **options),
+    **{
+        schedule: partial(jaxloss.linear_cross_entropy, implementation=schedule, chunk_size=2)
+        for schedule in ("token_chunks", "vocab_blocks")
+    },
+}
+
+
+def small_product():
+    rng = np.random.default_rng(0)
+    h, k = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((6, 3), (3, 5)))
+    q = jnp.asarray(rng.dirichlet(np.ones(5), 6), jnp.float32)
+    index = jnp.asarray(np.argsort(rng.normal(size=(6, 5)), -1)[:, :2], jnp.int32)
+    top = jaxloss.TopKLabels(index, jnp.take_along_axis(q, index, -1), rest="uniform")
+    return h, k, {"indices": jnp.array([0, 1, -100, 3, 4, 0]), "probabilities": q, "top k": top}
+
+
+@pytest.mark.parametrize("labels", ["indices", "probabilities", "top k"])
+@pytest.mark.parametrize("form", FORMS)
+def test_traced_smoothing_and_z_loss(form, labels):
+    """A schedule's numbers under jit, with derivatives; 0 and 1 need no program of their own."""
+    h, k, every = small_product()
+    y, weight = every[labels], jnp.arange(1.0, 6.0)
+
+    def loss(h, k, weight, smoothing, z):
+        options = {"label_smoothing": smoothing, "z_loss": z, "weight": weight}
+        return FORMS[form](h, k, y, **options)
+
+    @jit_quickly
+    def run(h, k, weight, numbers):
+        traced = jax.vmap(lambda e, z: jax.value_and_grad(loss, range(5))(h, k, weight, e, z))(
+            *numbers
+        )
+        static = [
+            jax.value_and_grad(loss, range(3))(h, k, weight, e, z)
+            for e, z in ((0.1, 0.2), (0.0, 0.0), (1.0, 0.1))
+        ]
+        return traced, static
+
+    numbers = jnp.array([0.1, 0.0, 1.0]), jnp.array([0.2, 0.0, 0.1])
+    (values, grads), static = run(h, k, weight, numbers)
+    for i, (value, some) in enumerate(static):
+        np.testing.assert_allclose(values[i], value, rtol=1e-5)
+        for g, e in zip(grads[:3], some, strict=True):
+            np.testing.assert_allclose(g[i], e, rtol=1e-4, atol=1e-6)
+    # The loss is linear in both numbers.
+    smooth, z = (
+        FORMS[form](h, k, y, weight=weight, **options)
+        for options in ({"label_smoothing": 1.0}, {"z_loss": 1.0})
+    )
+    plain = FORMS[form](h, k, y, weight=weight)
+    np.testing.assert_allclose(grads[4][1], z - plain, rtol=1e-4)
+    np.testing.assert_allclose(grads[3][1], smooth - plain, rtol=1e-4)
+
+
+@pytest.mark.parametrize("cap", [None, 900.0])
+@pytest.mark.parametrize("linear", [False, True])
+def test_traced_temperature_of_statistics(linear, cap):
+    """With an offset of 1000 that the logits share, which costs no digits."""
+    h, k, every = small_product()
+    x, y = h @ k + 1000, every["indices"]
+
+    def stats(x, temperature):
+        options = {"temperature": temperature, "logit_softcap": cap}
+        if linear:
+            return jaxloss.linear_token_stats(x, jnp.eye(5), y, chunk_size=2, **options)
+        return jaxloss.token_stats(x, y, **options)
+
+    def total(x, temperature):
+        some = stats(x, temperature)
+        return jnp.sum(jnp.sin(some.log_prob) + jnp.cos(some.entropy) + some.logsumexp / 1000)
+
+    @jit_quickly
+    def run(x, temperature):
+        return stats(x, temperature), jax.grad(total, (0, 1))(x, temperature)
+
+    got, (dx, dt) = run(x, jnp.float32(0.7))
+    expected, de = jit_quickly(lambda x: (stats(x, 0.7), jax.grad(total)(x, 0.7)))(x)
+    for v, e in zip(got, expected, strict=True):
+        np.testing.assert_allclose(v, e, rtol=2e-5, atol=2e-6)
+    np.testing.assert_allclose(dx, de, rtol=2e-4, atol=2e-6)
+    up, down = (jit_quickly(lambda x, t=t: total(x, t))(x) for t in (0.75, 0.65))
+    np.testing.assert_allclose(dt, (up - down) / 0.1, rtol=2e-2)
+
+
+@pytest.mark.nan_is_meant
+def test_a_traced_number_out_of_range_is_nan():
+    x, y = jnp.zeros((2, 3)), jnp.array([0, 1])
+    for options in ({"label_smoothing": jnp.float32(1.5)}, {"z_loss": jnp.float32(-1)}):
+        assert np.isnan(jaxloss.cross_entropy(x, y, **options))
+    assert np.all(np.isnan(jaxloss.token_stats(x, y, temperature=jnp.float32(0)).log_prob))
+    labels = jnp.ones((2, 3))
+    assert np.isnan(jaxloss.sigmoid_cross_entropy(x, labels, label_smoothing=jnp.float32(-1)))
+
+
+def test_traced_smoothing_of_decisions():
+    rng = np.random.default_rng(0)
+    x, y = jnp.asarray(rng.normal(size=(4, 3)), jnp.float32), jnp.asarray(rng.random((4, 3)) < 0.5)
+    for loss in (jaxloss.sigmoid_cross_entropy, jaxloss.sigmoid_focal_loss):
+        f = jax.jit(lambda x, e, loss=loss: loss(x, y, label_smoothing=e))
+        for e in (0.0, 0.1):
+            np.testing.assert_allclose(f(x, e), loss(x, y, label_smoothing=e), rtol=1e-6)
+
+
+def test_numbers_of_numpy_and_options_that_are_off():
+    x, y = jnp.asarray(np.random.default_rng(0).normal(size=(4, 3)), jnp.float32), jnp.arange(4) % 3
+    got = jaxloss.cross_entropy(x, y, label_smoothing=np.float32(0.25), z_loss=np.array(0.5))
+    assert got == jaxloss.cross_entropy(x, y, label_smoothing=0.25, z_loss=0.5)
+    off = {"label_smoothing": None, "z_loss": None, "logit_softcap": None}
+    assert jaxloss.cross_entropy(x, y, **off) == jaxloss.cross_entropy(x, y)
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        jaxloss.token_stats(x, y, temperature=None),
+        jaxloss.token_stats(x, y),
+    )
+    eye = jnp.eye(3)
+    assert jaxloss.linear_cross_entropy(x, eye, y, **off) == jaxloss.linear_cross_entropy(x, eye, y)
+    labels = jnp.ones((4, 3))
+    np.testing.assert_array_equal(
+        jaxloss.sigmoid_cross_entropy(x, labels, label_smoothing=None),
+        jaxloss.sigmoid_cross_entropy(x, labels),
+    )
+
+
+def means_of_nothing():
+    y, ignored = jnp.arange(4) % 3, jnp.full(4, -100)
+    eye, nobody = jnp.eye(3), jnp.zeros(4)
+    labels, none = jnp.ones((4, 3)), jnp.zeros((4, 3))
+
+    def first(x, y):
+        return x[:, 0]
+
+    return {
+        "cross_entropy": lambda x, **o: jaxloss.cross_entropy(x, ignored, **o),
+        "weights": lambda x, **o: jaxloss.cross_entropy(x, y, weight=jnp.zeros(3), **o),
+        "probabilities": lambda x, **o: jaxloss.cross_entropy(
+            x, labels / 3, sample_weight=nobody, **o
+        ),
+        "nll_loss": lambda x, **o: jaxloss.nll_loss(x, ignored, **o),
+        "focal_loss": lambda x, **o: jaxloss.focal_loss(x, ignored, **o),
+        "kl_divergence": lambda x, **o: jaxloss.kl_divergence(x, x, sample_weight=nobody, **o),
+        "linear_kl_divergence": lambda x, **o: jaxloss.linear_kl_divergence(
+            x, eye, x, eye, sample_weight=nobody, **o
+        ),
+        "linear_loss": lambda x, **o: jaxloss.linear_loss(
+            first, x, eye, y, sample_weight=nobody, **o
+        ),
+        "token_chunks": lambda x, **o: FORMS["token_chunks"](x, eye, ignored, **o),
+        "vocab_blocks": lambda x, **o: FORMS["vocab_blocks"](x, eye, ignored, **o),
+        "sigmoid": lambda x, **o: jaxloss.sigmoid_cross_entropy(x, labels, where=none > 0, **o),
+        "sigmoid focal": lambda x, **o: jaxloss.sigmoid_focal_loss(
+            x, labels, sample_weight=none, **o
+        ),
+    }
+
+
+@pytest.mark.nan_is_meant
+@pytest.mark.parametrize("name", means_of_nothing())
+def test_the_mean_over_nothing(name):
+    """NaN by default; what empty_mean says otherwise. A microbatch that is all prompt is common."""
+    loss = means_of_nothing()[name]
+
+    @jit_quickly
+    def run(x):
+        return [jax.value_and_grad(partial(loss, empty_mean=e))(x) for e in (None, 0.0, 2.5)]
+
+    for (value, grad), expected in zip(run(jnp.ones((4, 3))), (np.nan, 0.0, 2.5), strict=True):
+        np.testing.assert_array_equal(value, np.float32(expected))
+        np.testing.assert_array_equal(grad, 0)
+    assert loss(jnp.ones((4, 3)), empty_mean=np.float32(1.0), reduction="sum") == 0
+
+
+def test_empty_mean_changes_no_other_mean():
+    h, k, every = small_product()
+    for form in FORMS.values():
+        y = every["indices"]
+        np.testing.assert_array_equal(form(h, k, y, empty_mean=7.0), form(h, k, y))

@@ -66,6 +66,16 @@ def test_wide_and_unsigned_integers():
         assert got.dtype == jnp.int64
 
 
+@pytest.mark.parametrize("dtype", [jnp.uint8, jnp.uint16, jnp.uint32])
+def test_unsigned_tokens(dtype):
+    """They were refused, because they cannot hold an ignore_index of -100."""
+    got = jaxloss.next_token_labels(jnp.array([250, 251, 7], dtype))
+    assert got.tolist() == [251, 7, -100]
+    assert got.dtype == jnp.int32
+    largest = jaxloss.next_token_labels(jnp.array([1, 2**32 - 1, 3], jnp.uint32))
+    assert largest.tolist() == [2**31 - 1, 3, -100]
+
+
 @pytest.mark.parametrize("name", ["segment_ids", "sample_weight"])
 def test_numbers_past_32_bits_are_refused(name):
     """Cut to 32 bits, two documents with large numbers were one."""
