@@ -46,8 +46,8 @@ def next_token_labels(
     exactly 0 to both.
 
     Args:
-      tokens: ``[..., T]``, an integer dtype that can hold ``ignore_index``. Unsigned tokens are taken
-        as int32.
+      tokens: ``[..., T]``, an integer dtype that can hold ``ignore_index``. Unsigned tokens are
+        taken as int32.
       segment_ids: ``[..., T]``, an integer dtype: the sequence that each token belongs to, where
         rows are packed with several. A position whose next token is of another one is ignored.
         No number is special: where padding has one of its own (0 in batches packed by Grain, seqio
