@@ -174,8 +174,7 @@ def number(
     high: float = sys.float_info.max,
 ) -> float:
     """A Python number: these options are compiled into the program."""
-    if isinstance(x, np.generic | np.ndarray) and x.ndim == 0 and is_real(x):
-        x = x.item()  # the host's own number, as np.float32(0.1) is
+    x = _of_host(x)
     if isinstance(x, bool) or not isinstance(x, int | float):
         fail(
             function,
@@ -187,6 +186,12 @@ def number(
     if not low <= x <= high:  # nor is NaN
         fail(function, f"{name} must be in [{low:g}, {high:g}]", repr(x))
     return float(x)
+
+
+def _of_host(x: Any) -> Any:
+    """NumPy's numbers, np.float32(0.1) among them, as Python's."""
+    of_numpy = isinstance(x, np.generic | np.ndarray) and x.ndim == 0 and is_real(x)
+    return x.item() if of_numpy else x
 
 
 def is_real(x: Any) -> bool:
@@ -201,11 +206,13 @@ def scalar(function: str, name: str, x: Any, low: float, high: float, off: float
     """
     if x is None:
         return off
-    if not isinstance(x, Array):
+    x, rule = _of_host(x), f"{name} must be a number, or a real scalar array"
+    if isinstance(x, int | float) and not isinstance(x, bool):
         return number(function, name, x, low, high)
-    if x.ndim or not is_real(x):
-        rule = f"{name} must be a number, or a real scalar array"
-        fail(function, rule, describe(x), kind=ValueError if is_real(x) else TypeError)
+    if not isinstance(x, Array) or x.ndim or not is_real(x):
+        got = describe(x) if hasattr(x, "dtype") else type(x).__name__
+        wrong_shape = hasattr(x, "dtype") and is_real(x)
+        fail(function, rule, got, kind=ValueError if wrong_shape else TypeError)
     x, high = x.astype(dtype), min(high, float(jnp.finfo(dtype).max))
     return jnp.where((x >= low) & (x <= high), x, jnp.nan)
 

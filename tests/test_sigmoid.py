@@ -678,7 +678,7 @@ BOTH = [
 ]
 GAMMA = [
     ({"gamma": -1.0}, ValueError, r"gamma must be in \[0, .*; got -1\.0"),
-    ({"gamma": np.float32(2)}, TypeError, "gamma must be a Python number; got float32"),
+    ({"gamma": "2"}, TypeError, "gamma must be a Python number; got str"),
     ({"gamma": np.nan}, ValueError, r"gamma must be in \[0, .*; got nan"),
 ]
 ALPHA = [
