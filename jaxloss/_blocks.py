@@ -51,7 +51,8 @@ class Constants(NamedTuple):
 
     kept: Any  # [N], C: no such class; None: probabilities
     mask: Any  # [R, C], the classes that exist, one row for all tokens or
-    mask_row: Any  # [N], each token's
+    some: Any  # [R], which rows of the mask leave a class; all classes are taken in the others
+    mask_row: Any  # [N], each token's row of the mask
     index: Any  # [N, k], of extra
     counts: Any  # [N], the tokens that count; None: all, as far as the kernel goes
 
@@ -106,6 +107,8 @@ def _block(
     if kept is not None:
         kept = _entries.within(kept, start, size)
     mask = _cut(constants.mask, start, size)
+    if mask is not None and constants.some is not None:
+        mask |= ~constants.some[:, None]
     if mask is not None and constants.mask_row is not None:
         mask = mask[constants.mask_row]
     logits = _products.product(
@@ -163,7 +166,7 @@ def _fused(options: Options, operands: Operands, constants: Constants) -> _parts
 
     def swept(hidden, kernel, bias, kept, _):
         some = Operands(hidden, kernel, bias, None, None, None, None)
-        return _swept(options, some, Constants(kept, None, None, None, None))[0][:3]
+        return _swept(options, some, Constants(kept, None, None, None, None, None))[0][:3]
 
     kept = constants.kept
     by_kernel = partial(_row_kernel.row_part, options.geometry)

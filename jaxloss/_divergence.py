@@ -274,7 +274,7 @@ def _linear_kl_divergence(
 ):  # fmt: skip
     lead, tokens = hidden.shape[:-1], math.prod(hidden.shape[:-1])
     classes = _targets.classes_here(geometry.num_classes)
-    class_mask, token_mask = _targets.without_empty_rows(class_mask, token_mask, lead, classes)
+    token_mask = _targets.tokens_with_classes(class_mask, token_mask, lead, classes)
     mask_rows, mask_index = rows_of_mask(class_mask, lead)
 
     def rows(x):

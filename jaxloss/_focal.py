@@ -146,7 +146,7 @@ def _focal_loss(
     dtype, classes = accumulator_dtype(logits.dtype), _targets.classes_here(num_classes)
     # cross_entropy itself makes nothing of a row without classes: here it is not to count.
     mask = mask_classes_last(class_mask, logits, axes)
-    _, token_mask = _targets.without_empty_rows(mask, token_mask, labels.shape, classes)
+    token_mask = _targets.tokens_with_classes(mask, token_mask, labels.shape, classes)
     targets = _targets.make_targets(
         labels,
         classes,

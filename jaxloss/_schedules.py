@@ -22,7 +22,8 @@ def by_token_chunks(
 ):  # fmt: skip
     classes = _targets.classes_here(num_classes, geometry.num_classes, geometry.vocab_axes)
     lead, wide = hidden.shape[:-1], accumulator_dtype(hidden.dtype)
-    class_mask, token_mask = _targets.without_empty_rows(class_mask, token_mask, lead, classes)
+    # A chunk has none of the tokens that are left no class: its mask may be as it is.
+    token_mask = _targets.tokens_with_classes(class_mask, token_mask, lead, classes)
     targets = _targets.make_targets(
         labels,
         classes,
@@ -97,8 +98,9 @@ def by_vocab_blocks(
     classes = _targets.classes_here(num_classes, geometry.num_classes, axes)
     lead, wide = hidden.shape[:-1], accumulator_dtype(hidden.dtype)
     tokens = math.prod(lead)
-    class_mask, token_mask = _targets.without_empty_rows(class_mask, token_mask, lead, classes)
+    token_mask = _targets.tokens_with_classes(class_mask, token_mask, lead, classes)
     mask, mask_row = rows_of_mask(class_mask, lead)
+    some = None if mask is None else _targets.rows_with_classes(mask, classes)
     if mask is not None:
         mask = jnp.broadcast_to(mask, (mask.shape[0], classes.size))
     labels, tree = flat_labels(labels, lead)
@@ -133,7 +135,7 @@ def by_vocab_blocks(
                 _mesh.varying(_entries.of_rank(targets.share, 2), {*varies, *axes}),
                 targets.extra,
             ),
-            _blocks.Constants(kept, exists, mask_row, targets.column, counts),
+            _blocks.Constants(kept, exists, some, mask_row, targets.column, counts),
         )
 
     losses, stats, targets = token_terms(

@@ -117,21 +117,32 @@ def number_of_classes(classes: Classes, class_mask: Array | None, dtype) -> Arra
     return lax.psum(exist, classes.axes) if classes.axes else exist
 
 
+def rows_with_classes(class_mask: Array, classes: Classes) -> Array:
+    """Which rows of ``class_mask[..., columns]`` leave a class, ``[...]``."""
+    return _anywhere(jnp.any(_existing_columns(class_mask, classes), axis=-1), classes.axes)
+
+
+def tokens_with_classes(
+    class_mask: Array | None, token_mask: Array | None, batch: tuple[int, ...], classes: Classes
+) -> Array | None:
+    """``token_mask`` without the tokens that ``class_mask`` leaves no class: they do not count."""
+    if class_mask is None or not classes.total:
+        return token_mask
+    some = jnp.broadcast_to(rows_with_classes(class_mask, classes), batch)
+    return some if token_mask is None else some & token_mask
+
+
 def without_empty_rows(
     class_mask: Array | None, token_mask: Array | None, batch: tuple[int, ...], classes: Classes
 ) -> tuple[Array | None, Array | None]:
-    """The two masks, for a ``class_mask[..., columns]`` that may leave a token no class at all.
+    """``class_mask`` with all classes in the rows that it leaves none; ``tokens_with_classes``.
 
-    Such a token does not count. All classes exist in its row, so that what is selected away is
-    finite: NaN would return from behind the select in derivatives.
+    So what is selected away is finite: NaN would return from behind the select in derivatives.
     """
     if class_mask is None or not classes.total:
         return class_mask, token_mask
-    here = jnp.any(_existing_columns(class_mask, classes), axis=-1)
-    some = _anywhere(here, classes.axes)
-    class_mask |= ~some[..., None]
-    some = jnp.broadcast_to(some, batch)
-    return class_mask, some if token_mask is None else some & token_mask
+    token_mask = tokens_with_classes(class_mask, token_mask, batch, classes)
+    return class_mask | ~rows_with_classes(class_mask, classes)[..., None], token_mask
 
 
 def soft_targets(
