@@ -1,6 +1,8 @@
 """The three functions of logits: log_softmax, nll_loss, cross_entropy."""
 
-from typing import Any, cast
+from __future__ import annotations
+
+from typing import Any, Literal, TypedDict, Unpack, cast, overload
 
 import jax
 import jax.numpy as jnp
@@ -15,10 +17,12 @@ from jaxloss._forward_mode import with_forward_mode
 from jaxloss._jit import jit
 from jaxloss._labels import TopKLabels
 from jaxloss._mesh import AxisName
-from jaxloss._terms import TokenOptions, rows_of_logits, token_terms
+from jaxloss._terms import TokenOptions, TokenStats, rows_of_logits, token_terms
 
 
-def log_softmax(logits: ArrayLike, axis: int | tuple[int, ...] = -1, *, where=None) -> Array:
+def log_softmax(
+    logits: ArrayLike, axis: int | tuple[int, ...] = -1, *, where: ArrayLike | None = None
+) -> Array:
     r"""Logarithm of the softmax, exact at every confidence.
 
     .. math:: \mathrm{out}_j = x_j - \log \sum_i e^{x_i}
@@ -184,9 +188,50 @@ def _nan_where(wrong: Array, x: Array) -> Array:
     return with_forward_mode(rule, tangent)(x, wrong)
 
 
+class CrossEntropyOptions(TypedDict, total=False):
+    """Of :func:`cross_entropy`, but for ``return_stats``, which says what it returns."""
+
+    axis: int | tuple[int, ...]
+    num_classes: int | None
+    weight: ArrayLike | None
+    ignore_index: int | None
+    label_smoothing: float
+    z_loss: float
+    logit_softcap: float | None
+    sample_weight: ArrayLike | None
+    where: ArrayLike | None
+    reduction: Reduction
+    vocab_axis_name: AxisName | None
+    token_axis_name: AxisName | None
+
+
+@overload
 def cross_entropy(
     logits: ArrayLike,
-    labels: ArrayLike,
+    labels: ArrayLike | TopKLabels,
+    *,
+    return_stats: Literal[False] = False,
+    **options: Unpack[CrossEntropyOptions],
+) -> Array: ...
+@overload
+def cross_entropy(
+    logits: ArrayLike,
+    labels: ArrayLike | TopKLabels,
+    *,
+    return_stats: Literal[True],
+    **options: Unpack[CrossEntropyOptions],
+) -> tuple[Array, TokenStats]: ...
+@overload
+def cross_entropy(
+    logits: ArrayLike,
+    labels: ArrayLike | TopKLabels,
+    *,
+    return_stats: bool,
+    **options: Unpack[CrossEntropyOptions],
+) -> Array | tuple[Array, TokenStats]: ...
+def cross_entropy(
+    logits: ArrayLike,
+    labels: ArrayLike | TopKLabels,
     *,
     axis: int | tuple[int, ...] = -1,
     num_classes: int | None = None,
@@ -201,7 +246,7 @@ def cross_entropy(
     vocab_axis_name: AxisName | None = None,
     token_axis_name: AxisName | None = None,
     return_stats: bool = False,
-) -> Any:
+) -> Array | tuple[Array, TokenStats]:
     r"""Softmax cross-entropy of logits and labels, exact at every confidence.
 
     For a token with logits ``x`` (capped first, if asked for) and a class index ``y``,

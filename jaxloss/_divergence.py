@@ -1,11 +1,13 @@
 """kl_divergence and linear_kl_divergence: a student compared with its teacher, for distillation."""
 
+from __future__ import annotations
+
 import math
 from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jax.typing import ArrayLike
 
 from jaxloss import _arguments, _check, _chunks, _layout, _linear, _products, _sweeps, _targets
@@ -148,7 +150,7 @@ def linear_kl_divergence(
     reduction: Reduction = "mean",
     token_axis_name: AxisName | None = None,
     chunk_size: int | None = None,
-    precision: Any = None,
+    precision: lax.PrecisionLike = None,
 ) -> Array:
     r""":func:`kl_divergence` of ``hidden @ kernel`` and a teacher's, never holding either's logits.
 

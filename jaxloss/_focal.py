@@ -1,5 +1,7 @@
 """The focal loss of class indices, and the factor that every focal loss has: ``(1 - p)^gamma``."""
 
+from __future__ import annotations
+
 from functools import partial
 from typing import Any
 

@@ -1,9 +1,12 @@
 """linear_cross_entropy: the loss of ``hidden @ kernel`` without the logits."""
 
+from __future__ import annotations
+
 import math
-from typing import Any
+from typing import Any, Literal, TypedDict, Unpack, overload
 
 import jax
+from jax import Array, lax
 from jax.typing import ArrayLike
 
 from jaxloss import (
@@ -18,15 +21,64 @@ from jaxloss import (
 )
 from jaxloss._arguments import Reduction
 from jaxloss._implementation import Implementation
+from jaxloss._labels import TopKLabels
 from jaxloss._mesh import AxisName
 from jaxloss._schedules import by_token_chunks, by_vocab_blocks
-from jaxloss._terms import TokenOptions
+from jaxloss._terms import TokenOptions, TokenStats
 
 
+class LinearOptions(TypedDict, total=False):
+    """Of :func:`linear_cross_entropy`, but for ``return_stats``, which says what it returns."""
+
+    bias: ArrayLike | None
+    vocab_axis: int
+    num_classes: int | None
+    weight: ArrayLike | None
+    ignore_index: int | None
+    label_smoothing: float
+    z_loss: float
+    logit_softcap: float | None
+    sample_weight: ArrayLike | None
+    where: ArrayLike | None
+    reduction: Reduction
+    vocab_axis_name: AxisName | None
+    token_axis_name: AxisName | None
+    chunk_size: int | None
+    precision: lax.PrecisionLike
+    implementation: Implementation | None
+
+
+@overload
 def linear_cross_entropy(
     hidden: ArrayLike,
     kernel: ArrayLike,
-    labels: Any,
+    labels: ArrayLike | TopKLabels,
+    *,
+    return_stats: Literal[False] = False,
+    **options: Unpack[LinearOptions],
+) -> Array: ...
+@overload
+def linear_cross_entropy(
+    hidden: ArrayLike,
+    kernel: ArrayLike,
+    labels: ArrayLike | TopKLabels,
+    *,
+    return_stats: Literal[True],
+    **options: Unpack[LinearOptions],
+) -> tuple[Array, TokenStats]: ...
+@overload
+def linear_cross_entropy(
+    hidden: ArrayLike,
+    kernel: ArrayLike,
+    labels: ArrayLike | TopKLabels,
+    *,
+    return_stats: bool,
+    **options: Unpack[LinearOptions],
+) -> Array | tuple[Array, TokenStats]: ...
+def linear_cross_entropy(
+    hidden: ArrayLike,
+    kernel: ArrayLike,
+    labels: ArrayLike | TopKLabels,
     *,
     bias: ArrayLike | None = None,
     vocab_axis: int = -1,
@@ -43,9 +95,9 @@ def linear_cross_entropy(
     token_axis_name: AxisName | None = None,
     return_stats: bool = False,
     chunk_size: int | None = None,
-    precision: Any = None,
+    precision: lax.PrecisionLike = None,
     implementation: Implementation | None = None,
-) -> Any:
+) -> Array | tuple[Array, TokenStats]:
     r"""``cross_entropy(hidden @ kernel + bias, labels, ...)``, never holding the logits.
 
     .. math:: l_n = \log \sum_c e^{h_n \cdot k_c + b_c} - (h_n \cdot k_{y_n} + b_{y_n})

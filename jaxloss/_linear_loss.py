@@ -1,12 +1,13 @@
 """linear_loss: any loss of the logits ``hidden @ kernel``, a chunk of tokens at a time."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jax.typing import ArrayLike
 
 from jaxloss import (
@@ -34,7 +35,7 @@ def linear_loss(
     sample_weight: ArrayLike | None = None,
     reduction: Reduction = "mean",
     chunk_size: int | None = None,
-    precision: Any = None,
+    precision: lax.PrecisionLike = None,
 ) -> Array:
     r"""Any per-token loss of the logits ``hidden @ kernel + bias``, never holding them whole.
 

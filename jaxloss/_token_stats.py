@@ -1,11 +1,13 @@
 """token_stats and linear_token_stats: what a model says of tokens, without a loss."""
 
-from typing import Any
+from __future__ import annotations
 
+from jax import lax
 from jax.typing import ArrayLike
 
 from jaxloss._cross_entropy import losses_of_logits
 from jaxloss._implementation import Implementation
+from jaxloss._labels import TopKLabels
 from jaxloss._linear_cross_entropy import losses_of_product
 from jaxloss._mesh import AxisName
 from jaxloss._terms import TokenStats
@@ -13,7 +15,7 @@ from jaxloss._terms import TokenStats
 
 def token_stats(
     logits: ArrayLike,
-    labels: Any,
+    labels: ArrayLike | TopKLabels,
     *,
     axis: int | tuple[int, ...] = -1,
     num_classes: int | None = None,
@@ -92,7 +94,7 @@ def token_stats(
 def linear_token_stats(
     hidden: ArrayLike,
     kernel: ArrayLike,
-    labels: Any,
+    labels: ArrayLike | TopKLabels,
     *,
     bias: ArrayLike | None = None,
     vocab_axis: int = -1,
@@ -103,7 +105,7 @@ def linear_token_stats(
     where: ArrayLike | None = None,
     vocab_axis_name: AxisName | None = None,
     chunk_size: int | None = None,
-    precision: Any = None,
+    precision: lax.PrecisionLike = None,
     implementation: Implementation | None = None,
 ) -> TokenStats:
     r"""``token_stats(hidden @ kernel + bias, labels, ...)``, never holding the logits.
