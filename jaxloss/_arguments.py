@@ -18,7 +18,9 @@ WITHOUT_SAMPLE_WEIGHT = ("log_softmax", "token_stats", "linear_token_stats", "ne
 WITHOUT_AXIS = ("linear_cross_entropy", "linear_token_stats")
 
 
-def top_k_labels(function: str, name: str, batch: tuple[int, ...], y: TopKLabels) -> TopKLabels:
+def top_k_labels(
+    function: str, name: str, batch: tuple[int, ...], y: TopKLabels, logits: Any = None
+) -> TopKLabels:
     indices = _check.array(function, "labels.indices", y.indices, of_classes=True)
     probabilities = _check.array(function, "labels.probabilities", y.probabilities, narrow=False)
     if not jnp.issubdtype(indices.dtype, jnp.integer):
@@ -30,7 +32,8 @@ def top_k_labels(function: str, name: str, batch: tuple[int, ...], y: TopKLabels
     probabilities = _check.floating(function, "labels.probabilities", probabilities)
     if indices.shape[:-1] != batch or indices.ndim != len(batch) + 1:
         rule = f"labels.indices must be [..., k] with the batch shape of {name}, {batch}"
-        _check.fail(function, rule, _check.describe(indices))
+        way_out = _other_axis(function, logits, indices.shape[:-1])
+        _check.fail(function, rule, _check.describe(indices), way_out)
     rule = "the shape of labels.indices"
     _check.shape(function, "labels.probabilities", probabilities, indices.shape, rule)
     _check.word(function, "labels.rest", y.rest, RESTS)
@@ -40,7 +43,7 @@ def top_k_labels(function: str, name: str, batch: tuple[int, ...], y: TopKLabels
 def _labels(function: str, name: str, logits: Array, axes: tuple[int, ...], y: Any) -> Any:
     """Class indices (integers, logits without the class axes) or probabilities (like logits)."""
     if isinstance(y, TopKLabels):
-        return top_k_labels(function, name, _check.batch_shape(logits, axes), y)
+        return top_k_labels(function, name, _check.batch_shape(logits, axes), y, logits)
     given, batch = y, _check.batch_shape(logits, axes)
     y = indices_or_probabilities(function, given, logits.shape, batch)
     axis = axes[0] if len(axes) == 1 else axes
@@ -52,7 +55,8 @@ def _labels(function: str, name: str, logits: Array, axes: tuple[int, ...], y: A
         elif len(axes) == 1 and y.shape == (*batch[: axes[0]], 1, *batch[axes[0] :]):
             way_out = f"Drop the size-1 class axis: labels.squeeze({axis})."
         of_logits = f"{name}: {_check.describe(logits)}."
-        way_out = way_out or f"{of_logits}{_other_axis(function, logits, axes, y)}"
+        other = _other_axis(function, logits, y.shape)
+        way_out = way_out or " ".join(filter(None, (of_logits, other)))
         _check.shape(function, "labels", y, batch, rule, way_out)
     else:
         rule = f"the shape of {name} when they are probabilities (floating)"
@@ -63,15 +67,16 @@ def _labels(function: str, name: str, logits: Array, axes: tuple[int, ...], y: A
     return y
 
 
-def _other_axis(function: str, logits: Any, axes: tuple[int, ...], y: Array) -> str:
-    """The one other class axis, or tuple of as many, that labels of this shape fit."""
-    if function in WITHOUT_AXIS:
+def _other_axis(function: str, logits: Any, shape: tuple[int, ...]) -> str:
+    """The one class axis, or tuple of axes, that labels of this batch shape fit."""
+    if logits is None or function in WITHOUT_AXIS or not 0 < len(shape) < logits.ndim:
         return ""
-    choices = itertools.combinations(range(logits.ndim), len(axes))
-    found = [other for other in choices if _check.batch_shape(logits, other) == y.shape]
+    choices = itertools.combinations(range(logits.ndim), logits.ndim - len(shape))
+    found = [axes for axes in choices if _check.batch_shape(logits, axes) == shape]
     if len(found) != 1:
         return ""
-    return f" The labels fit axis={found[0][0] if len(axes) == 1 else found[0]}."
+    (axes,) = found
+    return f"The labels fit axis={axes[0] if len(axes) == 1 else axes}."
 
 
 def one_hot_way_out(given: Any) -> str:

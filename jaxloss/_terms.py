@@ -1,7 +1,5 @@
 """From rows to tokens: each token's loss and statistics, however its row was read."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple

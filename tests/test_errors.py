@@ -842,7 +842,10 @@ def test_top_k_labels_of_no_arrays():
         ((2, 3, 5), 0, (2, 3), " The labels fit axis=2."),
         ((2, 3, 5), (0, 1), (2,), " The labels fit axis=(1, 2)."),
         ((4, 3), 1, (3,), " The labels fit axis=0."),
+        ((2, 3, 5, 7), -1, (2, 7), " The labels fit axis=(1, 2)."),
+        ((2, 3, 5, 7), (1, 2), (2, 5, 7), " The labels fit axis=1."),
         ((2, 3, 3, 5), -1, (2, 3, 5), ""),  # two fit
+        ((2, 3, 5), -1, (), ""),
         ((2, 3, 5), -1, (7, 5), ""),
         ((4, 3), 1, (1,), ""),
     ],
@@ -854,6 +857,13 @@ def test_labels_that_fit_another_axis(name, logits, axis, labels, fits):
         getattr(jaxloss, name)(x, y, axis=axis)
     first = "log_probs" if name == "nll_loss" else "logits"
     assert str(told.value).endswith(f"; got int32{labels}. {first}: float32{logits}.{fits}")
+
+
+def test_top_k_labels_that_fit_another_axis():
+    x, y = np.zeros((2, 3, 5), np.float32), np.zeros((2, 5, 4), np.int32)
+    for call in (jaxloss.cross_entropy, jaxloss.token_stats):
+        with pytest.raises(ValueError, match=r"got int32\(2, 5, 4\)\. The labels fit axis=1\.$"):
+            call(x, jaxloss.TopKLabels(y, np.zeros(y.shape, np.float32)))
 
 
 def test_a_product_has_no_axis_to_offer():
