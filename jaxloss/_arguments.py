@@ -266,13 +266,12 @@ def mesh_axes(function: str, name: str, x: Any) -> _mesh.Axes:
     manual = jax.sharding.get_abstract_mesh().manual_axes
     for n in names:
         if n not in manual:
+            by_hand = _by_hand(function, name, n)
             _check.fail(
                 function,
                 f"{name} must name axes of the surrounding shard_map",
                 f"{n!r}, inside of {'shard_map over ' + str(manual) if manual else 'none'}",
-                f"Of pmap or vmap, leave it out{_by_hand(function, name, n)}."
-                if _mesh.is_bound(n)
-                else "",
+                f"Of vmap or pmap: {by_hand}." if by_hand and _mesh.is_bound(n) else "",
             )
     if len(set(names)) != len(names):
         _check.fail(function, f"{name} must name each axis once", repr(x))
@@ -320,8 +319,8 @@ def _check_types(function: str, name: str, axis: str) -> None:
     if not _mesh.is_typed(axis):
         rule = f"{name} needs types that say what is split over {axis!r}"
         got = "none, as inside of jax.pmap and of shard_map with check_vma=False"
-        way_out = f"For that keep shard_map's check_vma=True{_by_hand(function, name, axis)}."
-        _check.fail(function, rule, got, way_out)
+        ways = ("For that keep shard_map's check_vma=True", _by_hand(function, name, axis))
+        _check.fail(function, rule, got, f"{', or '.join(filter(None, ways))}.")
 
 
 def _by_hand(function: str, name: str, axis: str) -> str:
@@ -329,10 +328,10 @@ def _by_hand(function: str, name: str, axis: str) -> str:
     if name != "token_axis_name":
         return ""
     if function in ("metric_sums", "total_weight"):
-        return f", or leave {name} out and write jax.lax.psum({function}(...), {axis!r})"
+        return f"leave {name} out and write jax.lax.psum({function}(...), {axis!r})"
     divisor = "the tokens' weights" if "divergence" in function else "total_weight(...)"
     return (
-        f", or leave {name} out: take reduction='sum', divide it by jax.lax.psum of {divisor} over "
+        f"leave {name} out: take reduction='sum', divide it by jax.lax.psum of {divisor} over "
         f"{axis!r}, differentiate that, and jax.lax.psum the loss and its gradients"
     )
 

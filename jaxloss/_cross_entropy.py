@@ -260,8 +260,9 @@ def cross_entropy(
     .. math:: l = \sum_c w_c\, q'_c\, (\mathrm{lse}(x) - x_c) + z\,\mathrm{lse}(x)^2
 
     Args:
-      logits: ``[..., C]``, C at ``axis``; a floating dtype. ``[C]`` with a scalar label is a valid,
-        unbatched call. float16 and bfloat16 are read as they are and computed in float32.
+      logits: ``[..., C]``, C at ``axis``; a floating dtype of 16 bits or more. ``[C]`` with a
+        scalar label is a valid, unbatched call. float16 and bfloat16 are read as they are and
+        computed in float32.
       labels: class indices (an integer dtype, the shape of ``logits`` without ``axis``), class
         probabilities (floating, the shape of ``logits``), or :class:`TopKLabels`.
       axis: the class axis; a tuple of axes takes a label as the flat index over them.
@@ -282,11 +283,12 @@ def cross_entropy(
       reduction: ``"none"``: ``s_n l_n``, one a token. ``"sum"``. ``"mean"``: PyTorch's,
         ``sum(s_n l_n) / sum(s_n w_{y_n})`` over the tokens that count for class indices,
         ``sum(s_n l_n) / sum(s_n)`` for probabilities. A mean over nothing is NaN, with gradient 0.
-      vocab_axis_name: inside ``shard_map``, the mesh axis, or axes, that the classes are split
-        over, in order. ``logits``, probabilities and ``where`` are then this device's columns;
-        class indices, ``weight`` and ``num_classes`` speak of the whole vocabulary.
-      token_axis_name: inside ``shard_map``, the mesh axis, or axes, that the tokens are split over:
-        ``"sum"`` and ``"mean"`` are over all of them.
+      vocab_axis_name: inside ``shard_map`` (with its ``check_vma=True``), the mesh axis, or axes,
+        that the classes are split over, in order. ``logits``, probabilities and ``where`` are then
+        this device's columns; class indices, ``weight`` and ``num_classes`` speak of the whole
+        vocabulary.
+      token_axis_name: likewise, the mesh axis, or axes, that the tokens are split over: ``"sum"``
+        and ``"mean"`` are over all of them.
       return_stats: also return :class:`TokenStats`, differentiable with ``reduction="none"``.
 
     Returns:

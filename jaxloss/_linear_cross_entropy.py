@@ -105,7 +105,7 @@ def linear_cross_entropy(
     with the options of :func:`cross_entropy`, and its numerics.
 
     Args:
-      hidden: ``[..., D]``, a floating dtype; N tokens in all.
+      hidden: ``[..., D]``, a floating dtype of 16 bits or more; N tokens in all.
       kernel: ``[D, V]``, or with ``vocab_axis=0`` ``[V, D]``: a tied embedding table as it is. The
         dtype of ``hidden``: the products take it, and accumulate in float32.
       labels: class indices ``[...]``, class probabilities ``[..., C]``, or :class:`TopKLabels`.
