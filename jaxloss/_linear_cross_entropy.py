@@ -1,4 +1,4 @@
-"""linear_cross_entropy: the loss of ``hidden @ kernel`` without the logits."""
+"""linear_cross_entropy: the loss of ``hidden @ kernel``, a part of the logits at a time."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def linear_cross_entropy(
     precision: lax.PrecisionLike = None,
     implementation: Implementation | None = None,
 ) -> Array | tuple[Array, TokenStats]:
-    r"""``cross_entropy(hidden @ kernel + bias, labels, ...)``, never holding the logits.
+    r"""``cross_entropy(hidden @ kernel + bias, labels, ...)``, a chunk of the logits at a time.
 
     .. math:: l_n = \log \sum_c e^{h_n \cdot k_c + b_c} - (h_n \cdot k_{y_n} + b_{y_n})
 
@@ -123,8 +123,11 @@ def linear_cross_entropy(
         at most 2 D / 3 more than that: their logits take no more than the accumulator that one
         chunk does without. On a CPU what 256 MiB allow, up to 512 tokens, or 1024 where their
         logits take 64 MiB. Without a gradient of ``kernel``, halves of it that fit 1 GiB, without
-        any 256 MiB. With the other implementations classes; None takes 8 MiB on a CPU, 32 MiB on a
-        TPU, 64 MiB on a GPU, and at least 128 classes, 1024 on a TPU.
+        any 256 MiB. Options of which a token holds more than its logits and their gradient (class
+        probabilities, ``weight`` with smoothing, :class:`TopKLabels`, statistics beside ``where``)
+        take as many fewer tokens; no fewer than 512 on a TPU, 256 on a GPU. With the other
+        implementations classes; None takes 8 MiB on a CPU, 32 MiB on a TPU, 64 MiB on a GPU, and at
+        least 128 classes, 1024 on a TPU.
       precision: of the products, as in :func:`jax.lax.dot_general`.
       implementation: ``"token_chunks"``, or for least memory ``"vocab_blocks"``, or vocabulary
         blocks whose log-sum-exp a kernel computes: ``"mosaic_tpu"`` on a TPU after v4, where a
@@ -159,6 +162,18 @@ def linear_cross_entropy(
     blocks take four products whatever the reduction, but hold one block of logits beside a float32
     gradient of ``hidden`` and no accumulator for the kernel's. They compute every token; with a
     kernel its product takes those that count, the others a quarter of all tokens, a half or all.
+
+    So tokens that fit into one chunk have all their logits held by default, as
+    :func:`cross_entropy` of the product has them: 512 tokens of 32768 classes and 256 features
+    128 MiB (float32, on a CPU). ``implementation="vocab_blocks"`` holds a block however few tokens
+    there are: 21 MiB.
+
+    A scalar loss keeps its gradients for the backward pass. Where a ``scan`` over the loss is
+    differentiated from outside, that is a float32 gradient of the kernel for each step: 64 steps of
+    16 tokens, 256 features and 8192 classes hold 529 MiB. Take the gradient inside of the step and
+    add it up, or let the step keep none: ``jax.checkpoint`` of the step and
+    ``reduction="none"``, whose mean is taken by hand, hold 16 MiB, ``"vocab_blocks"`` 10.
+
     Differentiable in ``hidden``, ``kernel``, ``bias``, probabilities and weights, in every mode.
 
     Under ``vmap`` each member of the batch has chunks, and a gradient of the kernel, of its own:
@@ -277,7 +292,16 @@ def losses_of_product(
         implementation,
         chunk_size,
         _implementation.Size(tokens, hidden.shape[-1], columns, local, classes != local * shards),
-        _implementation.Asked(hidden.dtype, labels, class_mask, smoothing, scaling, with_stats),
+        _implementation.Asked(
+            hidden.dtype,
+            labels,
+            class_mask,
+            smoothing,
+            scaling,
+            with_stats,
+            weight is not None,
+            reduction == "none",
+        ),
         whole=layout is not None or _device.is_whole(),
     )
     static = {

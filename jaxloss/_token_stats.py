@@ -108,7 +108,7 @@ def linear_token_stats(
     precision: lax.PrecisionLike = None,
     implementation: Implementation | None = None,
 ) -> TokenStats:
-    r"""``token_stats(hidden @ kernel + bias, labels, ...)``, never holding the logits.
+    r"""``token_stats(hidden @ kernel + bias, labels, ...)``, a chunk of the logits at a time.
 
     .. math:: \log p_y = z_y - \mathrm{lse}(z), \qquad z = (h K + b) / T
 
@@ -126,8 +126,9 @@ def linear_token_stats(
       TypeError, ValueError: as :func:`linear_cross_entropy`; or ``temperature`` is not positive.
 
     One matrix product, and four where ``hidden`` and ``kernel`` are differentiated too: the
-    backward pass computes each chunk's logits again, as with ``reduction="none"``. With
-    ``"vocab_blocks"`` ``rank`` takes a product more; under ``jit`` it is not computed where it is
+    backward pass computes each chunk's logits again, as with ``reduction="none"``. Tokens that fit
+    into one chunk have all their logits held; with ``implementation="vocab_blocks"`` a block of
+    them is. There ``rank`` takes a product more; under ``jit`` it is not computed where it is
     not used. Tokens whose label is ignored (the prompt) are not computed. Differentiable as
     :func:`linear_cross_entropy`; sharded operands too are as there.
 
