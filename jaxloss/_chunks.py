@@ -177,39 +177,45 @@ def taken(x: Any, at: Array) -> Any:
         return jnp.where(_each(at, x), x, jnp.zeros((), x.dtype))
     if x.shape[0] == 0:
         return jnp.zeros((*at.shape, *x.shape[1:]), x.dtype)
-    return _of_bits(_rows_at, x)(x, at)
+    return (_long_rows_at if moves_bits(x) else _rows_at)(x, at)
 
 
 def _rows_at(x: Array, at: Array) -> Array:
     return jnp.take(x, at, axis=0, mode="fill", fill_value=0)
 
 
-def _with_rows_at(x: Array, rows: Array, at: Array) -> Array:
-    return x.at[at].set(rows, mode="drop")
+def moves_bits(x: Any) -> bool:
+    """Whether long rows of this shape and dtype move as bits: XLA:CPU gathers and scatters narrow
+    floats by way of a float32 copy of all of them."""
+    narrow = jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize == 2
+    long = x.ndim > 1 and math.prod(x.shape[1:]) >= 4096
+    return narrow and long and jax.default_backend() == "cpu"
 
 
-def _of_bits(move: Any, like: Array) -> Any:
-    """``move(*arrays, at)``, which moves rows and computes nothing.
+def _bits_at(x: Array, at: Array) -> Array:
+    """:func:`_rows_at`, a row at a time: the bits of all rows would be an array of their own."""
+    whole, at = _mesh.together(x, at)
 
-    XLA:CPU gathers and scatters narrow floats by way of a float32 copy of all of them: there their
-    bits are moved.
-    """
-    narrow = jnp.issubdtype(like.dtype, jnp.floating) and like.dtype.itemsize == 2
-    if not narrow or jax.default_backend() != "cpu":
-        return move
+    def row(i):
+        # Or XLA:CPU widens all of x before the loop, as it widens the row in it.
+        x, i = lax.optimization_barrier((whole, i))
+        here = lax.dynamic_index_in_dim(x, jnp.minimum(i, x.shape[0] - 1), keepdims=False)
+        here = lax.bitcast_convert_type(here, jnp.uint16)
+        return jnp.where(i < x.shape[0], here, jnp.zeros((), jnp.uint16))
 
-    def moved(*args):
-        *arrays, at = args
-        bits = (lax.bitcast_convert_type(x, jnp.uint16) for x in arrays)
-        return lax.bitcast_convert_type(move(*bits, at), like.dtype)
+    return lax.bitcast_convert_type(lax.map(row, at), x.dtype)
 
-    rule = jax.custom_jvp(moved)
 
-    def jvp(args, tangents):
-        return rule(*args), jvp_of_moving(move, args, tangents)[1]
+@jax.custom_jvp
+def _long_rows_at(x: Array, at: Array) -> Array:
+    return _bits_at(x, at)
 
-    rule.defjvp(jvp, symbolic_zeros=True)
-    return rule
+
+def _long_rows_at_jvp(args, tangents):
+    return _long_rows_at(*args), jvp_of_moving(_rows_at, args, tangents)[1]
+
+
+_long_rows_at.defjvp(_long_rows_at_jvp, symbolic_zeros=True)
 
 
 def filled(x: Any, at: Array, packing: Packing) -> Any:
@@ -226,12 +232,18 @@ def filled(x: Any, at: Array, packing: Packing) -> Any:
     return taken(x, jnp.where(at < x.shape[0], at, first))
 
 
+def _as_held(rows: Array, x: Array) -> Array:
+    if x.dtype == jnp.uint16 and rows.dtype != jnp.uint16:  # the bits of narrow floats
+        return lax.bitcast_convert_type(rows, jnp.uint16)
+    return rows.astype(x.dtype)
+
+
 def put_back(at: Array, x: Array, rows: Array) -> Array:
     if x.shape[0] == 0:
         return x
     if at.dtype == bool:
-        return jnp.where(_each(at, x), rows.astype(x.dtype), x)
-    return _of_bits(_with_rows_at, x)(x, rows.astype(x.dtype), at)
+        return jnp.where(_each(at, x), _as_held(rows, x), x)
+    return x.at[at].set(_as_held(rows, x), mode="drop")
 
 
 def sweep(packing: Packing, chunk: int, part, update, blank, finish, dynamic: bool):
