@@ -19,7 +19,9 @@ WITHOUT_SAMPLE_WEIGHT = ("log_softmax", "token_stats", "linear_token_stats", "ne
 WITHOUT_AXIS = ("linear_cross_entropy", "linear_token_stats")
 
 
-def top_k_labels(function: str, name: str, batch: tuple[int, ...], y: TopKLabels) -> TopKLabels:
+def top_k_labels(
+    function: str, name: str, batch: tuple[int, ...], y: TopKLabels, logits: Any = None
+) -> TopKLabels:
     indices = _check.array(function, "labels.indices", y.indices, of_classes=True)
     probabilities = _check.array(function, "labels.probabilities", y.probabilities, narrow=False)
     if not jnp.issubdtype(indices.dtype, jnp.integer):
@@ -31,7 +33,8 @@ def top_k_labels(function: str, name: str, batch: tuple[int, ...], y: TopKLabels
     probabilities = _check.floating(function, "labels.probabilities", probabilities)
     if indices.shape[:-1] != batch or indices.ndim != len(batch) + 1:
         rule = f"labels.indices must be [..., k] with the batch shape of {name}, {batch}"
-        _check.fail(function, rule, _check.describe(indices))
+        way_out = _other_axis(function, logits, indices.shape[:-1])
+        _check.fail(function, rule, _check.describe(indices), way_out)
     rule = "the shape of labels.indices"
     _check.shape(function, "labels.probabilities", probabilities, indices.shape, rule)
     _check.word(function, "labels.rest", y.rest, RESTS)
@@ -41,7 +44,7 @@ def top_k_labels(function: str, name: str, batch: tuple[int, ...], y: TopKLabels
 def _labels(function: str, name: str, logits: Array, axes: tuple[int, ...], y: Any) -> Any:
     """Class indices (integers, logits without the class axes) or probabilities (like logits)."""
     if isinstance(y, TopKLabels):
-        return top_k_labels(function, name, _check.batch_shape(logits, axes), y)
+        return top_k_labels(function, name, _check.batch_shape(logits, axes), y, logits)
     given, batch = y, _check.batch_shape(logits, axes)
     y = indices_or_probabilities(function, given, logits.shape, batch)
     axis = axes[0] if len(axes) == 1 else axes
@@ -53,7 +56,8 @@ def _labels(function: str, name: str, logits: Array, axes: tuple[int, ...], y: A
         elif len(axes) == 1 and y.shape == (*batch[: axes[0]], 1, *batch[axes[0] :]):
             way_out = f"Drop the size-1 class axis: labels.squeeze({axis})."
         of_logits = f"{name}: {_check.describe(logits)}."
-        way_out = way_out or f"{of_logits}{_other_axis(function, logits, axes, y)}"
+        other = _other_axis(function, logits, y.shape)
+        way_out = way_out or " ".join(filter(None, (of_logits, other)))
         _check.shape(function, "labels", y, batch, rule, way_out)
     else:
         rule = f"the shape of {name} when they are probabilities (floating)"
@@ -64,15 +68,16 @@ def _labels(function: str, name: str, logits: Array, axes: tuple[int, ...], y: A
     return y
 
 
-def _other_axis(function: str, logits: Any, axes: tuple[int, ...], y: Array) -> str:
-    """The one other class axis, or tuple of as many, that labels of this shape fit."""
-    if function in WITHOUT_AXIS:
+def _other_axis(function: str, logits: Any, shape: tuple[int, ...]) -> str:
+    """The one class axis, or tuple of axes, that labels of this batch shape fit."""
+    if logits is None or function in WITHOUT_AXIS or not 0 < len(shape) < logits.ndim:
         return ""
-    choices = itertools.combinations(range(logits.ndim), len(axes))
-    found = [other for other in choices if _check.batch_shape(logits, other) == y.shape]
+    choices = itertools.combinations(range(logits.ndim), logits.ndim - len(shape))
+    found = [axes for axes in choices if _check.batch_shape(logits, axes) == shape]
     if len(found) != 1:
         return ""
-    return f" The labels fit axis={found[0][0] if len(axes) == 1 else found[0]}."
+    (axes,) = found
+    return f"The labels fit axis={axes[0] if len(axes) == 1 else axes}."
 
 
 def one_hot_way_out(given: Any) -> str:
@@ -277,13 +282,12 @@ def mesh_axes(function: str, name: str, x: Any) -> _mesh.Axes:
     manual = jax.sharding.get_abstract_mesh().manual_axes
     for n in names:
         if n not in manual:
+            by_hand = _by_hand(function, name, n)
             _check.fail(
                 function,
                 f"{name} must name axes of the surrounding shard_map",
                 f"{n!r}, inside of {'shard_map over ' + str(manual) if manual else 'none'}",
-                f"Of pmap or vmap, leave it out{_by_hand(function, name, n)}."
-                if _mesh.is_bound(n)
-                else "",
+                f"Of vmap or pmap: {by_hand}." if by_hand and _mesh.is_bound(n) else "",
             )
     if len(set(names)) != len(names):
         _check.fail(function, f"{name} must name each axis once", repr(x))
@@ -331,8 +335,8 @@ def _check_types(function: str, name: str, axis: str) -> None:
     if not _mesh.is_typed(axis):
         rule = f"{name} needs types that say what is split over {axis!r}"
         got = "none, as inside of jax.pmap and of shard_map with check_vma=False"
-        way_out = f"For that keep shard_map's check_vma=True{_by_hand(function, name, axis)}."
-        _check.fail(function, rule, got, way_out)
+        ways = ("For that keep shard_map's check_vma=True", _by_hand(function, name, axis))
+        _check.fail(function, rule, got, f"{', or '.join(filter(None, ways))}.")
 
 
 def _by_hand(function: str, name: str, axis: str) -> str:
@@ -340,10 +344,10 @@ def _by_hand(function: str, name: str, axis: str) -> str:
     if name != "token_axis_name":
         return ""
     if function in ("metric_sums", "total_weight"):
-        return f", or leave {name} out and write jax.lax.psum({function}(...), {axis!r})"
+        return f"leave {name} out and write jax.lax.psum({function}(...), {axis!r})"
     divisor = "the tokens' weights" if "divergence" in function else "total_weight(...)"
     return (
-        f", or leave {name} out: take reduction='sum', divide it by jax.lax.psum of {divisor} over "
+        f"leave {name} out: take reduction='sum', divide it by jax.lax.psum of {divisor} over "
         f"{axis!r}, differentiate that, and jax.lax.psum the loss and its gradients"
     )
 

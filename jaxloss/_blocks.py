@@ -95,6 +95,15 @@ def _over_blocks(classes: int, block: int, step, combine, begin=lambda first: fi
     return lax.scan(body, state, jnp.arange((classes - first) // block, dtype=jnp.int32))[0]
 
 
+def _sealed(sweep):
+    """``sweep``, a function of arrays alone, in one piece to the policies of ``jax.checkpoint``.
+
+    Its products are those of a scan, which ``dots_saveable`` would save: all logits. A policy does
+    not look into a function that has a derivative of its own.
+    """
+    return _passes.with_derivative_of(sweep, sweep)
+
+
 def _cut(x: Any, start, size: int, axis: int = -1) -> Any:
     return None if x is None else lax.dynamic_slice_in_dim(x, start, size, axis)
 
@@ -184,7 +193,7 @@ def _forward(options: Options, operands: Operands, constants: Constants):
     if options.fused:
         part = _fused(options, operands, constants)
     else:
-        part, best, of_label = _swept(options, operands, constants)
+        part, best, of_label = _sealed(partial(_swept, options))(operands, constants)
     labelled = constants.kept is not None
     part = _parts.merge_shards(part, axes, labelled, classes, options.scaling)
     losses, state = _rows.finish(part, options.want, options.scaling)
@@ -193,7 +202,7 @@ def _forward(options: Options, operands: Operands, constants: Constants):
         first = _mesh.first(classes, axes)
         prediction = _prediction.class_of(best[0], best[1] + first, axes)
     if of_label is not None:
-        rank = _rank(options, operands, constants, of_label)
+        rank = _sealed(partial(_rank, options))(operands, constants, of_label)
     return (losses, prediction, rank), state
 
 

@@ -71,7 +71,7 @@ def array(
 def _integers_for_jax(function: str, name: str, x: Any, of_classes: bool) -> Any:
     """What JAX holds of NumPy's integers."""
     given, narrow = jnp.iinfo(x.dtype), jnp.iinfo(dtypes.canonicalize_dtype(x.dtype))
-    if given.bits == 1:  # JAX reads them wrongly
+    if given.bits == 1:  # JAX fails to read them
         return x.astype(np.int8)
     wider = given.bits > narrow.bits  # no other is read
     if not wider or (x.min() >= narrow.min and x.max() <= narrow.max):

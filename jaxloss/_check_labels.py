@@ -1,5 +1,7 @@
 """check_labels: an error for a label out of range, where the losses answer with NaN."""
 
+from __future__ import annotations
+
 from functools import partial
 
 import jax

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxloss import _mesh
+from jaxloss._forward_mode import jvp_of_moving
 
 
 class Packing(NamedTuple):
@@ -34,25 +35,82 @@ def _fit(mebibytes: int, num_columns: int) -> int:
     return 2 ** int(math.log2(max(1, mebibytes * 2**20 // (4 * max(1, num_columns)))))
 
 
-def default_chunk(num_tokens: int, num_columns: int, num_features: int = 0) -> int:
+# Float32 rows of logits that a token of the plain loss holds: its logits, and their gradient. A
+# chunk of the same size may hold a fifth more.
+PLAIN_ROWS, MOST_ROWS = 2.0, 2.4
+OF_DIVERGENCE = {"forward": 5.0, "reverse": 5.0, "jensen_shannon": 10.0}
+
+
+def rows_held(
+    dtype: Any,
+    *,
+    none: bool = False,
+    probabilities: bool = False,
+    top: bool = False,
+    weight: bool = False,
+    smoothing: bool = False,
+    mask: bool = False,
+    statistics: bool = False,
+    scaling: bool = False,
+    divergence: str | None = None,
+    own: float | None = None,
+) -> float:
+    """Float32 rows of logits that a token of a chunk holds with these options, value and gradients.
+
+    Counted in what XLA:CPU compiles, which writes out more than XLA's other compilers.
+
+    ``none``: the reduction. ``mask``: of classes. ``own``: a loss of the caller's own, whose arrays
+    of a token take as many rows.
+    """
+    rows = PLAIN_ROWS
+    if divergence is not None:
+        rows = OF_DIVERGENCE[divergence] + 0.25 * mask
+    elif own is not None:
+        rows = 4 + 2 * own  # of each array the chunk's part and its gradient
+    else:
+        soft = probabilities or (weight and smoothing)
+        rows += 2 * probabilities + 1.5 * top + 2 * (weight and (smoothing or probabilities))
+        rows += 0.25 * mask
+        others = soft or top or statistics
+        rows += mask * (soft or top or smoothing) + mask * statistics + scaling * others
+        rows += mask * probabilities * statistics
+    narrow = dtype.itemsize < 4 and jax.default_backend() == "cpu"
+    if narrow and (none or rows > PLAIN_ROWS):
+        rows += 0.75  # the gradient in the products' dtype, and as a CPU multiplies it
+    return rows
+
+
+def default_chunk(
+    num_tokens: int, num_columns: int, num_features: int = 0, rows: float = PLAIN_ROWS
+) -> int:
     """Tokens a chunk: a power of two, or all.
 
     ``num_features``: of a kernel whose gradient a single chunk forms without an accumulator.
+    ``rows``: see :func:`rows_held`.
     """
     if jax.default_backend() == "cpu":
         # Measured: past 512 tokens the products gain little, past 1024 nothing.
         chunk = min(_fit(256, num_columns), 1024, max(512, _fit(64, num_columns)))
+        chunk = _shrunk(chunk, rows)
     else:
         # Each chunk adds to the float32 d_kernel, 8 bytes of traffic beside 6 n operations: by the
         # chips' peak rates as long as the products of 220 tokens on an H200, 320 on a TPU v5e, 750
         # on a v6e. Up to here the logits stand where the gradients will be written.
         on_tpu = jax.default_backend() == "tpu"
         chunk = min(_fit(1024, num_columns), 1024 if on_tpu else 4096)
+        chunk = max(_shrunk(chunk, rows), min(chunk, 512 if on_tpu else 256))
         # All at once hold 6 bytes a logit, in float32 and in bfloat16; chunks of n as many, and 4
-        # for each entry of d_kernel: V (6 n + 4 D) in all.
-        if not on_tpu and num_tokens <= chunk + 2 * num_features // 3:
+        # for each entry of d_kernel: V (6 n + 4 D) in all. Of more rows a token, as much more.
+        if not on_tpu and num_tokens <= chunk + int(2 * PLAIN_ROWS * num_features / (3 * rows)):
             chunk = num_tokens
     return max(1, min(chunk, num_tokens))
+
+
+def _shrunk(chunk: int, rows: float) -> int:
+    """The power of two of tokens that hold no more than a plain chunk."""
+    if rows <= MOST_ROWS:
+        return chunk
+    return 2 ** int(math.log2(max(1, chunk * MOST_ROWS / rows)))
 
 
 # Of float32 logits, nearly all that a sweep holds: one without gradients, one without the kernel's.
@@ -119,7 +177,45 @@ def taken(x: Any, at: Array) -> Any:
         return jnp.where(_each(at, x), x, jnp.zeros((), x.dtype))
     if x.shape[0] == 0:
         return jnp.zeros((*at.shape, *x.shape[1:]), x.dtype)
+    return (_long_rows_at if moves_bits(x) else _rows_at)(x, at)
+
+
+def _rows_at(x: Array, at: Array) -> Array:
     return jnp.take(x, at, axis=0, mode="fill", fill_value=0)
+
+
+def moves_bits(x: Any) -> bool:
+    """Whether long rows of this shape and dtype move as bits: XLA:CPU gathers and scatters narrow
+    floats by way of a float32 copy of all of them."""
+    narrow = jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize == 2
+    long = x.ndim > 1 and math.prod(x.shape[1:]) >= 4096
+    return narrow and long and jax.default_backend() == "cpu"
+
+
+def _bits_at(x: Array, at: Array) -> Array:
+    """:func:`_rows_at`, a row at a time: the bits of all rows would be an array of their own."""
+    whole, at = _mesh.together(x, at)
+
+    def row(i):
+        # Or XLA:CPU widens all of x before the loop, as it widens the row in it.
+        x, i = lax.optimization_barrier((whole, i))
+        here = lax.dynamic_index_in_dim(x, jnp.minimum(i, x.shape[0] - 1), keepdims=False)
+        here = lax.bitcast_convert_type(here, jnp.uint16)
+        return jnp.where(i < x.shape[0], here, jnp.zeros((), jnp.uint16))
+
+    return lax.bitcast_convert_type(lax.map(row, at), x.dtype)
+
+
+@jax.custom_jvp
+def _long_rows_at(x: Array, at: Array) -> Array:
+    return _bits_at(x, at)
+
+
+def _long_rows_at_jvp(args, tangents):
+    return _long_rows_at(*args), jvp_of_moving(_rows_at, args, tangents)[1]
+
+
+_long_rows_at.defjvp(_long_rows_at_jvp, symbolic_zeros=True)
 
 
 def filled(x: Any, at: Array, packing: Packing) -> Any:
@@ -136,12 +232,18 @@ def filled(x: Any, at: Array, packing: Packing) -> Any:
     return taken(x, jnp.where(at < x.shape[0], at, first))
 
 
+def _as_held(rows: Array, x: Array) -> Array:
+    if x.dtype == jnp.uint16 and rows.dtype != jnp.uint16:  # the bits of narrow floats
+        return lax.bitcast_convert_type(rows, jnp.uint16)
+    return rows.astype(x.dtype)
+
+
 def put_back(at: Array, x: Array, rows: Array) -> Array:
     if x.shape[0] == 0:
         return x
     if at.dtype == bool:
-        return jnp.where(_each(at, x), rows.astype(x.dtype), x)
-    return x.at[at].set(rows.astype(x.dtype), mode="drop")
+        return jnp.where(_each(at, x), _as_held(rows, x), x)
+    return x.at[at].set(_as_held(rows, x), mode="drop")
 
 
 def sweep(packing: Packing, chunk: int, part, update, blank, finish, dynamic: bool):

@@ -1,6 +1,8 @@
 """The three functions of logits: log_softmax, nll_loss, cross_entropy."""
 
-from typing import Any, cast
+from __future__ import annotations
+
+from typing import Any, Literal, TypedDict, Unpack, cast, overload
 
 import jax
 import jax.numpy as jnp
@@ -15,10 +17,12 @@ from jaxloss._forward_mode import with_forward_mode
 from jaxloss._jit import jit
 from jaxloss._labels import TopKLabels
 from jaxloss._mesh import AxisName
-from jaxloss._terms import Scalars, TokenOptions, rows_of_logits, token_terms
+from jaxloss._terms import Scalars, TokenOptions, TokenStats, rows_of_logits, token_terms
 
 
-def log_softmax(logits: ArrayLike, axis: int | tuple[int, ...] = -1, *, where=None) -> Array:
+def log_softmax(
+    logits: ArrayLike, axis: int | tuple[int, ...] = -1, *, where: ArrayLike | None = None
+) -> Array:
     r"""Logarithm of the softmax, exact at every confidence.
 
     .. math:: \mathrm{out}_j = x_j - \log \sum_i e^{x_i}
@@ -194,9 +198,51 @@ def _nan_where(wrong: Array, x: Array) -> Array:
     return with_forward_mode(rule, tangent)(x, wrong)
 
 
+class CrossEntropyOptions(TypedDict, total=False):
+    """Of :func:`cross_entropy`, but for ``return_stats``, which says what it returns."""
+
+    axis: int | tuple[int, ...]
+    num_classes: int | None
+    weight: ArrayLike | None
+    ignore_index: int | None
+    label_smoothing: ArrayLike | None
+    z_loss: ArrayLike | None
+    logit_softcap: float | None
+    sample_weight: ArrayLike | None
+    where: ArrayLike | None
+    reduction: Reduction
+    empty_mean: float | None
+    vocab_axis_name: AxisName | None
+    token_axis_name: AxisName | None
+
+
+@overload
 def cross_entropy(
     logits: ArrayLike,
-    labels: ArrayLike,
+    labels: ArrayLike | TopKLabels,
+    *,
+    return_stats: Literal[False] = False,
+    **options: Unpack[CrossEntropyOptions],
+) -> Array: ...
+@overload
+def cross_entropy(
+    logits: ArrayLike,
+    labels: ArrayLike | TopKLabels,
+    *,
+    return_stats: Literal[True],
+    **options: Unpack[CrossEntropyOptions],
+) -> tuple[Array, TokenStats]: ...
+@overload
+def cross_entropy(
+    logits: ArrayLike,
+    labels: ArrayLike | TopKLabels,
+    *,
+    return_stats: bool,
+    **options: Unpack[CrossEntropyOptions],
+) -> Array | tuple[Array, TokenStats]: ...
+def cross_entropy(
+    logits: ArrayLike,
+    labels: ArrayLike | TopKLabels,
     *,
     axis: int | tuple[int, ...] = -1,
     num_classes: int | None = None,
@@ -212,7 +258,7 @@ def cross_entropy(
     vocab_axis_name: AxisName | None = None,
     token_axis_name: AxisName | None = None,
     return_stats: bool = False,
-) -> Any:
+) -> Array | tuple[Array, TokenStats]:
     r"""Softmax cross-entropy of logits and labels, exact at every confidence.
 
     For a token with logits ``x`` (capped first, if asked for) and a class index ``y``,
@@ -226,8 +272,9 @@ def cross_entropy(
     .. math:: l = \sum_c w_c\, q'_c\, (\mathrm{lse}(x) - x_c) + z\,\mathrm{lse}(x)^2
 
     Args:
-      logits: ``[..., C]``, C at ``axis``; a floating dtype. ``[C]`` with a scalar label is a valid,
-        unbatched call. float16 and bfloat16 are read as they are and computed in float32.
+      logits: ``[..., C]``, C at ``axis``; a floating dtype of 16 bits or more. ``[C]`` with a
+        scalar label is a valid, unbatched call. float16 and bfloat16 are read as they are and
+        computed in float32.
       labels: class indices (an integer dtype, the shape of ``logits`` without ``axis``), class
         probabilities (floating, the shape of ``logits``), or :class:`TopKLabels`.
       axis: the class axis; a tuple of axes takes a label as the flat index over them.
@@ -253,11 +300,12 @@ def cross_entropy(
         ``sum(s_n l_n) / sum(s_n)`` for probabilities.
       empty_mean: what a mean over nothing is, a Python number (0.0 where a batch may be all
         prompt); None: NaN. The gradient of a mean over nothing is 0.
-      vocab_axis_name: inside ``shard_map``, the mesh axis, or axes, that the classes are split
-        over, in order. ``logits``, probabilities and ``where`` are then this device's columns;
-        class indices, ``weight`` and ``num_classes`` speak of the whole vocabulary.
-      token_axis_name: inside ``shard_map``, the mesh axis, or axes, that the tokens are split over:
-        ``"sum"`` and ``"mean"`` are over all of them.
+      vocab_axis_name: inside ``shard_map`` (with its ``check_vma=True``), the mesh axis, or axes,
+        that the classes are split over, in order. ``logits``, probabilities and ``where`` are then
+        this device's columns; class indices, ``weight`` and ``num_classes`` speak of the whole
+        vocabulary.
+      token_axis_name: likewise, the mesh axis, or axes, that the tokens are split over: ``"sum"``
+        and ``"mean"`` are over all of them.
       return_stats: also return :class:`TokenStats`, differentiable with ``reduction="none"``.
 
     Returns:

@@ -1,5 +1,7 @@
 """The focal loss of class indices, and the factor that every focal loss has: ``(1 - p)^gamma``."""
 
+from __future__ import annotations
+
 from functools import partial
 from typing import Any
 
@@ -93,8 +95,8 @@ def focal_loss(
       TypeError, ValueError: as :func:`cross_entropy`; ``labels`` are no class indices, or ``gamma``
         is negative.
 
-    Differentiable in ``logits`` and the weights, in every mode. Inside of :func:`linear_loss` the
-    logits are never held whole.
+    Differentiable in ``logits`` and the weights, in every mode. Inside of :func:`linear_loss` a
+    chunk of the logits is held at a time.
 
     Example:
 

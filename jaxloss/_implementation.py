@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxloss import _arguments, _blocks, _check, _chunks, _device, _logits, _targets
+from jaxloss._labels import TopKLabels
 from jaxloss._terms import Scalars
 
 Implementation = Literal["token_chunks", "vocab_blocks", "mosaic_tpu", "mosaic_gpu"]
@@ -34,6 +35,8 @@ class Asked(NamedTuple):
     scalars: Scalars
     scaling: _logits.Scaling | None
     with_stats: bool
+    weight: bool  # of classes
+    none: bool  # the reduction
 
 
 class Choice(NamedTuple):
@@ -62,11 +65,12 @@ def choose(
     fused = wanted and not beyond and not size.padded and (implementation or whole)
     fused = bool(fused and _fits(wanted, size))
     tokens = _chunks.size_to_plan_for(size.tokens)
+    rows = _rows(asked)
     name = implementation
     if name is None and fused and wanted == "mosaic_tpu":
         name = wanted
     elif name is None:
-        few = _chunks.default_chunk(tokens, size.columns) < min(FEW, tokens)
+        few = _chunks.default_chunk(tokens, size.columns, rows=rows) < min(FEW, tokens)
         name = "vocab_blocks" if few and not bucket and not divided else "token_chunks"
     _check.word(call, "implementation", name, IMPLEMENTATIONS)
     if bucket and name == "vocab_blocks":
@@ -81,10 +85,26 @@ def choose(
         _check.fail(call, rule, ", ".join(beyond), "Leave implementation out.")
     by_tokens = name == "token_chunks"
     if by_tokens:
-        most, default = tokens, _chunks.default_chunk(tokens, size.columns, size.features)
+        most = tokens
+        default = _chunks.default_chunk(tokens, size.columns, size.features, rows)
     else:
         most, default = size.columns, _blocks.default_block(tokens, size.columns)
     return Choice(by_tokens, _arguments.chunk_size(call, chunk_size, default, most), fused)
+
+
+def _rows(asked: Asked) -> float:
+    """What a token of a chunk holds."""
+    return _chunks.rows_held(
+        asked.dtype,
+        none=asked.none,
+        probabilities=_targets.is_probabilities(asked.labels),
+        top=isinstance(asked.labels, TopKLabels),
+        weight=asked.weight,
+        smoothing=asked.label_smoothing != 0,
+        mask=asked.class_mask is not None,
+        statistics=asked.with_stats,
+        scaling=asked.scaling is not None,
+    )
 
 
 def _kernel_here() -> Implementation | None:

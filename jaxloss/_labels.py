@@ -1,12 +1,15 @@
 """Labels that are more than one array."""
 
+from __future__ import annotations
+
 import json
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import jax
 from jax import export
+from jax.typing import ArrayLike
 
 Rest = Literal["drop", "uniform", "bucket"]
 RESTS = get_args(Rest)
@@ -61,8 +64,8 @@ class TopKLabels:
     "Sparse Logit Sampling: Accelerating Knowledge Distillation in LLMs" (2025).
     """
 
-    indices: Any
-    probabilities: Any
+    indices: ArrayLike
+    probabilities: ArrayLike
     rest: Rest = "drop"
 
 

@@ -1,4 +1,4 @@
-"""Losses of ``hidden @ kernel`` whose logits are never held, differentiable: the rules.
+"""Losses of ``hidden @ kernel``, a chunk of logits at a time, differentiable: the rules.
 
 A weighted sum of the losses takes its gradients along in the forward pass: three products (logits,
 d_hidden, d_kernel), scaled later by the cotangent. Losses a token wait for their cotangents, and

@@ -1,9 +1,12 @@
-"""linear_cross_entropy: the loss of ``hidden @ kernel`` without the logits."""
+"""linear_cross_entropy: the loss of ``hidden @ kernel``, a part of the logits at a time."""
+
+from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Literal, TypedDict, Unpack, overload
 
 import jax
+from jax import Array, lax
 from jax.typing import ArrayLike
 
 from jaxloss import (
@@ -19,15 +22,65 @@ from jaxloss._arguments import Reduction
 from jaxloss._casts import accumulator_dtype
 from jaxloss._cross_entropy import scalars_of
 from jaxloss._implementation import Implementation
+from jaxloss._labels import TopKLabels
 from jaxloss._mesh import AxisName
 from jaxloss._schedules import by_token_chunks, by_vocab_blocks
-from jaxloss._terms import TokenOptions
+from jaxloss._terms import TokenOptions, TokenStats
 
 
+class LinearOptions(TypedDict, total=False):
+    """Of :func:`linear_cross_entropy`, but for ``return_stats``, which says what it returns."""
+
+    bias: ArrayLike | None
+    vocab_axis: int
+    num_classes: int | None
+    weight: ArrayLike | None
+    ignore_index: int | None
+    label_smoothing: ArrayLike | None
+    z_loss: ArrayLike | None
+    logit_softcap: float | None
+    sample_weight: ArrayLike | None
+    where: ArrayLike | None
+    reduction: Reduction
+    empty_mean: float | None
+    vocab_axis_name: AxisName | None
+    token_axis_name: AxisName | None
+    chunk_size: int | None
+    precision: lax.PrecisionLike
+    implementation: Implementation | None
+
+
+@overload
 def linear_cross_entropy(
     hidden: ArrayLike,
     kernel: ArrayLike,
-    labels: Any,
+    labels: ArrayLike | TopKLabels,
+    *,
+    return_stats: Literal[False] = False,
+    **options: Unpack[LinearOptions],
+) -> Array: ...
+@overload
+def linear_cross_entropy(
+    hidden: ArrayLike,
+    kernel: ArrayLike,
+    labels: ArrayLike | TopKLabels,
+    *,
+    return_stats: Literal[True],
+    **options: Unpack[LinearOptions],
+) -> tuple[Array, TokenStats]: ...
+@overload
+def linear_cross_entropy(
+    hidden: ArrayLike,
+    kernel: ArrayLike,
+    labels: ArrayLike | TopKLabels,
+    *,
+    return_stats: bool,
+    **options: Unpack[LinearOptions],
+) -> Array | tuple[Array, TokenStats]: ...
+def linear_cross_entropy(
+    hidden: ArrayLike,
+    kernel: ArrayLike,
+    labels: ArrayLike | TopKLabels,
     *,
     bias: ArrayLike | None = None,
     vocab_axis: int = -1,
@@ -45,17 +98,17 @@ def linear_cross_entropy(
     token_axis_name: AxisName | None = None,
     return_stats: bool = False,
     chunk_size: int | None = None,
-    precision: Any = None,
+    precision: lax.PrecisionLike = None,
     implementation: Implementation | None = None,
-) -> Any:
-    r"""``cross_entropy(hidden @ kernel + bias, labels, ...)``, never holding the logits.
+) -> Array | tuple[Array, TokenStats]:
+    r"""``cross_entropy(hidden @ kernel + bias, labels, ...)``, a chunk of the logits at a time.
 
     .. math:: l_n = \log \sum_c e^{h_n \cdot k_c + b_c} - (h_n \cdot k_{y_n} + b_{y_n})
 
     with the options of :func:`cross_entropy`, and its numerics.
 
     Args:
-      hidden: ``[..., D]``, a floating dtype; N tokens in all.
+      hidden: ``[..., D]``, a floating dtype of 16 bits or more; N tokens in all.
       kernel: ``[D, V]``, or with ``vocab_axis=0`` ``[V, D]``: a tied embedding table as it is. The
         dtype of ``hidden``: the products take it, and accumulate in float32.
       labels: class indices ``[...]``, class probabilities ``[..., C]``, or :class:`TopKLabels`.
@@ -73,8 +126,11 @@ def linear_cross_entropy(
         at most 2 D / 3 more than that: their logits take no more than the accumulator that one
         chunk does without. On a CPU what 256 MiB allow, up to 512 tokens, or 1024 where their
         logits take 64 MiB. Without a gradient of ``kernel``, halves of it that fit 1 GiB, without
-        any 256 MiB. With the other implementations classes; None takes 8 MiB on a CPU, 32 MiB on a
-        TPU, 64 MiB on a GPU, and at least 128 classes, 1024 on a TPU.
+        any 256 MiB. Options of which a token holds more than its logits and their gradient (class
+        probabilities, ``weight`` with smoothing, :class:`TopKLabels`, statistics beside ``where``)
+        take as many fewer tokens; no fewer than 512 on a TPU, 256 on a GPU. With the other
+        implementations classes; None takes 8 MiB on a CPU, 32 MiB on a TPU, 64 MiB on a GPU, and at
+        least 128 classes, 1024 on a TPU.
       precision: of the products, as in :func:`jax.lax.dot_general`.
       implementation: ``"token_chunks"``, or for least memory ``"vocab_blocks"``, or vocabulary
         blocks whose log-sum-exp a kernel computes: ``"mosaic_tpu"`` on a TPU after v4, where a
@@ -109,6 +165,18 @@ def linear_cross_entropy(
     blocks take four products whatever the reduction, but hold one block of logits beside a float32
     gradient of ``hidden`` and no accumulator for the kernel's. They compute every token; with a
     kernel its product takes those that count, the others a quarter of all tokens, a half or all.
+
+    So tokens that fit into one chunk have all their logits held by default, as
+    :func:`cross_entropy` of the product has them: 512 tokens of 32768 classes and 256 features
+    128 MiB (float32, on a CPU). ``implementation="vocab_blocks"`` holds a block however few tokens
+    there are: 21 MiB.
+
+    A scalar loss keeps its gradients for the backward pass. Where a ``scan`` over the loss is
+    differentiated from outside, that is a float32 gradient of the kernel for each step: 64 steps of
+    16 tokens, 256 features and 8192 classes hold 529 MiB. Take the gradient inside of the step and
+    add it up, or let the step keep none: ``jax.checkpoint`` of the step and
+    ``reduction="none"``, whose mean is taken by hand, hold 16 MiB, ``"vocab_blocks"`` 10.
+
     Differentiable in ``hidden``, ``kernel``, ``bias``, probabilities and weights, in every mode.
 
     Under ``vmap`` each member of the batch has chunks, and a gradient of the kernel, of its own:
@@ -229,7 +297,16 @@ def losses_of_product(
         implementation,
         chunk_size,
         _implementation.Size(tokens, hidden.shape[-1], columns, local, classes != local * shards),
-        _implementation.Asked(hidden.dtype, labels, class_mask, scalars, scaling, with_stats),
+        _implementation.Asked(
+            hidden.dtype,
+            labels,
+            class_mask,
+            scalars,
+            scaling,
+            with_stats,
+            weight is not None,
+            reduction == "none",
+        ),
         whole=layout is not None or _device.is_whole(),
     )
     static = {

@@ -1,12 +1,13 @@
 """linear_loss: any loss of the logits ``hidden @ kernel``, a chunk of tokens at a time."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jax.core import eval_jaxpr
 from jax.typing import ArrayLike
 
@@ -36,9 +37,9 @@ def linear_loss(
     reduction: Reduction = "mean",
     empty_mean: float | None = None,
     chunk_size: int | None = None,
-    precision: Any = None,
+    precision: lax.PrecisionLike = None,
 ) -> Array:
-    r"""Any per-token loss of the logits ``hidden @ kernel + bias``, never holding them whole.
+    r"""Any per-token loss of the logits ``hidden @ kernel + bias``, a chunk of them at a time.
 
     .. math:: l_n = \mathrm{loss\_fn}(h_n K + b,\ t_n), \qquad
               \mathrm{mean} = \sum_n s_n l_n \Big/ \sum_n s_n
@@ -51,8 +52,9 @@ def linear_loss(
       per_token: arrays ``[..., *rest]`` with hidden's leading shape: labels, a teacher's hidden.
       bias: ``[V]``.
       vocab_axis, precision: as in :func:`linear_cross_entropy`.
-      chunk_size: likewise; None never takes all tokens at once for want of an accumulator, as what
-        ``loss_fn`` holds of them is not known.
+      chunk_size: likewise; None takes half as many tokens, as ``loss_fn`` is taken to hold twice
+        what a cross-entropy holds, and fewer beside ``per_token`` arrays that are as wide as the
+        logits; never all at once for want of an accumulator.
       sample_weight: ``[...]``, a weight a token, or a boolean mask. Tokens of weight 0 are not
         computed; their loss and gradient are exactly 0.
       reduction: ``"none"``, ``"sum"`` or ``"mean"``.
@@ -68,8 +70,11 @@ def linear_loss(
 
     Differentiable in ``hidden``, ``kernel``, ``bias``, floating ``per_token``, ``sample_weight``
     and what ``loss_fn`` closes over, in every mode that ``loss_fn`` is; memory and products as
-    :func:`linear_cross_entropy`. Call it under ``jit``: outside of it, every call traces
-    ``loss_fn`` and compiles its loops anew.
+    :func:`linear_cross_entropy`: all logits of tokens that fit into one chunk are held, and a
+    scalar loss in a ``scan`` that is differentiated from outside keeps a float32 gradient of the
+    kernel a step (``reduction="none"`` and ``jax.checkpoint`` of the step keep none).
+
+    Call it under ``jit``: outside of it, every call traces ``loss_fn`` and compiles its loops anew.
 
     Example: the focal loss.
 
@@ -97,7 +102,6 @@ def linear_loss(
     _layout.refuse(call, hidden, kernel, vocab_axis)
     lead, tokens = hidden.shape[:-1], math.prod(hidden.shape[:-1])
     most = _chunks.size_to_plan_for(tokens)
-    chunk = _arguments.chunk_size(call, chunk_size, _chunks.default_chunk(most, columns), most)
     arrays = []
     for i, x in enumerate(per_token):
         x = _check.array(call, f"per_token[{i}]", x, of_keys=True)
@@ -107,6 +111,10 @@ def linear_loss(
         arrays.append(x.reshape(tokens, *x.shape[len(lead) :]))
     sample_weight = _arguments.check_sample_weight(call, sample_weight, lead)
     _arguments.check_reduction(call, reduction)
+    own = sum(math.prod(x.shape[1:]) * x.dtype.itemsize for x in arrays) / (4 * max(1, columns))
+    rows = _chunks.rows_held(hidden.dtype, none=reduction == "none", own=own)
+    default = _chunks.default_chunk(most, columns, rows=rows)
+    chunk = _arguments.chunk_size(call, chunk_size, default, most)
 
     wide = accumulator_dtype(hidden.dtype)
 

@@ -1,5 +1,7 @@
 """Metrics of a whole evaluation, from sums that add over steps and devices."""
 
+from __future__ import annotations
+
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
@@ -47,16 +49,16 @@ class MetricSums:
       top_k: the k's, 1 first. Static: sums of different k's do not add.
     """
 
-    weight: Any
-    nll: Any
-    entropy: Any
-    hits: Any
-    bin_weight: Any
-    bin_confidence: Any
-    bin_hits: Any
+    weight: Array
+    nll: Array
+    entropy: Array
+    hits: Array
+    bin_weight: Array
+    bin_confidence: Array
+    bin_hits: Array
     top_k: tuple[int, ...] = (1,)
 
-    def __add__(self, other: Any) -> "MetricSums":
+    def __add__(self, other: MetricSums) -> MetricSums:
         if not isinstance(other, MetricSums):
             return NotImplemented
         call = "MetricSums"
@@ -71,7 +73,7 @@ class MetricSums:
             total[name] = jnp.add(own[name], x)
         return MetricSums(**total, top_k=self.top_k)
 
-    def __radd__(self, other: Any) -> "MetricSums":
+    def __radd__(self, other: int) -> MetricSums:
         # sum(parts) starts from 0.
         return self if isinstance(other, int) and other == 0 else NotImplemented
 

@@ -1,5 +1,7 @@
 """Sequences in a batch: labels of next-token prediction, weights that let each count the same."""
 
+from __future__ import annotations
+
 from typing import Any
 
 import jax

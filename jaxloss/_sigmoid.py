@@ -5,6 +5,8 @@ With ``y`` the probability that is asked for and ``z = 1 - y``, an entry's loss 
 here is subtracted from 1 but ``y``: a sigmoid near 1 has lost what it lacks.
 """
 
+from __future__ import annotations
+
 from typing import Any
 
 import jax

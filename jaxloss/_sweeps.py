@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
 from jaxloss import _mesh
 from jaxloss._casts import accumulator_dtype, held_dtype
@@ -23,6 +23,7 @@ from jaxloss._chunks import (
     FROZEN_KERNEL_MIB,
     Packing,
     filled,
+    moves_bits,
     put_back,
     sweep,
     taken,
@@ -150,15 +151,20 @@ def gradients(
 
     def blank_of(g, x, of_tokens):
         if of_tokens:
-            return _mesh.blank(g, x.shape, narrow(g, x))
+            held = jax.ShapeDtypeStruct(x.shape, narrow(g, x))
+            bits = dynamic and g.dtype == held.dtype and moves_bits(held)
+            return _mesh.blank(g, x.shape, jnp.uint16 if bits else held.dtype)
         return _mesh.blank(g, dtype=accumulator_dtype(x.dtype))  # a sum, never narrower
 
     def blank():
         return *_blank_rows(size, like), map_operands(blank_of, gradient, operands, rows)
 
+    def narrowed(g, x):
+        return g if g.dtype == jnp.uint16 else g.astype(narrow(g, x))
+
     def finish(state):
         *each, total = state
-        final = map_operands(lambda g, x: g.astype(narrow(g, x)), total, operands)
+        final = map_operands(narrowed, total, operands)
         if geometry.gathered:  # it is summed when it is scattered
             final = final._replace(kernel=total.kernel)
         return *each, final
@@ -167,7 +173,13 @@ def gradients(
         packing, chunk, part, partial(_with_chunk, rows), blank, finish, dynamic
     )
     total = total._replace(kernel=scattered(total.kernel, geometry))
+    # Here, and not in a branch of the loop: what comes next reads the bits as floats in passing.
+    total = map_operands(_floats, total, operands)
     return losses, others, total
+
+
+def _floats(g: Array, x: Array) -> Array:
+    return lax.bitcast_convert_type(g, x.dtype) if g.dtype == jnp.uint16 else g
 
 
 def _chunk_gradients(

@@ -256,8 +256,8 @@ def _of_top(
     label_smoothing: Any,
     share: Array | None,
 ) -> Targets:
-    index, taken = class_indices(labels.indices, classes.total, ignore_index)
-    q = jnp.where(taken, labels.probabilities.astype(dtype), 0)
+    index, taken = class_indices(cast(Array, labels.indices), classes.total, ignore_index)
+    q = jnp.where(taken, cast(Array, labels.probabilities).astype(dtype), 0)
     # A class that does not exist makes its row NaN, from class 0. An empty slot is at none.
     wrong = index >= classes.total
     if index.shape[-1] > 1:  # one that is named twice: which of the two would the gradient hold?

@@ -1,11 +1,13 @@
 """token_stats and linear_token_stats: what a model says of tokens, without a loss."""
 
-from typing import Any
+from __future__ import annotations
 
+from jax import lax
 from jax.typing import ArrayLike
 
 from jaxloss._cross_entropy import losses_of_logits
 from jaxloss._implementation import Implementation
+from jaxloss._labels import TopKLabels
 from jaxloss._linear_cross_entropy import losses_of_product
 from jaxloss._mesh import AxisName
 from jaxloss._terms import TokenStats
@@ -13,7 +15,7 @@ from jaxloss._terms import TokenStats
 
 def token_stats(
     logits: ArrayLike,
-    labels: Any,
+    labels: ArrayLike | TopKLabels,
     *,
     axis: int | tuple[int, ...] = -1,
     num_classes: int | None = None,
@@ -94,7 +96,7 @@ def token_stats(
 def linear_token_stats(
     hidden: ArrayLike,
     kernel: ArrayLike,
-    labels: Any,
+    labels: ArrayLike | TopKLabels,
     *,
     bias: ArrayLike | None = None,
     vocab_axis: int = -1,
@@ -105,10 +107,10 @@ def linear_token_stats(
     where: ArrayLike | None = None,
     vocab_axis_name: AxisName | None = None,
     chunk_size: int | None = None,
-    precision: Any = None,
+    precision: lax.PrecisionLike = None,
     implementation: Implementation | None = None,
 ) -> TokenStats:
-    r"""``token_stats(hidden @ kernel + bias, labels, ...)``, never holding the logits.
+    r"""``token_stats(hidden @ kernel + bias, labels, ...)``, a chunk of the logits at a time.
 
     .. math:: \log p_y = z_y - \mathrm{lse}(z), \qquad z = (h K + b) / T
 
@@ -126,8 +128,9 @@ def linear_token_stats(
       TypeError, ValueError: as :func:`linear_cross_entropy`; or ``temperature`` is not positive.
 
     One matrix product, and four where ``hidden`` and ``kernel`` are differentiated too: the
-    backward pass computes each chunk's logits again, as with ``reduction="none"``. With
-    ``"vocab_blocks"`` ``rank`` takes a product more; under ``jit`` it is not computed where it is
+    backward pass computes each chunk's logits again, as with ``reduction="none"``. Tokens that fit
+    into one chunk have all their logits held; with ``implementation="vocab_blocks"`` a block of
+    them is. There ``rank`` takes a product more; under ``jit`` it is not computed where it is
     not used. Tokens whose label is ignored (the prompt) are not computed. Differentiable as
     :func:`linear_cross_entropy`; sharded operands too are as there.
 

@@ -1,5 +1,9 @@
 """total_weight: what a mean divides by."""
 
+from __future__ import annotations
+
+from typing import cast
+
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
@@ -76,7 +80,7 @@ def total_weight(
     if mask is not None:
         _check.shape(call, "where", mask, batch, "the shape of the losses")
     token_axes = _arguments.mesh_axes(call, "token_axis_name", token_axis_name)
-    of_tokens = labels.indices if isinstance(labels, TopKLabels) else labels
+    of_tokens = cast(Array, labels.indices) if isinstance(labels, TopKLabels) else labels
     _arguments.check_split(
         call, "labels", of_tokens, {"sample_weight": sample_weight}, (), token_axes
     )

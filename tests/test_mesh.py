@@ -963,7 +963,7 @@ def test_an_axis_of_vmap_is_told_to_be_left_out():
     def call(x, y):
         return jaxloss.cross_entropy(x, y, token_axis_name="t")
 
-    with pytest.raises(ValueError, match=r"'t', inside of none\. Of pmap or vmap, leave it out"):
+    with pytest.raises(ValueError, match=r"'t', inside of none\. Of vmap or pmap: leave token"):
         jax.vmap(call, axis_name="t")(x, y)
 
 
