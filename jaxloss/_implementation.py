@@ -100,10 +100,10 @@ def _rows(asked: Asked) -> float:
         probabilities=_targets.is_probabilities(asked.labels),
         top=isinstance(asked.labels, TopKLabels),
         weight=asked.weight,
-        smoothing=asked.label_smoothing != 0,
+        smoothing=not _targets.is_zero(asked.scalars.label_smoothing),
         mask=asked.class_mask is not None,
         statistics=asked.with_stats,
-        scaling=asked.scaling is not None,
+        scaling=asked.scaling is not None or isinstance(asked.scalars.temperature, Array),
     )
 
 

@@ -626,7 +626,7 @@ def some_batched():
         yield pytest.param(make(form), h, k, batch, id=f"{name}, {kind}")
 
 
-@pytest.mark.parametrize(("loss", "h", "k", "batch"), some_batched())
+@pytest.mark.parametrize(("loss", "h", "k", "batch"), list(some_batched()))
 def test_vmap_over_labels_or_weights_of_shared_logits(loss, h, k, batch):
     """An output that does not depend on what is batched had no batch axis, and its tangent had."""
 
