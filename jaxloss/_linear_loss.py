@@ -19,6 +19,7 @@ from jaxloss import (
     _linear,
     _mesh,
     _products,
+    _programs,
     _sweeps,
     _targets,
 )
@@ -163,14 +164,8 @@ def _converted(
     derivative rule outlives the trace that it is made in, and must not refer to that trace's
     arrays. A program holds for one shape: each size of the sweep's steps has its own.
     """
-    programs = {n: jax.make_jaxpr(loss_fn)(*examples(n)) for n in sizes}
+    programs = {n: jax.make_jaxpr(loss_fn)(*examples(n, axes)) for n in sizes}
     closed_over = {id(x): x for program in programs.values() for x in program.consts}
-    if closed_over:
-        axes = frozenset()
-    elif axes:
-        # Traced again with the types of shards. With closed-over arrays it is not: JAX would make
-        # them differ between devices within the program, and sum their gradients in the loop.
-        programs = {n: jax.make_jaxpr(loss_fn)(*examples(n, axes)) for n in sizes}
     # The rule may refer to names and to programs without arrays.
     names = {n: [id(x) for x in program.consts] for n, program in programs.items()}
     programs = {n: program.jaxpr for n, program in programs.items()}
@@ -179,8 +174,11 @@ def _converted(
     def pure(x, per_token, closed_over):
         n = x.shape[0]
         given = dict(zip(order, closed_over, strict=True))
+        consts = [given[name] for name in names[n]]
+        if not axes:
+            return eval_jaxpr(programs[n], consts, x, *per_token)[0]
+        # On a mesh what is closed over comes varying: its gradient is summed after the sweep.
         args = _mesh.varying((x, *per_token), axes)
-        (out,) = eval_jaxpr(programs[n], [given[name] for name in names[n]], *args)
-        return out
+        return _programs.run(programs[n], consts, axes, *args)[0]
 
     return pure, tuple(jnp.asarray(x) for x in closed_over.values())

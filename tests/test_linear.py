@@ -701,6 +701,74 @@ def test_gradients_from_outside_of_the_trace_that_a_loss_closes_over(captured, r
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), ours, theirs)
 
 
+SHARD_LOSSES = {
+    "a number": lambda scale, w, allowed, local: lambda x, y: jnp.sum(scale * x, axis=-1),
+    "weights and a mask": lambda scale, w, allowed, local: (
+        lambda x, y: jaxloss.cross_entropy(
+            jnp.where(allowed, scale * x, -1e9), y, weight=w, reduction="none"
+        )
+    ),
+    "a shard's mask": lambda scale, w, allowed, local: (
+        lambda x, y: jaxloss.cross_entropy(jnp.where(local, scale * x, -1e9), y, reduction="none")
+    ),
+    "scan": lambda scale, w, allowed, local: (
+        lambda x, y: jax.lax.scan(
+            lambda total, i: (total + i * jnp.sum(jnp.where(allowed, scale * x, 0), -1), None),
+            jnp.zeros_like(x[:, 0]),
+            jnp.arange(3.0),
+        )[0]
+    ),
+    "while": lambda scale, w, allowed, local: (
+        lambda x, y: jax.lax.fori_loop(
+            0, 3, lambda i, total: total + jnp.sum(x * w[None], -1), jnp.zeros_like(x[:, 0])
+        )
+    ),
+    "cond": lambda scale, w, allowed, local: (
+        lambda x, y: jax.lax.cond(scale > 0, lambda: jnp.sum(x * w[None], -1), lambda: x[:, 0])
+    ),
+    "checkpoint": lambda scale, w, allowed, local: (
+        lambda x, y: jax.checkpoint(lambda x: jnp.sum(scale * x * w[None], -1))(x)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SHARD_LOSSES)
+def test_a_loss_that_closes_over_arrays_inside_of_shard_map(name):
+    """The arrays are the same on all devices or not; their gradients are summed after the sweep."""
+    rng = np.random.default_rng(0)
+    h, k = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((16, 4), (4, 6)))
+    y, w = jnp.arange(16) % 5, jnp.asarray(rng.random(6) + 0.1, jnp.float32)
+    allowed = jnp.arange(6)[None] != 5
+    local = jnp.tile(allowed, (4, 1))
+    mesh = jax.make_mesh((4,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+    P = jax.sharding.PartitionSpec
+
+    def shard(h, k, scale, w, y, allowed, local):
+        loss = SHARD_LOSSES[name](scale, w, allowed, local)
+        total = jaxloss.linear_loss(loss, h, k, y, chunk_size=2, reduction="sum")
+        return jax.lax.psum(total, "d")
+
+    specs = (P("d"), P(), P(), P(), P("d"), P(), P("d"))
+    sharded = jax.shard_map(shard, mesh=mesh, in_specs=specs, out_specs=P())
+
+    def plain(h, k, scale, w, y, allowed, local):
+        return jnp.sum(SHARD_LOSSES[name](scale, w, allowed, local[:1])(h @ k, y))
+
+    def run(f):
+        def some(*args):
+            value = f(*args)
+            grads = jax.grad(f, (0, 1, 2, 3))(*args)
+            first, rest = args[:4], args[4:]
+            hvp = jax.jvp(lambda *a: jax.grad(f, (0, 1, 2, 3))(*a, *rest), first, first)[1]
+            return value, grads, hvp
+
+        return jit_quickly(some)(h, k, jnp.float32(1.3), w, y, allowed, local)
+
+    jax.tree.map(
+        partial(np.testing.assert_allclose, rtol=2e-4, atol=1e-4), run(sharded), run(plain)
+    )
+
+
 def test_second_derivatives_of_a_loss_that_closes_over_a_mask():
     hidden, kernel, labels = problem()
     labels = jnp.where(labels == 7, 0, labels)

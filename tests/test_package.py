@@ -181,7 +181,7 @@ def test_overloads_have_the_options_of_the_function(name):
 LAYERS = (
     "_casts _check _elementary _forward_mode _jit _labels _mesh",
     "_barriers",
-    "_arguments _canonical _chunks _device _entries _layout _logits _products",
+    "_arguments _canonical _chunks _device _entries _layout _logits _products _programs",
     "_passes _prediction _sweeps",
     "_linear _parts",
     "_rows",
