@@ -94,10 +94,10 @@ def sigmoid_focal(x, y, gamma, alpha=None):
 def second_derivatives(f, x, v):
     """Of the sum of ``f``'s rows at the arrays ``x`` along ``v``: (jvp of grad, grad of grad, jvp
     of jvp a row), in NumPy."""
-    return jax.tree.map(np.asarray, jit_quickly(partial(_second_derivatives, f))(x, v))
+    return jax.tree.map(np.asarray, jit_quickly(partial(second_modes, f))(x, v))
 
 
-def _second_derivatives(f, x, v):
+def second_modes(f, x, v):
     slope = jax.grad(lambda *x: jnp.sum(f(*x)), tuple(range(len(x))))
 
     def scalarised(*x):
@@ -137,3 +137,43 @@ def assert_curvature(got, hessian, v, margin, floor, sizes, slopes=None):
     error = abs(float(got[2]) - np.dot(expected, v))
     allowed = relative * np.dot(terms, np.abs(v)) + floor * np.sum(np.abs(v))
     assert error <= allowed, ("jvp of jvp", float(got[2]), f"error {error:.1e} of {allowed:.1e}")
+
+
+def surprises(x):
+    """``-log softmax``."""
+    return [-p.ln() for p in softmax(x)]
+
+
+def capped(x, cap):
+    if cap is None:
+        return x
+    e = [(2 * v / Decimal(cap)).exp() for v in x]
+    return [Decimal(cap) * (v - 1) / (v + 1) for v in e]
+
+
+def softmax_loss(x, target, smoothing=0.0, z_loss=0.0, cap=None, bucket=None, exists=None):
+    """Cross-entropy of one row; ``bucket``: the classes that share what the target leaves."""
+    exists = range(len(x)) if exists is None else exists
+    z = capped(x, cap)
+    z = [z[c] for c in exists]
+    nll, t = surprises(z), [Decimal(float(target[c])) for c in exists]
+    eps = Decimal(smoothing)
+    share = eps / len(z)
+    loss = sum(((1 - eps) * a + share) * b for a, b in zip(t, nll, strict=True))
+    if bucket is not None:
+        rest = sum((-nll[i]).exp() for i, c in enumerate(exists) if c in bucket)
+        loss += (1 - sum(t)) * -rest.ln()
+    top = max(z)
+    lse = top + sum((v - top).exp() for v in z).ln()
+    return loss + Decimal(z_loss) * lse * lse
+
+
+def statistics(x, target, weights, temperature=1.0):
+    """A weighted sum of the log-probability, the logsumexp and the entropy."""
+    z = [v / Decimal(temperature) for v in x]
+    nll, top = surprises(z), max(z)
+    lse = top + sum((v - top).exp() for v in z).ln()
+    log_prob = -sum(Decimal(float(a)) * b for a, b in zip(target, nll, strict=True))
+    entropy = sum((-v).exp() * v for v in nll)
+    a, b, c = (Decimal(float(w)) for w in weights)
+    return a * log_prob + b * lse + c * entropy
