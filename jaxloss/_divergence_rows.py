@@ -21,6 +21,7 @@ whatever their offsets, and ``shift``, the log-sum-exps' difference, from the su
 """
 
 import math
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -30,8 +31,10 @@ from jax import Array, lax
 from jaxloss import _mesh
 from jaxloss._casts import accumulator_dtype, narrowed, widened
 from jaxloss._elementary import exp_of_nonpositive, log, log1p
+from jaxloss._entries import is_kept
 from jaxloss._forward_mode import with_forward_mode
 from jaxloss._logits import finite
+from jaxloss._passes import near_max
 from jaxloss._rows import asked_for
 
 NEAR = 2.0  # the distance below which the series serves
@@ -89,8 +92,9 @@ def _over(x: Array, y: Array) -> Array:
     return jnp.where(normal, x / jnp.where(normal, y, 1), 0)
 
 
-# Of the smaller probability s, the larger b and d = log(b / s). As d follows from the other two,
-# the derivatives are those of the left sides above, by s and b alone: no series' own derivative.
+# Of the smaller probability s, the larger b and d = log(b / s). Their derivatives are those of the
+# left sides above, by s, b and d: no series' own derivative, and no division by s, whose derivative
+# would square a probability of e^-50, or take one of e^-90 for 0.
 
 
 @jax.custom_jvp
@@ -115,8 +119,8 @@ def _down(s: Array, b: Array, d: Array) -> Array:
 
 @_down.defjvp
 def _down_jvp(primals, tangents):
-    (_, b, d), (ds, db, _) = primals, tangents
-    return _down(*primals), _over(_gap(*primals), b) * db - _finite(d) * ds
+    (s, _, d), (ds, db, dd) = primals, tangents
+    return _down(*primals), (db - ds) - _finite(d) * ds - s * dd
 
 
 @jax.custom_jvp
@@ -129,8 +133,8 @@ def _up(s: Array, b: Array, d: Array) -> Array:
 
 @_up.defjvp
 def _up_jvp(primals, tangents):
-    (s, _, d), (ds, db, _) = primals, tangents
-    return _up(*primals), _finite(d) * db - _over(_gap(*primals), s) * ds
+    (_, b, d), (ds, db, dd) = primals, tangents
+    return _up(*primals), (ds - db) + _finite(d) * db + b * dd
 
 
 def _sides(pair: Pair) -> tuple[Array, Array, Array, Array]:
@@ -177,24 +181,43 @@ def _exponentials(x: Array, x_max: Array, temperature: float) -> Array:
 
 
 def _row(x: Array, t: Array, temperature: float) -> Row:
-    x_max, t_max = (lax.stop_gradient(finite(jnp.max(v, axis=-1))) for v in (x, t))
+    """The derivatives are those of :func:`_pair`, which is made of it."""
+    x, t = lax.stop_gradient((x, t))
+    x_max, t_max = (finite(jnp.max(v, axis=-1)) for v in (x, t))
     e_x, e_t = _exponentials(x, x_max, temperature), _exponentials(t, t_max, temperature)
     x_sum, t_sum = jnp.sum(e_x, axis=-1), jnp.sum(e_t, axis=-1)
     distances = _distances(x, t, x_max, t_max, temperature)
-    apart = jnp.sum(_p_minus_q(lax.stop_gradient(Pair(e_t, e_x, distances))), axis=-1) / x_sum
-    plain = log(t_sum / x_sum)
+    apart = jnp.sum(_p_minus_q(Pair(e_t, e_x, distances)), axis=-1) / x_sum
     # The sums' rounding is all there is to log(t_sum / x_sum) where they are nearly equal.
-    shift = lax.stop_gradient(jnp.where(jnp.abs(apart) < 0.5, log1p(apart), plain))
-    shift += plain - lax.stop_gradient(plain)  # 0, with the derivative
+    shift = jnp.where(jnp.abs(apart) < 0.5, log1p(apart), log(t_sum / x_sum))
     return Row(x_max, t_max, x_sum, t_sum, shift, None, None)
 
 
+@partial(jax.custom_jvp, nondiff_argnums=(3,))
 def _pair(x: Array, t: Array, row: Row, temperature: float) -> Pair:
     return Pair(
         _exponentials(t, row.t_max, temperature) / row.t_sum[..., None],
         _exponentials(x, row.x_max, temperature) / row.x_sum[..., None],
         _distances(x, t, row.x_max, row.t_max, temperature) - row.shift[..., None],
     )
+
+
+@_pair.defjvp
+def _pair_jvp(temperature, primals, tangents):
+    # By the logits alone: the row's numbers are functions of them, which have lost digits.
+    (x, t, row), (dx, dt, _) = primals, tangents
+    pair = _pair(x, t, row, temperature)
+    d_log_q = _log_tangent(pair.q, x, row.x_max, dx) / temperature
+    d_log_p = _log_tangent(pair.p, t, row.t_max, dt) / temperature
+    return pair, Pair(pair.p * d_log_p, pair.q * d_log_q, d_log_p - d_log_q)
+
+
+def _log_tangent(p: Array, x: Array, x_max: Array, dx: Array) -> Array:
+    """``dx_j - sum_i p_i dx_i``, of differences with the entry at the maximum: as a difference of
+    two numbers of the tangent's size, that entry's, which is all that the others lack, is lost."""
+    at_max = is_kept(x, near_max(x, x_max, None))
+    dx = dx - jnp.sum(jnp.where(at_max, dx, 0), axis=-1, keepdims=True)
+    return dx - jnp.sum(p * dx, axis=-1, keepdims=True)
 
 
 class Mixture(NamedTuple):
@@ -209,13 +232,40 @@ def _mixture(pair: Pair, beta: float) -> Mixture:
     more, s, b, d = _sides(pair)
     # Both selected: 1 - 0.99 is 0.01 to six digits.
     of_b, of_s = jnp.where(more, beta, 1 - beta), jnp.where(more, 1 - beta, beta)
-    gap, m = _gap(s, b, d), of_b * b + of_s * s
+    return Mixture(of_b * b + of_s * s, *_logs_by_mixture(s, b, d, of_s, of_b))
+
+
+@jax.custom_jvp
+def _logs_by_mixture(s: Array, b: Array, d: Array, of_s: Array, of_b: Array) -> tuple[Array, Array]:
+    """``log(b / m)`` and ``log(m / s)`` for ``m = of_b b + of_s s``."""
     # b / m = 1 + of_s (b - s) / m and m / s = 1 + of_b (b - s) / s.
-    above = log1p(of_s * _over(gap, m))
+    gap = _gap(s, b, d)
+    above = log1p(of_s * _over(gap, of_b * b + of_s * s))
     # An s that is no normal float weighs nothing, but its logarithm must not be inf.
     normal = s >= jnp.finfo(s.dtype).tiny
-    below = jnp.where(normal, log1p(of_b * _over(gap, s)), d)
-    return Mixture(m, above, below)
+    return above, jnp.where(normal, log1p(of_b * _over(gap, s)), d)
+
+
+@_logs_by_mixture.defjvp
+def _logs_by_mixture_jvp(primals, tangents):
+    # Functions of d: -log(of_b + of_s e^-d), and d less that.
+    share_of_s, share_of_b = _shares(*primals)
+    dd = tangents[2]
+    return _logs_by_mixture(*primals), (share_of_s * dd, share_of_b * dd)
+
+
+@jax.custom_jvp
+def _shares(s: Array, b: Array, d: Array, of_s: Array, of_b: Array) -> tuple[Array, Array]:
+    """``of_s s / m`` and ``of_b b / m``, which sum to 1; 0 for an m that is 0."""
+    m = of_b * b + of_s * s
+    return _over(of_s * s, m), _over(of_b * b, m)
+
+
+@_shares.defjvp
+def _shares_jvp(primals, tangents):
+    share_of_s, share_of_b = _shares(*primals)
+    moved = share_of_s * share_of_b * tangents[2]
+    return (share_of_s, share_of_b), (-moved, moved)
 
 
 def _divergences(pair: Pair, divergence: str, beta: float) -> tuple[Any, Any]:

@@ -20,38 +20,53 @@ from jaxloss._jit import jit
 from jaxloss._labels import TopKLabels
 
 
-def modulated(losses: Array, u: Array, gamma: float, at_zero: tuple[Any, Any]) -> Array:
-    """``u^gamma * losses``, for losses that vanish as ``u`` does.
+@partial(jax.custom_jvp, nondiff_argnums=(1,))
+def modulated(nll: Array, gamma: float) -> Array:
+    """``(1 - p)^gamma nll``, for ``p = e^-nll`` and a gamma above 0.
 
-    ``at_zero``: what ``log u`` and ``losses / u`` are where ``u`` is no normal number.
+    A function of ``nll`` alone, with ``u = 1 - p``, ``E = e^nll - 1 = u / p`` and ``h = nll / E``::
+
+        d = u^gamma (1 + gamma h)
+        d^2 = gamma u^gamma ((2 + (gamma - 1) h) / E - h)
+
+    No loss is divided by a ``u`` that is as small, and no tangent: such a quotient's derivative has
+    u^-2, which is inf long before the loss is 0.
     """
-    if not gamma:
-        return losses
-    # A negative u (of a "probability" past 1) has no logarithm, and stays NaN.
-    underflows = (u < jnp.finfo(u.dtype).tiny) & (u >= 0)
-    log_u = log(jnp.where(underflows, 1, u))
-    # Where the loss is inf, u is 1 and does not move. Not losses / u: its derivative squares u.
-    ratio = jnp.where(jnp.isinf(losses), 0, losses) * exp(-log_u)
-    log_u, ratio = (
-        jnp.where(underflows, zero, x) for zero, x in zip(at_zero, (log_u, ratio), strict=True)
-    )
-    return _times_power(losses, u, log_u, ratio, gamma)
+    return _power(nll, gamma) * nll
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(4,))
-def _times_power(losses, u, log_u, ratio, gamma):
-    return exp(gamma * log_u) * losses
+def _power(nll: Array, gamma: float) -> Array:
+    return exp(gamma * log(-expm1(-nll)))
 
 
-@_times_power.defjvp
-def _times_power_jvp(gamma, primals, tangents):
-    # d(u^g l) = u^g (dl + g (l / u) du). As g u^(g - 1) l it is inf * 0 once u underflows, and 0
-    # long before for g < 1. The last two arguments are functions of the first two: they have a say
-    # in the derivative of this rule, not in the rule.
-    losses, _, log_u, ratio = primals
-    d_losses, du, *_ = tangents
-    power = exp(gamma * log_u)
-    return power * losses, power * d_losses + gamma * (power * ratio) * du
+@modulated.defjvp
+def _modulated_jvp(gamma, primals, tangents):
+    return modulated(*primals, gamma), _modulated_slope(*primals, gamma) * tangents[0]
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _modulated_slope(nll: Array, gamma: float) -> Array:
+    _, h = _ratios(nll)
+    return _power(nll, gamma) * (1 + gamma * h)
+
+
+@_modulated_slope.defjvp
+def _modulated_slope_jvp(gamma, primals, tangents):
+    nll = primals[0]
+    e, h = _ratios(nll)
+    # For gamma < 1 it grows as nll^(gamma - 1); what it multiplies, a slope, is as small as nll.
+    moving = nll >= jnp.finfo(nll.dtype).tiny
+    over_e = jnp.where(moving, (2 + (gamma - 1) * h) / jnp.where(moving, e, 1), 0)
+    curvature = gamma * _power(jnp.where(moving, nll, 1), gamma) * (over_e - h)
+    curvature = jnp.where(moving | jnp.isnan(nll), curvature, 0)
+    return _modulated_slope(nll, gamma), curvature * tangents[0]
+
+
+def _ratios(nll: Array) -> tuple[Array, Array]:
+    """``E`` and ``h``, which is 1 at 0, and 0 where E is inf."""
+    e = expm1(nll)
+    some = (e > 0) & (e < jnp.inf)
+    return e, jnp.where(some, nll / jnp.where(some, e, 1), jnp.where(e > 0, 0, 1))
 
 
 def check_gamma(function: str, gamma: Any) -> float:
@@ -167,7 +182,7 @@ def _focal_loss(
         where=class_mask,
         reduction="none",
     )
-    losses = modulated(nll, -expm1(-nll), gamma, (-jnp.inf, 1))
+    losses = modulated(nll, gamma) if gamma else nll
     if targets.label_weight is not None:
         losses = targets.label_weight * losses
     return _targets.reduce_losses(losses, targets, sample_weight, reduction, empty_mean=empty_mean)

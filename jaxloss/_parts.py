@@ -194,8 +194,10 @@ def _seen_from(part: RowPart, m: Array, keeps: Array, scaling: Scaling | None) -
     """
 
     def lifted(x, weight):  # sum of weights * (part.m - x_j), seen from m
-        # Two parts of classes at -inf: their maxima are no distance apart.
-        return x + jnp.where((weight == 0) | (m == part.m), 0, scaled(m - part.m, scaling) * weight)
+        # Two parts of classes at -inf: their maxima are no distance apart. Selected before the
+        # product: the distance from a part that weighs nothing may be infinite.
+        nothing = (weight == 0) | (m == part.m)
+        return x + jnp.where(nothing, 0, scaled(m - part.m, scaling)) * weight
 
     kept = exp(scaled(part.x_kept - finite(part.m), scaling))
     whole = part.s + jnp.where(jnp.isnan(part.x_kept), 0, kept)
@@ -204,7 +206,9 @@ def _seen_from(part: RowPart, m: Array, keeps: Array, scaling: Scaling | None) -
     if part.mass is not None:
         below, other_mass = lifted(below, part.mass), jnp.where(keeps, other_mass, part.mass)
     if spread is not None:
-        spread = scale * lifted(spread, whole)
+        # Scaled first: of classes that are masked by the smallest float, a distance times their
+        # number is inf, and their scale is 0.
+        spread = lifted(scale * spread, scale * whole)
     if low is not None:
         low = scale * jnp.where(part.m == m, low, whole)
     s = scale * jnp.where(keeps, part.s, whole)

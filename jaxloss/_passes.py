@@ -264,7 +264,8 @@ def lies_below(x: Array, m: Array, value: float) -> Array:
     """``value`` where ``x[..., C]`` is more than a few roundings below ``m``, 0 elsewhere: for a
     summand."""
     info = jnp.finfo(x.dtype)
-    bound = m - 4 * info.eps * jnp.abs(m) - info.tiny
+    # No less than the smallest float: -inf lies below that too, and -inf less -inf is NaN.
+    bound = jnp.maximum(m - 4 * info.eps * jnp.abs(m) - info.tiny, info.min)
     bound, steep, zero, most = behind_barrier(bound, 1 / info.tiny, 0, value)
     # The maximum stands between the factors, or XLA folds them to inf (0 * inf is NaN); right under
     # the minimum it would make a clamp of both, which XLA:CPU writes out.

@@ -16,44 +16,12 @@ from jax.typing import ArrayLike
 
 from jaxloss import _arguments, _check, _targets
 from jaxloss._arguments import Reduction
+from jaxloss._binary_terms import focal_half, softplus
 from jaxloss._casts import accumulator_dtype, widened
-from jaxloss._elementary import exp_of_nonpositive, log1p
 from jaxloss._entries import of_rank
-from jaxloss._focal import check_gamma, modulated
+from jaxloss._focal import check_gamma
 from jaxloss._jit import jit
 from jaxloss._terms import Scalars
-
-
-@jax.custom_jvp
-def _sigmoids(x: Array) -> tuple[Array, Array]:
-    """``sigmoid(-x)`` and ``sigmoid(x)``."""
-    e = exp_of_nonpositive(-jnp.abs(x))
-    large = 1 / (1 + e)
-    small = e * large
-    return jnp.where(x > 0, small, large), jnp.where(x > 0, large, small)
-
-
-@_sigmoids.defjvp
-def _sigmoids_jvp(primals, tangents):
-    down, up = _sigmoids(*primals)
-    slope = down * up * tangents[0]
-    return (down, up), (-slope, slope)
-
-
-@jax.custom_jvp
-def _softplus(x: Array) -> tuple[Array, Array]:
-    """``softplus(-x)`` and ``softplus(x)``.
-
-    Their own rule: JAX's second derivative of ``max(x, 0) + log1p(exp(-|x|))`` is 0 at 0.
-    """
-    above = log1p(exp_of_nonpositive(-jnp.abs(x)))
-    return jnp.maximum(-x, 0) + above, jnp.maximum(x, 0) + above
-
-
-@_softplus.defjvp
-def _softplus_jvp(primals, tangents):
-    down, up = _sigmoids(*primals)
-    return _softplus(*primals), (-down * tangents[0], up * tangents[0])
 
 
 def _asked(weight: Array, penalty: Array) -> Array:
@@ -102,7 +70,12 @@ def _losses(
         if not _targets.is_zero(label_smoothing):
             # As z (1 - eps) + eps / 2, XLA adds a small eps / 2 to the 1 of 1 - y, and loses it.
             y, z = (v + label_smoothing * (0.5 - v) for v in (y, z))
-        a, b = y, z
+        if gamma:
+            a, b = jnp.ones_like(y), jnp.ones_like(z)
+            down, up = focal_half(x, y, z, gamma), focal_half(-x, z, y, gamma)
+        else:
+            a, b = y, z
+            down, up = softplus(x)
         if pos_weight is not None:
             a = a * of_rank(pos_weight.astype(dtype), rank)
         if alpha is not None:
@@ -111,12 +84,7 @@ def _losses(
         if weight is not None:
             w = of_rank(weight.astype(dtype), rank)
             a, b = a * w, b * w
-        down, up = _softplus(x)
         losses = _asked(a, down) + _asked(b, up)
-        if gamma:
-            no, yes = _sigmoids(x)
-            wrong = y * no + z * yes
-            losses = modulated(losses, wrong, gamma, (-jnp.abs(x), jnp.where(x > 0, a, b)))
         losses = jnp.where(counts, losses, 0)
         divisor = jnp.ones_like(losses)
         if sample_weight is not None and sample_weight.dtype != jnp.bool_:

@@ -709,10 +709,10 @@ def test_floats_of_fewer_than_16_bits_are_refused_by_name(dtype):
                     call_of(name, right | {argument: wrong})
     top = jaxloss.TopKLabels(Y[:, None], X[:, :1].astype(dtype))
     with pytest.raises(TypeError, match=r"labels\.probabilities must have .* at least 16 bits"):
-        jaxloss.cross_entropy(X, top)
+        jaxloss.cross_entropy(logits=X, labels=top)
     for field in ("log_prob", "entropy", "confidence"):
         with pytest.raises(TypeError, match=rf"stats\.{field} must have .* at least 16 bits"):
-            jaxloss.metric_sums(STATS._replace(**{field: wrong}))
+            jaxloss.metric_sums(stats=STATS._replace(**{field: wrong}))
 
 
 @pytest.mark.parametrize("traced", [False, True])

@@ -722,3 +722,86 @@ def test_total_weight_of_probabilities_ignores_no_class():
     assert jaxloss.total_weight(q, ignore_index=None) == jaxloss.total_weight(q) == 2
     with pytest.raises(ValueError, match="ignore_index is for labels of an integer dtype"):
         jaxloss.total_weight(q, ignore_index=0)
+
+
+LEAST = np.finfo(np.float32).min
+MASKED_BY_NUMBERS = np.float32(
+    [
+        [0.5, 1, LEAST, LEAST],
+        [LEAST, LEAST, 0.5, 1],
+        [0.5, LEAST, 1, LEAST],
+        [0.5, 1, -1e36, -1e37],
+        [2, float(jnp.finfo(jnp.bfloat16).min), LEAST, -np.inf],
+        [3e38, LEAST, LEAST, -np.inf],
+        [LEAST, LEAST, LEAST, LEAST],
+        [LEAST, -np.inf, -np.inf, -np.inf],
+        [-np.inf, -np.inf, LEAST, -np.inf],
+        [-np.inf, LEAST, LEAST, -np.inf],
+    ]
+)
+
+
+def entropies_of_blocks(x, y, **options):
+    def of_row(bias, y):  # the logits are the bias, and exact
+        given = jnp.ones((1, 1)), jnp.zeros((1, x.shape[-1])), y[None]
+        schedule = {"implementation": "vocab_blocks", "chunk_size": 2}
+        return jaxloss.linear_token_stats(*given, bias=bias, **schedule, **options).entropy[0]
+
+    return jax.vmap(of_row)(x, y)
+
+
+def entropies_of_shards(x, y, **options):
+    def of_shard(x, y):
+        return jaxloss.token_stats(x, y, vocab_axis_name="classes", **options).entropy
+
+    kinds = (jax.sharding.AxisType.Auto,)
+    mesh = jax.make_mesh((4,), ("classes",), axis_types=kinds, devices=jax.devices()[:4])
+    spec = jax.sharding.PartitionSpec
+    return jax.shard_map(
+        of_shard, mesh=mesh, in_specs=(spec(None, "classes"), spec()), out_specs=spec()
+    )(x, y)
+
+
+def entropies_of_rows(x, y, **options):
+    return jaxloss.token_stats(x, y, **options).entropy
+
+
+def entropies_of_rows_of_probabilities(x, y, **options):
+    q = jax.nn.one_hot(y, x.shape[-1])
+    return jaxloss.token_stats(x, q, **options).entropy
+
+
+@pytest.mark.parametrize(
+    "entropies",
+    [
+        entropies_of_blocks,
+        entropies_of_shards,
+        entropies_of_rows,
+        entropies_of_rows_of_probabilities,
+    ],
+)
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.1}])
+def test_the_entropy_beside_classes_that_are_masked_by_the_smallest_float(entropies, options):
+    x, y = jnp.asarray(MASKED_BY_NUMBERS), jnp.arange(len(MASKED_BY_NUMBERS)) % 4
+    v = np.float32([1, 2, 3, 1e4])
+
+    def all_of(x):
+        slope = jax.grad(lambda x: jnp.sum(entropies(x, y, **options)))
+        along = jnp.tile(v, (len(x), 1))
+        return entropies(x, y, **options), slope(x), jax.jvp(slope, (x,), (along,))[1]
+
+    t = np.longdouble(options.get("temperature", 1))
+    exact = MASKED_BY_NUMBERS.astype(np.longdouble)
+    below = (exact - np.max(exact, axis=-1, keepdims=True)) / t
+    p = np.exp(below) / np.sum(np.exp(below), axis=-1, keepdims=True)
+    log_p = np.where(p > 0, np.log(np.where(p > 0, p, 1)), 0)
+    entropy = -np.sum(p * log_p, axis=-1, keepdims=True)
+    slope = -p * (log_p + entropy) / t
+    moved = p * (v - np.sum(p * v, axis=-1, keepdims=True)) / t  # dp
+    of_entropy = np.sum(slope * v, axis=-1, keepdims=True)
+    curvature = -(moved * (log_p + entropy + 1) + p * of_entropy) / t
+
+    got = jit_quickly(all_of)(x)
+    np.testing.assert_allclose(got[0], entropy[:, 0], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(got[1], np.float64(slope), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(got[2], np.float64(curvature), rtol=1e-4, atol=1e4 / t**2 * 1e-5)
