@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 import jax
-from jax import Array, lax
+from jax import lax
 
 from jaxloss import _mesh
 
