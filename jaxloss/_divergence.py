@@ -16,19 +16,20 @@ from jaxloss._canonical import classes_last, mask_classes_last, rows_of_mask
 from jaxloss._divergence_rows import accumulator_of, row_divergences
 from jaxloss._jit import jit
 from jaxloss._mesh import AxisName
+from jaxloss._terms import Scalars
 
 Divergence = Literal["forward", "reverse", "jensen_shannon"]
 DIVERGENCES = get_args(Divergence)
 
 
-def _options(call: str, divergence: Any, beta: Any, temperature: Any) -> tuple:
-    """Those of ``row_divergences``, hashable."""
+def _options(call: str, divergence: Any, beta: Any, temperature: Any, dtype) -> tuple:
+    """Those of ``row_divergences`` that are static, hashable, and the temperature."""
     _check.word(call, "divergence", divergence, DIVERGENCES)
     if not 0 < _check.number(call, "beta", beta) < 1:
         way_out = "At its ends the divergences are 'forward' and 'reverse', times 0."
         _check.fail(call, "beta must be in (0, 1)", repr(beta), way_out)
-    temperature = _check.number(call, "temperature", temperature, *_arguments.DIVISORS)
-    return (("divergence", divergence), ("beta", float(beta)), ("temperature", temperature))
+    static = (("divergence", divergence), ("beta", float(beta)))
+    return static, Scalars(temperature=_arguments.temperature(call, temperature, dtype))
 
 
 def kl_divergence(
@@ -38,7 +39,7 @@ def kl_divergence(
     axis: int | tuple[int, ...] = -1,
     divergence: Divergence = "forward",
     beta: float = 0.5,
-    temperature: float = 1.0,
+    temperature: ArrayLike | None = 1.0,
     sample_weight: ArrayLike | None = None,
     where: ArrayLike | None = None,
     reduction: Reduction = "mean",
@@ -63,8 +64,10 @@ def kl_divergence(
       divergence: ``"forward"``, which covers all the teacher's modes; ``"reverse"``, which keeps
         to some; ``"jensen_shannon"``, bounded, between the two.
       beta: of ``"jensen_shannon"`` alone, in (0, 1).
-      temperature: ``T > 0``, divides both logits. Nothing is multiplied by ``T**2``: Hinton et al.
-        do, to keep the gradient's size; ``T**2 * loss`` is yours to write.
+      temperature: ``T > 0``, divides both logits: a Python number, or a scalar array, which may be
+        traced and is differentiable (out of range it makes NaN); None is 1. Nothing is multiplied
+        by ``T**2``: Hinton et al. do, to keep the gradient's size; ``T**2 * loss`` is yours to
+        write.
       sample_weight: shaped as the losses, ``s``: a weight a token, or a boolean mask.
         Differentiable.
       where: boolean. Broadcastable to ``logits``: the classes that exist, on both sides (a token
@@ -109,13 +112,14 @@ def kl_divergence(
     axes = _check.class_axes(call, logits, name, axis)
     rule = "the shape of logits"
     _check.shape(call, "teacher_logits", teacher_logits, logits.shape, rule)
-    options = _options(call, divergence, beta, temperature)
+    wide = accumulator_of(logits, teacher_logits)
+    options, scalars = _options(call, divergence, beta, temperature, wide)
     _arguments.check_reduction(call, reduction)
     batch = _check.batch_shape(logits, axes)
     sample_weight = _arguments.check_sample_weight(call, sample_weight, batch)
     class_mask, token_mask = _arguments.masks(call, name, where, logits, axes)
     return _kl_divergence(
-        logits, teacher_logits, sample_weight, class_mask, token_mask,
+        logits, teacher_logits, sample_weight, class_mask, token_mask, scalars,
         axes=axes, reduction=reduction, empty_mean=_arguments.empty_mean(call, empty_mean),
         options=options,
     )  # fmt: skip
@@ -123,7 +127,7 @@ def kl_divergence(
 
 @jit
 def _kl_divergence(
-    logits, teacher_logits, sample_weight, class_mask, token_mask,
+    logits, teacher_logits, sample_weight, class_mask, token_mask, scalars,
     *, axes, reduction, empty_mean, options,
 ):  # fmt: skip
     mask = mask_classes_last(class_mask, logits, axes)
@@ -131,7 +135,7 @@ def _kl_divergence(
     classes = _targets.classes_here(x.shape[-1])
     mask, token_mask = _targets.without_empty_rows(mask, token_mask, x.shape[:-1], classes)
     counts = _targets.counted(sample_weight, token_mask)
-    losses = row_divergences(x, t, mask, counts, **dict(options))
+    losses = row_divergences(x, t, mask, counts, temperature=scalars.temperature, **dict(options))
     counts = jnp.ones_like(losses, bool) if counts is None else counts
     targets = _targets.Targets(None, None, counts)
     return _targets.reduce_losses(losses, targets, sample_weight, reduction, empty_mean=empty_mean)
@@ -150,7 +154,7 @@ def linear_kl_divergence(
     num_classes: int | None = None,
     divergence: Divergence = "forward",
     beta: float = 0.5,
-    temperature: float = 1.0,
+    temperature: ArrayLike | None = 1.0,
     sample_weight: ArrayLike | None = None,
     where: ArrayLike | None = None,
     reduction: Reduction = "mean",
@@ -244,7 +248,8 @@ def linear_kl_divergence(
         _check.fail(call, "both kernels must have as many columns", got, way_out)
     few = min(columns, its_columns)
     classes = _check.integer(call, "num_classes", num_classes, 0, few, default=columns)
-    options = _options(call, divergence, beta, temperature)
+    wide = accumulator_of(hidden, teacher_hidden)
+    options, scalars = _options(call, divergence, beta, temperature, wide)
     _arguments.check_reduction(call, reduction)
     sample_weight = _arguments.check_sample_weight(call, sample_weight, lead)
     logits = jax.ShapeDtypeStruct((*lead, classes), hidden.dtype)
@@ -275,7 +280,7 @@ def linear_kl_divergence(
     )
     return _linear_kl_divergence(
         hidden, kernel, bias, teacher_hidden, teacher_kernel, teacher_bias, sample_weight,
-        class_mask, token_mask, geometry=geometry, reduction=reduction,
+        class_mask, token_mask, scalars, geometry=geometry, reduction=reduction,
         empty_mean=_arguments.empty_mean(call, empty_mean), options=options,
     )  # fmt: skip
 
@@ -283,20 +288,23 @@ def linear_kl_divergence(
 @jit
 def _linear_kl_divergence(
     hidden, kernel, bias, teacher_hidden, teacher_kernel, teacher_bias, sample_weight, class_mask,
-    token_mask, *, geometry, reduction, empty_mean, options,
+    token_mask, scalars, *, geometry, reduction, empty_mean, options,
 ):  # fmt: skip
     lead, tokens = hidden.shape[:-1], math.prod(hidden.shape[:-1])
     classes = _targets.classes_here(geometry.num_classes)
     token_mask = _targets.tokens_with_classes(class_mask, token_mask, lead, classes)
     mask_rows, mask_index = rows_of_mask(class_mask, lead)
+    numbers, of_scalars = jax.tree.flatten(scalars)
 
     def rows(x):
         return x.reshape(tokens, x.shape[-1])
 
     def loss_fn(x, per_token, shared):
-        (t, index), (mask,) = per_token, shared
+        (t, index), (mask, *numbers) = per_token, shared
         mask = mask if index is None else mask[index]
-        return (row_divergences(x, t, mask, **dict(options)),), ()
+        temperature = of_scalars.unflatten(numbers).temperature
+        losses = row_divergences(x, t, mask, temperature=temperature, **dict(options))
+        return (losses,), ()
 
     counts = _targets.counted(sample_weight, token_mask)
     counts = jnp.ones(lead, bool) if counts is None else counts
@@ -310,7 +318,7 @@ def _linear_kl_divergence(
         kernel,
         bias,
         (mask_index,),
-        (mask_rows,),
+        (mask_rows, *numbers),
         (rows(teacher_hidden), teacher_kernel, teacher_bias),
     )
     return _linear.reduced(loss_fn, geometry, operands, counts, weights, reduction != "none")[0]

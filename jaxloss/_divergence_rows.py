@@ -21,12 +21,12 @@ whatever their offsets, and ``shift``, the log-sum-exps' difference, from the su
 """
 
 import math
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.custom_derivatives import SymbolicZero
 
 from jaxloss import _mesh
 from jaxloss._casts import accumulator_dtype, narrowed, widened
@@ -166,7 +166,7 @@ def _prepared(x: Array, mask: Array | None, counts: Array | None, dtype) -> Arra
     return x if counts is None else jnp.where(counts[..., None], x, 0)
 
 
-def _distances(x: Array, t: Array, x_max: Array, t_max: Array, temperature: float) -> Array:
+def _distances(x: Array, t: Array, x_max: Array, t_max: Array, temperature: Any) -> Array:
     """((t_j - x_j) - (t_max - x_max)) / T, one rounding of it whatever the logits' offsets."""
     nowhere = (x == -jnp.inf) & (t == -jnp.inf)
     s, e = _difference(jnp.where(nowhere, 0, t), jnp.where(nowhere, 0, x))
@@ -176,11 +176,11 @@ def _distances(x: Array, t: Array, x_max: Array, t_max: Array, temperature: floa
     return ((s - of_row[..., None]) + (e - e_of_row[..., None])) / temperature
 
 
-def _exponentials(x: Array, x_max: Array, temperature: float) -> Array:
+def _exponentials(x: Array, x_max: Array, temperature: Any) -> Array:
     return exp_of_nonpositive((x - x_max[..., None]) / temperature)
 
 
-def _row(x: Array, t: Array, temperature: float) -> Row:
+def _row(x: Array, t: Array, temperature: Any) -> Row:
     """The derivatives are those of :func:`_pair`, which is made of it."""
     x, t = lax.stop_gradient((x, t))
     x_max, t_max = (finite(jnp.max(v, axis=-1)) for v in (x, t))
@@ -193,8 +193,8 @@ def _row(x: Array, t: Array, temperature: float) -> Row:
     return Row(x_max, t_max, x_sum, t_sum, shift, None, None)
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(3,))
-def _pair(x: Array, t: Array, row: Row, temperature: float) -> Pair:
+@jax.custom_jvp
+def _pair(x: Array, t: Array, row: Row, temperature: Any) -> Pair:
     return Pair(
         _exponentials(t, row.t_max, temperature) / row.t_sum[..., None],
         _exponentials(x, row.x_max, temperature) / row.x_sum[..., None],
@@ -202,14 +202,33 @@ def _pair(x: Array, t: Array, row: Row, temperature: float) -> Pair:
     )
 
 
-@_pair.defjvp
-def _pair_jvp(temperature, primals, tangents):
-    # By the logits alone: the row's numbers are functions of them, which have lost digits.
-    (x, t, row), (dx, dt, _) = primals, tangents
+def _pair_jvp(primals, tangents):
+    # By the logits and T: the row's numbers are functions of them, which have lost digits.
+    (x, t, row, temperature), (dx, dt, _, d_temperature) = primals, tangents
     pair = _pair(x, t, row, temperature)
+    dx, dt = (
+        _moved(v, v_max, dv, temperature, d_temperature)
+        for v, v_max, dv in ((x, row.x_max, dx), (t, row.t_max, dt))
+    )
     d_log_q = _log_tangent(pair.q, x, row.x_max, dx) / temperature
     d_log_p = _log_tangent(pair.p, t, row.t_max, dt) / temperature
     return pair, Pair(pair.p * d_log_p, pair.q * d_log_q, d_log_p - d_log_q)
+
+
+_pair.defjvp(_pair_jvp, symbolic_zeros=True)
+
+
+def _moved(x: Array, x_max: Array, dx: Any, temperature: Any, d_temperature: Any) -> Array:
+    """T times the tangent of ``(x_j - x_max) / T``."""
+    dx = jnp.zeros_like(x) if isinstance(dx, SymbolicZero) else dx
+    if isinstance(d_temperature, SymbolicZero):
+        return dx
+    return dx - _below_max(x, x_max) * (d_temperature / temperature)
+
+
+def _below_max(x: Array, x_max: Array) -> Array:
+    """``x_j - x_max``, 0 for a class at -inf, whose probability stays 0."""
+    return jnp.where(x == -jnp.inf, 0, x - x_max[..., None])
 
 
 def _log_tangent(p: Array, x: Array, x_max: Array, dx: Array) -> Array:
@@ -336,12 +355,12 @@ def row_divergences(
     *,
     divergence: str,
     beta: float,
-    temperature: float,
+    temperature: Any,
 ) -> Array:
     """The divergences of rows ``[..., C]``, one number a row; 0 for one that does not count.
 
     ``class_mask`` broadcasts to the logits, ``counts`` has one entry a row. Differentiable in both
-    logits, in every mode.
+    logits, and in a temperature that is an array, in every mode.
     """
     wide = accumulator_of(logits, teacher_logits)
     if logits.shape[-1] == 0:
@@ -352,31 +371,55 @@ def row_divergences(
         x, t = (_prepared(v, mask, counts, wide) for v in (logits, teacher_logits))
         return x, t
 
-    def forward(logits, teacher_logits, mask, counts):
+    traced = temperature if isinstance(temperature, Array) else None
+    # A rule refers to no array: a traced temperature is an argument.
+    static = None if isinstance(temperature, Array) else temperature
+
+    def forward(logits, teacher_logits, mask, counts, traced):
         x, t = both(logits, teacher_logits, mask, counts)
+        temperature = static if traced is None else traced
         row = _row(x, t, temperature)
         pair = _pair(x, t, row, temperature)
         of_teacher, of_student = _divergences(pair, divergence, beta)
         row = row._replace(of_teacher=of_teacher, of_student=of_student)
-        return _loss(row, divergence, beta), (logits, teacher_logits, mask, counts, row)
+        return _loss(row, divergence, beta), (logits, teacher_logits, mask, counts, traced, row)
 
     def slopes(residuals):
-        logits, teacher_logits, mask, counts, row = residuals
-        pair = _pair(*both(logits, teacher_logits, mask, counts), row, temperature)
-        return _slopes(pair, row, divergence, beta)
+        *given, traced, row = residuals
+        temperature = static if traced is None else traced
+        pair = _pair(*both(*given), row, temperature)
+        return _slopes(pair, row, divergence, beta), temperature
+
+    def by_temperature(residuals, slopes, temperature):
+        """The derivative with respect to T: each logit over T moves by -(x_j / T) / T, and what
+        all logits of a row share moves nothing."""
+        *given, _, row = residuals
+        x, t = both(*given)
+        below = _below_max(x, row.x_max), _below_max(t, row.t_max)
+        moved = sum(jnp.sum(s * b, axis=-1) for s, b in zip(slopes, below, strict=True))
+        return -moved / temperature**2
 
     def backward(residuals, ct):
-        moved = (asked_for(ct / temperature, slope) for slope in slopes(residuals))
+        each, temperature = slopes(residuals)
+        moved = (asked_for(ct / temperature, slope) for slope in each)
         narrow = (narrowed(g, x.dtype) for g, x in zip(moved, residuals, strict=False))
-        return (*narrow, None, None)
+        if residuals[4] is None:
+            return (*narrow, None, None, None)
+        slope = by_temperature(residuals, each, temperature)
+        return (*narrow, None, None, jnp.sum(asked_for(ct, slope[..., None])))
 
     def tangent(residuals, tangents):
         # Rows do not mix: the derivative of one number is the gradient at its unit cotangent.
-        moving = zip(slopes(residuals), tangents, strict=False)
-        moved = [jnp.sum(s * d.astype(wide), axis=-1) for s, d in moving if d is not None]
-        return sum(moved[1:], start=moved[0]) / temperature
+        each, temperature = slopes(residuals)
+        moving = zip(each, tangents, strict=False)
+        moved = [
+            jnp.sum(s * d.astype(wide), axis=-1) / temperature for s, d in moving if d is not None
+        ]
+        if tangents[4] is not None:
+            moved.append(by_temperature(residuals, each, temperature) * tangents[4])
+        return sum(moved[1:], start=moved[0])
 
     rule = jax.custom_vjp(lambda *args: forward(*args)[0])
     rule.defvjp(forward, backward)
-    given = _mesh.together(logits, teacher_logits, class_mask, counts)
+    given = _mesh.together(logits, teacher_logits, class_mask, counts, traced)
     return with_forward_mode(rule, tangent)(*given)

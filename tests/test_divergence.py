@@ -9,7 +9,7 @@ import mpmath
 import numpy as np
 import optax
 import pytest
-from helpers import EPS, margins, moved_sizes, temporary_mib
+from helpers import EPS, jit_quickly, margins, moved_sizes, temporary_mib
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from test_differentiation import TRANSFORMS, check
@@ -738,3 +738,45 @@ def test_operands_of_an_explicit_mesh_are_refused(side):
         text = f"operands of an explicit mesh must not be sharded; got .*{side} float32.*shard_map"
         with pytest.raises(ValueError, match=text):
             jaxloss.linear_kl_divergence(**args)
+
+
+@pytest.mark.parametrize("linear", [False, True])
+@pytest.mark.parametrize("divergence", ["forward", "reverse", "jensen_shannon"])
+def test_a_traced_temperature(divergence, linear):
+    """A schedule's, or a learnt one: the same values, with a derivative, and second ones."""
+    rng = np.random.default_rng(0)
+    x, t = (jnp.asarray(rng.normal(size=(5, 6)), jnp.float32) for _ in range(2))
+    t = t.at[1].set(x[1] + 1e-4 * t[1]).at[2, 0].set(-jnp.inf)
+    x = x.at[2, 0].set(-jnp.inf)
+    if linear:
+        x, t = (jnp.where(v == -jnp.inf, -1e30, v) for v in (x, t))
+
+    def loss(x, t, temperature):
+        options = {"divergence": divergence, "temperature": temperature, "beta": 0.3}
+        if linear:
+            eye = jnp.eye(6)
+            out = jaxloss.linear_kl_divergence(x, eye, t, eye, chunk_size=2, **options)
+        else:
+            out = jaxloss.kl_divergence(x, t, reduction="none", **options)
+        return jnp.sum(out)
+
+    moved = jnp.where(x > -1e30, 1.0, 0.0)
+
+    @jit_quickly
+    def run(x, t, temperature):
+        def by_x(temperature):
+            return jnp.vdot(jax.grad(loss)(x, t, temperature), moved * jnp.arange(6.0)[None])
+
+        traced = jax.value_and_grad(loss, (0, 1, 2))(x, t, temperature)
+        second = jax.value_and_grad(by_x)(temperature)
+        static = jax.value_and_grad(loss, (0, 1))(x, t, 1.5)
+        around = [(loss(x, t, e), by_x(e)) for e in (1.49, 1.51)]
+        return traced, second, static, around
+
+    (value, (dx, dt, d_temperature)), second, static, around = run(x, t, jnp.float32(1.5))
+    np.testing.assert_allclose(value, static[0], rtol=1e-6)
+    for got, expected in zip((dx, dt), static[1], strict=True):
+        np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-7)
+    (low, low_by_x), (high, high_by_x) = around
+    np.testing.assert_allclose(d_temperature, (high - low) / 0.02, rtol=1e-2)
+    np.testing.assert_allclose(second[1], (high_by_x - low_by_x) / 0.02, rtol=2e-2)

@@ -186,8 +186,8 @@ LAYERS = (
     "_linear _parts",
     "_rows",
     "_divergence_rows _one_pass _row_kernel _targets",
-    "_blocks _check_labels _divergence _linear_loss _sequences _terms _total_weight",
-    "_cross_entropy _implementation _metrics _schedules",
+    "_blocks _check_labels _linear_loss _sequences _terms _total_weight",
+    "_cross_entropy _divergence _implementation _metrics _schedules",
     "_focal _linear_cross_entropy",
     "_sigmoid _token_stats",
 )
