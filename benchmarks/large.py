@@ -3,6 +3,7 @@
 Value and both gradients of ``linear_cross_entropy``; 64 tokens are checked in float64.
 """
 
+import argparse
 import resource
 import time
 
@@ -33,6 +34,7 @@ def _exact(hidden, kernel, labels):
 
 
 def main() -> None:
+    argparse.ArgumentParser(prog="python -m benchmarks.large", description=__doc__).parse_args()
     console = Console()
     env = environment()
     console.print(describe(env), soft_wrap=True, highlight=False)

@@ -115,6 +115,7 @@ def interleaved(
     args: Sequence[Any],
     seconds: float,
     tick: Callable[[float], None] = lambda share: None,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
     """Seconds of each call, round by round: A B C, C A B, ... until the time is used up.
 
@@ -130,9 +131,9 @@ def interleaved(
     for rounds in range(1, MAX_ROUNDS + 1):
         shuffle(order)
         for name in order:
-            begin = time.perf_counter()
+            begin = clock()
             jax.block_until_ready(functions[name](*args))
-            times[name].append(time.perf_counter() - begin)
+            times[name].append(clock() - begin)
         used = (time.perf_counter() - start) / seconds
         tick(min(used, 1.0))
         if used >= 1 and rounds >= MIN_ROUNDS:
