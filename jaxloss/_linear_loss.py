@@ -152,7 +152,14 @@ def linear_loss(
         closed_over,
     )
     scalar = reduction != "none"
-    return _linear.reduced(chunk_losses, geometry, operands, counts, weights, scalar)[0]
+
+    # One program, which goes with this call. Of loops that run one by one outside of jit JAX keeps
+    # thousands, and their compiled programs.
+    @jax.jit
+    def reduced(operands, counts, weights):
+        return _linear.reduced(chunk_losses, geometry, operands, counts, weights, scalar)[0]
+
+    return reduced(operands, counts, weights)
 
 
 def _converted(
