@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from jaxloss import _arguments, _check, _targets
+from jaxloss import _arguments, _check, _layout, _targets
 from jaxloss._arguments import Reduction
 from jaxloss._casts import accumulator_dtype
 from jaxloss._cross_entropy import cross_entropy
@@ -155,6 +155,9 @@ def _focal_loss(
     reduction,
     gamma,
 ):
+    arrays = labels, weight, sample_weight, class_mask, token_mask
+    logits, arrays = _layout.aligned_tokens(logits, axes, arrays)
+    labels, weight, sample_weight, class_mask, token_mask = arrays
     dtype = accumulator_dtype(logits.dtype)
     targets = _targets.make_targets(
         labels,
