@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from jaxloss import _arguments, _check, _entries, _logits, _one_pass, _rows, _targets
+from jaxloss import _arguments, _check, _entries, _layout, _logits, _one_pass, _rows, _targets
 from jaxloss._arguments import Reduction
 from jaxloss._canonical import classes_back, classes_last, mask_classes_last
 from jaxloss._casts import accumulator_dtype
@@ -71,9 +71,11 @@ def log_softmax(
 
 @jit
 def _log_softmax(logits, class_mask, *, axes):
+    every, given = tuple(range(logits.ndim)), logits
+    logits, class_mask = _layout.aligned((logits, every), (class_mask, every), flat=axes)
     class_mask = mask_classes_last(class_mask, logits, axes)
     out = _rows.row_log_softmax(classes_last(logits, axes), class_mask)
-    return classes_back(out, logits.shape, axes)
+    return _layout.as_split(classes_back(out, logits.shape, axes), given)
 
 
 def nll_loss(
@@ -146,6 +148,9 @@ def _nll_loss(
     reduction,
     empty_mean,
 ):
+    arrays = labels, weight, sample_weight, class_mask, token_mask
+    log_probs, arrays = _layout.aligned_tokens(log_probs, axes, arrays)
+    labels, weight, sample_weight, class_mask, token_mask = arrays
     class_mask = mask_classes_last(class_mask, log_probs, axes)
     x = classes_last(log_probs, axes)
     classes = _targets.classes_here(num_classes)
@@ -325,6 +330,10 @@ def cross_entropy(
     row, and computes ``-s / (1 + t)`` at the label, which is ``softmax - 1`` without its
     cancellation. Second derivatives want finite numbers where a token does not count.
 
+    On an explicit mesh all arguments are split as ``logits`` are or, where those are the same on
+    all devices, as ``labels``: what is split otherwise is resharded, its gradient back to how it
+    was. ``weight`` is made whole, and of several class axes all but the first.
+
     Example:
 
       >>> import jax.numpy as jnp
@@ -441,6 +450,9 @@ def _cross_entropy(
     scaling,
     options,
 ):
+    arrays = labels, weight, sample_weight, class_mask, token_mask
+    logits, arrays = _layout.aligned_tokens(logits, axes, arrays)
+    labels, weight, sample_weight, class_mask, token_mask = arrays
     if _targets.is_probabilities(labels):
         labels = classes_last(labels, axes)
     x, class_mask = classes_last(logits, axes), mask_classes_last(class_mask, logits, axes)

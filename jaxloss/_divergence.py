@@ -130,6 +130,16 @@ def _kl_divergence(
     logits, teacher_logits, sample_weight, class_mask, token_mask, scalars,
     *, axes, reduction, empty_mean, options,
 ):  # fmt: skip
+    every = tuple(range(logits.ndim))
+    rows = tuple(i for i in every if i not in axes)
+    logits, teacher_logits, sample_weight, class_mask, token_mask = _layout.aligned(
+        (logits, every),
+        (teacher_logits, every),
+        (sample_weight, rows),
+        (class_mask, every),
+        (token_mask, rows),
+        flat=axes,
+    )
     mask = mask_classes_last(class_mask, logits, axes)
     x, t = classes_last(logits, axes), classes_last(teacher_logits, axes)
     classes = _targets.classes_here(x.shape[-1])
@@ -235,8 +245,6 @@ def linear_kl_divergence(
     teacher_hidden, teacher_kernel, teacher_bias, its_axis = _arguments.product_operands(
         call, teacher_hidden, teacher_kernel, teacher_bias, its_axis, of="teacher_"
     )
-    _layout.refuse(call, hidden, kernel, vocab_axis)
-    _layout.refuse(call, teacher_hidden, teacher_kernel, its_axis, of="teacher_")
     lead = hidden.shape[:-1]
     if teacher_hidden.shape[:-1] != lead:
         got = f"hidden {_check.describe(hidden)}, teacher_hidden {_check.describe(teacher_hidden)}"
@@ -255,6 +263,17 @@ def linear_kl_divergence(
     logits = jax.ShapeDtypeStruct((*lead, classes), hidden.dtype)
     axes = (len(lead),)
     class_mask, token_mask = _arguments.masks(call, "hidden @ kernel", where, logits, axes)
+    _layout.refuse(
+        call,
+        hidden=hidden,
+        kernel=kernel,
+        bias=bias,
+        teacher_hidden=teacher_hidden,
+        teacher_kernel=teacher_kernel,
+        teacher_bias=teacher_bias,
+        sample_weight=sample_weight,
+        where=class_mask if token_mask is None else token_mask,
+    )
     of_tokens = {
         "hidden": hidden,
         "teacher_hidden": teacher_hidden,

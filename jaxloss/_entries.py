@@ -5,7 +5,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.sharding import PartitionSpec as P
 
+from jaxloss import _mesh
 from jaxloss._casts import accumulator_dtype
 
 
@@ -57,6 +59,19 @@ def entries(x: Array, index: Array) -> Array:
     if classes_are_split(x):
         return jax.vmap(entry, in_axes=(None, -1), out_axes=-1)(x, index)
     return jnp.take_along_axis(x, index, axis=-1, mode="promise_in_bounds")
+
+
+def looked_up(table: Array, index: Array) -> Array:
+    """table[index[...]], split as the index is."""
+    split = jax.typeof(index).sharding
+    told = any(split.spec)  # JAX wants to be
+    if not told or not _mesh.manual_axes():
+        return table.at[index].get(out_sharding=split if told else None)
+    # A gather that is told has no gradient inside of shard_map over other axes.
+    split = jax.NamedSharding(split.mesh, P(*split.spec, None))
+    shape = (*index.shape, table.shape[0])
+    x = lax.broadcast_in_dim(table, shape, (index.ndim,), out_sharding=split)
+    return _only(is_kept(x, index), x, -1)
 
 
 def put_at(x: Array, index: Array, values: Array) -> Array:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from jaxloss import _arguments, _check, _targets
+from jaxloss import _arguments, _check, _layout, _targets
 from jaxloss._arguments import Reduction
 from jaxloss._canonical import mask_classes_last
 from jaxloss._casts import accumulator_dtype
@@ -160,6 +160,9 @@ def _focal_loss(
     empty_mean,
     gamma,
 ):
+    arrays = labels, weight, sample_weight, class_mask, token_mask
+    logits, arrays = _layout.aligned_tokens(logits, axes, arrays)
+    labels, weight, sample_weight, class_mask, token_mask = arrays
     dtype, classes = accumulator_dtype(logits.dtype), _targets.classes_here(num_classes)
     # cross_entropy itself makes nothing of a row without classes: here it is not to count.
     mask = mask_classes_last(class_mask, logits, axes)

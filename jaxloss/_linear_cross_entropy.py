@@ -188,7 +188,13 @@ def linear_cross_entropy(
     split the vocabulary, which is never gathered; a kernel that the tokens' axes split too (FSDP,
     either dimension) is gathered once, and its gradient reduce-scattered once. Sums over
     devices are taken once, of float32 (of the kernel's own dtype with ``"vocab_blocks"``, and where
-    XLA narrows before it sums, as its TPU compiler does).
+    XLA narrows before it sums, as its TPU compiler does). Other arguments are resharded to fit; a
+    ``hidden`` that is the same on all devices is split as ``labels`` are, or else as
+    ``sample_weight`` is, or over what splits the kernel's features.
+
+    Inside of ``shard_map`` over some of the axes of an explicit mesh both hold: the names say what
+    those axes split, the types what the others do. The backward pass then computes the forward
+    pass again, a product more.
 
     Example:
 
@@ -263,7 +269,6 @@ def losses_of_product(
     hidden, kernel, bias, vocab_axis = _arguments.product_operands(
         call, hidden, kernel, bias, vocab_axis
     )
-    layout = _layout.of_types(call, hidden, kernel, vocab_axis)
     columns = kernel.shape[vocab_axis]
     if vocab_axes:
         local = columns  # padding is masked: which device holds it is not static
@@ -285,13 +290,17 @@ def losses_of_product(
     with_stats = _check.flag(call, "return_stats", return_stats)
     precision = _arguments.precision(call, precision)
 
+    others = bias, *checked.arrays
+    layout = _layout.of_types(call, hidden, kernel, vocab_axis, others)
     tokens, shards, gathered = math.prod(hidden.shape[:-1]), _mesh.size(vocab_axes), ()
     if layout is not None:
         tokens //= layout.devices(layout.token_axes)
-        shards = layout.devices(layout.vocab_axes)
+        shards *= layout.devices(layout.vocab_axes)
         columns = local = layout.columns
-        vocab_axes, gathered = layout.vocab_axes, layout.gathered
-        token_axes = layout.token_axes if reduction != "none" else ()
+        gathered = layout.gathered
+        # Inside of shard_map over other axes: what those split, the layout's axes split further.
+        vocab_axes = (*vocab_axes, *layout.vocab_axes)
+        token_axes = (*token_axes, *layout.token_axes) if reduction != "none" else ()
     chosen = _implementation.choose(
         call,
         implementation,

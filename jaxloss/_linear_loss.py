@@ -100,7 +100,6 @@ def linear_loss(
         call, hidden, kernel, bias, vocab_axis
     )
     columns = kernel.shape[vocab_axis]
-    _layout.refuse(call, hidden, kernel, vocab_axis)
     lead, tokens = hidden.shape[:-1], math.prod(hidden.shape[:-1])
     most = _chunks.size_to_plan_for(tokens)
     arrays = []
@@ -111,6 +110,10 @@ def linear_loss(
             _check.fail(call, rule, f"{_check.describe(x)}, hidden {_check.describe(hidden)}")
         arrays.append(x.reshape(tokens, *x.shape[len(lead) :]))
     sample_weight = _arguments.check_sample_weight(call, sample_weight, lead)
+    named = {f"per_token[{i}]": x for i, x in enumerate(arrays)}
+    _layout.refuse(
+        call, hidden=hidden, kernel=kernel, bias=bias, sample_weight=sample_weight, **named
+    )
     _arguments.check_reduction(call, reduction)
     own = sum(math.prod(x.shape[1:]) * x.dtype.itemsize for x in arrays) / (4 * max(1, columns))
     rows = _chunks.rows_held(hidden.dtype, none=reduction == "none", own=own)

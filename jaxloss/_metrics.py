@@ -14,7 +14,7 @@ import numpy as np
 from jax import Array, export, lax
 from jax.typing import ArrayLike
 
-from jaxloss import _arguments, _check, _targets
+from jaxloss import _arguments, _check, _layout, _targets
 from jaxloss._casts import accumulator_dtype
 from jaxloss._elementary import exp
 from jaxloss._jit import jit
@@ -217,6 +217,12 @@ def metric_sums(
 
 @jit
 def _metric_sums(stats, sample_weight, *, top_k, bins, token_axes):
+    rows = tuple(range(stats.log_prob.ndim))
+    log_prob, entropy, confidence, rank, sample_weight = _layout.aligned(
+        *((x, rows) for x in (stats.log_prob, stats.entropy, stats.confidence, stats.rank)),
+        (sample_weight, rows),
+    )
+    stats = stats._replace(log_prob=log_prob, entropy=entropy, confidence=confidence, rank=rank)
     dtype = accumulator_dtype(stats.log_prob.dtype)
     confidence = stats.confidence.astype(dtype)
     counts = confidence != 0  # that of a prediction is at least 1 / C, or NaN

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from jaxloss import _arguments, _check, _targets
+from jaxloss import _arguments, _check, _layout, _targets
 from jaxloss._casts import accumulator_dtype
 from jaxloss._jit import jit
 
@@ -106,8 +106,16 @@ def next_token_labels(
     return _next_token_labels(tokens, segment_ids, mask, ignore_index=ignore_index)
 
 
+def _whole_rows(*arrays: Any) -> list:
+    """``[..., T]`` each, on an explicit mesh with their rows split alike and T not."""
+    rank = next(x.ndim for x in arrays if x is not None)
+    return _layout.aligned(*((x, (*range(rank - 1), None)) for x in arrays))
+
+
 @jit
 def _next_token_labels(tokens, segment_ids, mask, *, ignore_index):
+    tokens, segment_ids, mask = _whole_rows(tokens, segment_ids, mask)
+
     def following(x):  # of the last position the first, which is not read; T may be 0
         return jnp.roll(x, -1, axis=-1)
 
@@ -202,6 +210,7 @@ def sequence_weight(
 
 @jit
 def _sequence_weight(labels, segment_ids, sample_weight, *, num_segments, ignore_index):
+    labels, segment_ids, sample_weight = _whole_rows(labels, segment_ids, sample_weight)
     dtype = accumulator_dtype(jnp.float32 if sample_weight is None else sample_weight.dtype)
     any_class = jnp.iinfo(jnp.int32).max
     targets = _targets.make_targets(

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from jaxloss import _arguments, _check, _targets
+from jaxloss import _arguments, _check, _layout, _targets
 from jaxloss._arguments import Reduction
 from jaxloss._binary_terms import focal_half, softplus
 from jaxloss._casts import accumulator_dtype, widened
@@ -55,6 +55,11 @@ def _losses(
 ):
     dtype, rank = accumulator_dtype(logits.dtype), logits.ndim
     label_smoothing = scalars.label_smoothing
+    arrays = logits, labels, weight, pos_weight, sample_weight, where
+    every = tuple(range(rank))
+    logits, labels, weight, pos_weight, sample_weight, where = _layout.aligned(
+        *((x, () if x is None else every[rank - x.ndim :]) for x in arrays)
+    )
 
     # The backward pass computes it again from the arguments, instead of keeping what would be half
     # a dozen arrays of the logits' size, in float32 whatever their dtype.

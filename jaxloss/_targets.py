@@ -14,12 +14,11 @@ A multiplication by 0 does not mask (0 * inf is NaN), so every mask here is a se
 import math
 from typing import Any, NamedTuple, cast
 
-import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxloss import _mesh
-from jaxloss._entries import entries, of_rank, within
+from jaxloss._entries import entries, looked_up, of_rank, within
 from jaxloss._labels import TopKLabels
 from jaxloss._rows import RowLosses
 
@@ -231,10 +230,7 @@ def make_targets(
 def _weight_of(index: Array, weight: Array, classes: Classes, dtype) -> Array:
     """``w`` of each class index, 1 where there is no such class: its NaN must reach the loss."""
     inside = index < classes.total
-    # Under explicit sharding JAX wants to be told that the result is split as the labels.
-    split = jax.typeof(index).sharding
-    found = weight.astype(dtype).at[jnp.where(inside, index, 0)]
-    found = found.get(out_sharding=split if any(split.spec) else None)
+    found = looked_up(weight.astype(dtype), jnp.where(inside, index, 0))
     return jnp.where(inside, found, 1)
 
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from jaxloss import _arguments, _check, _targets
+from jaxloss import _arguments, _check, _layout, _targets
 from jaxloss._casts import accumulator_dtype
 from jaxloss._jit import jit
 from jaxloss._labels import TopKLabels
@@ -108,6 +108,11 @@ def total_weight(
 def _total_weight(
     labels, weight, sample_weight, token_mask, *, batch, num_classes, ignore_index, token_axes
 ):
+    rows = tuple(range(len(batch)))
+    of_labels = (*rows, None) if isinstance(labels, TopKLabels) else rows
+    labels, weight, sample_weight, token_mask = _layout.aligned(
+        (labels, of_labels), (weight, (None,)), (sample_weight, rows), (token_mask, rows)
+    )
     dtypes = [x.dtype for x in (weight, sample_weight) if x is not None]
     dtype = accumulator_dtype(jnp.float64 if jnp.dtype("float64") in dtypes else jnp.float32)
     targets = _targets.make_targets(

@@ -1,13 +1,16 @@
 """Losses inside of ``shard_map`` over some of a mesh's axes, the others automatic or explicit."""
 
-from functools import partial
+from functools import cache, partial
 from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from helpers import jit_quickly
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from test_mesh import assert_close, total
 
 import jaxloss
 from jaxloss import _device
@@ -70,3 +73,162 @@ def test_no_kernel_where_a_partitioner_may_still_split(backend, name, kind):
     assert kernels((2, 4), {"d", "v"})
     assert not kernels((2, 4), {"d"})
     assert not kernels((8, 1), {"d"})
+
+
+# Right values and gradients on 8 devices. "stage" is manual; "data" is what shard_map leaves out.
+
+ROWS, FEATURES, CLASSES = 16, 4, 24
+
+
+@cache
+def arrays():
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, CLASSES, ROWS)
+    labels[[2, 8, 9, 10, 11]] = -100  # the devices hold different numbers of tokens that count
+    floats = {
+        "x": 3 * rng.normal(size=(ROWS, CLASSES)),
+        "t": 3 * rng.normal(size=(ROWS, CLASSES)),
+        "h": rng.normal(size=(ROWS, FEATURES)),
+        "k": rng.normal(size=(FEATURES, CLASSES)),
+        "b": rng.normal(size=CLASSES),
+        "w": rng.random(CLASSES) + 0.1,
+        "s": rng.random(ROWS),
+    }
+    labels = {"y": jnp.asarray(labels, jnp.int32)}
+    return labels | {name: jnp.asarray(a, jnp.float32) for name, a in floats.items()}
+
+
+def mesh_of(kind):
+    types = (AxisType.Explicit if kind == "explicit" else AxisType.Auto,) * 2
+    return jax.make_mesh((2, 4), ("stage", "data"), axis_types=types)
+
+
+def only_manual(spec):
+    """The part of a spec that shard_map over "stage" is told."""
+    return P(*("stage" if "stage" in (e if isinstance(e, tuple) else (e,)) else None for e in spec))
+
+
+def split(function, kind, specs, out, derivative):
+    """What ``derivative(f)(arrays)`` gives of ``function`` inside of shard_map over "stage"."""
+    mesh = mesh_of(kind)
+    mapped = jax.shard_map(
+        lambda some: function(**some),
+        mesh=mesh,
+        axis_names={"stage"},
+        in_specs=({name: only_manual(spec) for name, spec in specs.items()},),
+        out_specs=out,
+    )
+    with jax.set_mesh(mesh):
+        given = {n: jax.device_put(arrays()[n], NamedSharding(mesh, p)) for n, p in specs.items()}
+        return jit_quickly(derivative(mapped))(given)
+
+
+def gradients(f):
+    """(outputs, gradients by name) of a scalar of all outputs."""
+
+    def of(given):
+        floats = {n: a for n, a in given.items() if a.dtype == jnp.float32}
+        return jax.grad(total(lambda some: f(given | some)), has_aux=True)(floats)
+
+    return of
+
+
+def check(function, whole, kind, specs, out, derivative=gradients):
+    given = {name: arrays()[name] for name in specs}
+    expected = jit_quickly(derivative(lambda some: whole(**some)))(given)
+    assert_close(split(function, kind, specs, out, derivative), expected)
+
+
+BOTH = ("stage", "data")
+TOKENS = {"h": P(BOTH), "k": P("data"), "b": P(), "y": P(BOTH), "w": P(), "s": P(BOTH)}
+VOCAB = {"h": P("data"), "k": P(None, "stage"), "b": P("stage"), "y": P("data"), "s": P("data")}
+# (specs, names, options, specs of what comes out)
+LINEAR = {
+    "mean over both": (TOKENS, {"token_axis_name": "stage"}, {}, P()),
+    "none over both": (TOKENS, {}, {"reduction": "none", "return_stats": True}, P("stage")),
+    "manual vocabulary": (VOCAB, {"vocab_axis_name": "stage"}, {}, P()),
+    "statistics": (
+        VOCAB | {"k": P(None, BOTH), "h": P(), "y": P(), "s": P()},
+        {"vocab_axis_name": "stage"},
+        {"reduction": "none", "return_stats": True},
+        P(),
+    ),
+}
+
+
+def linear(h, k, b, y, s, w=None, **options):
+    options = {"bias": b, "weight": w, "sample_weight": s, "chunk_size": 2} | options
+    return jaxloss.linear_cross_entropy(h, k, y, **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "schedule", "kind"),
+    [
+        (name, schedule, "explicit")
+        for name in LINEAR
+        for schedule in ("token_chunks", "vocab_blocks")
+    ]
+    + [
+        ("mean over both", "token_chunks", "automatic"),
+        ("manual vocabulary", "vocab_blocks", "automatic"),
+    ],
+)
+def test_linear_loss_over_manual_axes_and_others(name, schedule, kind):
+    """The names of the manual axes hold beside what the types say of the others."""
+    specs, names, options, out = LINEAR[name]
+    whole = partial(linear, implementation=schedule, **options)
+    check(partial(whole, **names), whole, kind, specs, out)
+
+
+def test_every_mode_over_manual_axes_and_others():
+    """JAX's own shard_map inside of another one has no reverse mode."""
+    specs, names, _, out = LINEAR["mean over both"]
+    specs = {name: specs[name] for name in ("h", "k", "y", "s")}
+
+    def whole(h, k, y, s, **names):
+        return 10 * jaxloss.linear_cross_entropy(h, k, y, sample_weight=s, chunk_size=2, **names)
+
+    def modes(f):
+        def of(given):
+            def loss(h, k):
+                return f(given | {"h": h, "k": k})
+
+            args = given["h"], given["k"]
+            along = tuple(map(jnp.cos, args))
+            grad = jax.grad(loss, (0, 1))
+            second = jax.grad(lambda *a: sum(jnp.sum(jnp.sin(g)) for g in grad(*a)), (0, 1))
+            return jax.jvp(loss, args, along), jax.jvp(grad, args, along), second(*args)
+
+        return of
+
+    check(partial(whole, **names), whole, "explicit", specs, out, modes)
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_classes_over_manual_axes_and_tokens_over_others(kind):
+    def function(x, y, w, s, **names):
+        loss = partial(jaxloss.cross_entropy, weight=w, sample_weight=s, **names)
+        return loss(x, y), jaxloss.token_stats(x, y, **names)
+
+    specs = {"x": P("data", "stage"), "y": P("data"), "w": P(), "s": P("data")}
+    check(partial(function, vocab_axis_name="stage"), function, kind, specs, P())
+
+
+def test_losses_that_refuse_what_an_explicit_mesh_splits_say_so():
+    def loss(h, k, y):
+        each = partial(jaxloss.cross_entropy, reduction="none")
+        return jaxloss.linear_loss(each, h, k, y, reduction="sum")[None]
+
+    def divergence(h, k, y):
+        return jaxloss.linear_kl_divergence(h, k, h, k, token_axis_name="stage")
+
+    specs = {name: TOKENS[name] for name in ("h", "k", "y")}
+    for function, name, out in (
+        (loss, "linear_loss", P("stage")),
+        (divergence, "linear_kl_divergence", P()),
+    ):
+        text = (
+            rf"{name}: operands .* must not be sharded; got hidden .*, kernel .*over \('stage',\)"
+        )
+        with pytest.raises(ValueError, match=text):
+            split(lambda f=function, **a: f(**a), "explicit", specs, out, lambda f: f)
