@@ -260,6 +260,164 @@ def near_max(logits: Array, m: Array, class_mask: Array | None) -> Array:
     return jnp.where(found < x.shape[-1], found, 0).astype(jnp.int32)
 
 
+def leading(logits: Array, scaling: Scaling | None, written: bool) -> tuple[Array, Array, Array]:
+    """``(m, s, k)`` of rows that are not masked: the maximum; the sum of the others' exponentials;
+    the class that it leaves out, one at the maximum.
+
+    C in its place: no class has more than half of the sum, and 1 is taken from the sum of all.
+
+    ``written``: see ``row_sum``.
+    """
+
+    def searched(logits):
+        largest = row_max(logits, None, None)
+        highest = capped_max(largest, None, scaling)
+        # A cap moves no maximum: it is looked for in the logits themselves.
+        kept = near_max(logits, finite(largest), None)
+        return highest, row_sum(logits, finite(highest), kept, None, scaling, written), kept
+
+    if scaling is not None or not reads_few_again(logits):
+        return searched(logits)
+    return lax.platform_dependent(logits, cpu=_leading_of_all, default=searched)
+
+
+def reads_few_again(x: Array) -> bool:
+    """Whether few rows may be read again, by their index. Short rows are searched in no time."""
+    known = all(isinstance(n, int) for n in x.shape)
+    return x.shape[-1] >= 256 and known and _device.on_one_device()
+
+
+@jax.custom_jvp
+def _leading_of_all(logits: Array) -> tuple[Array, Array, Array]:
+    """Each operation on all entries takes XLA:CPU a tenth of a log_softmax. So the sum is of all,
+    and that of the others is taken in a second pass of those rows alone in which it is the less."""
+    highest = row_max(logits, None, None)
+    m = finite(highest)
+    total = jnp.sum(exponentials(read(logits, m, None), m, None), axis=-1)
+    return highest, *_of_others(logits, total)
+
+
+@_leading_of_all.defjvp
+def _(primals, tangents):
+    # The maximum is a number to subtract, as in max_and_sum_in_one.
+    out = _leading_of_all(*primals)
+    m, _, kept = out
+    x, dx = widened(primals[0]), tangents[0].astype(m.dtype)
+    moved = jnp.sum(_selected_exponentials(x, finite(m), kept) * dx, axis=-1)
+    return out, (jnp.zeros_like(m), moved, jnp.zeros(kept.shape, jax.dtypes.float0))
+
+
+def _of_others(logits: Array, total: Array) -> tuple[Array, Array]:
+    """``(s, k)`` of ``leading`` from the sum of all."""
+    shape, classes = total.shape, logits.shape[-1]
+    rows, total = logits.reshape(-1, classes), total.reshape(-1)
+    few = (total > 0.5) & (total < 2)
+
+    def sums(at):
+        x = _rows_at(rows, at)
+        m = jnp.max(x, axis=-1)
+        # 0 at the maximum, of which there is one, and 1 elsewhere, as in near_max.
+        return jnp.sum(lies_below(x, m, 1.0) * exponentials(x, m, None), axis=-1)
+
+    def places(at):
+        x = _rows_at(rows, at)
+        return near_max(x, jnp.max(x, axis=-1), None)
+
+    s = at_some(few, classes, sums, total - 1)
+    kept = at_some(few, classes, places, jnp.full_like(few, classes, jnp.int32))
+    return s.reshape(shape), kept.reshape(shape)
+
+
+def below_leading(logits: Array) -> tuple[Array, Array, Array]:
+    """``(x_j - m, s, k)`` of wide logits, ``s`` and ``k`` as of ``leading``. All NaN in a row of
+    -inf alone.
+
+    XLA:CPU finds the maximum and subtracts it in one pass where nothing else asks for it.
+    """
+    below = logits - lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
+
+    @jax.custom_jvp
+    def of_others(logits, below):
+        return _of_others(logits, jnp.sum(exp_of_nonpositive(below), axis=-1))
+
+    @of_others.defjvp
+    def _(primals, tangents):
+        out = of_others(*primals)
+        kept = out[1]
+        below, dx = primals[1], tangents[1]
+        e = jnp.where(is_kept(below, kept), 0, exp_of_nonpositive(below))
+        return out, (jnp.sum(e * dx, axis=-1), jnp.zeros(kept.shape, jax.dtypes.float0))
+
+    return below, *of_others(logits, below)
+
+
+def others_of(x: Array, kept: Array, total: Array) -> Array:
+    """sum_{j != k} x_j, which is ``total`` where no class is kept out, in the accumulator's dtype.
+
+    Never a difference: of a cotangent that is nearly all at k nothing would be left.
+    """
+
+    def selected(x, kept):
+        return jnp.sum(jnp.where(is_kept(x, kept), 0, widened(x)), axis=-1)
+
+    @jax.custom_jvp
+    def again(x, kept, total):
+        rows, of_rows = x.reshape(-1, x.shape[-1]), kept.reshape(-1)
+        few = of_rows < x.shape[-1]
+
+        def sums(at):
+            return selected(_rows_at(rows, at), of_rows[at])
+
+        return at_some(few, x.shape[-1], sums, total.reshape(-1)).reshape(kept.shape)
+
+    @again.defjvp
+    def _(primals, tangents):
+        x, kept, total = primals
+        dx = tangents[0].astype(total.dtype)
+        return again(x, kept, total), selected(dx, kept)
+
+    if not reads_few_again(x):
+        return selected(x, kept)
+
+    def default(x, kept, _):
+        return selected(x, kept)
+
+    return lax.platform_dependent(x, kept, total, cpu=again, default=default)
+
+
+def _rows_at(x: Array, at: Array) -> Array:
+    """x[at], widened. By its bits: XLA:CPU gathers narrow floats by way of a float32 copy."""
+    if x.dtype.itemsize != 2:
+        return widened(x[at])
+    bits = lax.bitcast_convert_type(x, jnp.uint16)[at]
+    return widened(lax.bitcast_convert_type(bits, x.dtype))
+
+
+def at_some(few: Array, classes: int, compute: Callable, otherwise: Array) -> Array:
+    """``compute(rows)`` of the rows ``few[N]``, some at a time; ``otherwise[N]`` elsewhere.
+
+    Where there is none it takes no time.
+    """
+    count = few.shape[0]
+    step = min(count, max(1, 2**16 // classes))
+
+    def some():
+        order = jnp.cumsum(few, dtype=jnp.int32)
+        place = jnp.where(few, order - 1, count + step)
+        index = jnp.arange(count, dtype=jnp.int32)
+        listed = jnp.full(count + step, count, jnp.int32).at[place].set(index, mode="drop")
+
+        def one(state):
+            start, out = state
+            at = lax.dynamic_slice(listed, (start,), (step,))
+            new = compute(jnp.minimum(at, count - 1))
+            return start + step, out.at[at].set(new, mode="drop")
+
+        return lax.while_loop(lambda state: state[0] < order[-1], one, (0, otherwise))[1]
+
+    return lax.cond(jnp.any(few), some, lambda: otherwise)
+
+
 def lies_below(x: Array, m: Array, value: float) -> Array:
     """``value`` where ``x[..., C]`` is more than a few roundings below ``m``, 0 elsewhere: for a
     summand."""

@@ -24,13 +24,20 @@ from jax import Array, lax
 
 from jaxloss import _mesh
 from jaxloss._barriers import apart
-from jaxloss._casts import accumulator_dtype, narrowed
+from jaxloss._casts import accumulator_dtype, narrowed, widened
 from jaxloss._elementary import exp, expm1, log1p
 from jaxloss._entries import elsewhere, entry, is_kept, of_rank, put_at
 from jaxloss._forward_mode import with_forward_mode
 from jaxloss._logits import Scaling, exponentials, finite, scaled, scaling_slope, widen
 from jaxloss._parts import RowPart, Rows, at_top, distance, merge_shards, row_part
-from jaxloss._passes import other_exponentials, slope_pass, writes_out
+from jaxloss._passes import (
+    below_leading,
+    other_exponentials,
+    others_of,
+    reads_few_again,
+    slope_pass,
+    writes_out,
+)
 
 
 class RowLosses(NamedTuple):
@@ -362,43 +369,73 @@ def row_losses(
 def row_log_softmax(logits: Array, class_mask: Array | None = None) -> Array:
     """log_softmax of ``logits[..., C]`` over the last axis, in the logits' dtype."""
 
-    def forward(logits, class_mask):
+    def searched(logits, class_mask):
         _, state = finish(row_part(Rows(logits, mask=class_mask), None, ()), ())
-        x = widen(logits, class_mask, None)
-        out = (x - state.m[..., None]) - log1p(state.t)[..., None]
+        given, m = logits, state.m
+        if logits.dtype != m.dtype:  # or the difference is held in float32 from the sum's pass on
+            given, m = apart(logits, m)
+        return widen(given, class_mask, None) - m[..., None], state
+
+    def summed(logits, class_mask):
+        below, s, kept = below_leading(logits)
+        # 0, with the derivative: the maximum is a number.
+        d = jnp.where(kept < logits.shape[-1], -entry(below, kept), 0)
+        return below, RowState(jnp.zeros_like(s), s, d, s + expm1(-d), kept, None, None, None)
+
+    def forward(logits, class_mask):
+        wide = accumulator_dtype(logits.dtype)
+        if class_mask is None and logits.dtype == wide and reads_few_again(logits):
+            forms = {"cpu": summed, "default": searched}
+            below, state = lax.platform_dependent(logits, class_mask, **forms)
+        else:
+            below, state = searched(logits, class_mask)
+        r = log1p(state.t)
+        out = below - r[..., None]
         if class_mask is not None:  # of no class at all it would be inf - inf
             out = jnp.where(class_mask, out, -jnp.inf)
-        return narrowed(out, logits.dtype), (logits, state, class_mask)
+        out = narrowed(out, logits.dtype)
+        # Narrow results have too few digits to be read again, in place of the logits.
+        held = (out, None, None) if logits.dtype == wide else (logits, state.m, r)
+        return out, (held, state, class_mask)
+
+    def probabilities(held, class_mask):
+        x, m, r = held
+        x = widen(x, class_mask, None)
+        return exp(x if m is None else (x - m[..., None]) - r[..., None])
 
     def backward(residuals, g):
-        # sum_j g_j out_j is the soft loss at q = -g: out_j = x_j - logsumexp(x).
-        logits, state, class_mask = residuals
-        wide = g.astype(accumulator_dtype(logits.dtype))
+        # g_j - p_j G, and at the kept entry (1 - p_k) g_k - p_k (G - g_k): no 1 - p_k forms.
+        held, state, class_mask = residuals
+        dtype = g.dtype
         if class_mask is not None:
-            wide = jnp.where(class_mask, wide, 0)
-        others = jnp.sum(jnp.where(is_kept(wide, state.kept), 0, wide), axis=-1)
-        state = state._replace(mass=-others - entry(wide, state.kept), other_mass=-others)
-        # Of a sum of all of out g is a constant, whose reduction XLA would take 20 s to fold.
-        given = lax.optimization_barrier(lax.stop_gradient(wide))
-        asked = jnp.any(given != 0, axis=-1) | _sound(state)
-        ct = RowLosses(soft=asked.astype(wide.dtype))
-        rows = Rows(logits, soft=-wide, mask=class_mask)
-        dx = row_gradient(rows, state, None, ct, logits.dtype)
-        return dx, None
+            g = jnp.where(class_mask, g, 0)
+        wide, kept = widened(g), state.kept
+        total = jnp.sum(wide, axis=-1)
+        others, own = others_of(g, kept, total), widened(entry(g, kept))
+        at_kept = (own * state.s - others * exp(-state.d)) / (1 + state.t)
+        # A row that is asked for nothing gets 0, whatever its logits hold.
+        asked = (total != 0) | _sound(state)
+        at_kept = jnp.where(asked | (own != 0), at_kept, 0)
+        dx = wide - probabilities(held, class_mask) * total[..., None]
+        dx = jnp.where(asked[..., None] | (wide != 0), dx, 0)
+        if class_mask is not None:
+            dx = jnp.where(class_mask, dx, 0)
+        return put_at(
+            narrowed(dx, dtype), kept[..., None], narrowed(at_kept, dtype)[..., None]
+        ), None
 
     def tangent(residuals, tangents):
         # (dx_j - dx_k) - sum_i p_i (dx_i - dx_k): the kept entry's 1 - p_k never forms.
-        logits, state, class_mask = residuals
-        dx = tangents[0].astype(accumulator_dtype(logits.dtype))
+        held, state, class_mask = residuals
+        dx = tangents[0].astype(state.m.dtype)
         if class_mask is not None:
             dx = jnp.where(class_mask, dx, 0)
-        dx -= entry(dx, state.kept)[..., None]
-        x = widen(logits, class_mask, None)
-        p = other_exponentials(x, state.m, state.kept) / (1 + state.t)[..., None]
+        dx -= jnp.where(state.kept < dx.shape[-1], entry(dx, state.kept), 0)[..., None]
+        p = jnp.where(is_kept(dx, state.kept), 0, probabilities(held, class_mask))
         dy = dx - jnp.sum(p * dx, axis=-1, keepdims=True)
         if class_mask is not None:
             dy = jnp.where(class_mask, dy, 0)
-        return dy.astype(logits.dtype)
+        return dy.astype(tangents[0].dtype)
 
     rule = jax.custom_vjp(lambda *args: forward(*args)[0])
     rule.defvjp(forward, backward)

@@ -70,6 +70,17 @@ for dtype in (jnp.float32, jnp.bfloat16):
     for f in (*losses, *map(jax.value_and_grad, losses), *stats):
         held = jax.jit(f).lower(*args).compile().memory_analysis().temp_size_in_bytes
         assert held <= 2**17, (dtype, f, held)  # float32 logits would be 31 MiB
+x = jax.ShapeDtypeStruct((1024, 8000), jnp.float32)
+y = jax.ShapeDtypeStruct((1024,), jnp.int32)
+steps = lambda x, y: jaxloss.nll_loss(jaxloss.log_softmax(x), y)
+for f, args, logits in (  # as many as the plain formula holds, or fewer
+    (jaxloss.log_softmax, (x,), 0),
+    (jax.value_and_grad(lambda x, w: jnp.sum(w * jaxloss.log_softmax(x))), (x, x), 1),
+    (steps, (x, y), 1),
+    (jax.value_and_grad(steps), (x, y), 2),
+):
+    held = jax.jit(f).lower(*args).compile().memory_analysis().temp_size_in_bytes
+    assert held <= 4 * 1024 * 8000 * logits + 2**20, (f, held)
 """
     environment = {**os.environ, "XLA_FLAGS": ""}
     subprocess.run([sys.executable, "-W", "ignore", "-c", program], check=True, env=environment)

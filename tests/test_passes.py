@@ -287,9 +287,8 @@ def test_which_exponentials_are_held(shape, dtype, held):
     [
         (jaxloss.cross_entropy, 0),
         (jax.value_and_grad(jaxloss.cross_entropy), 2),
-        (jax.value_and_grad(lambda x, _: jnp.sum(jaxloss.log_softmax(x))), 1),
     ],
-    ids=["value", "gradient", "log_softmax"],
+    ids=["value", "gradient"],
 )
 def test_exponentials_are_held_where_their_gradient_follows(one_device, f, times):
     """Written out with the kept entry overwritten, as the gradient needs them too. Else summed."""
