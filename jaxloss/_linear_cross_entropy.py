@@ -167,15 +167,14 @@ def linear_cross_entropy(
     kernel its product takes those that count, the others a quarter of all tokens, a half or all.
 
     So tokens that fit into one chunk have all their logits held by default, as
-    :func:`cross_entropy` of the product has them: 512 tokens of 32768 classes and 256 features
-    128 MiB (float32, on a CPU). ``implementation="vocab_blocks"`` holds a block however few tokens
-    there are: 21 MiB.
+    :func:`cross_entropy` of the product has them: N C float32 numbers. ``"vocab_blocks"`` as
+    ``implementation`` holds a block however few tokens there are.
 
     A scalar loss keeps its gradients for the backward pass. Where a ``scan`` over the loss is
-    differentiated from outside, that is a float32 gradient of the kernel for each step: 64 steps of
-    16 tokens, 256 features and 8192 classes hold 529 MiB. Take the gradient inside of the step and
-    add it up, or let the step keep none: ``jax.checkpoint`` of the step and
-    ``reduction="none"``, whose mean is taken by hand, hold 16 MiB, ``"vocab_blocks"`` 10.
+    differentiated from outside, that is a float32 gradient of the kernel for each step: 8 MiB a
+    step for 256 features and 8192 classes. Take the gradient inside of the step and add it up, or
+    let the step keep none: by ``jax.checkpoint`` of the step, by ``reduction="none"``, whose mean
+    is taken by hand, or by ``"vocab_blocks"``.
 
     Differentiable in ``hidden``, ``kernel``, ``bias``, probabilities and weights, in every mode.
 

@@ -299,7 +299,7 @@ def test_the_logits_of_few_tokens_are_held_by_default(options, mib):
 
 
 def test_a_scan_differentiated_from_outside_keeps_no_gradient_of_the_kernel_if_asked():
-    """A scalar loss keeps one a step, 512 MiB here, as docstring and README say."""
+    """A scalar loss keeps one a step: 512 MiB in all."""
     steps, n, d, v = 64, 16, 256, 8192
 
     def mean(hidden, kernel, labels):
