@@ -51,10 +51,10 @@ class Constants(NamedTuple):
 
     kept: Any  # [N], C: no such class; None: probabilities
     mask: Any  # [R, C], the classes that exist, one row for all tokens or
-    some: Any  # [R], which rows of the mask leave a class; all classes are taken in the others
     mask_row: Any  # [N], each token's row of the mask
     index: Any  # [N, k], of extra
     counts: Any  # [N], the tokens that count; None: all, as far as the kernel goes
+    some: Any = None  # [R], the mask's rows that have a class; in the others all classes are taken
 
 
 class Options(NamedTuple):
@@ -175,7 +175,7 @@ def _fused(options: Options, operands: Operands, constants: Constants) -> _parts
 
     def swept(hidden, kernel, bias, kept, _):
         some = Operands(hidden, kernel, bias, None, None, None, None)
-        return _swept(options, some, Constants(kept, None, None, None, None, None))[0][:3]
+        return _swept(options, some, Constants(kept, None, None, None, None))[0][:3]
 
     kept = constants.kept
     by_kernel = partial(_row_kernel.row_part, options.geometry)

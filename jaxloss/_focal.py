@@ -1,4 +1,4 @@
-"""The focal loss of class indices, and the factor that every focal loss has: ``(1 - p)^gamma``."""
+"""The focal loss of a softmax, and its factor ``(1 - p)^gamma``."""
 
 from __future__ import annotations
 
@@ -10,14 +10,16 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from jaxloss import _arguments, _check, _layout, _targets
+from jaxloss import _arguments, _check, _layout, _rows, _targets
 from jaxloss._arguments import Reduction
-from jaxloss._canonical import mask_classes_last
-from jaxloss._casts import accumulator_dtype
+from jaxloss._canonical import classes_last, mask_classes_last
+from jaxloss._casts import accumulator_dtype, widened
 from jaxloss._cross_entropy import cross_entropy
 from jaxloss._elementary import exp, expm1, log
+from jaxloss._entries import of_rank
 from jaxloss._jit import jit
 from jaxloss._labels import TopKLabels
+from jaxloss._terms import Scalars
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(1,))
@@ -81,36 +83,44 @@ def focal_loss(
     gamma: float = 2.0,
     weight: ArrayLike | None = None,
     ignore_index: int | None = -100,
+    label_smoothing: ArrayLike | None = 0.0,
     sample_weight: ArrayLike | None = None,
     where: ArrayLike | None = None,
     reduction: Reduction = "mean",
     empty_mean: float | None = None,
 ) -> Array:
-    r"""Focal loss of class indices: cross-entropy that counts less where the model is right.
+    r"""Focal loss of a softmax: cross-entropy that counts less where the model is right.
 
     .. math:: l = w_y\,(1 - p_y)^\gamma\,(-\log p_y), \qquad p = \mathrm{softmax}(x)
+
+    and for class probabilities or with smoothing, ``q'`` being the smoothed labels as in
+    :func:`cross_entropy`,
+
+    .. math:: l = \sum_c w_c\, q'_c\, (1 - p_c)^\gamma\,(-\log p_c)
 
     with ``1 - p_y = -expm1(-nll)``, which does not cancel: the loss of a confident token and its
     gradient keep their digits for any ``gamma``, below 1 too.
 
     Args:
       logits: ``[..., C]``, C at ``axis``; a floating dtype.
-      labels: class indices, an integer dtype, the shape of ``logits`` without ``axis``.
+      labels: class indices (an integer dtype, the shape of ``logits`` without ``axis``), or class
+        probabilities (floating, the shape of ``logits``; differentiable).
       gamma: a Python number, at least 0. 0 is :func:`cross_entropy`.
       weight: ``[C]``, one weight a class, often called alpha. Differentiable.
-      axis, ignore_index, sample_weight, where, reduction, empty_mean: as in
-        :func:`cross_entropy`. ``"mean"`` is ``sum(s_n l_n) / sum(s_n w_{y_n})`` over the tokens
-        that count.
+      axis, ignore_index, label_smoothing, sample_weight, where, reduction, empty_mean: as in
+        :func:`cross_entropy`, the ``"mean"`` too.
 
     Returns:
-      float32 (float64 for float64 logits): the losses, shaped as ``labels``, or their sum or mean.
+      float32 (float64 for float64 logits): the losses, shaped as ``logits`` without ``axis``, or
+        their sum or mean.
       Labels that are ignored or out of range are as in :func:`cross_entropy`.
 
     Raises:
-      TypeError, ValueError: as :func:`cross_entropy`; ``labels`` are no class indices, or ``gamma``
-        is negative.
+      TypeError, ValueError: as :func:`cross_entropy`; ``labels`` are :class:`TopKLabels`, or
+        ``gamma`` is negative.
 
-    Differentiable in ``logits`` and the weights, in every mode. Inside of :func:`linear_loss` a
+    Differentiable in ``logits``, probabilities and the weights, in every mode. Probabilities and
+    smoothing hold a few float32 arrays of the logits' size. Inside of :func:`linear_loss` a
     chunk of the logits is held at a time.
 
     Example:
@@ -137,11 +147,11 @@ def focal_loss(
         call, "logits", logits, labels, axis, weight, ignore_index, sample_weight, where, reduction,
         of_nothing=empty_mean,
     )  # fmt: skip
-    labels = checked.arrays.labels
-    if not _targets.is_indices(labels):
-        got = "TopKLabels" if isinstance(labels, TopKLabels) else _check.describe(labels)
-        _check.fail(call, "labels must be class indices (an integer dtype)", got, kind=TypeError)
-    return _focal_loss(logits, *checked.arrays, gamma=gamma, **checked.static)
+    if isinstance(checked.arrays.labels, TopKLabels):
+        rule = "labels must be class indices or class probabilities"
+        _check.fail(call, rule, "TopKLabels", "cross_entropy takes them.", TypeError)
+    smoothing = _arguments.smoothing(call, label_smoothing, accumulator_dtype(logits.dtype))
+    return _focal_loss(logits, *checked.arrays, Scalars(smoothing), gamma=gamma, **checked.static)
 
 
 @jit
@@ -152,6 +162,7 @@ def _focal_loss(
     sample_weight,
     class_mask,
     token_mask,
+    scalars,
     *,
     axes,
     num_classes,
@@ -164,28 +175,49 @@ def _focal_loss(
     logits, arrays = _layout.aligned_tokens(logits, axes, arrays)
     labels, weight, sample_weight, class_mask, token_mask = arrays
     dtype, classes = accumulator_dtype(logits.dtype), _targets.classes_here(num_classes)
-    # cross_entropy itself makes nothing of a row without classes: here it is not to count.
-    mask = mask_classes_last(class_mask, logits, axes)
-    token_mask = _targets.tokens_with_classes(mask, token_mask, labels.shape, classes)
+    dense = _targets.is_probabilities(labels)
+    x, mask = classes_last(logits, axes), mask_classes_last(class_mask, logits, axes)
+    mask, token_mask = _targets.without_empty_rows(mask, token_mask, x.shape[:-1], classes)
     targets = _targets.make_targets(
-        labels,
+        classes_last(labels, axes) if dense else labels,
         classes,
         dtype,
         weight=weight,
         sample_weight=sample_weight,
+        class_mask=mask,
         token_mask=token_mask,
         ignore_index=ignore_index,
+        label_smoothing=scalars.label_smoothing,
     )
-    nll = cross_entropy(
-        logits,
-        labels,
-        axis=axes,
-        ignore_index=ignore_index,
-        sample_weight=targets.counts,
-        where=class_mask,
-        reduction="none",
-    )
-    losses = modulated(nll, gamma) if gamma else nll
-    if targets.label_weight is not None:
-        losses = targets.label_weight * losses
+
+    def factor(nll):
+        return modulated(nll, gamma) if gamma else nll
+
+    nll = soft = None
+    if not dense:
+        nll = factor(
+            cross_entropy(
+                logits,
+                labels,
+                axis=axes,
+                ignore_index=ignore_index,
+                sample_weight=targets.counts,
+                where=class_mask,
+                reduction="none",
+            )
+        )
+    if targets.soft:
+        q = _targets.soft_targets(
+            targets.probabilities, targets.share, mask, weight, scalars.label_smoothing,
+            num_classes, dtype,
+        ).astype(dtype)  # fmt: skip
+        q = of_rank(q, x.ndim)
+        log_p = _rows.row_log_softmax(widened(x), mask)
+        # Selected before anything multiplies them: 0 * inf, and NaN of rows that do not count.
+        asked = targets.counts[..., None] & (q != 0)
+        asked = asked if mask is None else asked & mask
+        each = factor(jnp.where(asked, 0 - log_p, 0))
+        soft = jnp.sum(jnp.where(asked, q * each, 0), axis=-1)
+    rows = _rows.RowLosses(nll, soft)
+    losses = _targets.token_losses(rows, targets, scalars.label_smoothing, 0.0)
     return _targets.reduce_losses(losses, targets, sample_weight, reduction, empty_mean=empty_mean)

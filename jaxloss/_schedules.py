@@ -135,7 +135,7 @@ def by_vocab_blocks(
                 _mesh.varying(_entries.of_rank(targets.share, 2), {*varies, *axes}),
                 targets.extra,
             ),
-            _blocks.Constants(kept, exists, some, mask_row, targets.column, counts),
+            _blocks.Constants(kept, exists, mask_row, targets.column, counts, some),
         )
 
     losses, stats, targets = token_terms(
