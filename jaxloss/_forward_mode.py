@@ -222,7 +222,7 @@ def _alike_batch(args, axes, *, n):
 def _alike() -> Any:
     """The primitive: bind(*out, *given, n) -> out, n of them, as :func:`_batched_alike` says."""
     using = _internals()
-    primitive = using.core.Primitive("jaxloss_batched_alike")
+    primitive = using.core.Primitive("batched_alike")
     primitive.multiple_results = True
     primitive.def_impl(_alike_evaluated)
     primitive.def_abstract_eval(_alike_evaluated)
