@@ -24,15 +24,7 @@ from jaxloss._logits import (
     scaled,
     widen,
 )
-from jaxloss._passes import (
-    leading,
-    lies_below,
-    max_and_sum,
-    near_max,
-    row_max,
-    row_sum,
-    writes_out,
-)
+from jaxloss._passes import lies_below, max_and_sum, near_max, row_max, row_sum, writes_out
 
 
 class Rows(NamedTuple):
@@ -76,9 +68,6 @@ def row_part(
     if labelled:
         highest, s = max_and_sum(logits, rows.kept, mask, scaling, written, kernel_bytes)
         m = finite(highest)
-    elif mask is None:
-        highest, s, kept = leading(logits, scaling, written)
-        rows, m = rows._replace(kept=kept), finite(highest)
     else:
         largest = row_max(logits, mask, None)
         highest = capped_max(largest, mask, scaling)
@@ -87,10 +76,7 @@ def row_part(
         rows = rows._replace(kept=near_max(logits, finite(largest), mask))
         s = row_sum(logits, m, rows.kept, mask, scaling, written)
     x = widen(logits, mask, scaling)
-    x_kept = _kept_logit(rows, x, highest, scaling)
-    if not labelled:  # none may be kept out
-        x_kept = jnp.where(rows.kept < x.shape[-1], x_kept, m)
-    part = RowPart(highest, s, x_kept, rows.kept)
+    part = RowPart(highest, s, _kept_logit(rows, x, highest, scaling), rows.kept)
     if rows.soft is None and rows.top is None and "entropy" not in want:
         return part
     given, left = for_passes(logits, mask, scaling)

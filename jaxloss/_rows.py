@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jaxloss import _mesh
+from jaxloss import _device, _mesh
 from jaxloss._barriers import apart
 from jaxloss._casts import accumulator_dtype, narrowed, widened
 from jaxloss._elementary import exp, expm1, log1p
@@ -31,10 +31,7 @@ from jaxloss._forward_mode import with_forward_mode
 from jaxloss._logits import Scaling, exponentials, finite, scaled, scaling_slope, widen
 from jaxloss._parts import RowPart, Rows, at_top, distance, merge_shards, row_part
 from jaxloss._passes import (
-    below_leading,
     other_exponentials,
-    others_of,
-    reads_few_again,
     slope_pass,
     writes_out,
 )
@@ -369,28 +366,13 @@ def row_losses(
 def row_log_softmax(logits: Array, class_mask: Array | None = None) -> Array:
     """log_softmax of ``logits[..., C]`` over the last axis, in the logits' dtype."""
 
-    def searched(logits, class_mask):
-        _, state = finish(row_part(Rows(logits, mask=class_mask), None, ()), ())
-        given, m = logits, state.m
-        if logits.dtype != m.dtype:  # or the difference is held in float32 from the sum's pass on
-            given, m = apart(logits, m)
-        return widen(given, class_mask, None) - m[..., None], state
-
-    def summed(logits, class_mask):
-        below, s, kept = below_leading(logits)
-        # 0, with the derivative: the maximum is a number.
-        d = jnp.where(kept < logits.shape[-1], -entry(below, kept), 0)
-        return below, RowState(jnp.zeros_like(s), s, d, s + expm1(-d), kept, None, None, None)
-
     def forward(logits, class_mask):
-        wide = accumulator_dtype(logits.dtype)
-        if class_mask is None and logits.dtype == wide and reads_few_again(logits):
-            forms = {"cpu": summed, "default": searched}
-            below, state = lax.platform_dependent(logits, class_mask, **forms)
-        else:
-            below, state = searched(logits, class_mask)
+        _, state = finish(row_part(Rows(logits, mask=class_mask), None, ()), ())
+        given, m, wide = logits, state.m, accumulator_dtype(logits.dtype)
+        if logits.dtype != wide:  # or the difference is held in float32 from the sum's pass on
+            given, m = apart(logits, m)
         r = log1p(state.t)
-        out = below - r[..., None]
+        out = (widen(given, class_mask, None) - m[..., None]) - r[..., None]
         if class_mask is not None:  # of no class at all it would be inf - inf
             out = jnp.where(class_mask, out, -jnp.inf)
         out = narrowed(out, logits.dtype)
@@ -411,7 +393,9 @@ def row_log_softmax(logits: Array, class_mask: Array | None = None) -> Array:
             g = jnp.where(class_mask, g, 0)
         wide, kept = widened(g), state.kept
         total = jnp.sum(wide, axis=-1)
-        others, own = others_of(g, kept, total), widened(entry(g, kept))
+        # Added up anew: total - g_k has nothing left where the cotangent is nearly all at k.
+        others = jnp.sum(jnp.where(is_kept(g, kept), 0, widened(g)), axis=-1)
+        own = widened(entry(g, kept))
         at_kept = (own * state.s - others * exp(-state.d)) / (1 + state.t)
         # A row that is asked for nothing gets 0, whatever its logits hold.
         asked = (total != 0) | _sound(state)
@@ -420,9 +404,11 @@ def row_log_softmax(logits: Array, class_mask: Array | None = None) -> Array:
         dx = jnp.where(asked[..., None] | (wide != 0), dx, 0)
         if class_mask is not None:
             dx = jnp.where(class_mask, dx, 0)
-        return put_at(
-            narrowed(dx, dtype), kept[..., None], narrowed(at_kept, dtype)[..., None]
-        ), None
+        if not _device.on_one_device():  # a scatter would gather classes that are split
+            dx = jnp.where(is_kept(dx, kept), at_kept[..., None], dx)
+            return narrowed(dx, dtype), None
+        at_kept = narrowed(at_kept, dtype)[..., None]
+        return put_at(narrowed(dx, dtype), kept[..., None], at_kept), None
 
     def tangent(residuals, tangents):
         # (dx_j - dx_k) - sum_i p_i (dx_i - dx_k): the kept entry's 1 - p_k never forms.
