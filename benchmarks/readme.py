@@ -12,7 +12,6 @@ from pathlib import Path
 
 from benchmarks import (
     compiled,
-    formulas,
     gpu,
     linear,
     overhead,
@@ -34,7 +33,6 @@ MODULES = {
     "precision": precision,
     "scaling": scaling,
     "speed": speed,
-    "formulas": formulas,
     "overhead": overhead,
     "compiled": compiled,
     "gpu": gpu,

@@ -413,13 +413,16 @@ def test_narrow_gradients_are_rounded_once():
 
 @pytest.mark.parametrize("kind", ["TopKLabels", "probabilities"])
 def test_a_class_that_is_masked_and_asked_for(kind, loss):
-    """Its loss is inf. Blocks of nothing but masked classes merge as -inf - -inf."""
+    """It is left out of the sum. Blocks of nothing but masked classes merge as -inf - -inf."""
     x = jnp.arange(6.0)[None]
-    where = x > 4.5
+    where = x > 3.5
     y = jnp.array([[0.5, 0, 0, 0, 0, 0.5]])
     if kind == "TopKLabels":
         y = jaxloss.TopKLabels(jnp.array([[0, 5]]), jnp.array([[0.5, 0.5]]))
-    assert jit_quickly(lambda x: loss(x, y, where=where))(x) == np.inf
+    got = jit_quickly(lambda x: loss(x, y, where=where))(x)
+    np.testing.assert_allclose(got, 0.5 * np.log1p(np.exp(-1)), rtol=4 * EPS)
+    index = jnp.zeros(1, jnp.int32)  # of a class index nothing would be left
+    assert jit_quickly(lambda x: loss(x, index, where=where))(x) == np.inf
 
 
 def test_bucket_labels_of_a_token_that_does_not_count():
