@@ -97,6 +97,7 @@ def asked_of(config, rng, mask, at: Precision) -> Asked:
         others = mask & ~named
         left = np.maximum(1 - t.sum(-1), 0)
         left = np.where(others.any(-1), left, 0)
+        t = np.where(mask, t, 0)  # what is asked of a class that does not exist is left out
         if kind == "uniform":
             t = t + others * (left / np.maximum(others.sum(-1), 1))[:, None]
         elif kind == "bucket":
