@@ -384,7 +384,7 @@ def row_divergences(
         row = row._replace(of_teacher=of_teacher, of_student=of_student)
         return _loss(row, divergence, beta), (logits, teacher_logits, mask, counts, traced, row)
 
-    def slopes(residuals):
+    def slopes(residuals) -> tuple[tuple, Any]:
         *given, traced, row = residuals
         temperature = static if traced is None else traced
         pair = _pair(*both(*given), row, temperature)

@@ -89,8 +89,9 @@ def aligned(*arrays: tuple[Any, tuple], flat: tuple[int, ...] = ()) -> list:
                 mesh = jax.typeof(x).sharding.mesh
     if len(flat) > 1:
         names = tuple(name for axis in flat for name in _names(entries.pop(axis, None)))
-        if names and sizes[flat[0]] % _devices(mesh, names) == 0:
-            entries[flat[0]] = names if len(names) > 1 else names[0]
+        first, *_ = flat
+        if names and sizes[first] % _devices(mesh, names) == 0:
+            entries[first] = names if len(names) > 1 else names[0]
     return [_resharded(x, mesh, (entries.get(a) for a in axes)) for x, axes in arrays]
 
 
@@ -109,7 +110,7 @@ def aligned_tokens(logits: Array, axes: tuple[int, ...], arrays: tuple) -> tuple
         of_labels = (*rows, None)
     elif labels.ndim == logits.ndim:
         of_labels = every
-    logits, *arrays = aligned(
+    logits, *some = aligned(
         (logits, every),
         (labels, of_labels),
         (weight, (None,)),
@@ -118,7 +119,7 @@ def aligned_tokens(logits: Array, axes: tuple[int, ...], arrays: tuple) -> tuple
         (token_mask, rows),
         flat=axes,
     )
-    return logits, arrays
+    return logits, tuple(some)
 
 
 def of_types(
