@@ -91,7 +91,7 @@ def aligned(*arrays: tuple[Any, tuple], flat: tuple[int, ...] = ()) -> list:
         names = tuple(name for axis in flat for name in _names(entries.pop(axis, None)))
         first, *_ = flat
         if names and sizes[first] % _devices(mesh, names) == 0:
-            entries[first] = names if len(names) > 1 else names[0]
+            entries[first] = names
     return [_resharded(x, mesh, (entries.get(a) for a in axes)) for x, axes in arrays]
 
 

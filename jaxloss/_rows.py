@@ -25,7 +25,7 @@ from jax import Array, lax
 from jaxloss import _device, _mesh
 from jaxloss._barriers import apart
 from jaxloss._casts import accumulator_dtype, narrowed, widened
-from jaxloss._elementary import exp, expm1, log1p
+from jaxloss._elementary import exp, exp_of_nonpositive, expm1, log1p
 from jaxloss._entries import elsewhere, entry, is_kept, of_rank, put_at
 from jaxloss._forward_mode import with_forward_mode
 from jaxloss._logits import Scaling, exponentials, finite, scaled, scaling_slope, widen
@@ -383,7 +383,7 @@ def row_log_softmax(logits: Array, class_mask: Array | None = None) -> Array:
     def probabilities(held, class_mask):
         x, m, r = held
         x = widen(x, class_mask, None)
-        return exp(x if m is None else (x - m[..., None]) - r[..., None])
+        return exp_of_nonpositive(x if m is None else (x - m[..., None]) - r[..., None])
 
     def backward(residuals, g):
         # g_j - p_j G, and at the kept entry (1 - p_k) g_k - p_k (G - g_k): no 1 - p_k forms.
