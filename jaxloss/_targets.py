@@ -271,10 +271,12 @@ def _of_top(
         mask = _existing_columns(class_mask, classes)
         mask = jnp.broadcast_to(mask, (*column.shape[:-1], classes.size))
         exists, here = entries(mask, column), column < classes.size
-        # What is asked of a class that does not exist is left out. A label that is wrong stays NaN.
-        q = jnp.where(exists | ~here | wrong, q, 0)
+        left_out = here & ~exists
         if share is not None or labels.rest != "drop":
             real &= _anywhere(here & exists, classes.axes)
+            left_out = ~real  # by what all devices know: a bucket's loss is the same on all
+        # What is asked of a class that does not exist is left out. A label that is wrong stays NaN.
+        q = jnp.where(left_out & ~wrong, 0, q)
     extra = q
     if share is not None:
         extra = q * (1 - label_smoothing) + jnp.where(real, of_rank(share, q.ndim), 0)
