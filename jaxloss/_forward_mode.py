@@ -221,31 +221,27 @@ def _alike_batch(args, axes, *, n):
 @cache
 def _alike() -> Any:
     """The primitive: bind(*out, *given, n) -> out, n of them, as :func:`_batched_alike` says."""
-    using = _internals()
-    primitive = using.core.Primitive("batched_alike")
-    primitive.multiple_results = True
-    primitive.def_impl(_alike_evaluated)
-    primitive.def_abstract_eval(_alike_evaluated)
-    using.ad.primitive_jvps[primitive] = _alike_jvp
-    using.ad.primitive_transposes[primitive] = _alike_transpose
-    using.batching.primitive_batchers[primitive] = _alike_batch
-    lowering = using.mlir.lower_fun(_alike_evaluated, multiple_results=True)
-    using.mlir.register_lowering(primitive, lowering)
-    return primitive
+    rules = _alike_evaluated, _alike_jvp, _alike_transpose, _alike_batch
+    return _primitive("batched_alike", _alike_evaluated, *rules)
 
 
 @cache
 def _tangent_map() -> Any:
     """The primitive: bind(*residuals, *tangents) -> the outputs' tangents."""
-    using = _internals()
-    if using is None:
+    if _internals() is None:
         return None
-    primitive = using.core.Primitive("jaxloss_tangent_map")
+    return _primitive("jaxloss_tangent_map", _evaluate, _abstract, _jvp, _transpose, _batch)
+
+
+def _primitive(name: str, evaluate, abstract, jvp, transpose, batch) -> Any:
+    """A primitive of several results, and its rules. ``evaluate`` is JAX code, compiled as such."""
+    using = _internals()
+    primitive = using.core.Primitive(name)
     primitive.multiple_results = True
-    primitive.def_impl(_evaluate)
-    primitive.def_abstract_eval(_abstract)
-    using.ad.primitive_jvps[primitive] = _jvp
-    using.ad.primitive_transposes[primitive] = _transpose
-    using.batching.primitive_batchers[primitive] = _batch
-    using.mlir.register_lowering(primitive, using.mlir.lower_fun(_evaluate, multiple_results=True))
+    primitive.def_impl(evaluate)
+    primitive.def_abstract_eval(abstract)
+    using.ad.primitive_jvps[primitive] = jvp
+    using.ad.primitive_transposes[primitive] = transpose
+    using.batching.primitive_batchers[primitive] = batch
+    using.mlir.register_lowering(primitive, using.mlir.lower_fun(evaluate, multiple_results=True))
     return primitive
