@@ -163,7 +163,11 @@ def number_rows():
         ({"label_smoothing": np.nan}, ValueError, r"label_smoothing must be in \[0, 1\]; got nan"),
         ({"label_smoothing": np.float32(7)}, ValueError, r"label_smoothing must be in \[0, 1\]"),
         ({"label_smoothing": True}, TypeError, f"label_smoothing {scalar} bool"),
-        ({"label_smoothing": np.zeros((2,), np.float32)}, ValueError, rf"{scalar} float32\(2,\)"),
+        (
+            {"label_smoothing": np.zeros((2,), np.float32)},
+            ValueError,
+            rf"label_smoothing {scalar} float32\(2,\)",
+        ),
         ({"label_smoothing": jnp.zeros(1)}, ValueError, rf"label_smoothing {scalar} float32\(1,\)"),
         ({"label_smoothing": jnp.array(True)}, TypeError, rf"label_smoothing {scalar} bool\(\)"),
         ({"z_loss": -1e-4}, ValueError, r"z_loss must be in \[0, .*; got -0\.0001"),

@@ -55,7 +55,7 @@ def fuzz_log_softmax(config, rng, kinds):
     expected = np.where(np.abs(expected) > LD(float(jnp.finfo(x.dtype).max)), -INF, expected)
     got = unplaced(config, np.asarray(np.asarray(out, np.float64)), c)
     assert_allowed(got, expected, room, at, "log_softmax")
-    g = widened(ct)
+    g = np.where(mask, widened(ct), 0)  # nothing is asked of a class that does not exist
     total = np.sum(g, axis=-1, keepdims=True)
     size = np.sum(np.abs(g), axis=-1, keepdims=True)
     asked = np.any(g != 0, axis=-1)
