@@ -29,6 +29,7 @@ from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero
 
 from jaxloss import _mesh
+from jaxloss._barriers import apart
 from jaxloss._casts import accumulator_dtype, narrowed, widened
 from jaxloss._elementary import exp_of_nonpositive, log, log1p
 from jaxloss._entries import is_kept
@@ -251,24 +252,37 @@ def _mixture(pair: Pair, beta: float) -> Mixture:
     more, s, b, d = _sides(pair)
     # Both selected: 1 - 0.99 is 0.01 to six digits.
     of_b, of_s = jnp.where(more, beta, 1 - beta), jnp.where(more, 1 - beta, beta)
-    return Mixture(of_b * b + of_s * s, *_logs_by_mixture(s, b, d, of_s, of_b))
+    # Written out: XLA:CPU would compute the gap's series twice in the logarithm's pass.
+    gap, (s, b, d) = apart(_gap(s, b, d), (s, b, d))
+    above, below = apart(*_logs_by_mixture(s, b, d, gap, of_s, of_b))
+    return Mixture(of_b * b + of_s * s, above, below)
 
 
 @jax.custom_jvp
-def _logs_by_mixture(s: Array, b: Array, d: Array, of_s: Array, of_b: Array) -> tuple[Array, Array]:
-    """``log(b / m)`` and ``log(m / s)`` for ``m = of_b b + of_s s``."""
-    # b / m = 1 + of_s (b - s) / m and m / s = 1 + of_b (b - s) / s.
-    gap = _gap(s, b, d)
-    above = log1p(of_s * _over(gap, of_b * b + of_s * s))
-    # An s that is no normal float weighs nothing, but its logarithm must not be inf.
-    normal = s >= jnp.finfo(s.dtype).tiny
-    return above, jnp.where(normal, log1p(of_b * _over(gap, s)), d)
+def _logs_by_mixture(s: Array, b: Array, d: Array, gap: Array, of_s: Array, of_b: Array):
+    """``log(b / m)`` and ``log(m / s)`` for ``m = of_b b + of_s s``; ``gap`` is ``b - s``.
+
+    They sum to ``d``. One logarithm, of the smaller of the two where they are close, and the rest::
+
+        of_s <= 1/2:  log(b / m) = -log(1 - of_s (b - s) / b)                 at most half of d
+        d < 1:        log(m / s) = log(1 + of_b (b - s) / s)                  at most half of d
+        else:         log(b / m) = -log(of_b) - log(1 + (of_s / of_b) s / b)
+    """
+    by_b, near = of_s <= 0.5, d < 1
+    share = jnp.where(by_b, -of_s, jnp.where(near, of_b, of_s / of_b))
+    top, bottom = jnp.where(by_b | near, gap, s), jnp.where(~by_b & near, s, b)
+    found = log1p(share * _over(top, bottom))
+    found = jnp.where(by_b, -found, jnp.where(near, found, -log(of_b) - found))
+    rest = d - found
+    below_is_found = ~by_b & near
+    return jnp.where(below_is_found, rest, found), jnp.where(below_is_found, found, rest)
 
 
 @_logs_by_mixture.defjvp
 def _logs_by_mixture_jvp(primals, tangents):
     # Functions of d: -log(of_b + of_s e^-d), and d less that.
-    share_of_s, share_of_b = _shares(*primals)
+    s, b, d, _, of_s, of_b = primals
+    share_of_s, share_of_b = _shares(s, b, d, of_s, of_b)
     dd = tangents[2]
     return _logs_by_mixture(*primals), (share_of_s * dd, share_of_b * dd)
 

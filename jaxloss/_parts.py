@@ -9,9 +9,9 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxloss import _mesh
-from jaxloss._barriers import apart
+from jaxloss._barriers import apart, behind_barrier
 from jaxloss._elementary import exp
-from jaxloss._entries import elsewhere, entries, entry, is_kept
+from jaxloss._entries import elsewhere, entries, entry
 from jaxloss._logits import (
     Scaling,
     above,
@@ -24,7 +24,15 @@ from jaxloss._logits import (
     scaled,
     widen,
 )
-from jaxloss._passes import lies_below, max_and_sum, near_max, row_max, row_sum, writes_out
+from jaxloss._passes import (
+    lies_below,
+    max_and_place,
+    max_and_sum,
+    row_max,
+    row_sum,
+    sum_of_others,
+    writes_out,
+)
 
 
 class Rows(NamedTuple):
@@ -69,12 +77,13 @@ def row_part(
         highest, s = max_and_sum(logits, rows.kept, mask, scaling, written, kernel_bytes)
         m = finite(highest)
     else:
-        largest = row_max(logits, mask, None)
-        highest = capped_max(largest, mask, scaling)
-        m = finite(highest)
         # A cap moves no maximum: it is looked for in the logits themselves.
-        rows = rows._replace(kept=near_max(logits, finite(largest), mask))
-        s = row_sum(logits, m, rows.kept, mask, scaling, written)
+        largest, place = max_and_place(logits, mask)
+        highest = capped_max(largest, mask, scaling)
+        m, rows = finite(highest), rows._replace(kept=place)
+        # Or XLA:CPU writes out what the search and the sum share, a float32 copy of narrow logits.
+        given, (high, place) = (logits, (m, place)) if written else apart(logits, (m, place))
+        s = row_sum(given, high, place, mask, scaling, written)
     x = widen(logits, mask, scaling)
     part = RowPart(highest, s, _kept_logit(rows, x, highest, scaling), rows.kept)
     if rows.soft is None and rows.top is None and "entropy" not in want:
@@ -83,7 +92,7 @@ def row_part(
     # x and m again, for the reductions below.
     y, high = apart(given, m)
     again = read(y, high, left), high, left
-    sums = None if rows.soft is None else _soft_sums(rows, x, m, scaling, again)
+    sums = None if rows.soft is None else _soft_sums(rows, x, again, backward_follows)
     if rows.top is not None:
         some = _top_sums(rows, m, scaling)
         sums = some if sums is None else tuple(map(lax.add, sums, some))
@@ -116,7 +125,7 @@ def _kept_logit(rows: Rows, x: Array, highest: Array, scaling: Scaling | None) -
     return jnp.where(kept < x.shape[-1], x_kept, jnp.nan)
 
 
-def _soft_sums(rows: Rows, x: Array, m: Array, scaling: Scaling | None, again: tuple) -> tuple:
+def _soft_sums(rows: Rows, x: Array, again: tuple, backward_follows: bool) -> tuple:
     """``(below, mass, other_mass)`` of the soft targets, but for those at ``top``."""
     _, kept, soft, mask, top = rows
     q, here = soft.astype(x.dtype), kept < x.shape[-1]
@@ -131,17 +140,31 @@ def _soft_sums(rows: Rows, x: Array, m: Array, scaling: Scaling | None, again: t
         other_mass = q * (size - here.astype(x.dtype))
         below = jnp.where(q == 0, 0, q * jnp.sum(below, axis=-1))
     else:
-        q = q if top is None else jnp.where(elsewhere(x, top[0]), q, 0)
-        if mask is not None:
-            # What is asked of a class that does not exist is left out.
-            q = jnp.where(mask, q, 0)
-        at_kept = jnp.where(here, entry(jnp.broadcast_to(q, x.shape), kept), 0)
-        other_mass = jnp.where(is_kept(x, kept), 0, jnp.broadcast_to(q, x.shape))
-        other_mass = jnp.sum(other_mass, axis=-1)
-        # q_j = 0 asks for nothing, of a class at -inf either (0 * inf is NaN).
-        below = scaled(m[..., None] - jnp.where(q == 0, 0, x), scaling)
-        below = jnp.sum(jnp.where(q == 0, 0, q * below), axis=-1)
+        soft = jnp.broadcast_to(soft, x.shape)
+        # What is asked of a class that does not exist is left out.
+        for counts in (mask, None if top is None else elsewhere(x, top[0])):
+            if counts is not None:
+                soft = jnp.where(counts, soft, jnp.zeros((), soft.dtype))
+        at_kept = entry(lax.optimization_barrier(soft), kept).astype(x.dtype)
+        at_kept = jnp.where(here, at_kept, 0)
+        other_mass = sum_of_others(soft, kept, at_kept)
+        below = _sum_below(soft, *again)
+        if not backward_follows:  # only the gradient asks for the others': a shorter pass
+            return below, jnp.sum(soft, axis=-1, dtype=x.dtype), other_mass
     return below, other_mass + at_kept, other_mass
+
+
+def _sum_below(q: Array, y: Array, m: Array, left: Scaling | None) -> Array:
+    """sum_j q_j (m - x_j), where q_j = 0 asks for nothing, of a class at -inf either.
+
+    0 times inf is NaN, so that a distance is no more than q_j times infinity, or than the largest
+    float. XLA:CPU would write out a summand that selects, and make one factor of two constants.
+    """
+    info = jnp.finfo(y.dtype)
+    q = apart(q, m)[0].astype(y.dtype)
+    _, steep, largest = behind_barrier(m, 2.0 ** (info.maxexp - 1), info.max)
+    most = lax.stop_gradient(jnp.abs(q)) * steep * steep + largest
+    return jnp.sum(q * jnp.minimum(-above(y, m, left), most), axis=-1)
 
 
 def _top_sums(rows: Rows, m: Array, scaling: Scaling | None) -> tuple:

@@ -33,6 +33,7 @@ from jaxloss._parts import RowPart, Rows, at_top, distance, merge_shards, row_pa
 from jaxloss._passes import (
     other_exponentials,
     slope_pass,
+    sum_of_others,
     writes_out,
 )
 
@@ -368,10 +369,9 @@ def row_log_softmax(logits: Array, class_mask: Array | None = None) -> Array:
 
     def forward(logits, class_mask):
         _, state = finish(row_part(Rows(logits, mask=class_mask), None, ()), ())
-        given, m, wide = logits, state.m, accumulator_dtype(logits.dtype)
-        if logits.dtype != wide:  # or the difference is held in float32 from the sum's pass on
-            given, m = apart(logits, m)
-        r = log1p(state.t)
+        wide = accumulator_dtype(logits.dtype)
+        # Apart, or XLA:CPU holds the difference from the sum's pass on: another array.
+        given, (m, r) = apart(logits, (state.m, log1p(state.t)))
         out = (widen(given, class_mask, None) - m[..., None]) - r[..., None]
         if class_mask is not None:  # of no class at all it would be inf - inf
             out = jnp.where(class_mask, out, -jnp.inf)
@@ -392,10 +392,10 @@ def row_log_softmax(logits: Array, class_mask: Array | None = None) -> Array:
         if class_mask is not None:
             g = jnp.where(class_mask, g, 0)
         wide, kept = widened(g), state.kept
-        total = jnp.sum(wide, axis=-1)
-        # Added up anew: total - g_k has nothing left where the cotangent is nearly all at k.
-        others = jnp.sum(jnp.where(is_kept(g, kept), 0, widened(g)), axis=-1)
-        own = widened(entry(g, kept))
+        own = widened(entry(lax.optimization_barrier(g), kept))
+        # Not total - g_k, which has nothing left where the cotangent is nearly all at k.
+        others = sum_of_others(g, kept, own)
+        total = others + jnp.where(kept < g.shape[-1], own, 0)
         at_kept = (own * state.s - others * exp(-state.d)) / (1 + state.t)
         # A row that is asked for nothing gets 0, whatever its logits hold.
         asked = (total != 0) | _sound(state)

@@ -41,9 +41,10 @@ def test_one_device(one_device, monkeypatch):
     [
         (1, 1),
         (16384, 16384),  # short rows are whole
-        (16385, 3277),  # 5 x 29 x 113
+        (16385, 565),  # 5 x 29 x 113
         (16411, 16411),  # a prime
-        (32768, 4096),
+        (32768, 1024),
+        (1049 * 1051, 1049),  # none up to 1024
         (256 * 4099, 256),
         (255 * 4099, 255 * 4099),
         (17 * 241 * 4099, 17 * 241 * 4099),  # 4097 is too long
@@ -102,11 +103,47 @@ def test_the_sum_goes_in_blocks_on_long_rows_of_one_device(one_device):
     assert "platform_index" not in program(_passes.sum_exponentials, 16411)
 
 
+@pytest.mark.parametrize(
+    ("size", "count"),
+    [(255, None), (256, 16), (1000, 20), (32000, 16), (50257, 29), (30522, 6), (32749, None)],
+)
+def test_into_how_many_rows_a_row_is_folded(size, count):
+    assert _passes._columns(size) == count
+
+
+def place(x, *_):
+    return _passes.max_and_place(x, None)
+
+
+@pytest.mark.nan_is_meant
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_the_maximum_and_its_place_from_columns(one_device, dtype, masked):
+    rng = np.random.default_rng(0)
+    x = rng.integers(-9, 9, (9, 300)).astype(np.float32)  # many are equal
+    x[0, 299] = x[1, 0] = 20
+    x[2], x[3, 5:] = -np.inf, -np.inf
+    x[4, 7], x[5, 8] = np.inf, np.nan
+    mask = rng.random((9, 300)) < 0.5 if masked else np.ones((9, 300), bool)
+    mask[8] = not masked
+    given = jnp.asarray(mask) if masked else None
+    assert "platform_index" in program(place, 300)
+    m, found = _passes.max_and_place(jnp.asarray(x, dtype), given)
+    existing = np.where(mask, x, -np.inf)
+    np.testing.assert_array_equal(m, existing.max(axis=-1))
+    assert m.dtype == jnp.float32
+    assert found.dtype == jnp.int32
+    some = ~np.isnan(existing).any(axis=-1)
+    at = existing[np.arange(9), found]
+    np.testing.assert_array_equal(at[some], existing.max(axis=-1)[some])
+
+
 def test_sharded_rows_are_neither_indexed_nor_reshaped():
-    for f in (_passes.other_exponentials, _passes.sum_exponentials):
+    for f in (_passes.other_exponentials, _passes.sum_exponentials, place):
         text = program(f, 32768)
         assert "scatter" not in text
-        assert "4096" not in text
+        assert "gather" not in text
+        assert not re.search(r"\[\d+,\d+,\d+\]|\[\d{3,},\d+\]", text)
 
 
 def test_predictions_are_found_by_argmax_where_rows_are_whole(monkeypatch):
