@@ -55,6 +55,7 @@ class Constants(NamedTuple):
     index: Any  # [N, k], of extra
     counts: Any  # [N], the tokens that count; None: all, as far as the kernel goes
     some: Any = None  # [R], the mask's rows that have a class; in the others all classes are taken
+    asked: Any = None  # [N], the tokens whose probabilities are read: of the others 0; None: all
 
 
 class Options(NamedTuple):
@@ -130,11 +131,14 @@ def _block(
     top = None
     if operands.extra is not None:
         top = (_entries.within(constants.index, start, size), operands.extra)
-    return _parts.Rows(logits, kept, _soft(options, mask, size, *some, operands.share), mask, top)
+    soft = _soft(options, mask, constants.asked, size, *some, operands.share)
+    return _parts.Rows(logits, kept, soft, mask, top)
 
 
-def _soft(options: Options, mask, size: int, probabilities, weight, share) -> Any:
+def _soft(options: Options, mask, asked, size: int, probabilities, weight, share) -> Any:
     wide = options.dtype
+    if asked is not None:
+        probabilities = jnp.where(asked[:, None], probabilities, 0)
     soft = _targets.soft_targets(
         probabilities, share, mask, weight, options.label_smoothing, size, wide
     )
@@ -365,7 +369,7 @@ def _block_gradients(
         slope = _rows.soft_gradient(b, state, options.scaling)
         slope = _rows.asked_for(ct.soft, slope)
         soft_b, pullback = jax.vjp(
-            partial(_soft, options, b.mask, size),
+            partial(_soft, options, b.mask, constants.asked, size),
             _cut(operands.probabilities, start, size),
             _cut(operands.weight, start, size),
             operands.share,

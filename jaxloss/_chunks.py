@@ -69,7 +69,7 @@ def rows_held(
         rows = 4 + 2 * own  # of each array the chunk's part and its gradient
     else:
         soft = probabilities or (weight and smoothing)
-        rows += 2 * probabilities + 1.5 * top + 2 * (weight and (smoothing or probabilities))
+        rows += 3 * probabilities + 1.5 * top + 2 * (weight and (smoothing or probabilities))
         rows += 0.25 * mask
         others = soft or top or statistics
         rows += mask * (soft or top or smoothing) + mask * statistics + scaling * others

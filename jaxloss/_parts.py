@@ -140,17 +140,22 @@ def _soft_sums(rows: Rows, x: Array, again: tuple, backward_follows: bool) -> tu
         other_mass = q * (size - here.astype(x.dtype))
         below = jnp.where(q == 0, 0, q * jnp.sum(below, axis=-1))
     else:
-        soft = jnp.broadcast_to(soft, x.shape)
         # What is asked of a class that does not exist is left out.
         for counts in (mask, None if top is None else elsewhere(x, top[0])):
             if counts is not None:
                 soft = jnp.where(counts, soft, jnp.zeros((), soft.dtype))
-        at_kept = entry(lax.optimization_barrier(soft), kept).astype(x.dtype)
+        narrow = soft.dtype != x.dtype
+        # The barrier as for x_kept. Wide targets may be computed here, and would be written out.
+        at_kept = lax.optimization_barrier(soft) if narrow else soft
+        at_kept = entry(jnp.broadcast_to(at_kept, x.shape), kept).astype(x.dtype)
         at_kept = jnp.where(here, at_kept, 0)
         other_mass = sum_of_others(soft, kept, at_kept)
-        below = _sum_below(soft, *again)
+        # Or the conversion, or the broadcast, is written out for both passes.
+        again_soft = apart(soft, again[1])[0] if narrow or soft.shape != x.shape else soft
+        below = _sum_below(again_soft.astype(x.dtype), *again)
         if not backward_follows:  # only the gradient asks for the others': a shorter pass
-            return below, jnp.sum(soft, axis=-1, dtype=x.dtype), other_mass
+            mass = jnp.sum(soft, axis=-1, dtype=x.dtype)
+            return below, jnp.broadcast_to(mass, below.shape), other_mass
     return below, other_mass + at_kept, other_mass
 
 
@@ -161,7 +166,6 @@ def _sum_below(q: Array, y: Array, m: Array, left: Scaling | None) -> Array:
     float. XLA:CPU would write out a summand that selects, and make one factor of two constants.
     """
     info = jnp.finfo(y.dtype)
-    q = apart(q, m)[0].astype(y.dtype)
     _, steep, largest = behind_barrier(m, 2.0 ** (info.maxexp - 1), info.max)
     most = lax.stop_gradient(jnp.abs(q)) * steep * steep + largest
     return jnp.sum(q * jnp.minimum(-above(y, m, left), most), axis=-1)

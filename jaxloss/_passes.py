@@ -67,10 +67,12 @@ def _is_other(x: Array, kept: Array, m: Array) -> Array:
 
 
 def sum_of_others(x: Array, kept: Array, own: Array) -> Array:
-    """sum_{j != k} x_j, in the accumulator's dtype; of finite entries. ``own``: x_k."""
+    """sum_{j != k} x_j of each row, in the accumulator's dtype; of finite entries. ``x`` broadcasts
+    to the rows. ``own``: x_k."""
     wide = x.astype(accumulator_dtype(x.dtype))
     if not index_is_exact(x):
-        return jnp.sum(jnp.where(is_kept(x, kept), 0, wide), axis=-1)
+        wide = jnp.broadcast_to(wide, (*kept.shape, x.shape[-1]))
+        return jnp.sum(jnp.where(is_kept(wide, kept), 0, wide), axis=-1)
     return jnp.sum(_is_other(wide, kept, own) * wide, axis=-1)
 
 

@@ -95,7 +95,8 @@ def by_vocab_blocks(
     *, geometry, num_classes, reduction, empty_mean, scaling, fused, options,
 ):  # fmt: skip
     axes = geometry.vocab_axes
-    classes = _targets.classes_here(num_classes, geometry.num_classes, axes)
+    size, block = geometry.num_classes, geometry.chunk
+    classes = _targets.classes_here(num_classes, size, axes, block)
     lead, wide = hidden.shape[:-1], accumulator_dtype(hidden.dtype)
     tokens = math.prod(lead)
     token_mask = _targets.tokens_with_classes(class_mask, token_mask, lead, classes)
@@ -110,7 +111,8 @@ def by_vocab_blocks(
     )
     rows = hidden.reshape(tokens, hidden.shape[-1])
     exists = _targets.existing(mask, classes, 2)
-    all_count = options.ignore_index is None and sample_weight is None and token_mask is None
+    masked = sample_weight is not None or token_mask is not None
+    all_count = options.ignore_index is None and not masked
 
     def rows_of(targets, classes, _, weight, label_smoothing, want, predict):
         # Gradients of what no token owns are summed over the devices after the loop, not in it.
@@ -119,6 +121,8 @@ def by_vocab_blocks(
         weight, kept = _mesh.varying((weight, targets.kept), varies)
         counts = targets.counts if fused and not all_count else None
         probabilities = targets.probabilities
+        weighed = probabilities is not None and weight is not None
+        asked = targets.counts if masked and weighed else None
         if isinstance(label_smoothing, Array):  # a block's own factor must be static
             if probabilities is not None:
                 probabilities = probabilities.astype(wide) * (1 - label_smoothing)
@@ -135,7 +139,7 @@ def by_vocab_blocks(
                 _mesh.varying(_entries.of_rank(targets.share, 2), {*varies, *axes}),
                 targets.extra,
             ),
-            _blocks.Constants(kept, exists, mask_row, targets.column, counts, some),
+            _blocks.Constants(kept, exists, mask_row, targets.column, counts, some, asked),
         )
 
     losses, stats, targets = token_terms(

@@ -30,12 +30,15 @@ class Classes(NamedTuple):
     size: int  # columns here; those of classes past C are padding
     start: Any  # the class of the first
     axes: _mesh.Axes  # the mesh axes that the columns are split over
+    block: int = 0  # so many columns may be read at a time; 0: all of them
 
 
-def classes_here(total: int, size: int | None = None, vocab_axes: _mesh.Axes = ()) -> Classes:
+def classes_here(
+    total: int, size: int | None = None, vocab_axes: _mesh.Axes = (), block: int = 0
+) -> Classes:
     """``size``: by default all are here."""
     size = total if size is None else size
-    return Classes(total, size, _mesh.first(size, vocab_axes), vocab_axes)
+    return Classes(total, size, _mesh.first(size, vocab_axes), vocab_axes, block)
 
 
 def existing(class_mask: Array | None, classes: Classes, rank: int) -> Array | None:
@@ -112,7 +115,18 @@ def number_of_classes(classes: Classes, class_mask: Array | None, dtype) -> Arra
     if class_mask is None:
         return jnp.full((1,), classes.total, dtype)
     mask = _existing_columns(class_mask, classes)
-    exist = jnp.sum(mask, axis=-1, keepdims=True, dtype=dtype)
+
+    def of(columns):  # XLA:CPU writes them out as numbers: float32 of the logits' size
+        return jnp.sum(columns, axis=-1, keepdims=True, dtype=dtype)
+
+    def more(i, total):
+        start = first + i * classes.block
+        return total + of(lax.dynamic_slice_in_dim(mask, start, classes.block, -1))
+
+    first = classes.size % classes.block if classes.block else classes.size
+    exist = of(mask[..., :first])
+    if first < classes.size:
+        exist = lax.fori_loop(0, classes.size // classes.block, more, exist)
     return lax.psum(exist, classes.axes) if classes.axes else exist
 
 
@@ -221,8 +235,9 @@ def make_targets(
     if some is None:
         return targets
     probabilities = targets.probabilities
-    if weight is not None and probabilities is not None:
-        # Before the class weights multiply them: their gradient would be 0 * NaN.
+    if weight is not None and probabilities is not None and not classes.block:
+        # Before the class weights multiply them: their gradient would be 0 * NaN. Of columns that
+        # are read in blocks, each block's alone: this is an array of their size.
         probabilities = jnp.where(some[..., None], probabilities, 0)
     return targets._replace(counts=targets.counts & some, probabilities=probabilities)
 
