@@ -179,9 +179,10 @@ def test_overloads_have_the_options_of_the_function(name):
 
 # From what everything stands on to what is public.
 LAYERS = (
-    "_casts _check _elementary _forward_mode _jit _labels _mesh",
-    "_barriers _binary_terms _nested",
-    "_arguments _canonical _chunks _device _entries _layout _logits _products _programs",
+    "_casts _check _forward_mode _jit _labels _mesh",
+    "_barriers _elementary _nested",
+    "_arguments _binary_terms _canonical _chunks _device _entries _layout _logits",
+    "_products _programs",
     "_passes _prediction _sweeps",
     "_linear _parts",
     "_rows",

@@ -1,5 +1,6 @@
 """Losses inside of ``shard_map`` over some of a mesh's axes, the others automatic or explicit."""
 
+import inspect
 from functools import cache, partial
 from types import SimpleNamespace
 
@@ -212,6 +213,67 @@ def test_classes_over_manual_axes_and_tokens_over_others(kind):
 
     specs = {"x": P("data", "stage"), "y": P("data"), "w": P(), "s": P("data")}
     check(partial(function, vocab_axis_name="stage"), function, kind, specs, P())
+
+
+def of_row_sums(function):
+    """A loss of rows by itself, whose sum is over the axes of all kinds."""
+
+    def summed(axis_name=None, **given):
+        out = jnp.sum(function(**given)) / (ROWS * CLASSES)
+        return out if axis_name is None else jax.lax.psum(out, axis_name)
+
+    return summed
+
+
+def top_k(x, y, s, axis_name=None):
+    index = jnp.stack([jnp.maximum(y, 0), (y + 3) % CLASSES], axis=-1)
+    labels = jaxloss.TopKLabels(index, jnp.full_like(index, 0.4, jnp.float32), rest="uniform")
+    return jaxloss.cross_entropy(x, labels, sample_weight=s, token_axis_name=axis_name)
+
+
+# Functions of logits whose tokens both kinds of axes split.
+OF_TOKENS = {
+    "nll_loss(log_softmax)": of_row_sums(
+        lambda x, y, w: jaxloss.nll_loss(jaxloss.log_softmax(x), y, weight=w, reduction="sum")
+    ),
+    "focal_loss": of_row_sums(lambda x, y, w: jaxloss.focal_loss(x, y, weight=w, reduction="none")),
+    "sigmoid_cross_entropy": of_row_sums(
+        lambda x, t, w: jaxloss.sigmoid_cross_entropy(
+            x, jax.nn.sigmoid(t), pos_weight=w, reduction="none"
+        )
+    ),
+    "sigmoid_focal_loss": of_row_sums(
+        lambda x, t: jaxloss.sigmoid_focal_loss(x, jax.nn.sigmoid(t), reduction="none")
+    ),
+    "kl_divergence": of_row_sums(
+        lambda x, t, s: s * jaxloss.kl_divergence(x, t, temperature=2.0, reduction="none")
+    ),
+    "probabilities": lambda x, t, s, axis_name=None: jaxloss.cross_entropy(
+        x, jax.nn.softmax(t), sample_weight=s, token_axis_name=axis_name
+    ),
+    "TopKLabels": top_k,
+    "metric_sums": lambda x, y, s, axis_name=None: jaxloss.metrics(
+        jaxloss.metric_sums(
+            jaxloss.token_stats(x, y), top_k=(2,), sample_weight=s, token_axis_name=axis_name
+        )
+    ),
+    "total_weight": lambda y, s, axis_name=None: jaxloss.total_weight(
+        y, sample_weight=s, token_axis_name=axis_name
+    ),
+}
+SPLIT = {"x": P(BOTH), "t": P(BOTH), "y": P(BOTH), "w": P(), "s": P(BOTH)}
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+@pytest.mark.parametrize("name", OF_TOKENS)
+def test_tokens_over_manual_axes_and_others(name, kind):
+    function = OF_TOKENS[name]
+    names = inspect.signature(function).parameters
+    if "given" in names:
+        names = inspect.signature(inspect.getclosurevars(function).nonlocals["function"]).parameters
+    specs = {letter: spec for letter, spec in SPLIT.items() if letter in names}
+    derivative = (lambda f: f) if name in ("metric_sums", "total_weight") else gradients
+    check(partial(function, axis_name="stage"), function, kind, specs, P(), derivative)
 
 
 def test_losses_that_refuse_what_an_explicit_mesh_splits_say_so():
