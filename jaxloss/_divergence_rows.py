@@ -262,13 +262,13 @@ def _mixture(pair: Pair, beta: float) -> Mixture:
 def _logs_by_mixture(s: Array, b: Array, d: Array, gap: Array, of_s: Array, of_b: Array):
     """``log(b / m)`` and ``log(m / s)`` for ``m = of_b b + of_s s``; ``gap`` is ``b - s``.
 
-    They sum to ``d``. One logarithm, of the smaller of the two where they are close, and the rest::
+    They sum to ``d``. One logarithm, of the one that may be much smaller than ``d``, and the rest::
 
-        of_s <= 1/2:  log(b / m) = -log(1 - of_s (b - s) / b)                 at most half of d
-        d < 1:        log(m / s) = log(1 + of_b (b - s) / s)                  at most half of d
-        else:         log(b / m) = -log(of_b) - log(1 + (of_s / of_b) s / b)
+        of_s <= 1/2:       log(b / m) = -log(1 - of_s (b - s) / b)              at most d / 2
+        of_b (b - s) <= s: log(m / s) = log(1 + of_b (b - s) / s)               at most log(2)
+        else:              log(b / m) = -log(of_b) - log(1 + (of_s / of_b) s / b)
     """
-    by_b, near = of_s <= 0.5, d < 1
+    by_b, near = of_s <= 0.5, of_b * gap <= s
     share = jnp.where(by_b, -of_s, jnp.where(near, of_b, of_s / of_b))
     top, bottom = jnp.where(by_b | near, gap, s), jnp.where(~by_b & near, s, b)
     found = log1p(share * _over(top, bottom))

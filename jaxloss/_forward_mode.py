@@ -5,10 +5,11 @@ as one primitive: evaluated (forward mode) it runs the tangent function; transpo
 it runs the custom_vjp function's own backward pass; differentiated again, it is ordinary JAX code.
 """
 
+from collections.abc import Callable
 from functools import cache, partial
 from itertools import compress, zip_longest
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -95,14 +96,15 @@ def with_forward_mode(rule, tangent, whole=True):
         # The program outlives this trace, and with it all that transposed refers to: no arrays.
         inexact = [jnp.issubdtype(o.dtype, jnp.inexact) for o in out_leaves]
         moving = list(compress(tangents, active))
+        avals, ad = [jax.typeof(o).to_tangent_aval() for o in out_leaves], _internals().ad
 
         def forward(*args):
             some = iter(args[n:])
             full = [next(some) if a else None for a in active]
             result = tree.leaves(tangent(tree.unflatten(residual_tree, args[:n]), full))
             return [
-                jnp.zeros_like(o) if r is None else r
-                for o, r, real in zip_longest(out_leaves, result, inexact)
+                ad.instantiate_zeros(ad.Zero(aval)) if r is None else r
+                for aval, r, real in zip_longest(avals, result, inexact)
                 if real  # integers have no tangent
             ]
 
@@ -112,10 +114,11 @@ def with_forward_mode(rule, tangent, whole=True):
             residuals = tree.unflatten(residual_tree, args[:n])
             return list(compress(rule.bwd(residuals, tree.unflatten(out_tree, ct)), active))
 
-        moved = iter(_bind(forward, transposed, n, residual_leaves, moving))
+        linear = _Linear(forward, transposed, tuple(compress(avals, inexact)), n)
+        moved = iter(_tangent_map().bind(*residual_leaves, *moving, linear=linear))
         out_tangents = [
-            next(moved) if real else SymbolicZero(jax.typeof(o).to_tangent_aval())
-            for o, real in zip(out_leaves, inexact, strict=True)
+            next(moved) if real else SymbolicZero(aval)
+            for aval, real in zip(avals, inexact, strict=True)
         ]
         return tree.unflatten(out_tree, out_tangents)
 
@@ -137,45 +140,47 @@ def _batched_alike(out, *given):
     return tree.unflatten(structure, alike)
 
 
-def _bind(forward, transposed, n, residuals, tangents):
-    # Traced here, the program carries the outputs' sharding and varying axes.
-    program = jax.make_jaxpr(forward)(*residuals, *tangents)
-    return _tangent_map().bind(*residuals, *tangents, program=program, transposed=transposed, n=n)
+class _Linear(NamedTuple):
+    """A map that is linear in the tangents, as a parameter of the primitive. Not a program: reverse
+    mode alone, the most frequent use, would trace it for nothing."""
+
+    forward: Callable  # (*residuals, *tangents) -> the outputs' tangents
+    transposed: Callable  # (present, *residuals, *cotangents) -> the tangents' cotangents
+    avals: tuple  # of the outputs' tangents
+    n: int  # how many residuals there are
 
 
-def _evaluate(*args, program, **_):
-    return _internals().core.jaxpr_as_fun(program)(*args)
+def _evaluate(*args, linear):
+    return linear.forward(*args)
 
 
-def _abstract(*_, program, **__):
-    return program.out_avals
+def _abstract(*_, linear):
+    return linear.avals
 
 
-def _jvp(primals, tangents, *, program, transposed, n):
-    ad = _internals().ad
-    out = _tangent_map().bind(*primals, program=program, transposed=transposed, n=n)
+def _jvp(primals, tangents, *, linear):
+    ad, n = _internals().ad, linear.n
+    out = _tangent_map().bind(*primals, linear=linear)
     moving = [not isinstance(t, ad.Zero) for t in tangents]
     if not any(moving[:n]) and all(moving[n:]):
-        along = _tangent_map().bind(
-            *primals[:n], *tangents[n:], program=program, transposed=transposed, n=n
-        )
-        return out, along
+        return out, _tangent_map().bind(*primals[:n], *tangents[n:], linear=linear)
 
     tangents = [t if m else None for m, t in zip(moving, tangents, strict=True)]
-    return out, jvp_of_moving(_internals().core.jaxpr_as_fun(program), primals, tangents)[1]
+    return out, jvp_of_moving(linear.forward, primals, tangents)[1]
 
 
-def _transpose(cts, *args, program, transposed, n):
-    ad = _internals().ad
+def _transpose(cts, *args, linear):
+    ad, n = _internals().ad, linear.n
     present = tuple(not isinstance(ct, ad.Zero) for ct in cts)
-    results = transposed(present, *args[:n], *compress(cts, present))
-    linear = [ad.is_undefined_primal(a) for a in args[n:]]
+    results = linear.transposed(present, *args[:n], *compress(cts, present))
+    undefined = [ad.is_undefined_primal(a) for a in args[n:]]
     return [None] * n + [
-        ct if is_linear else None for ct, is_linear in zip(results, linear, strict=True)
+        ct if is_linear else None for ct, is_linear in zip(results, undefined, strict=True)
     ]
 
 
-def _batch(args, axes, *, program, transposed, n):
+def _batch(args, axes, *, linear):
+    n = linear.n
     size = next(a.shape[i] for a, i in zip(args, axes, strict=True) if i is not None)
     args, axes = list(args), list(axes)
     for i in range(n, len(args)):
@@ -184,13 +189,15 @@ def _batch(args, axes, *, program, transposed, n):
 
     def backward(present, *operands):
         return jax.vmap(
-            partial(transposed, present),
+            partial(linear.transposed, present),
             in_axes=(*axes[:n], *(0 for p in present if p)),
             out_axes=axes[n:],
         )(*operands)
 
-    forward = jax.vmap(_internals().core.jaxpr_as_fun(program), in_axes=axes)
-    out = _bind(forward, backward, n, args[:n], args[n:])
+    forward = jax.vmap(linear.forward, in_axes=axes)
+    # Traced: the program has the outputs' sharding and varying axes.
+    avals = tuple(jax.make_jaxpr(forward)(*args).out_avals)
+    out = _tangent_map().bind(*args, linear=_Linear(forward, backward, avals, n))
     return out, [0] * len(out)
 
 
