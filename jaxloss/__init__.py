@@ -2,15 +2,17 @@
 
 from importlib.metadata import version as _version
 
-from jaxloss._check_labels import check_labels as check_labels
 from jaxloss._cross_entropy import cross_entropy as cross_entropy
 from jaxloss._cross_entropy import log_softmax as log_softmax
 from jaxloss._cross_entropy import nll_loss as nll_loss
+from jaxloss._cross_entropy import token_stats as token_stats
 from jaxloss._divergence import kl_divergence as kl_divergence
 from jaxloss._divergence import linear_kl_divergence as linear_kl_divergence
 from jaxloss._focal import focal_loss as focal_loss
-from jaxloss._labels import TopKLabels as TopKLabels
+from jaxloss._labels import check_labels as check_labels
+from jaxloss._labels import total_weight as total_weight
 from jaxloss._linear_cross_entropy import linear_cross_entropy as linear_cross_entropy
+from jaxloss._linear_cross_entropy import linear_token_stats as linear_token_stats
 from jaxloss._linear_loss import linear_loss as linear_loss
 from jaxloss._metrics import MetricSums as MetricSums
 from jaxloss._metrics import metric_sums as metric_sums
@@ -19,10 +21,8 @@ from jaxloss._sequences import next_token_labels as next_token_labels
 from jaxloss._sequences import sequence_weight as sequence_weight
 from jaxloss._sigmoid import sigmoid_cross_entropy as sigmoid_cross_entropy
 from jaxloss._sigmoid import sigmoid_focal_loss as sigmoid_focal_loss
-from jaxloss._terms import TokenStats as TokenStats
-from jaxloss._token_stats import linear_token_stats as linear_token_stats
-from jaxloss._token_stats import token_stats as token_stats
-from jaxloss._total_weight import total_weight as total_weight
+from jaxloss._types import TokenStats as TokenStats
+from jaxloss._types import TopKLabels as TopKLabels
 
 __version__ = _version("jaxloss")
 __all__ = [

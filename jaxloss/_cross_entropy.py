@@ -9,15 +9,19 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from jaxloss import _arguments, _check, _entries, _layout, _logits, _one_pass, _rows, _targets
-from jaxloss._arguments import Reduction
-from jaxloss._canonical import classes_back, classes_last, mask_classes_last
-from jaxloss._casts import accumulator_dtype
-from jaxloss._forward_mode import with_forward_mode
-from jaxloss._jit import jit
-from jaxloss._labels import TopKLabels
-from jaxloss._mesh import AxisName
-from jaxloss._terms import Scalars, TokenOptions, TokenStats, rows_of_logits, token_terms
+from jaxloss._checks import arguments as _arguments
+from jaxloss._checks import explicit_mesh, messages
+from jaxloss._numerics import logits as _logits
+from jaxloss._numerics import one_pass, rows
+from jaxloss._numerics.logits import scaling_of
+from jaxloss._tokens import targets as _targets
+from jaxloss._tokens.losses import TokenOptions, rows_of_logits, token_terms
+from jaxloss._tokens.shapes import classes_back, classes_last, mask_classes_last
+from jaxloss._types import AxisName, Reduction, TokenStats, TopKLabels
+from jaxloss._xla import indexing
+from jaxloss._xla.derivatives import with_forward_mode
+from jaxloss._xla.device import jit
+from jaxloss._xla.dtypes import accumulator_dtype
 
 
 def log_softmax(
@@ -61,8 +65,8 @@ def log_softmax(
     41 (2021).
     """
     call = "log_softmax"
-    logits = _check.floating(call, "logits", logits)
-    axes = _check.class_axes(call, logits, "logits", axis)
+    logits = messages.floating(call, "logits", logits)
+    axes = messages.class_axes(call, logits, "logits", axis)
     mask = _arguments.class_mask(call, "logits", where, logits)
     if logits.size == 0:
         return logits
@@ -72,10 +76,10 @@ def log_softmax(
 @jit
 def _log_softmax(logits, class_mask, *, axes):
     every, given = tuple(range(logits.ndim)), logits
-    logits, class_mask = _layout.aligned((logits, every), (class_mask, every), flat=axes)
+    logits, class_mask = explicit_mesh.aligned((logits, every), (class_mask, every), flat=axes)
     class_mask = mask_classes_last(class_mask, logits, axes)
-    out = _rows.row_log_softmax(classes_last(logits, axes), class_mask)
-    return _layout.as_split(classes_back(out, logits.shape, axes), given)
+    out = rows.row_log_softmax(classes_last(logits, axes), class_mask)
+    return explicit_mesh.as_split(classes_back(out, logits.shape, axes), given)
 
 
 def nll_loss(
@@ -122,10 +126,10 @@ def nll_loss(
     Source: ``torch.nn.functional.nll_loss``.
     """
     call, name = "nll_loss", "log_probs"
-    log_probs = _check.floating(call, name, log_probs)
+    log_probs = messages.floating(call, name, log_probs)
     if isinstance(labels, TopKLabels):
         rule = "labels must be class indices or class probabilities"
-        _check.fail(call, rule, "TopKLabels", "cross_entropy takes them.", TypeError)
+        messages.fail(call, rule, "TopKLabels", "cross_entropy takes them.", TypeError)
     checked = _arguments.token_arguments(
         call, name, log_probs, labels, axis, weight, ignore_index, sample_weight, where, reduction,
         of_nothing=empty_mean,
@@ -149,7 +153,7 @@ def _nll_loss(
     empty_mean,
 ):
     arrays = labels, weight, sample_weight, class_mask, token_mask
-    log_probs, arrays = _layout.aligned_tokens(log_probs, axes, arrays)
+    log_probs, arrays = explicit_mesh.aligned_tokens(log_probs, axes, arrays)
     labels, weight, sample_weight, class_mask, token_mask = arrays
     class_mask = mask_classes_last(class_mask, log_probs, axes)
     x = classes_last(log_probs, axes)
@@ -174,7 +178,7 @@ def _nll_loss(
     nll, soft, counts = None, None, targets.counts
     if targets.kept is not None:
         # 0 - x, since -0 is no loss.
-        log_prob = _nan_where(targets.kept >= num_classes, _entries.entry(x, targets.kept))
+        log_prob = _nan_where(targets.kept >= num_classes, indexing.entry(x, targets.kept))
         nll = jnp.where(counts, 0 - log_prob, 0)
     else:
         asked = counts[..., None] if class_mask is None else counts[..., None] & class_mask
@@ -182,7 +186,7 @@ def _nll_loss(
         q = _targets.soft_targets(q, None, None, weight, 0.0, num_classes, x.dtype)
         nothing = ~counts[..., None] | ((x == -jnp.inf) & (q == 0))
         soft = jnp.sum(q.astype(x.dtype) * jnp.where(nothing, 0, -x), axis=-1)
-    losses = _targets.token_losses(_rows.RowLosses(nll, soft), targets, 0.0, 0.0)
+    losses = _targets.token_losses(rows.RowLosses(nll, soft), targets, 0.0, 0.0)
     return _targets.reduce_losses(losses, targets, sample_weight, reduction, empty_mean=empty_mean)
 
 
@@ -366,6 +370,86 @@ def cross_entropy(
     )
 
 
+def token_stats(
+    logits: ArrayLike,
+    labels: ArrayLike | TopKLabels,
+    *,
+    axis: int | tuple[int, ...] = -1,
+    num_classes: int | None = None,
+    ignore_index: int | None = -100,
+    temperature: ArrayLike | None = 1.0,
+    logit_softcap: float | None = None,
+    where: ArrayLike | None = None,
+    vocab_axis_name: AxisName | None = None,
+) -> TokenStats:
+    r"""Each token's log-probability, log-sum-exp, entropy, prediction, confidence and rank.
+
+    With ``z = x / T`` the logits (capped first, if asked for) over the temperature,
+
+    .. math:: \log p_y = z_y - \mathrm{lse}(z), \qquad p = e^{z - \mathrm{lse}(z)}, \qquad
+              H = -\sum_j p_j \log p_j
+
+    What policy gradients are made of: the log-probabilities of the tokens that were sampled, at the
+    temperature they were sampled at, and the entropy for a bonus. :func:`cross_entropy` with
+    ``return_stats=True`` returns the same beside a loss.
+
+    Args:
+      logits: ``[..., C]``, C at ``axis``; a floating dtype.
+      labels: the tokens in question: class indices (an integer dtype, the shape of ``logits``
+        without ``axis``), class probabilities (floating, the shape of ``logits``), or
+        :class:`TopKLabels`.
+      axis, num_classes, ignore_index, where, vocab_axis_name: as in :func:`cross_entropy`.
+      temperature: ``T > 0``, what the logits are divided by: a Python number, or a scalar array,
+        which may be traced and is differentiable (out of range it makes the statistics NaN); None
+        is 1. The logits' differences are divided, so that an offset that they share costs no
+        digits. An array costs a float32 copy of the logits.
+      logit_softcap: ``cap > 0``: ``cap * tanh(logits / cap)`` before the temperature.
+
+    Returns:
+      :class:`TokenStats`, each shaped as the losses: float32 (float64 for float64 logits) and
+      int32. A token that does not count has 0 in the floats and -1 in the integers.
+
+    Raises:
+      TypeError, ValueError: as :func:`cross_entropy`; or ``temperature`` is not positive.
+
+    ``log_prob``, ``logsumexp`` and ``entropy`` are differentiable in ``logits`` (and in
+    probabilities as labels), in forward and reverse mode to any order. The backward pass keeps the
+    logits, the labels and a few numbers a row.
+
+    Example: the clipped objective of PPO.
+
+      >>> import jax, jax.numpy as jnp
+      >>> import jaxloss
+      >>> logits = jax.random.normal(jax.random.key(0), (3, 5))
+      >>> actions, advantages = jnp.array([1, 4, 0]), jnp.array([1.0, -0.5, 2.0])
+      >>> old = jaxloss.token_stats(logits + 0.1, actions, temperature=0.7).log_prob
+      >>> def objective(logits):
+      ...     stats = jaxloss.token_stats(logits, actions, temperature=0.7)
+      ...     ratio = jnp.exp(stats.log_prob - old)
+      ...     clipped = jnp.clip(ratio, 0.8, 1.2)
+      ...     return jnp.mean(jnp.minimum(ratio * advantages, clipped * advantages))
+      >>> print(round(float(objective(logits)), 4))
+      0.8333
+
+    Source: the definitions; J. Schulman et al., "Proximal Policy Optimization Algorithms" (2017)
+    for their use.
+    """
+    return losses_of_logits(
+        "token_stats",
+        logits,
+        labels,
+        axis=axis,
+        num_classes=num_classes,
+        ignore_index=ignore_index,
+        temperature=temperature,
+        logit_softcap=logit_softcap,
+        where=where,
+        reduction="none",
+        vocab_axis_name=vocab_axis_name,
+        return_stats=True,
+    )[1]
+
+
 def losses_of_logits(
     call: str,
     logits,
@@ -389,7 +473,7 @@ def losses_of_logits(
 ) -> Any:
     """:func:`cross_entropy` of the public function ``call``."""
     name = "logits"
-    logits = _check.floating(call, name, logits, order="logits, labels")
+    logits = messages.floating(call, name, logits, order="logits, labels")
     vocab_axes = _arguments.mesh_axes(call, "vocab_axis_name", vocab_axis_name)
     token_axes = _arguments.mesh_axes(call, "token_axis_name", token_axis_name)
     checked = _arguments.token_arguments(
@@ -398,10 +482,15 @@ def losses_of_logits(
     )  # fmt: skip
     _arguments.check_split(call, name, logits, checked.of_tokens, vocab_axes, token_axes)
     wide = accumulator_dtype(logits.dtype)
-    scalars, scaling = scalars_of(call, label_smoothing, z_loss, logit_softcap, temperature, wide)
+    scalars, cap, temperature = _arguments.scalars(
+        call, label_smoothing, z_loss, logit_softcap, temperature, wide
+    )
+    scaling = scaling_of(cap, temperature)
     _arguments.check_bucket(call, checked.arrays.labels, weight, scalars.label_smoothing)
     static = checked.static
-    options = TokenOptions(static["ignore_index"], _check.flag(call, "return_stats", return_stats))
+    options = TokenOptions(
+        static["ignore_index"], messages.flag(call, "return_stats", return_stats)
+    )
     return _cross_entropy(
         logits,
         *checked.arrays,
@@ -415,20 +504,6 @@ def losses_of_logits(
         scaling=scaling,
         options=options,
     )
-
-
-def scalars_of(
-    call: str, label_smoothing, z_loss, logit_softcap, temperature, wide
-) -> tuple[Scalars, _logits.Scaling | None]:
-    """Checked. A temperature that is a Python number belongs to the scaling."""
-    cap, temperature = _arguments.scaling(call, logit_softcap, temperature, wide)
-    traced = isinstance(temperature, Array)
-    scalars = Scalars(
-        _arguments.smoothing(call, label_smoothing, wide),
-        _arguments.z_loss(call, z_loss, wide),
-        temperature if traced else 1.0,
-    )
-    return scalars, _logits.scaling_of(cap, 1.0 if traced else temperature)
 
 
 @jit
@@ -451,7 +526,7 @@ def _cross_entropy(
     options,
 ):
     arrays = labels, weight, sample_weight, class_mask, token_mask
-    logits, arrays = _layout.aligned_tokens(logits, axes, arrays)
+    logits, arrays = explicit_mesh.aligned_tokens(logits, axes, arrays)
     labels, weight, sample_weight, class_mask, token_mask = arrays
     if _targets.is_probabilities(labels):
         labels = classes_last(labels, axes)
@@ -464,7 +539,7 @@ def _cross_entropy(
     in_one_piece = axes == (logits.ndim - 1,)
     plain = weight is class_mask is scaling is None and scalars.plain
     plain = plain and _is_plain(labels, classes, options)
-    if plain and reduction != "none" and in_one_piece and _one_pass.takes(x):
+    if plain and reduction != "none" and in_one_piece and one_pass.takes(x):
         targets = _targets.make_targets(
             labels,
             classes,
@@ -477,7 +552,7 @@ def _cross_entropy(
         weights = _targets.token_weights(
             targets, sample_weight, reduction, wide, token_axes, empty_mean
         )
-        return _one_pass.reduced(x, cast(Array, targets.kept), *weights, token_axes)
+        return one_pass.reduced(x, cast(Array, targets.kept), *weights, token_axes)
     losses, stats, targets = token_terms(
         rows_of_logits(x, scaling, scalars.temperature, kernel_bytes=2 if in_one_piece else 0),
         classes,

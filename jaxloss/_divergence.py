@@ -3,31 +3,29 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, get_args
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from jaxloss import _arguments, _check, _chunks, _layout, _linear, _products, _sweeps, _targets
-from jaxloss._arguments import Reduction
-from jaxloss._canonical import classes_last, mask_classes_last, rows_of_mask
-from jaxloss._divergence_rows import accumulator_of, row_divergences
-from jaxloss._jit import jit
-from jaxloss._mesh import AxisName
-from jaxloss._terms import Scalars
-
-Divergence = Literal["forward", "reverse", "jensen_shannon"]
-DIVERGENCES = get_args(Divergence)
+from jaxloss._checks import arguments as _arguments
+from jaxloss._checks import explicit_mesh, messages
+from jaxloss._linear import packing, product, token_chunks, token_rules
+from jaxloss._numerics.divergence import accumulator_of, row_divergences
+from jaxloss._tokens import targets as _targets
+from jaxloss._tokens.shapes import classes_last, mask_classes_last, rows_of_mask
+from jaxloss._types import DIVERGENCES, AxisName, Divergence, Reduction, Scalars
+from jaxloss._xla.device import jit
 
 
 def _options(call: str, divergence: Any, beta: Any, temperature: Any, dtype) -> tuple:
     """Those of ``row_divergences`` that are static, hashable, and the temperature."""
-    _check.word(call, "divergence", divergence, DIVERGENCES)
-    if not 0 < _check.number(call, "beta", beta) < 1:
+    messages.word(call, "divergence", divergence, DIVERGENCES)
+    if not 0 < messages.number(call, "beta", beta) < 1:
         way_out = "At its ends the divergences are 'forward' and 'reverse', times 0."
-        _check.fail(call, "beta must be in (0, 1)", repr(beta), way_out)
+        messages.fail(call, "beta must be in (0, 1)", repr(beta), way_out)
     static = (("divergence", divergence), ("beta", float(beta)))
     return static, Scalars(temperature=_arguments.temperature(call, temperature, dtype))
 
@@ -107,15 +105,15 @@ def kl_divergence(
     (ICLR 2024). All terms positive, as ``scipy.special.kl_div`` has them.
     """
     call, name = "kl_divergence", "logits"
-    logits = _check.floating(call, name, logits)
-    teacher_logits = _check.floating(call, "teacher_logits", teacher_logits)
-    axes = _check.class_axes(call, logits, name, axis)
+    logits = messages.floating(call, name, logits)
+    teacher_logits = messages.floating(call, "teacher_logits", teacher_logits)
+    axes = messages.class_axes(call, logits, name, axis)
     rule = "the shape of logits"
-    _check.shape(call, "teacher_logits", teacher_logits, logits.shape, rule)
+    messages.shape(call, "teacher_logits", teacher_logits, logits.shape, rule)
     wide = accumulator_of(logits, teacher_logits)
     options, scalars = _options(call, divergence, beta, temperature, wide)
     _arguments.check_reduction(call, reduction)
-    batch = _check.batch_shape(logits, axes)
+    batch = messages.batch_shape(logits, axes)
     sample_weight = _arguments.check_sample_weight(call, sample_weight, batch)
     class_mask, token_mask = _arguments.masks(call, name, where, logits, axes)
     return _kl_divergence(
@@ -132,7 +130,7 @@ def _kl_divergence(
 ):  # fmt: skip
     every = tuple(range(logits.ndim))
     rows = tuple(i for i in every if i not in axes)
-    logits, teacher_logits, sample_weight, class_mask, token_mask = _layout.aligned(
+    logits, teacher_logits, sample_weight, class_mask, token_mask = explicit_mesh.aligned(
         (logits, every),
         (teacher_logits, every),
         (sample_weight, rows),
@@ -247,15 +245,17 @@ def linear_kl_divergence(
     )
     lead = hidden.shape[:-1]
     if teacher_hidden.shape[:-1] != lead:
-        got = f"hidden {_check.describe(hidden)}, teacher_hidden {_check.describe(teacher_hidden)}"
-        _check.fail(call, f"teacher_hidden must have hidden's leading shape, {lead}", got)
+        its_own = messages.describe(teacher_hidden)
+        got = f"hidden {messages.describe(hidden)}, teacher_hidden {its_own}"
+        messages.fail(call, f"teacher_hidden must have hidden's leading shape, {lead}", got)
     columns, its_columns = kernel.shape[vocab_axis], teacher_kernel.shape[its_axis]
     if num_classes is None and columns != its_columns:
-        got = f"kernel {_check.describe(kernel)}, teacher_kernel {_check.describe(teacher_kernel)}"
+        its_own = messages.describe(teacher_kernel)
+        got = f"kernel {messages.describe(kernel)}, teacher_kernel {its_own}"
         way_out = "If one of them is padded, say how many are classes: num_classes=..."
-        _check.fail(call, "both kernels must have as many columns", got, way_out)
+        messages.fail(call, "both kernels must have as many columns", got, way_out)
     few = min(columns, its_columns)
-    classes = _check.integer(call, "num_classes", num_classes, 0, few, default=columns)
+    classes = messages.integer(call, "num_classes", num_classes, 0, few, default=columns)
     wide = accumulator_of(hidden, teacher_hidden)
     options, scalars = _options(call, divergence, beta, temperature, wide)
     _arguments.check_reduction(call, reduction)
@@ -263,7 +263,7 @@ def linear_kl_divergence(
     logits = jax.ShapeDtypeStruct((*lead, classes), hidden.dtype)
     axes = (len(lead),)
     class_mask, token_mask = _arguments.masks(call, "hidden @ kernel", where, logits, axes)
-    _layout.refuse(
+    explicit_mesh.refuse(
         call,
         hidden=hidden,
         kernel=kernel,
@@ -281,15 +281,15 @@ def linear_kl_divergence(
         "where": token_mask,
     }
     _arguments.check_split(call, "kernel", kernel, of_tokens, (), token_axes)
-    most = _chunks.size_to_plan_for(math.prod(lead))
-    rows = _chunks.rows_held(
+    most = packing.size_to_plan_for(math.prod(lead))
+    rows = packing.rows_held(
         hidden.dtype,
         none=reduction == "none",
         divergence=divergence,
         mask=class_mask is not None,
     )
-    default = _chunks.default_chunk(most, max(columns, its_columns), rows=rows)
-    geometry = _products.Geometry(
+    default = packing.default_chunk(most, max(columns, its_columns), rows=rows)
+    geometry = product.Geometry(
         vocab_axis,
         classes,
         _arguments.chunk_size(call, chunk_size, default, most),
@@ -332,7 +332,7 @@ def _linear_kl_divergence(
     weights = _targets.token_weights(
         targets, sample_weight, reduction, wide, geometry.token_axes, empty_mean
     )
-    operands = _sweeps.Operands(
+    operands = token_chunks.Operands(
         rows(hidden),
         kernel,
         bias,
@@ -340,4 +340,4 @@ def _linear_kl_divergence(
         (mask_rows, *numbers),
         (rows(teacher_hidden), teacher_kernel, teacher_bias),
     )
-    return _linear.reduced(loss_fn, geometry, operands, counts, weights, reduction != "none")[0]
+    return token_rules.reduced(loss_fn, geometry, operands, counts, weights, reduction != "none")[0]

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from jaxloss import _arguments, _check, _layout, _rows, _targets
-from jaxloss._arguments import Reduction
-from jaxloss._canonical import classes_last, mask_classes_last
-from jaxloss._casts import accumulator_dtype, widened
-from jaxloss._cross_entropy import cross_entropy
-from jaxloss._elementary import exp, expm1, log
-from jaxloss._entries import of_rank
-from jaxloss._jit import jit
-from jaxloss._labels import TopKLabels
-from jaxloss._terms import Scalars
+from jaxloss._checks import arguments as _arguments
+from jaxloss._checks import explicit_mesh, messages
+from jaxloss._numerics import rows as _rows
+from jaxloss._tokens import targets as _targets
+from jaxloss._tokens.losses import TokenOptions, rows_of_logits, token_terms
+from jaxloss._tokens.shapes import classes_last, mask_classes_last
+from jaxloss._types import Reduction, Scalars, TopKLabels
+from jaxloss._xla.device import jit
+from jaxloss._xla.dtypes import accumulator_dtype, widened
+from jaxloss._xla.indexing import of_rank
+from jaxloss._xla.math import exp, expm1, log
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(1,))
@@ -69,10 +69,6 @@ def _ratios(nll: Array) -> tuple[Array, Array]:
     e = expm1(nll)
     some = (e > 0) & (e < jnp.inf)
     return e, jnp.where(some, nll / jnp.where(some, e, 1), jnp.where(e > 0, 0, 1))
-
-
-def check_gamma(function: str, gamma: Any) -> float:
-    return _check.number(function, "gamma", gamma, 0)
 
 
 def focal_loss(
@@ -141,15 +137,15 @@ def focal_loss(
     Source: T.-Y. Lin et al., "Focal Loss for Dense Object Detection" (2017), for C classes.
     """
     call = "focal_loss"
-    logits = _check.floating(call, "logits", logits)
-    gamma = check_gamma(call, gamma)
+    logits = messages.floating(call, "logits", logits)
+    gamma = _arguments.gamma(call, gamma)
     checked = _arguments.token_arguments(
         call, "logits", logits, labels, axis, weight, ignore_index, sample_weight, where, reduction,
         of_nothing=empty_mean,
     )  # fmt: skip
     if isinstance(checked.arrays.labels, TopKLabels):
         rule = "labels must be class indices or class probabilities"
-        _check.fail(call, rule, "TopKLabels", "cross_entropy takes them.", TypeError)
+        messages.fail(call, rule, "TopKLabels", "cross_entropy takes them.", TypeError)
     smoothing = _arguments.smoothing(call, label_smoothing, accumulator_dtype(logits.dtype))
     return _focal_loss(logits, *checked.arrays, Scalars(smoothing), gamma=gamma, **checked.static)
 
@@ -172,7 +168,7 @@ def _focal_loss(
     gamma,
 ):
     arrays = labels, weight, sample_weight, class_mask, token_mask
-    logits, arrays = _layout.aligned_tokens(logits, axes, arrays)
+    logits, arrays = explicit_mesh.aligned_tokens(logits, axes, arrays)
     labels, weight, sample_weight, class_mask, token_mask = arrays
     dtype, classes = accumulator_dtype(logits.dtype), _targets.classes_here(num_classes)
     dense = _targets.is_probabilities(labels)
@@ -195,17 +191,18 @@ def _focal_loss(
 
     nll = soft = None
     if not dense:
-        nll = factor(
-            cross_entropy(
-                logits,
-                labels,
-                axis=axes,
-                ignore_index=ignore_index,
-                sample_weight=targets.counts,
-                where=class_mask,
-                reduction="none",
-            )
+        losses, *_ = token_terms(
+            rows_of_logits(x, None, kernel_bytes=2 if axes == (logits.ndim - 1,) else 0),
+            classes,
+            labels,
+            None,
+            mask,
+            targets.counts,
+            dtype=dtype,
+            options=TokenOptions(ignore_index, with_stats=False),
+            scalars=Scalars(),
         )
+        nll = factor(jnp.where(targets.counts, losses, 0))
     if targets.soft:
         q = _targets.soft_targets(
             targets.probabilities, targets.share, mask, weight, scalars.label_smoothing,

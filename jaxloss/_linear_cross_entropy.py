@@ -9,23 +9,17 @@ import jax
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from jaxloss import (
-    _arguments,
-    _check,
-    _device,
-    _implementation,
-    _layout,
-    _mesh,
-    _products,
-)
-from jaxloss._arguments import Reduction
-from jaxloss._casts import accumulator_dtype
-from jaxloss._cross_entropy import scalars_of
-from jaxloss._implementation import Implementation
-from jaxloss._labels import TopKLabels
-from jaxloss._mesh import AxisName
-from jaxloss._schedules import by_token_chunks, by_vocab_blocks
-from jaxloss._terms import TokenOptions, TokenStats
+from jaxloss._checks import arguments as _arguments
+from jaxloss._checks import explicit_mesh, messages
+from jaxloss._linear import plan as _plan
+from jaxloss._linear import product
+from jaxloss._linear.cross_entropy import by_token_chunks, by_vocab_blocks
+from jaxloss._numerics.logits import scaling_of
+from jaxloss._tokens.losses import TokenOptions
+from jaxloss._types import AxisName, Implementation, Reduction, TokenStats, TopKLabels
+from jaxloss._xla import device
+from jaxloss._xla import mesh as _mesh
+from jaxloss._xla.dtypes import accumulator_dtype
 
 
 class LinearOptions(TypedDict, total=False):
@@ -236,6 +230,83 @@ def linear_cross_entropy(
     )
 
 
+def linear_token_stats(
+    hidden: ArrayLike,
+    kernel: ArrayLike,
+    labels: ArrayLike | TopKLabels,
+    *,
+    bias: ArrayLike | None = None,
+    vocab_axis: int = -1,
+    num_classes: int | None = None,
+    ignore_index: int | None = -100,
+    temperature: ArrayLike | None = 1.0,
+    logit_softcap: float | None = None,
+    where: ArrayLike | None = None,
+    vocab_axis_name: AxisName | None = None,
+    chunk_size: int | None = None,
+    precision: lax.PrecisionLike = None,
+    implementation: Implementation | None = None,
+) -> TokenStats:
+    r"""``token_stats(hidden @ kernel + bias, labels, ...)``, a chunk of the logits at a time.
+
+    .. math:: \log p_y = z_y - \mathrm{lse}(z), \qquad z = (h K + b) / T
+
+    Args:
+      hidden: ``[..., D]``, a floating dtype.
+      kernel: ``[D, V]``, or ``[V, D]`` with ``vocab_axis=0``; the dtype of ``hidden``.
+      labels, bias, vocab_axis, num_classes, ignore_index, logit_softcap, where, vocab_axis_name,
+        chunk_size, precision, implementation: as in :func:`linear_cross_entropy`.
+      temperature: as in :func:`token_stats`; an array needs ``"token_chunks"``.
+
+    Returns:
+      :class:`TokenStats`, each shaped as ``hidden`` without its last axis.
+
+    Raises:
+      TypeError, ValueError: as :func:`linear_cross_entropy`; or ``temperature`` is not positive.
+
+    One matrix product, and four where ``hidden`` and ``kernel`` are differentiated too: the
+    backward pass computes each chunk's logits again, as with ``reduction="none"``. Tokens that fit
+    into one chunk have all their logits held; with ``implementation="vocab_blocks"`` a block of
+    them is. There ``rank`` takes a product more; under ``jit`` it is not computed where it is
+    not used. Tokens whose label is ignored (the prompt) are not computed. Differentiable as
+    :func:`linear_cross_entropy`; sharded operands too are as there.
+
+    Example: log-probabilities of an answer, the prompt being ignored.
+
+      >>> import jax, jax.numpy as jnp
+      >>> import jaxloss
+      >>> hidden = jax.random.normal(jax.random.key(0), (2, 6, 4))
+      >>> kernel = jax.random.normal(jax.random.key(1), (4, 10))
+      >>> answer = jnp.array([[-100, -100, 1, 2, 3, 4], [-100, 5, 6, -100, -100, -100]])
+      >>> stats = jaxloss.linear_token_stats(hidden, kernel, answer)
+      >>> of_sequence = stats.log_prob.sum(axis=-1)  # ignored tokens are 0
+      >>> whole = jaxloss.cross_entropy(hidden @ kernel, answer, reduction="sum")
+      >>> bool(jnp.allclose(-of_sequence.sum(), whole))
+      True
+
+    Source: as :func:`token_stats` and :func:`linear_cross_entropy`.
+    """
+    return losses_of_product(
+        "linear_token_stats",
+        hidden,
+        kernel,
+        labels,
+        bias=bias,
+        vocab_axis=vocab_axis,
+        num_classes=num_classes,
+        ignore_index=ignore_index,
+        temperature=temperature,
+        logit_softcap=logit_softcap,
+        where=where,
+        reduction="none",
+        vocab_axis_name=vocab_axis_name,
+        return_stats=True,
+        chunk_size=chunk_size,
+        precision=precision,
+        implementation=implementation,
+    )[1]
+
+
 def losses_of_product(
     call: str,
     hidden,
@@ -272,7 +343,7 @@ def losses_of_product(
     if vocab_axes:
         local = columns  # padding is masked: which device holds it is not static
     else:
-        local = _check.integer(call, "num_classes", num_classes, 0, columns, default=columns)
+        local = messages.integer(call, "num_classes", num_classes, 0, columns, default=columns)
     logits = jax.ShapeDtypeStruct((*hidden.shape[:-1], local), hidden.dtype)
     checked = _arguments.token_arguments(
         call, "hidden @ kernel", logits, labels, -1, weight, ignore_index, sample_weight, where,
@@ -281,16 +352,19 @@ def losses_of_product(
     labels, *_, class_mask, _ = checked.arrays
     classes, ignored = checked.static["num_classes"], checked.static["ignore_index"]
     wide = accumulator_dtype(hidden.dtype)
-    scalars, scaling = scalars_of(call, label_smoothing, z_loss, logit_softcap, temperature, wide)
+    scalars, cap, temperature = _arguments.scalars(
+        call, label_smoothing, z_loss, logit_softcap, temperature, wide
+    )
+    scaling = scaling_of(cap, temperature)
     _arguments.check_bucket(call, labels, weight, scalars.label_smoothing)
     _arguments.check_split(
         call, "kernel", kernel, {"hidden": hidden, **checked.of_tokens}, vocab_axes, token_axes
     )
-    with_stats = _check.flag(call, "return_stats", return_stats)
+    with_stats = messages.flag(call, "return_stats", return_stats)
     precision = _arguments.precision(call, precision)
 
     others = bias, *checked.arrays
-    layout = _layout.of_types(call, hidden, kernel, vocab_axis, others)
+    layout = explicit_mesh.of_types(call, hidden, kernel, vocab_axis, others)
     tokens, shards, gathered = math.prod(hidden.shape[:-1]), _mesh.size(vocab_axes), ()
     if layout is not None:
         tokens //= layout.devices(layout.token_axes)
@@ -300,12 +374,12 @@ def losses_of_product(
         # Inside of shard_map over other axes: what those split, the layout's axes split further.
         vocab_axes = (*vocab_axes, *layout.vocab_axes)
         token_axes = (*token_axes, *layout.token_axes) if reduction != "none" else ()
-    chosen = _implementation.choose(
+    chosen = _plan.choose(
         call,
         implementation,
         chunk_size,
-        _implementation.Size(tokens, hidden.shape[-1], columns, local, classes != local * shards),
-        _implementation.Asked(
+        _plan.Size(tokens, hidden.shape[-1], columns, local, classes != local * shards),
+        _plan.Asked(
             hidden.dtype,
             labels,
             class_mask,
@@ -315,10 +389,10 @@ def losses_of_product(
             weight is not None,
             reduction == "none",
         ),
-        whole=layout is not None or _device.is_whole(),
+        whole=layout is not None or device.is_whole(),
     )
     static = {
-        "geometry": _products.Geometry(
+        "geometry": product.Geometry(
             vocab_axis,
             local,
             chosen.chunk,
@@ -338,7 +412,7 @@ def losses_of_product(
     arrays = (hidden, kernel, bias, *checked.arrays, scalars)
     if layout is None:
         return schedule(*arrays, **static)
-    return _layout.over_mesh(
+    return explicit_mesh.over_mesh(
         arrays,
         schedule=schedule,
         layout=layout,

@@ -11,20 +11,14 @@ from jax import Array, lax
 from jax.core import eval_jaxpr
 from jax.typing import ArrayLike
 
-from jaxloss import (
-    _arguments,
-    _check,
-    _chunks,
-    _layout,
-    _linear,
-    _mesh,
-    _products,
-    _programs,
-    _sweeps,
-    _targets,
-)
-from jaxloss._arguments import Reduction
-from jaxloss._casts import accumulator_dtype
+from jaxloss._checks import arguments as _arguments
+from jaxloss._checks import explicit_mesh, messages
+from jaxloss._linear import packing, product, token_chunks, token_rules
+from jaxloss._tokens import targets as _targets
+from jaxloss._types import Reduction
+from jaxloss._xla import mesh
+from jaxloss._xla import programs as _programs
+from jaxloss._xla.dtypes import accumulator_dtype
 
 
 def linear_loss(
@@ -95,29 +89,29 @@ def linear_loss(
     """
     call = "linear_loss"
     if not callable(loss_fn):
-        _check.fail(call, "loss_fn must be a function", type(loss_fn).__name__, kind=TypeError)
+        messages.fail(call, "loss_fn must be a function", type(loss_fn).__name__, kind=TypeError)
     hidden, kernel, bias, vocab_axis = _arguments.product_operands(
         call, hidden, kernel, bias, vocab_axis
     )
     columns = kernel.shape[vocab_axis]
     lead, tokens = hidden.shape[:-1], math.prod(hidden.shape[:-1])
-    most = _chunks.size_to_plan_for(tokens)
+    most = packing.size_to_plan_for(tokens)
     arrays = []
     for i, x in enumerate(per_token):
-        x = _check.array(call, f"per_token[{i}]", x, of_keys=True)
+        x = messages.array(call, f"per_token[{i}]", x, of_keys=True)
         if x.shape[: len(lead)] != lead:
             rule = f"per_token[{i}] must have hidden's leading shape, {lead}"
-            _check.fail(call, rule, f"{_check.describe(x)}, hidden {_check.describe(hidden)}")
+            messages.fail(call, rule, f"{messages.describe(x)}, hidden {messages.describe(hidden)}")
         arrays.append(x.reshape(tokens, *x.shape[len(lead) :]))
     sample_weight = _arguments.check_sample_weight(call, sample_weight, lead)
     named = {f"per_token[{i}]": x for i, x in enumerate(arrays)}
-    _layout.refuse(
+    explicit_mesh.refuse(
         call, hidden=hidden, kernel=kernel, bias=bias, sample_weight=sample_weight, **named
     )
     _arguments.check_reduction(call, reduction)
     own = sum(math.prod(x.shape[1:]) * x.dtype.itemsize for x in arrays) / (4 * max(1, columns))
-    rows = _chunks.rows_held(hidden.dtype, none=reduction == "none", own=own)
-    default = _chunks.default_chunk(most, columns, rows=rows)
+    rows = packing.rows_held(hidden.dtype, none=reduction == "none", own=own)
+    default = packing.default_chunk(most, columns, rows=rows)
     chunk = _arguments.chunk_size(call, chunk_size, default, most)
 
     wide = accumulator_dtype(hidden.dtype)
@@ -127,16 +121,16 @@ def linear_loss(
         if not axes:
             return [jax.ShapeDtypeStruct(*shape) for shape in shapes]
         zeros = lambda: [jnp.zeros(*shape) for shape in shapes]  # noqa: E731
-        return jax.eval_shape(lambda: _mesh.varying(zeros(), axes))
+        return jax.eval_shape(lambda: mesh.varying(zeros(), axes))
 
     out = jax.eval_shape(loss_fn, *examples(chunk))
     one = isinstance(out, jax.ShapeDtypeStruct)
     if not one or out.shape != (chunk,) or not jnp.issubdtype(out.dtype, jnp.floating):
         rule = f"loss_fn must return one floating number a token, shape ({chunk},)"
-        got = _check.describe(out) if one else type(out).__name__
-        _check.fail(call, rule, f"{got} for logits {_check.describe(examples(chunk)[0])}")
-    varies = _mesh.varies_over((hidden, kernel, bias, sample_weight, arrays))
-    sizes = _chunks.all_step_sizes(chunk, columns)
+        got = messages.describe(out) if one else type(out).__name__
+        messages.fail(call, rule, f"{got} for logits {messages.describe(examples(chunk)[0])}")
+    varies = mesh.varies_over((hidden, kernel, bias, sample_weight, arrays))
+    sizes = packing.all_step_sizes(chunk, columns)
     pure, closed_over = _converted(loss_fn, examples, sizes, varies)
 
     def chunk_losses(x, per_token, shared):
@@ -146,8 +140,8 @@ def linear_loss(
     targets = _targets.Targets(None, None, counts)
     empty_mean = _arguments.empty_mean(call, empty_mean)
     weights = _targets.token_weights(targets, sample_weight, reduction, wide, empty_mean=empty_mean)
-    geometry = _products.Geometry(vocab_axis, columns, chunk, _arguments.precision(call, precision))
-    operands = _sweeps.Operands(
+    geometry = product.Geometry(vocab_axis, columns, chunk, _arguments.precision(call, precision))
+    operands = token_chunks.Operands(
         hidden.reshape(tokens, hidden.shape[-1]),
         kernel,
         bias,
@@ -160,7 +154,7 @@ def linear_loss(
     # thousands, and their compiled programs.
     @jax.jit
     def reduced(operands, counts, weights):
-        return _linear.reduced(chunk_losses, geometry, operands, counts, weights, scalar)[0]
+        return token_rules.reduced(chunk_losses, geometry, operands, counts, weights, scalar)[0]
 
     return reduced(operands, counts, weights)
 
@@ -188,7 +182,7 @@ def _converted(
         if not axes:
             return eval_jaxpr(programs[n], consts, x, *per_token)[0]
         # On a mesh what is closed over comes varying: its gradient is summed after the sweep.
-        args = _mesh.varying((x, *per_token), axes)
+        args = mesh.varying((x, *per_token), axes)
         return _programs.run(programs[n], consts, axes, *args)[0]
 
     return pure, tuple(jnp.asarray(x) for x in closed_over.values())

@@ -14,12 +14,12 @@ import numpy as np
 from jax import Array, export, lax
 from jax.typing import ArrayLike
 
-from jaxloss import _arguments, _check, _layout, _targets
-from jaxloss._casts import accumulator_dtype
-from jaxloss._elementary import exp
-from jaxloss._jit import jit
-from jaxloss._mesh import AxisName
-from jaxloss._terms import TokenStats
+from jaxloss._checks import arguments, explicit_mesh, messages
+from jaxloss._tokens import targets
+from jaxloss._types import AxisName, TokenStats
+from jaxloss._xla.device import jit
+from jaxloss._xla.dtypes import accumulator_dtype
+from jaxloss._xla.math import exp
 
 
 @partial(
@@ -64,12 +64,12 @@ class MetricSums:
         call = "MetricSums"
         if self.top_k != other.top_k:
             got = f"{self.top_k} and {other.top_k}"
-            _check.fail(call, "sums that are added must have the same top_k", got)
+            messages.fail(call, "sums that are added must have the same top_k", got)
         total, own = {}, _arrays(self)
         for name, x in _arrays(other).items():
             if jnp.shape(own[name]) != jnp.shape(x):
                 got = f"{jnp.shape(own[name])} and {jnp.shape(x)}"
-                _check.fail(call, f"sums that are added must have the same shape of {name}", got)
+                messages.fail(call, f"sums that are added must have the same shape of {name}", got)
             total[name] = jnp.add(own[name], x)
         return MetricSums(**total, top_k=self.top_k)
 
@@ -95,19 +95,19 @@ MOST_BINS = 2**24  # float32 has no more numbers in (1/2, 1]
 
 
 def _positive(call: str, name: str, x: Any, most: int) -> int:
-    x = _check.bounded(call, name, _check.index(call, name, x), 1)
+    x = messages.bounded(call, name, messages.index(call, name, x), 1)
     if x > most:
-        _check.fail(call, f"{name} must be at most {most}", repr(x))
+        messages.fail(call, f"{name} must be at most {most}", repr(x))
     return x
 
 
 def _top_k(call: str, top_k: Any) -> tuple[int, ...]:
     if not isinstance(top_k, Sequence) or isinstance(top_k, str):
-        _check.fail(call, "top_k must be a sequence of ints", repr(top_k), kind=TypeError)
+        messages.fail(call, "top_k must be a sequence of ints", repr(top_k), kind=TypeError)
     most = jnp.iinfo(jnp.int32).max  # of ranks
     ks = tuple(_positive(call, "each of top_k", k, most) for k in top_k)
     if len(set(ks)) != len(ks):
-        _check.fail(call, "top_k must name each k once", repr(top_k))
+        messages.fail(call, "top_k must name each k once", repr(top_k))
     return (1, *(k for k in ks if k != 1))
 
 
@@ -117,16 +117,16 @@ def _stats(call: str, stats: Any) -> TokenStats:
         if isinstance(stats, tuple) and any(isinstance(x, TokenStats) for x in stats):
             way_out = "return_stats=True returns (loss, stats)."
         rule = "stats must be jaxloss.TokenStats"
-        _check.fail(call, rule, type(stats).__name__, way_out, TypeError)
+        messages.fail(call, rule, type(stats).__name__, way_out, TypeError)
     names = ("log_prob", "entropy", "confidence")
-    found = {name: _check.floating(call, f"stats.{name}", getattr(stats, name)) for name in names}
-    found["rank"] = _check.array(call, "stats.rank", stats.rank)
+    found = {name: messages.floating(call, f"stats.{name}", getattr(stats, name)) for name in names}
+    found["rank"] = messages.array(call, "stats.rank", stats.rank)
     if not jnp.issubdtype(found["rank"].dtype, jnp.integer):
         rule = "stats.rank must have an integer dtype"
-        _check.fail(call, rule, _check.describe(found["rank"]), kind=TypeError)
+        messages.fail(call, rule, messages.describe(found["rank"]), kind=TypeError)
     shape = found["log_prob"].shape
     for name, x in found.items():
-        _check.shape(call, f"stats.{name}", x, shape, "the shape of stats.log_prob")
+        messages.shape(call, f"stats.{name}", x, shape, "the shape of stats.log_prob")
     return stats._replace(**found, logsumexp=None, prediction=None)  # which nothing here reads
 
 
@@ -202,10 +202,10 @@ def metric_sums(
     """
     call = "metric_sums"
     stats = _stats(call, stats)
-    sample_weight = _arguments.check_sample_weight(call, sample_weight, stats.log_prob.shape)
-    token_axes = _arguments.mesh_axes(call, "token_axis_name", token_axis_name)
+    sample_weight = arguments.check_sample_weight(call, sample_weight, stats.log_prob.shape)
+    token_axes = arguments.mesh_axes(call, "token_axis_name", token_axis_name)
     of_tokens = {"sample_weight": sample_weight}
-    _arguments.check_split(call, "stats", stats.confidence, of_tokens, (), token_axes)
+    arguments.check_split(call, "stats", stats.confidence, of_tokens, (), token_axes)
     return _metric_sums(
         stats,
         sample_weight,
@@ -218,7 +218,7 @@ def metric_sums(
 @jit
 def _metric_sums(stats, sample_weight, *, top_k, bins, token_axes):
     rows = tuple(range(stats.log_prob.ndim))
-    log_prob, entropy, confidence, rank, sample_weight = _layout.aligned(
+    log_prob, entropy, confidence, rank, sample_weight = explicit_mesh.aligned(
         *((x, rows) for x in (stats.log_prob, stats.entropy, stats.confidence, stats.rank)),
         (sample_weight, rows),
     )
@@ -332,7 +332,7 @@ def metrics(sums: MetricSums) -> dict[str, Array]:
     if not isinstance(sums, MetricSums):
         rule = "sums must be jaxloss.MetricSums"
         way_out = "Make them: metric_sums(stats)." if isinstance(sums, TokenStats) else ""
-        _check.fail(call, rule, type(sums).__name__, way_out, TypeError)
+        messages.fail(call, rule, type(sums).__name__, way_out, TypeError)
     sums = _checked_sums(call, sums)
     total, nll, perplexity, entropy, hits, calibration_error = _means(sums)
     return {
@@ -349,14 +349,14 @@ def metrics(sums: MetricSums) -> dict[str, Array]:
 
 
 def _checked_sums(call: str, sums: MetricSums) -> MetricSums:
-    found = {name: _check.floating(call, f"sums.{name}", x) for name, x in _arrays(sums).items()}
+    found = {name: messages.floating(call, f"sums.{name}", x) for name, x in _arrays(sums).items()}
     weight, bins = found["weight"], found["bin_weight"].shape[-1:]
     way_out = "Add them: jax.tree.map(lambda x: x.sum(axis=0), sums)." if weight.ndim > 1 else ""
-    _check.shape(call, "sums.weight", weight, (2,), "two numbers", way_out)
+    messages.shape(call, "sums.weight", weight, (2,), "two numbers", way_out)
     shapes = {"hits": (2, len(_top_k(call, sums.top_k)))}
     shapes |= dict.fromkeys(("bin_weight", "bin_confidence", "bin_hits"), (2, *bins))
     for name, x in found.items():
-        _check.shape(call, f"sums.{name}", x, shapes.get(name, (2,)), "metric_sums' shape")
+        messages.shape(call, f"sums.{name}", x, shapes.get(name, (2,)), "metric_sums' shape")
     return replace(sums, **found)
 
 
@@ -365,7 +365,7 @@ def _means(sums):
     total = sums.weight[0] + sums.weight[1]
 
     def mean(x):
-        return _targets.mean_of(x, total)
+        return targets.mean_of(x, total)
 
     nll, entropy = mean(sums.nll[0] + sums.nll[1]), mean(sums.entropy[0] + sums.entropy[1])
     hits = sums.hits[0] + sums.hits[1]

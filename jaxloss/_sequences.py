@@ -9,18 +9,19 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from jaxloss import _arguments, _check, _layout, _targets
-from jaxloss._casts import accumulator_dtype
-from jaxloss._jit import jit
+from jaxloss._checks import arguments, explicit_mesh, messages
+from jaxloss._tokens import targets as _targets
+from jaxloss._xla.device import jit
+from jaxloss._xla.dtypes import accumulator_dtype
 
 
 def _integers(call: str, name: str, x: Any, kind: str, of_classes: bool = True) -> Array:
-    x = _check.array(call, name, x, of_classes=of_classes)
+    x = messages.array(call, name, x, of_classes=of_classes)
     if not jnp.issubdtype(x.dtype, jnp.integer):
         rule = f"{name} must be {kind} (an integer dtype)"
-        _check.fail(call, rule, _check.describe(x), kind=TypeError)
+        messages.fail(call, rule, messages.describe(x), kind=TypeError)
     if x.ndim == 0:
-        _check.fail(call, f"{name} must be [..., T]", f"a scalar, {_check.describe(x)}")
+        messages.fail(call, f"{name} must be [..., T]", f"a scalar, {messages.describe(x)}")
     return x
 
 
@@ -28,7 +29,7 @@ def _segments(call: str, segment_ids: Any, name: str, like: Array) -> Array | No
     if segment_ids is None:
         return None
     segment_ids = _integers(call, "segment_ids", segment_ids, "sequence numbers", False)
-    _check.shape(call, "segment_ids", segment_ids, like.shape, f"the shape of {name}")
+    messages.shape(call, "segment_ids", segment_ids, like.shape, f"the shape of {name}")
     return segment_ids
 
 
@@ -88,7 +89,7 @@ def next_token_labels(
     """
     call = "next_token_labels"
     tokens = _integers(call, "tokens", tokens, "token numbers")
-    ignore_index = _check.index(call, "ignore_index", ignore_index)
+    ignore_index = messages.index(call, "ignore_index", ignore_index)
     if jnp.issubdtype(tokens.dtype, jnp.unsignedinteger):
         most = min(jnp.iinfo(tokens.dtype).max, jnp.iinfo(jnp.int32).max)
         tokens = jnp.minimum(tokens, jnp.array(most, tokens.dtype)).astype(jnp.int32)
@@ -98,18 +99,18 @@ def next_token_labels(
         way_out = ""
         if -(2**31) <= ignore_index < 2**31:
             way_out = "Convert them: tokens.astype(jnp.int32)."
-        _check.fail(call, rule, _check.describe(tokens), way_out, TypeError)
+        messages.fail(call, rule, messages.describe(tokens), way_out, TypeError)
     segment_ids = _segments(call, segment_ids, "tokens", tokens)
-    mask = None if where is None else _arguments.boolean(call, where)
+    mask = None if where is None else arguments.boolean(call, where)
     if mask is not None:
-        _check.shape(call, "where", mask, tokens.shape, "the shape of tokens")
+        messages.shape(call, "where", mask, tokens.shape, "the shape of tokens")
     return _next_token_labels(tokens, segment_ids, mask, ignore_index=ignore_index)
 
 
 def _whole_rows(*arrays: Any) -> list:
     """``[..., T]`` each, on an explicit mesh with their rows split alike and T not."""
     rank = next(x.ndim for x in arrays if x is not None)
-    return _layout.aligned(*((x, (*range(rank - 1), None)) for x in arrays))
+    return explicit_mesh.aligned(*((x, (*range(rank - 1), None)) for x in arrays))
 
 
 @jit
@@ -195,16 +196,16 @@ def sequence_weight(
     labels = _integers(call, "labels", labels, "class indices")
     segment_ids = _segments(call, segment_ids, "labels", labels)
     if segment_ids is None and num_segments is not None:
-        _check.fail(call, "num_segments counts segment_ids", f"{num_segments!r} without them")
+        messages.fail(call, "num_segments counts segment_ids", f"{num_segments!r} without them")
     default = labels.shape[-1] + 1
     most = jnp.iinfo(jnp.int32).max
-    num_segments = _check.integer(call, "num_segments", num_segments, 1, most, default=default)
+    num_segments = messages.integer(call, "num_segments", num_segments, 1, most, default=default)
     return _sequence_weight(
         labels,
         segment_ids,
-        _arguments.check_sample_weight(call, sample_weight, labels.shape),
+        arguments.check_sample_weight(call, sample_weight, labels.shape),
         num_segments=num_segments,
-        ignore_index=_arguments.ignored(call, ignore_index),
+        ignore_index=arguments.ignored(call, ignore_index),
     )
 
 

@@ -14,14 +14,14 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from jaxloss import _arguments, _check, _layout, _targets
-from jaxloss._arguments import Reduction
-from jaxloss._binary_terms import focal_half, softplus
-from jaxloss._casts import accumulator_dtype, widened
-from jaxloss._entries import of_rank
-from jaxloss._focal import check_gamma
-from jaxloss._jit import jit
-from jaxloss._terms import Scalars
+from jaxloss._checks import arguments as _arguments
+from jaxloss._checks import explicit_mesh, messages
+from jaxloss._numerics.binary import focal_half, softplus
+from jaxloss._tokens import targets
+from jaxloss._types import Reduction, Scalars
+from jaxloss._xla.device import jit
+from jaxloss._xla.dtypes import accumulator_dtype, widened
+from jaxloss._xla.indexing import of_rank
 
 
 def _asked(weight: Array, penalty: Array) -> Array:
@@ -33,7 +33,7 @@ def _targets_of(labels: Array, ignore_index: int | None, dtype) -> tuple[Array, 
     """Returns (the positive class's probability, NaN where a label is none; counts)."""
     if not jnp.issubdtype(labels.dtype, jnp.integer):
         return labels.astype(dtype), jnp.ones_like(labels, bool)
-    index, counts = _targets.class_indices(labels, 2, ignore_index)
+    index, counts = targets.class_indices(labels, 2, ignore_index)
     return jnp.where(index < 2, index.astype(dtype), jnp.nan), counts
 
 
@@ -57,7 +57,7 @@ def _losses(
     label_smoothing = scalars.label_smoothing
     arrays = logits, labels, weight, pos_weight, sample_weight, where
     every = tuple(range(rank))
-    logits, labels, weight, pos_weight, sample_weight, where = _layout.aligned(
+    logits, labels, weight, pos_weight, sample_weight, where = explicit_mesh.aligned(
         *((x, () if x is None else every[rank - x.ndim :]) for x in arrays)
     )
 
@@ -66,13 +66,13 @@ def _losses(
     @jax.checkpoint
     def terms(logits, labels, weight, pos_weight, sample_weight, where):
         y, counts = _targets_of(labels, ignore_index, dtype)
-        some = _targets.counted(sample_weight, where)
+        some = targets.counted(sample_weight, where)
         if some is not None:
             counts &= some
         # Selected away before anything multiplies them, and once more behind it.
         x, y = jnp.where(counts, widened(logits), 0), jnp.where(counts, y, 0)
         z = 1 - y
-        if not _targets.is_zero(label_smoothing):
+        if not targets.is_zero(label_smoothing):
             # As z (1 - eps) + eps / 2, XLA adds a small eps / 2 to the 1 of 1 - y, and loses it.
             y, z = (v + label_smoothing * (0.5 - v) for v in (y, z))
         if gamma:
@@ -100,15 +100,15 @@ def _losses(
         return jnp.sum(losses), jnp.sum(jnp.where(counts, divisor, 0))
 
     losses, divisor = terms(logits, labels, weight, pos_weight, sample_weight, where)
-    return losses if reduction != "mean" else _targets.mean_of(losses, divisor, empty_mean)
+    return losses if reduction != "mean" else targets.mean_of(losses, divisor, empty_mean)
 
 
 def _labels(function: str, labels: Any, logits: Array) -> Array:
-    labels = _check.array(function, "labels", labels, of_classes=True, narrow=False)
+    labels = messages.array(function, "labels", labels, of_classes=True, narrow=False)
     kinds = (jnp.integer, jnp.floating, jnp.bool_)
     if not any(jnp.issubdtype(labels.dtype, kind) for kind in kinds):
         rule = "labels must be 0 and 1 (integer or boolean) or probabilities (floating)"
-        _check.fail(function, rule, _check.describe(labels), kind=TypeError)
+        messages.fail(function, rule, messages.describe(labels), kind=TypeError)
     given, shape = labels.shape, logits.shape
     way_out = ""
     if shape == (*given, 1):
@@ -117,24 +117,24 @@ def _labels(function: str, labels: Any, logits: Array) -> Array:
         way_out = "Drop the size-1 axis: labels.squeeze(-1)."
     elif given == shape[:-1] and jnp.issubdtype(labels.dtype, jnp.integer):
         way_out = "One class of C: cross_entropy, or jax.nn.one_hot(labels, C) for C decisions."
-    _check.shape(function, "labels", labels, shape, "the shape of logits", way_out)
+    messages.shape(function, "labels", labels, shape, "the shape of logits", way_out)
     return labels
 
 
 def _entry_weight(function: str, name: str, given: Any, logits: Array) -> Any:
     if given is None:
         return None
-    weight = _check.floating(function, name, given)
+    weight = messages.floating(function, name, given)
     if not _arguments.fits(weight, logits.shape):
         rule = f"{name} must broadcast to the shape of logits, {logits.shape}"
         way_out = _arguments.broadcast(name, given, weight, logits.shape)
-        _check.fail(function, rule, _check.describe(weight), way_out)
+        messages.fail(function, rule, messages.describe(weight), way_out)
     return weight
 
 
 def _pos_weight(function: str, weight: Any, logits: Array) -> Any:
     if isinstance(weight, int | float):
-        weight = _check.number(function, "pos_weight", weight, 0)
+        weight = messages.number(function, "pos_weight", weight, 0)
         weight = jnp.asarray(weight, accumulator_dtype(logits.dtype))
     return _entry_weight(function, "pos_weight", weight, logits)
 
@@ -144,8 +144,8 @@ def _alpha(function: str, alpha: Any) -> float | None:
         return None
     if isinstance(alpha, int | float) and alpha < 0:
         rule = "alpha must be in [0, 1], or None"
-        _check.fail(function, rule, repr(alpha), "torchvision's alpha=-1 is alpha=None.")
-    return _check.number(function, "alpha", alpha, 0, 1)
+        messages.fail(function, rule, repr(alpha), "torchvision's alpha=-1 is alpha=None.")
+    return messages.number(function, "alpha", alpha, 0, 1)
 
 
 def _loss_of(
@@ -163,7 +163,7 @@ def _loss_of(
     alpha: Any = None,
     gamma: Any = 0,
 ) -> Array:
-    logits = _check.floating(function, "logits", logits)
+    logits = messages.floating(function, "logits", logits)
     labels = _labels(function, labels, logits)
     weight = _entry_weight(function, "weight", weight, logits)
     pos_weight = _pos_weight(function, pos_weight, logits)
@@ -171,7 +171,7 @@ def _loss_of(
     if where is not None:
         mask = _arguments.boolean(function, where)
         way_out = _arguments.broadcast("where", where, mask, logits.shape)
-        _check.shape(function, "where", mask, logits.shape, "the shape of logits", way_out)
+        messages.shape(function, "where", mask, logits.shape, "the shape of logits", way_out)
         where = mask
     _arguments.check_reduction(function, reduction)
     return _losses(
@@ -184,7 +184,7 @@ def _loss_of(
         Scalars(_arguments.smoothing(function, label_smoothing, accumulator_dtype(logits.dtype))),
         ignore_index=_arguments.ignored(function, ignore_index, labels),
         alpha=_alpha(function, alpha),
-        gamma=check_gamma(function, gamma),
+        gamma=_arguments.gamma(function, gamma),
         reduction=reduction,
         empty_mean=_arguments.empty_mean(function, empty_mean),
     )

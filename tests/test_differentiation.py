@@ -18,7 +18,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxloss
-from jaxloss import _device, _forward_mode
+from jaxloss._xla import derivatives, device
 
 N, C = 4, 5
 RNG = np.random.default_rng(0)
@@ -210,7 +210,7 @@ def test_second_derivatives_of_narrow_logits(f):
 @pytest.mark.parametrize("schedule", ["token_chunks", "vocab_blocks"])
 def test_second_derivatives_by_one_operand_alone(schedule, monkeypatch):
     """On one device XLA:CPU fuses sums of products, and takes a constant for the whole operand."""
-    monkeypatch.setattr(_device, "on_one_device", lambda: True)
+    monkeypatch.setattr(device, "on_one_device", lambda: True)
     h = jnp.sin(jnp.arange(256.0)).reshape(16, 16)
     k = jnp.cos(jnp.arange(16 * 512.0)).reshape(16, 512)
 
@@ -560,8 +560,8 @@ def test_options_are_static_under_jit():
 def no_forward_mode(monkeypatch):
     def forget():
         jax.clear_caches()
-        _forward_mode._internals.cache_clear()
-        _forward_mode._tangent_map.cache_clear()
+        derivatives._internals.cache_clear()
+        derivatives._tangent_map.cache_clear()
 
     forget()
     with monkeypatch.context() as patch:

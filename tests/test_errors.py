@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import jaxloss
-from jaxloss import _check
+from jaxloss._checks import messages
 
 X, Y = np.zeros((4, 3), np.float32), np.zeros(4, np.int32)
 BOX = np.zeros((2, 3, 4), np.float32)
@@ -745,7 +745,7 @@ def test_a_transfer_guard_is_heard():
         jax.transfer_guard("disallow"),
         pytest.raises(jax.errors.JaxRuntimeError, match="Disallowed"),
     ):
-        _check.array("log_softmax", "logits", X)
+        messages.array("log_softmax", "logits", X)
 
 
 def test_random_keys_may_be_one_a_token():
@@ -786,7 +786,7 @@ def test_integers_of_a_few_bits_of_numpy_are_labels(name):
 
 
 def test_integers_of_one_bit_are_widened_before_jax_fails_to_read_them():
-    x = _check.array("cross_entropy", "labels", np.array([0, 1, 1], ml_dtypes.uint1))
+    x = messages.array("cross_entropy", "labels", np.array([0, 1, 1], ml_dtypes.uint1))
     assert (x.dtype, x.tolist()) == (np.int8, [0, 1, 1])
 
 

@@ -16,7 +16,7 @@ from helpers import EPS
 from jax import export
 
 import jaxloss
-from jaxloss import _device
+from jaxloss._xla import device
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 N, D, C = 12, 8, 20
@@ -116,7 +116,7 @@ def test_each_platform_widens_bfloat16_in_its_way():
 
 def test_on_one_device(monkeypatch):
     """Where the machine has one, long rows have a form for CPUs too."""
-    monkeypatch.setattr(_device, "on_one_device", lambda: True)
+    monkeypatch.setattr(device, "on_one_device", lambda: True)
     size = 2 * 8192 + 4096  # long enough for blocks
     x, _, _, y, _ = arrays(3, size=size)
     for f in (jaxloss.cross_entropy, jax.value_and_grad(jaxloss.cross_entropy)):

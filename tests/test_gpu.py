@@ -18,7 +18,7 @@ from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
 import jaxloss
-from jaxloss import _device
+from jaxloss._xla import device
 
 pytestmark = pytest.mark.skipif(
     not any(importlib.util.find_spec(f"jax_cuda{n}_plugin") for n in (12, 13)),
@@ -41,7 +41,7 @@ def _lowered(function, *args, kernels=True):
     """As on an H200: what chunks go by, and whether there are kernels."""
     with (
         mock.patch.object(jax, "default_backend", return_value="gpu"),
-        mock.patch.object(_device, "is_hopper", return_value=kernels),
+        mock.patch.object(device, "is_hopper", return_value=kernels),
     ):
         return jax.jit(function).lower(*args)
 

@@ -16,8 +16,11 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import jaxloss
-from jaxloss import _blocks, _device, _parts, _products, _row_kernel
 from jaxloss._kernels import linear_tpu
+from jaxloss._linear import product as _product
+from jaxloss._linear import product_kernel, vocab_blocks
+from jaxloss._numerics import parts
+from jaxloss._xla import device as _device
 
 NAME, SLOPE = "jaxloss_linear_row_part", "jaxloss_linear_slope"
 ALL_COUNT = {"ignore_index": None}
@@ -320,10 +323,12 @@ def test_the_gradients_of_few_tokens_are_those_of_a_smaller_program(number, comp
         total = (operands.hidden + constants.kept[:, None]) * factor[:, None]
         return operands._replace(hidden=total, kernel=jnp.full(2, size))
 
-    operands = _blocks.Operands(hidden, jnp.zeros(2), *[None] * 5)
-    constants = _blocks.Constants(jnp.arange(10.0), None, None, None, counts)
+    operands = vocab_blocks.Operands(hidden, jnp.zeros(2), *[None] * 5)
+    constants = vocab_blocks.Constants(jnp.arange(10.0), None, None, None, counts)
     factor = jnp.where(counts, jnp.arange(10.0), 0)
-    total = jax.jit(partial(_blocks._of_those_that_count, sweep))(operands, constants, factor, None)
+    total = jax.jit(partial(vocab_blocks._of_those_that_count, sweep))(
+        operands, constants, factor, None
+    )
     np.testing.assert_array_equal(total.kernel, computed)
     truth = (hidden[:, 0] + jnp.arange(10.0)) * factor
     np.testing.assert_array_equal(total.hidden[:, 0], truth)
@@ -379,13 +384,13 @@ def test_devices_with_numbers_of_their_own(tpu, monkeypatch):
     """
 
     def computed(geometry, hidden, kernel, bias, kept, count):
-        logits = _products.product(hidden, kernel, bias, geometry)
-        m, s, x_kept, *_ = _parts.row_part(_parts.Rows(logits, kept), None, ())
+        logits = _product.product(hidden, kernel, bias, geometry)
+        m, s, x_kept, *_ = parts.row_part(parts.Rows(logits, kept), None, ())
         past = jnp.arange(kept.size, dtype=jnp.int32) >= count
-        return _parts.RowPart(*(jnp.where(past, jnp.nan, x) for x in (m, s, x_kept)), kept)
+        return parts.RowPart(*(jnp.where(past, jnp.nan, x) for x in (m, s, x_kept)), kept)
 
-    monkeypatch.setattr(_row_kernel, "_computed", computed)
-    monkeypatch.setattr(_row_kernel, "slope", _row_kernel._slope_by_xla)
+    monkeypatch.setattr(product_kernel, "_computed", computed)
+    monkeypatch.setattr(product_kernel, "slope", product_kernel._slope_by_xla)
     mesh = jax.make_mesh((2, 2), ("data", "vocab"), axis_types=(AxisType.Auto,) * 2)
     hidden, kernel, labels, bias = problem(48, 16, 1100)
     labels, bias = labels.at[3:24].set(-100), bias.at[7].set(100)
@@ -429,9 +434,9 @@ def test_parts_of_disjoint_columns_merge(tpu):
     def part(start, stop):
         own = jnp.where((kept >= start) & (kept < stop), kept - start, stop - start)
         some = linear_tpu.row_part(hidden, kernel[:, start:stop], None, own, 1, stop - start)
-        return _parts.RowPart(*some, own)
+        return parts.RowPart(*some, own)
 
-    merged = _parts.merge(part(0, 700), part(700, 1100), labelled=True)
+    merged = parts.merge(part(0, 700), part(700, 1100), labelled=True)
     for x, y in zip(merged[:3], part(0, 1100)[:3], strict=True):
         np.testing.assert_allclose(x, y, rtol=1e-6)
 

@@ -13,9 +13,10 @@ from helpers import EPS, product_of_bfloat16, wide
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 import jaxloss
-from jaxloss import _device, _passes
-from jaxloss._casts import accumulator_dtype
 from jaxloss._kernels import linear_gpu, rows_gpu
+from jaxloss._numerics import passes
+from jaxloss._xla import device
+from jaxloss._xla.dtypes import accumulator_dtype
 
 pytestmark = pytest.mark.jax_leaks("plgpu.kernel")
 ON_GPU = jax.default_backend() == "gpu"
@@ -36,8 +37,8 @@ def hopper(monkeypatch):
         if hasattr(plgpu, "InterpretGPUParams"):
             run = partial(plgpu.kernel, interpret=plgpu.InterpretGPUParams())
             monkeypatch.setattr(plgpu, "kernel", run)
-        monkeypatch.setattr(_device, "is_hopper", lambda: True)
-        monkeypatch.setattr(_device, "is_whole", lambda: True)
+        monkeypatch.setattr(device, "is_hopper", lambda: True)
+        monkeypatch.setattr(device, "is_whole", lambda: True)
         monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
 
         def as_on_cuda(*args, default, cuda=None, **_):
@@ -190,7 +191,7 @@ def test_every_mode_equals_that_without_kernels(hopper, monkeypatch, name):
     assert "jaxloss_max_and_sum" in program(every, x)
     assert "jaxloss_slope" in program(every, x)
     got = jax.jit(every)(x)
-    monkeypatch.setattr(_device, "is_hopper", lambda: False)
+    monkeypatch.setattr(device, "is_hopper", lambda: False)
     jax.clear_caches()
     assert "jaxloss_slope" not in program(every, x)
     expected = jax.jit(every)(x)
@@ -244,7 +245,7 @@ def test_a_batch_takes_it_once(hopper):
 def test_a_kernel_has_the_derivative_of_xlas_form(hopper, monkeypatch):
     monkeypatch.setattr(rows_gpu, "slope", lambda plain: plain)
     x, _ = rows(8, 128, jnp.bfloat16)
-    got = jax.jvp(partial(_passes.slope_pass, lambda x, m: jnp.sin(x)), (x, x), (x, x))
+    got = jax.jvp(partial(passes.slope_pass, lambda x, m: jnp.sin(x)), (x, x), (x, x))
     for v, w in zip(got, jax.jvp(jnp.sin, (x,), (x,)), strict=True):
         np.testing.assert_array_equal(v, w)
 
@@ -263,7 +264,7 @@ def test_around_the_kernels_no_tracer_leaks(hopper, monkeypatch, old_objects_are
 
 
 def test_a_partitioner_is_left_xlas_form(hopper, monkeypatch):
-    monkeypatch.setattr(_device, "is_whole", lambda: False)
+    monkeypatch.setattr(device, "is_whole", lambda: False)
     x, y = rows(8, 256, jnp.bfloat16)
     assert "jaxloss_" not in program(jax.grad(jaxloss.cross_entropy), x, y)
 
@@ -274,11 +275,11 @@ def test_other_devices_have_no_kernels(monkeypatch):
 
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(jax, "devices", lambda: [Device(), object()])  # the first is the default
-    assert not _device.is_hopper()
+    assert not device.is_hopper()
     Device.compute_capability = "9.0"
-    assert _device.is_hopper()
+    assert device.is_hopper()
     monkeypatch.setattr(jax, "default_backend", lambda: "rocm")
-    assert not _device.is_hopper()
+    assert not device.is_hopper()
 
 
 @pytest.mark.parametrize("devices", [1, 2])
@@ -319,7 +320,7 @@ def of_tokens(x, kernel, y, name=None):
 def test_kernels_have_the_types_of_other_platforms_forms(monkeypatch, function, kernel, batched):
     """Inside of shard_map JAX compares what each platform would run. Traced alone: the interpreter
     keeps types that a kernel does not."""
-    monkeypatch.setattr(_device, "is_hopper", lambda: True)
+    monkeypatch.setattr(device, "is_hopper", lambda: True)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(rows_gpu, "takes", lambda x: True)
     monkeypatch.setattr(linear_gpu, "LEAST", 0)

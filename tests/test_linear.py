@@ -9,7 +9,8 @@ import pytest
 from helpers import equations, jit_quickly, products, temporary_mib
 
 import jaxloss
-from jaxloss import _blocks, _chunks
+from jaxloss._linear import packing as _packing
+from jaxloss._linear import vocab_blocks
 
 A = (0, 1)
 SCHEDULES = ["token_chunks", "vocab_blocks"]
@@ -214,13 +215,13 @@ def test_the_schedule_that_ran():
 )
 def test_chunks_by_default(backend, columns, chunk, alone, monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
-    assert _chunks.default_chunk(10**6, columns) == chunk
-    assert _chunks.value_chunk(chunk, columns) == alone
-    assert _chunks.default_chunk(5, columns) == min(chunk, 5)
+    assert _packing.default_chunk(10**6, columns) == chunk
+    assert _packing.value_chunk(chunk, columns) == alone
+    assert _packing.default_chunk(5, columns) == min(chunk, 5)
     # With so many features all tokens at once take no more than the float32 d_kernel of chunks.
     at_once = chunk + 2 * 600 // 3 if backend == "gpu" else chunk
-    assert _chunks.default_chunk(chunk + 400, columns, 600) == at_once
-    assert _chunks.default_chunk(chunk + 401, columns, 600) == chunk
+    assert _packing.default_chunk(chunk + 400, columns, 600) == at_once
+    assert _packing.default_chunk(chunk + 401, columns, 600) == chunk
 
 
 @pytest.mark.parametrize(
@@ -236,18 +237,18 @@ def test_chunks_by_default(backend, columns, chunk, alone, monkeypatch):
 )
 def test_blocks_by_default(backend, tokens, block, monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
-    assert _blocks.default_block(tokens, 128256) == block
-    assert _blocks.default_block(tokens, 100) == 100
-    assert _blocks.default_block(tokens, 0) == 1
+    assert vocab_blocks.default_block(tokens, 128256) == block
+    assert vocab_blocks.default_block(tokens, 100) == 100
+    assert vocab_blocks.default_block(tokens, 0) == 1
 
 
 def test_an_odd_chunk_is_taken_as_it_is():
-    assert _chunks.value_chunk(999, 2**20) == 999
-    assert _chunks.value_chunk(6 * 64, 2**20) == 48
+    assert _packing.value_chunk(999, 2**20) == 999
+    assert _packing.value_chunk(6 * 64, 2**20) == 48
 
 
 def test_the_value_alone_goes_by_parts_of_a_chunk(monkeypatch):
-    monkeypatch.setattr(_chunks, "_fit", lambda *_: 3)  # tokens
+    monkeypatch.setattr(_packing, "_fit", lambda *_: 3)  # tokens
     hidden, kernel, labels = problem(17)
     options = {"chunk_size": 12, "implementation": "token_chunks"}
     assert largest_product(hidden, kernel, **options) == (3, 11)
@@ -265,7 +266,7 @@ def test_the_value_alone_goes_by_parts_of_a_chunk(monkeypatch):
 
 
 def test_a_kernel_that_is_not_differentiated_has_no_accumulator_to_do_without(monkeypatch):
-    monkeypatch.setattr(_chunks, "_fit", lambda mebibytes, _: 6 if mebibytes == 1024 else 3)
+    monkeypatch.setattr(_packing, "_fit", lambda mebibytes, _: 6 if mebibytes == 1024 else 3)
     hidden, kernel, labels = problem(12)
 
     def largest(argnums):
@@ -305,11 +306,11 @@ def test_ignored_tokens_run_no_chunk():
         )
         assert np.all(np.asarray(out) == 0)
     counts = jnp.array([False, True, False, True, True])
-    packing = _chunks.pack(counts, 2)
+    packing = _packing.pack(counts, 2)
     assert packing.order.tolist() == [1, 3, 4, 5, 5, 5]
     assert int(packing.size) == 3
-    assert _chunks.counted_first(counts).tolist() == [1, 3, 4, 0, 2]
-    assert _chunks.places(counts).tolist() == [5, 0, 5, 1, 2]
+    assert _packing.counted_first(counts).tolist() == [1, 3, 4, 0, 2]
+    assert _packing.places(counts).tolist() == [5, 0, 5, 1, 2]
 
 
 MODES = {

@@ -12,7 +12,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxloss
-from jaxloss import _device
+from jaxloss._xla import device
 
 pytestmark = pytest.mark.jax_leaks("jit(grad(shard_map))")
 
@@ -207,7 +207,7 @@ def test_every_mode_in_shard_map(labels):
 
 def test_second_derivatives_of_logits_that_are_read_twice(monkeypatch):
     """Narrow ones of many classes; on a mesh of one device, where XLA has forms of its own."""
-    monkeypatch.setattr(_device, "on_one_device", lambda: True)
+    monkeypatch.setattr(device, "on_one_device", lambda: True)
     mesh = jax.make_mesh((1,), ("v",), axis_types=(AxisType.Auto,), devices=jax.devices()[:1])
     x = jnp.sin(jnp.arange(4 * 256.0)).reshape(4, 256).astype(jnp.bfloat16)
     y = jnp.arange(4, dtype=jnp.int32)

@@ -19,7 +19,8 @@ from helpers import (
 )
 
 import jaxloss
-from jaxloss import _elementary, _entries, _passes
+from jaxloss._numerics import passes
+from jaxloss._xla import indexing, math
 
 MARGINS = np.arange(-70, 71)
 OFFSETS = [0.0, 1e3, -1e3]
@@ -111,21 +112,21 @@ def test_short_exp():
     x = -np.concatenate([np.linspace(-1e-6, 87.3, 100_001), np.logspace(-8, 1, 10_001)])
     x = x.astype(np.float32)
     truth = np.exp(x.astype(np.float64))
-    found, slope = jax.jit(partial(jax.jvp, _elementary.short_exp))((x,), (2 * np.ones_like(x),))
+    found, slope = jax.jit(partial(jax.jvp, math.short_exp))((x,), (2 * np.ones_like(x),))
     error = np.abs(np.asarray(found, np.float64) - truth)
     assert np.max(error / np.spacing(truth.astype(np.float32))) < 2.3
     np.testing.assert_array_equal(slope, 2 * found)
-    without_rule = jax.jvp(_elementary.short_exp.fun, (x,), (np.ones_like(x),))[1]
+    without_rule = jax.jvp(math.short_exp.fun, (x,), (np.ones_like(x),))[1]
     # Near ln(2) / 2 the error of the polynomial of degree 5 rises by some 5^2 / 0.35 of it.
     np.testing.assert_allclose(without_rule, found, rtol=25 / 0.35 * 1.1e-7 * 1.5)
-    few = _elementary.short_exp(jnp.array([0.0, -0.0, -jnp.inf, -1e30, -88.0, -87.2], jnp.float32))
+    few = math.short_exp(jnp.array([0.0, -0.0, -jnp.inf, -1e30, -88.0, -87.2], jnp.float32))
     np.testing.assert_array_equal(few[:5], [1, 1, 0, 0, 0])
     assert few[5] > 0
 
 
 @pytest.mark.nan_is_meant
 def test_short_exp_of_nan():
-    assert jnp.isnan(_elementary.short_exp(jnp.float32(jnp.nan)))
+    assert jnp.isnan(math.short_exp(jnp.float32(jnp.nan)))
 
 
 @pytest.fixture
@@ -151,14 +152,14 @@ def test_every_margin_on_a_tpu(tpu, check, form):
 @pytest.mark.parametrize(("kind", "short"), [("TPU v6 lite", True), ("TPU7x", False)])
 def test_which_chips_have_no_instruction_for_it(tpu, monkeypatch, kind, short):
     monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(device_kind=kind)])
-    program = str(jax.make_jaxpr(_elementary.exp_of_nonpositive)(jnp.zeros(3)))
+    program = str(jax.make_jaxpr(math.exp_of_nonpositive)(jnp.zeros(3)))
     assert ("shift_left" in program) == short
     assert ("accuracy" in program) != short
 
 
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32])
 def test_other_dtypes_keep_their_exponential(tpu, dtype):
-    found = _elementary.exp_of_nonpositive(jnp.full(3, -1, dtype))
+    found = math.exp_of_nonpositive(jnp.full(3, -1, dtype))
     assert found.dtype == dtype
     assert_within(found, np.exp(-1) * np.ones(3), 2 * jnp.finfo(dtype).eps)
 
@@ -340,8 +341,8 @@ def test_blocks_sum_the_same(shape):
     x = jnp.asarray(rng.normal(size=shape) * 5, jnp.float32)
     kept = jnp.asarray(rng.integers(0, shape[-1] + 1, shape[:-1]), jnp.int32)
     m = jnp.max(x, axis=-1)
-    whole = jax.jit(_passes._sum_of_others)(x, m, kept)
-    blocks = jax.jit(_passes._sum_of_others_in_blocks)(x, m, kept)
+    whole = jax.jit(passes._sum_of_others)(x, m, kept)
+    blocks = jax.jit(passes._sum_of_others_in_blocks)(x, m, kept)
     e = np.exp(np.asarray(x, np.longdouble) - np.asarray(m)[..., None])
     e = np.where(np.arange(shape[-1]) == np.asarray(kept)[..., None], 0, e)
     assert_within(whole, e.sum(-1), 64 * EPS)
@@ -363,11 +364,11 @@ def test_indices_past_the_exact_integers_of_float32():
 def test_an_index_past_the_end():
     """Reads the last entry, and writes nowhere."""
     x, index = jnp.arange(12.0).reshape(2, 2, 3), jnp.array([[0, 3], [3, 1]], jnp.int32)
-    np.testing.assert_array_equal(_entries.entry(x, index), [[0, 5], [8, 10]])
+    np.testing.assert_array_equal(indexing.entry(x, index), [[0, 5], [8, 10]])
     few = jnp.stack([index, jnp.full_like(index, 2)], axis=-1)
-    np.testing.assert_array_equal(_entries.entries(x, few)[..., 0], [[0, 5], [8, 10]])
-    put = _entries.put_at(x, index[..., None], jnp.full((2, 2, 1), -1.0))
-    np.testing.assert_array_equal(put, jnp.where(_entries.is_kept(x, index), -1, x))
+    np.testing.assert_array_equal(indexing.entries(x, few)[..., 0], [[0, 5], [8, 10]])
+    put = indexing.put_at(x, index[..., None], jnp.full((2, 2, 1), -1.0))
+    np.testing.assert_array_equal(put, jnp.where(indexing.is_kept(x, index), -1, x))
 
 
 # The first class at the maximum: the prediction, and the entry that log_softmax keeps out
@@ -390,7 +391,7 @@ def predictions(x, **options):
 
 
 def kept_out(x, mask=None):
-    return _passes.near_max(x, _passes.row_max(x, mask, None), mask)
+    return passes.near_max(x, passes.row_max(x, mask, None), mask)
 
 
 @pytest.mark.nan_is_meant  # the loss of a row of -inf

@@ -18,8 +18,9 @@ from test_kernels_gpu import ON_GPU, interpreted, program
 from test_kernels_gpu import rows as rows_of
 
 import jaxloss
-from jaxloss import _device, _one_pass
 from jaxloss._kernels import one_pass_gpu, one_pass_tpu
+from jaxloss._numerics import one_pass
+from jaxloss._xla import device
 
 pytestmark = pytest.mark.jax_leaks("plgpu.kernel")
 PLATFORMS = {"gpu": "cuda", "tpu": "tpu"}
@@ -37,7 +38,7 @@ def as_if_on(backend, monkeypatch):
     monkeypatch.setattr(one_pass_tpu, "_BLOCK", 2**14)  # several blocks
     if not ON_GPU:
         monkeypatch.setattr(jax, "default_backend", lambda: backend)
-        monkeypatch.setattr(_device, "is_hopper", lambda: backend == "gpu")
+        monkeypatch.setattr(device, "is_hopper", lambda: backend == "gpu")
 
 
 @pytest.fixture(params=BACKENDS)
@@ -50,7 +51,7 @@ def backend(request, monkeypatch):
             monkeypatch.setattr(plgpu, "kernel", run)
         run = SimpleNamespace(**vars(pl) | {"pallas_call": partial(pl.pallas_call, interpret=True)})
         monkeypatch.setattr(one_pass_tpu, "pl", run)
-        monkeypatch.setattr(_device, "is_whole", lambda: True)
+        monkeypatch.setattr(device, "is_whole", lambda: True)
         platform = PLATFORMS[request.param]
 
         def as_there(*args, default, **forms):
@@ -65,7 +66,7 @@ def backend(request, monkeypatch):
 @pytest.fixture(params=["gpu", "tpu"])
 def traced(request, monkeypatch):
     as_if_on(request.param, monkeypatch)
-    monkeypatch.setattr(_device, "is_whole", lambda: True)
+    monkeypatch.setattr(device, "is_whole", lambda: True)
     jax.clear_caches()
     yield request.param
     jax.clear_caches()
@@ -99,7 +100,7 @@ def test_sums_and_gradient(backend, r, c):
         weight = jnp.asarray(np.random.default_rng(1).normal(size=r), jnp.float32)
         weight = jnp.where(jnp.arange(r) % 5 == 1, 0, weight)
         x = x.at[3, ::2].set(-jnp.inf).at[1].set(jnp.nan)  # row 1 is asked for nothing
-        m, s, _, dx = jax.jit(_one_pass._by_kernel)(x, kept, weight)
+        m, s, _, dx = jax.jit(one_pass._by_kernel)(x, kept, weight)
         assert m.dtype == s.dtype == jnp.float32
         assert dx.dtype == dtype
         truth, gradient = truth_of(x, kept, weight)
@@ -157,7 +158,7 @@ def test_every_mode_equals_that_without_kernels(backend, monkeypatch, reduction)
 
     assert program(every, x, weight).count("jaxloss_one_pass") > 0
     got = jax.jit(every)(x, weight)
-    monkeypatch.setattr(_one_pass, "takes", lambda logits: False)
+    monkeypatch.setattr(one_pass, "takes", lambda logits: False)
     jax.clear_caches()
     assert "jaxloss_one_pass" not in program(every, x, weight)
     expected = jax.jit(every)(x, weight)
@@ -211,13 +212,13 @@ def test_logits_and_devices_that_it_is_not_for(traced, monkeypatch):
     assert "jaxloss_" not in program(grad, x.astype(jnp.float32), y)
     assert "jaxloss_" not in program(grad, x[:, :100], y)
     assert "jaxloss_" not in program(jax.grad(partial(jaxloss.cross_entropy, axis=0)), x.T, y)
-    monkeypatch.setattr(_device, "is_whole", lambda: False)  # a partitioner may split them
+    monkeypatch.setattr(device, "is_whole", lambda: False)  # a partitioner may split them
     jax.clear_caches()
     assert "jaxloss_one_pass" not in program(grad, x, y)
-    monkeypatch.setattr(_device, "is_whole", lambda: True)
+    monkeypatch.setattr(device, "is_whole", lambda: True)
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
     monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(device_kind="TPU v4")])
-    monkeypatch.setattr(_device, "is_hopper", lambda: False)
+    monkeypatch.setattr(device, "is_hopper", lambda: False)
     jax.clear_caches()
     assert "jaxloss_one_pass" not in program(grad, x, y)
 

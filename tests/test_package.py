@@ -2,6 +2,7 @@
 
 import ast
 import doctest
+import graphlib
 import importlib
 import inspect
 import json
@@ -19,7 +20,12 @@ import jaxloss
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = Path(jaxloss.__file__).parent
-MODULES = sorted(path.stem for path in PACKAGE.glob("_*.py") if path.stem != "__init__")
+FILES = {
+    ".".join(("jaxloss", *path.relative_to(PACKAGE).with_suffix("").parts)): path
+    for path in sorted(PACKAGE.glob("**/*.py"))
+    if path.stem != "__init__"
+}
+MODULES = [name for name in FILES if "._kernels." not in name]
 
 
 def test_import_is_light():
@@ -54,7 +60,7 @@ def test_every_public_docstring_is_whole():
 @pytest.mark.parametrize("module", MODULES)
 def test_examples(module):
     with jax.enable_x64(False):  # they print what float32 gives
-        result = doctest.testmod(importlib.import_module(f"jaxloss.{module}"))
+        result = doctest.testmod(importlib.import_module(module))
     assert result.failed == 0
 
 
@@ -177,32 +183,37 @@ def test_overloads_have_the_options_of_the_function(name):
         assert annotations == {k: v.annotation for k, v in of_function.items()}
 
 
-# From what everything stands on to what is public.
-LAYERS = (
-    "_casts _check _forward_mode _jit _labels _mesh",
-    "_barriers _elementary _nested",
-    "_arguments _binary_terms _canonical _chunks _device _entries _layout _logits",
-    "_products _programs",
-    "_passes _prediction _sweeps",
-    "_linear _parts",
-    "_rows",
-    "_divergence_rows _one_pass _row_kernel _targets",
-    "_blocks _check_labels _linear_loss _sequences _terms _total_weight",
-    "_cross_entropy _divergence _implementation _metrics _schedules",
-    "_focal _linear_cross_entropy",
-    "_sigmoid _token_stats",
-)
+# A room, and the rooms below it that its files may import from, beside its own. The other files of
+# the package are functions: they may import from all rooms, and not from each other.
+MAY_IMPORT = {
+    "_types": "",
+    "_xla": "_types",
+    "_kernels": "_types _xla",
+    "_checks": "_types _xla",
+    "_numerics": "_types _kernels _xla",
+    "_tokens": "_types _numerics _xla",
+    "_linear": "_types _checks _tokens _numerics _kernels _xla",
+}
+
+
+def imports_of(path):
+    """The dotted names that a file imports from the package: modules, and names in modules."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "jaxloss":
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
 def test_imports_run_one_way():
-    """A module imports from the layers before its own: no public function from another's rules."""
-    before = {"_kernels"}
-    assert sorted(" ".join(LAYERS).split()) == MODULES
-    for layer in LAYERS:
-        for module in layer.split():
-            for node in ast.walk(ast.parse((PACKAGE / f"{module}.py").read_text())):
-                if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("jaxloss"):
-                    _, *inner = node.module.split(".")
-                    found = set(inner[:1]) or {alias.name for alias in node.names}
-                    assert found <= before, (module, found - before)
-        before |= {*layer.split()}
+    for name, path in FILES.items():
+        room, *rest = name.split(".")[1:] or ["__init__"]
+        if room == "__init__":
+            continue
+        found = {module.split(".")[1] for module in imports_of(path) if "." in module}
+        allowed = {*MAY_IMPORT.get(room, " ".join(MAY_IMPORT)).split()}
+        assert found <= allowed | ({room} if rest else set()), (name, found - allowed)
+
+
+def test_no_files_import_each_other():
+    imports = {name: {*imports_of(path)} & {*FILES} - {name} for name, path in FILES.items()}
+    graphlib.TopologicalSorter(imports).prepare()  # an error for a circle

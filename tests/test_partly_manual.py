@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 from test_mesh import assert_close, total
 
 import jaxloss
-from jaxloss import _device
+from jaxloss._xla import device
 
 pytestmark = pytest.mark.jax_leaks("jit(grad(shard_map))")
 KINDS = {"automatic": AxisType.Auto, "explicit": AxisType.Explicit}
@@ -24,7 +24,7 @@ KINDS = {"automatic": AxisType.Auto, "explicit": AxisType.Explicit}
 def backend(request, monkeypatch):
     """Traced as on a device that has kernels."""
     monkeypatch.setattr(jax, "default_backend", lambda: request.param)
-    monkeypatch.setattr(_device, "is_hopper", lambda: request.param == "gpu")
+    monkeypatch.setattr(device, "is_hopper", lambda: request.param == "gpu")
     chip = SimpleNamespace(device_kind={"gpu": "NVIDIA H200", "tpu": "TPU v5 lite"}[request.param])
     monkeypatch.setattr(jax, "devices", lambda: [chip])
     jax.clear_caches()

@@ -13,8 +13,10 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxloss
-from jaxloss import _device, _entries, _logits, _passes, _prediction
-from jaxloss._logits import Scaling
+from jaxloss._numerics import logits as _logits
+from jaxloss._numerics import passes, ranking
+from jaxloss._numerics.logits import Scaling
+from jaxloss._xla import device, indexing
 
 
 @pytest.fixture
@@ -30,10 +32,10 @@ def program(f, size):
 
 
 def test_one_device(one_device, monkeypatch):
-    assert _device.on_one_device()
+    assert device.on_one_device()
     for count in (0, 2, 8):
         monkeypatch.setattr(jax, "device_count", lambda count=count: count)
-        assert not _device.on_one_device()
+        assert not device.on_one_device()
 
 
 @pytest.mark.parametrize(
@@ -51,20 +53,20 @@ def test_one_device(one_device, monkeypatch):
     ],
 )
 def test_block_sizes(size, block):
-    assert _passes._block_size(size) == block
+    assert passes._block_size(size) == block
 
 
 @pytest.mark.parametrize(("size", "exact"), [(2**24, True), (2**24 + 1, False), (1, True)])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
 def test_exact_integers(size, exact, dtype):
-    assert _entries.index_is_exact(jax.ShapeDtypeStruct((2**25, size), dtype)) == exact
+    assert indexing.index_is_exact(jax.ShapeDtypeStruct((2**25, size), dtype)) == exact
 
 
 @pytest.mark.parametrize("classes", [7, 200])
 @pytest.mark.parametrize("exact", [True, False])
 def test_classes_ahead(exact, classes, monkeypatch):
     """Of classes past what float32 counts, in integers."""
-    monkeypatch.setattr(_entries, "index_is_exact", lambda _: exact)
+    monkeypatch.setattr(indexing, "index_is_exact", lambda _: exact)
     rng = np.random.default_rng(0)
     x = rng.integers(-2, 3, (60, classes)).astype(np.float32)  # many are equal
     x[x == -2] = -np.inf
@@ -74,14 +76,14 @@ def test_classes_ahead(exact, classes, monkeypatch):
     for own in (of_label, of_label - np.float32(0.25)):
         bound, own_class = own[:, None], label[:, None]
         expected = ((x > bound) | ((x == bound) & (j < own_class))) & (j != own_class)
-        np.testing.assert_array_equal(_prediction.ahead(x, own, label), expected.sum(axis=-1))
+        np.testing.assert_array_equal(ranking.ahead(x, own, label), expected.sum(axis=-1))
 
 
 def test_arrays_are_whole_on_one_device_and_inside_of_shard_map(monkeypatch):
     seen = []
 
     def note(x):
-        seen.append(_device.is_whole())
+        seen.append(device.is_whole())
         return x
 
     mesh = jax.make_mesh((1,), ("data",))
@@ -93,14 +95,14 @@ def test_arrays_are_whole_on_one_device_and_inside_of_shard_map(monkeypatch):
 
 
 def test_the_other_exponentials_are_overwritten_on_long_rows_of_one_device(one_device):
-    assert "scatter" not in program(_passes.other_exponentials, 255)
-    assert "scatter" in program(_passes.other_exponentials, 256)
+    assert "scatter" not in program(passes.other_exponentials, 255)
+    assert "scatter" in program(passes.other_exponentials, 256)
 
 
 def test_the_sum_goes_in_blocks_on_long_rows_of_one_device(one_device):
-    assert "platform_index" not in program(_passes.sum_exponentials, 16384)
-    assert "platform_index" in program(_passes.sum_exponentials, 32768)
-    assert "platform_index" not in program(_passes.sum_exponentials, 16411)
+    assert "platform_index" not in program(passes.sum_exponentials, 16384)
+    assert "platform_index" in program(passes.sum_exponentials, 32768)
+    assert "platform_index" not in program(passes.sum_exponentials, 16411)
 
 
 @pytest.mark.parametrize(
@@ -108,11 +110,11 @@ def test_the_sum_goes_in_blocks_on_long_rows_of_one_device(one_device):
     [(255, None), (256, 16), (1000, 20), (32000, 16), (50257, 29), (30522, 6), (32749, None)],
 )
 def test_into_how_many_rows_a_row_is_folded(size, count):
-    assert _passes._columns(size) == count
+    assert passes._columns(size) == count
 
 
 def place(x, *_):
-    return _passes.max_and_place(x, None)
+    return passes.max_and_place(x, None)
 
 
 @pytest.mark.nan_is_meant
@@ -128,7 +130,7 @@ def test_the_maximum_and_its_place_from_columns(one_device, dtype, masked):
     mask[8] = not masked
     given = jnp.asarray(mask) if masked else None
     assert "platform_index" in program(place, 300)
-    m, found = _passes.max_and_place(jnp.asarray(x, dtype), given)
+    m, found = passes.max_and_place(jnp.asarray(x, dtype), given)
     existing = np.where(mask, x, -np.inf)
     np.testing.assert_array_equal(m, existing.max(axis=-1))
     assert m.dtype == jnp.float32
@@ -139,7 +141,7 @@ def test_the_maximum_and_its_place_from_columns(one_device, dtype, masked):
 
 
 def test_sharded_rows_are_neither_indexed_nor_reshaped():
-    for f in (_passes.other_exponentials, _passes.sum_exponentials, place):
+    for f in (passes.other_exponentials, passes.sum_exponentials, place):
         text = program(f, 32768)
         assert "scatter" not in text
         assert "gather" not in text
@@ -150,10 +152,10 @@ def test_predictions_are_found_by_argmax_where_rows_are_whole(monkeypatch):
     """Of classes split over devices it would gather a pair from each."""
 
     def largest(x, *_):
-        return _prediction.prediction(x, None, 0, ())
+        return ranking.prediction(x, None, 0, ())
 
     for whole in (True, False):
-        monkeypatch.setattr(_device, "is_whole", lambda whole=whole: whole)
+        monkeypatch.setattr(device, "is_whole", lambda whole=whole: whole)
         assert ("argmax" in program(largest, 100)) == whole
 
 
@@ -161,17 +163,17 @@ def test_predictions_are_found_by_argmax_where_rows_are_whole(monkeypatch):
 def test_which_classes_are_split(spec):
     mesh = jax.make_mesh((2, 4), ("t", "v"), axis_types=(AxisType.Explicit,) * 2)
     x = jax.device_put(jnp.zeros((4, 8)), NamedSharding(mesh, spec))
-    assert _entries.classes_are_split(x) == ("v" in tuple(spec))
-    assert not _entries.classes_are_split(jnp.zeros((4, 8)))
+    assert indexing.classes_are_split(x) == ("v" in tuple(spec))
+    assert not indexing.classes_are_split(jnp.zeros((4, 8)))
 
 
 def near_max(x, m, _):
-    return _passes.near_max(x, m, None)
+    return passes.near_max(x, m, None)
 
 
 @pytest.mark.parametrize(
     ("f", "compared"),
-    [(_passes._sum_of_others, " eq "), (near_max, "argmax"), (_prediction.ahead, " gt ")],
+    [(passes._sum_of_others, " eq "), (near_max, "argmax"), (ranking.ahead, " gt ")],
     ids=["sum", "near_max", "ahead"],
 )
 def test_rows_are_compared_only_past_the_exact_integers(f, compared):
@@ -183,11 +185,11 @@ def test_rows_are_compared_only_past_the_exact_integers(f, compared):
 def test_what_is_read_is_gathered_and_what_is_narrow_is_written_as_bits():
     index = jnp.zeros((3, 2), jnp.int32)
     x = jnp.zeros((3, 5), jnp.bfloat16)
-    for f in (lambda x: _entries.entry(x, index[:, 0]), lambda x: _entries.entries(x, index)):
+    for f in (lambda x: indexing.entry(x, index[:, 0]), lambda x: indexing.entries(x, index)):
         assert "gather" in str(jax.make_jaxpr(f)(x))
 
     def put(x):
-        return _entries.put_at(x, index, jnp.ones((3, 2), x.dtype))
+        return indexing.put_at(x, index, jnp.ones((3, 2), x.dtype))
 
     assert "u16[3,5] = scatter" in str(jax.make_jaxpr(put)(x))
     assert "f32[3,5] = scatter" in str(jax.make_jaxpr(put)(x.astype(jnp.float32)))
@@ -197,11 +199,11 @@ def test_no_index_is_out_of_bounds():
     """As JAX's own checks see it: the gathers promise that none is."""
     x = jnp.arange(10.0).reshape(2, 5)
     index = jnp.array([[0, 4, 5], [1, 5, 7]], jnp.int32)
-    checked = checkify.checkify(_entries.entries, errors=checkify.index_checks)
+    checked = checkify.checkify(indexing.entries, errors=checkify.index_checks)
     error, found = checked(x, index)
     assert error.get() is None
     np.testing.assert_array_equal(found, [[0, 4, 4], [6, 9, 9]])
-    error, found = checkify.checkify(_entries.entry, errors=checkify.index_checks)(x, index[:, 2])
+    error, found = checkify.checkify(indexing.entry, errors=checkify.index_checks)(x, index[:, 2])
     assert error.get() is None
     np.testing.assert_array_equal(found, [4, 9])
 
@@ -226,19 +228,19 @@ def test_the_first_of_the_largest():
     """Not one that a rounding of a huge logit brings near, and at 0 as anywhere."""
     rows = [[0.0, 1.0, 1.0], [-1.0, 0.0, -1.0], [-3e38, -3e38, 1e-38], [7.0, 7.0, 8.0]]
     x = jnp.pad(jnp.array(rows), ((0, 0), (97, 0)), constant_values=-jnp.inf)
-    found = _passes.near_max(x, jnp.max(x, axis=-1), None)
+    found = passes.near_max(x, jnp.max(x, axis=-1), None)
     np.testing.assert_array_equal(found, jnp.argmax(x, axis=-1))
     mask = jnp.arange(100) < 99
-    m = _passes.row_max(x, mask, None)
-    found = _passes.near_max(x, m, mask[None])
+    m = passes.row_max(x, mask, None)
+    found = passes.near_max(x, m, mask[None])
     np.testing.assert_array_equal(found, jnp.argmax(jnp.where(mask, x, -jnp.inf), axis=-1))
 
 
 @pytest.mark.nan_is_meant
 def test_no_prediction():
     x = jnp.array([[1.0, jnp.nan], [1.0, jnp.inf], [0.0, 1.0]])
-    np.testing.assert_array_equal(_prediction.prediction(x, None, 0, ()), [-1, -1, 1])
-    np.testing.assert_array_equal(_prediction.prediction(x, None, 5, ()), [-1, -1, 6])
+    np.testing.assert_array_equal(ranking.prediction(x, None, 0, ()), [-1, -1, 1])
+    np.testing.assert_array_equal(ranking.prediction(x, None, 5, ()), [-1, -1, 6])
 
 
 def rows_that_hurt():
@@ -261,7 +263,7 @@ def rows_that_hurt():
 @pytest.mark.nan_is_meant
 def test_one_reduction_gives_the_maximum_and_the_sum():
     x, kept = rows_that_hurt()
-    m, s = _passes.max_and_sum_in_one(x, kept)
+    m, s = passes.max_and_sum_in_one(x, kept)
     wide = np.asarray(x, np.float64)
     high = wide.max(axis=-1)
     np.testing.assert_array_equal(m, high)
@@ -281,10 +283,10 @@ def test_the_reduction_has_the_derivative_of_the_sum_with_and_without_its_rule()
     direction = jnp.cos(jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape)
 
     def in_two(x, kept):
-        m = _passes.row_max(x, None, None)
-        return m, _passes.sum_exponentials(x, m, kept)
+        m = passes.row_max(x, None, None)
+        return m, passes.sum_exponentials(x, m, kept)
 
-    rule = _passes.max_and_sum_in_one
+    rule = passes.max_and_sum_in_one
     for form in (rule, rule.fun):
         (m, s), (dm, ds) = jax.jvp(lambda x, f=form: f(x, kept), (x,), (direction,))
         expected = jax.jvp(lambda x: in_two(x, kept), (x,), (direction,))[1][1]
@@ -316,7 +318,7 @@ def test_accelerators_reduce_the_logits_once(platform, results):
     ],
 )
 def test_which_exponentials_are_held(shape, dtype, held):
-    assert _passes.writes_out(jax.ShapeDtypeStruct(shape, dtype)) == held
+    assert passes.writes_out(jax.ShapeDtypeStruct(shape, dtype)) == held
 
 
 @pytest.mark.parametrize(

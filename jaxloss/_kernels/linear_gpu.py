@@ -15,7 +15,6 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jaxloss import _mesh
 from jaxloss._kernels.rows_gpu import (
     COLUMN,
     TILE,
@@ -26,7 +25,8 @@ from jaxloss._kernels.rows_gpu import (
     merged,
     transforms,
 )
-from jaxloss._logits import finite
+from jaxloss._xla import mesh
+from jaxloss._xla.math import finite
 
 _CORES = 132  # of an H100 and an H200
 # Of a group's tile, and how many features' are fetched ahead. Of the tiles that fit, measured on an
@@ -54,7 +54,7 @@ def row_part(
     columns: int,
     count: Any = None,
 ):
-    """``(m, s, x_kept)`` of ``_parts.RowPart``, [N] each, for labels ``kept[N]`` among C columns.
+    """``(m, s, x_kept)`` of ``parts.RowPart``, [N] each, for labels ``kept[N]`` among C columns.
 
     ``count``: the tokens past it may be left out, and are anything.
     """
@@ -74,7 +74,7 @@ def row_part(
     of_tile = lax.broadcasted_iota(jnp.int32, (padded // _TOKENS, _TOKENS, tiles), 2)
     has_label = jnp.any((kept // v).reshape(-1, _TOKENS, 1) == of_tile, axis=1).astype(jnp.int32)
     offset = () if offset is None else (offset,)
-    args = _mesh.together(hidden, kernel, kept, has_label, count, *offset)
+    args = mesh.together(hidden, kernel, kept, has_label, count, *offset)
 
     def jaxloss_linear_row_part(hidden, kernel, kept, has_label, count, *rest):
         *offset, m_out, s_out, x_out = rest

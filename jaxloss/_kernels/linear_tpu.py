@@ -18,9 +18,8 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from jaxloss import _mesh
-from jaxloss._elementary import exp_is_long, short_exp
-from jaxloss._logits import finite
+from jaxloss._xla import mesh
+from jaxloss._xla.math import exp_is_long, finite, short_exp
 
 # Bytes of a core's own that the tiles may take: chips up to v4 have 16 MiB, later ones 64 and more.
 MEMORY = 48 * 2**20
@@ -108,7 +107,7 @@ def _tile(count, label, hidden, kernel, *rest, vocab_axis: int, columns: int):
 
 
 def _merge(label, hidden, kernel, bias, m, s, x_kept, first, *, vocab_axis: int, columns: int):
-    """Into the parts of n rows go those of the v columns from ``first`` on, as in _parts.merge.
+    """Into the parts of n rows go those of the v columns from ``first`` on, as in parts.merge.
 
     Each of a register's lanes has a part of its own, of every 128th column: across lanes a core
     takes longer than it does to compute.
@@ -172,7 +171,7 @@ def row_part(
     columns: int,
     count: Any = None,
 ):
-    """``(m, s, x_kept)`` of ``_parts.RowPart``, [N] each, for labels ``kept[N]`` among C columns.
+    """``(m, s, x_kept)`` of ``parts.RowPart``, [N] each, for labels ``kept[N]`` among C columns.
 
     ``count``: tiles of tokens past it are left out; those tokens are anything.
     """
@@ -188,7 +187,7 @@ def row_part(
     # No label at all, and not the column past the last: the last tile may have one.
     of_rows = jnp.where(kept < columns, kept, -1)[:, None]
     specs, args = _operands(hidden, kernel, bias, vocab_axis, n, v, of_columns)
-    args = _mesh.together(count, of_rows, *args)
+    args = mesh.together(count, of_rows, *args)
     kind = jax.typeof(args[0]).manual_axis_type
     out = jax.ShapeDtypeStruct((tokens, 1), jnp.float32, manual_axis_type=kind)
     a_row = pl.BlockSpec((n, 1), lambda i, *_: (i, 0))
@@ -219,7 +218,7 @@ def _slope_tile(m, kept, scale, at_kept, active, hidden, kernel, *rest, vocab_ax
 
 
 def slope(hidden: Array, kernel: Array, bias: Any, rows: tuple, vocab_axis: int) -> Array:
-    """``_passes.slope_pass`` of the logits of all columns and ``rows``, [N] each: what it takes
+    """``passes.slope_pass`` of the logits of all columns and ``rows``, [N] each: what it takes
     beside them. In the dtype of ``hidden``."""
     tokens, features = hidden.shape
     columns = kernel.shape[vocab_axis]
@@ -227,7 +226,7 @@ def slope(hidden: Array, kernel: Array, bias: Any, rows: tuple, vocab_axis: int)
     specs, args = _operands(hidden, kernel, bias, vocab_axis, n, v, lambda i, j: j)
     m, *others, active = rows
     of_rows = (x[:, None] for x in (m, *others, active.astype(m.dtype)))
-    args = _mesh.together(*of_rows, *args)
+    args = mesh.together(*of_rows, *args)
     kind = jax.typeof(args[0]).manual_axis_type
     call = pl.pallas_call(
         partial(_slope_tile, vocab_axis=vocab_axis),

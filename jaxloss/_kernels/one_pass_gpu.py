@@ -17,7 +17,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxloss._kernels.per_row import per_row
 from jaxloss._kernels.rows_gpu import call, exp, load, put
-from jaxloss._logits import finite
+from jaxloss._xla.math import finite
 
 _ROWS = 4  # of a tile: a warp each
 _WIDTH = 256  # classes that a warp reads at once: of 16 bits, 16 bytes a lane

@@ -17,10 +17,10 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from jaxloss import _mesh
 from jaxloss._kernels.linear_tpu import LANES, MEMORY, exp, in_32_bits, params
 from jaxloss._kernels.per_row import per_row
-from jaxloss._logits import finite
+from jaxloss._xla import mesh
+from jaxloss._xla.math import finite
 
 _ROWS = 16  # of a group: two registers high in float32, one in bfloat16
 _WIDTH = 1024  # classes of a group that a step of its loops takes: as many registers as rows
@@ -109,7 +109,7 @@ def sums_and_gradient(x: Array, kept: Array, x_kept: Array, weight: Array):
     n = min(max(_BLOCK // classes // _ROWS, 1), pl.cdiv(rows, _ROWS)) * _ROWS
     # In one array: each would be padded to a register's lanes. A class is exact in float32.
     numbers = jnp.stack([kept.astype(jnp.float32), x_kept, weight], axis=1)
-    x, numbers = _mesh.together(x, numbers)
+    x, numbers = mesh.together(x, numbers)
     kind = jax.typeof(x).manual_axis_type
     of_rows, of_numbers, of_parts = (
         pl.BlockSpec((n, width), lambda i: (i, 0)) for width in (classes, 3, 2)

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from jaxloss import _mesh
+from jaxloss._xla import mesh
 
 
 def per_row(compute: Callable) -> Callable:
@@ -29,7 +29,7 @@ def per_row(compute: Callable) -> Callable:
     def leading(x, *rest):
         lead = x.shape[:-1]
         flat = (x.reshape(-1, x.shape[-1]), *(v.reshape(-1) for v in rest))
-        out = rows(*_mesh.together(*flat))
+        out = rows(*mesh.together(*flat))
         return jax.tree.map(lambda v: v.reshape(*lead, *v.shape[1:]), out)
 
     return leading

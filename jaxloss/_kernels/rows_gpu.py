@@ -17,9 +17,9 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jaxloss import _mesh
 from jaxloss._kernels.per_row import per_row
-from jaxloss._logits import finite
+from jaxloss._xla import mesh
+from jaxloss._xla.math import finite
 
 ROWS = 64  # of a tile: those of the registers' layout, in which four threads share a row
 TILE = plgpu.Layout.WGMMA
@@ -75,7 +75,7 @@ def call(body: Callable, args: tuple[Array, ...], out: list[tuple], **options: A
     kind = jax.typeof(args[0]).manual_axis_type
     out_type = [jax.ShapeDtypeStruct(*o, manual_axis_type=kind) for o in out]
     results = plgpu.kernel(body, out_type=out_type, compiler_params=params(), **options)(*args)
-    return _mesh.varying(results, _mesh.varies_over(args[0]))
+    return mesh.varying(results, mesh.varies_over(args[0]))
 
 
 def takes(x: Array) -> bool:

@@ -1,0 +1,481 @@
+"""What the losses' arguments must be: labels, weights, masks, operands, axes of a mesh."""
+
+import itertools
+import sys
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jaxloss._checks import messages
+from jaxloss._types import REDUCTIONS, RESTS, Scalars, TopKLabels
+from jaxloss._xla import mesh
+
+# Functions whose messages do not offer it.
+WITHOUT_SAMPLE_WEIGHT = ("log_softmax", "token_stats", "linear_token_stats", "next_token_labels")
+WITHOUT_AXIS = ("linear_cross_entropy", "linear_token_stats")
+
+
+def top_k_labels(
+    function: str, name: str, batch: tuple[int, ...], y: TopKLabels, logits: Any = None
+) -> TopKLabels:
+    indices = messages.array(function, "labels.indices", y.indices, of_classes=True)
+    probabilities = messages.array(function, "labels.probabilities", y.probabilities, narrow=False)
+    if not jnp.issubdtype(indices.dtype, jnp.integer):
+        rule = "labels.indices must be class indices (an integer dtype)"
+        way_out = ""
+        if jnp.issubdtype(probabilities.dtype, jnp.integer):
+            way_out = "jax.lax.top_k returns (values, indices), TopKLabels takes indices first."
+        messages.fail(function, rule, messages.describe(indices), way_out, TypeError)
+    probabilities = messages.floating(function, "labels.probabilities", probabilities)
+    if indices.shape[:-1] != batch or indices.ndim != len(batch) + 1:
+        rule = f"labels.indices must be [..., k] with the batch shape of {name}, {batch}"
+        way_out = _other_axis(function, logits, indices.shape[:-1])
+        messages.fail(function, rule, messages.describe(indices), way_out)
+    rule = "the shape of labels.indices"
+    messages.shape(function, "labels.probabilities", probabilities, indices.shape, rule)
+    messages.word(function, "labels.rest", y.rest, RESTS)
+    return TopKLabels(indices, probabilities, y.rest)
+
+
+def _labels(function: str, name: str, logits: Array, axes: tuple[int, ...], y: Any) -> Any:
+    """Class indices (integers, logits without the class axes) or probabilities (like logits)."""
+    if isinstance(y, TopKLabels):
+        return top_k_labels(function, name, messages.batch_shape(logits, axes), y, logits)
+    given, batch = y, messages.batch_shape(logits, axes)
+    y = indices_or_probabilities(function, given, logits.shape, batch)
+    axis = axes[0] if len(axes) == 1 else axes
+    if jnp.issubdtype(y.dtype, jnp.integer):
+        rule = f"the shape of {name} without axis {axis}"
+        way_out = ""
+        if y.shape == logits.shape:
+            way_out = one_hot_way_out(given)
+        elif len(axes) == 1 and y.shape == (*batch[: axes[0]], 1, *batch[axes[0] :]):
+            way_out = f"Drop the size-1 class axis: labels.squeeze({axis})."
+        of_logits = f"{name}: {messages.describe(logits)}."
+        other = _other_axis(function, logits, y.shape)
+        way_out = way_out or " ".join(filter(None, (of_logits, other)))
+        messages.shape(function, "labels", y, batch, rule, way_out)
+    else:
+        rule = f"the shape of {name} when they are probabilities (floating)"
+        way_out = ""
+        if y.shape == batch:
+            way_out = "Class indices are integers: labels.astype(jnp.int32)."
+        messages.shape(function, "labels", y, logits.shape, rule, way_out)
+    return y
+
+
+def _other_axis(function: str, logits: Any, shape: tuple[int, ...]) -> str:
+    """The one class axis, or tuple of axes, that labels of this batch shape fit."""
+    if logits is None or function in WITHOUT_AXIS or not 0 < len(shape) < logits.ndim:
+        return ""
+    choices = itertools.combinations(range(logits.ndim), logits.ndim - len(shape))
+    found = [axes for axes in choices if messages.batch_shape(logits, axes) == shape]
+    if len(found) != 1:
+        return ""
+    (axes,) = found
+    return f"The labels fit axis={axes[0] if len(axes) == 1 else axes}."
+
+
+def one_hot_way_out(given: Any) -> str:
+    return f"One-hot labels are probabilities: {messages.cast('labels', given, 'float32')}."
+
+
+def indices_or_probabilities(
+    function: str, given: Any, logits: tuple[int, ...] = (), batch: tuple[int, ...] = ()
+) -> Array:
+    """``logits``, ``batch``: the shapes of what the labels are of, and without its class axes."""
+    y = messages.array(function, "labels", given, of_classes=True, narrow=False)
+    if not (jnp.issubdtype(y.dtype, jnp.integer) or jnp.issubdtype(y.dtype, jnp.floating)):
+        rule = "labels must be class indices (an integer dtype) or class probabilities (floating)"
+        way_out = ""
+        if y.dtype == jnp.bool_ and y.ndim and y.shape == logits:
+            way_out = one_hot_way_out(given)
+        elif y.dtype == jnp.bool_ and y.shape == batch:
+            way_out = f"Class indices are integers: {messages.cast('labels', given, 'int32')}."
+        messages.fail(function, rule, messages.describe(y), way_out, TypeError)
+    return y
+
+
+def class_weight(function: str, weight: Any, num_classes: int) -> Array | None:
+    if weight is None:
+        return None
+    weight = messages.floating(function, "weight", weight)
+    messages.shape(function, "weight", weight, (num_classes,), "one entry a class")
+    return weight
+
+
+def check_sample_weight(function: str, given: Any, batch: tuple[int, ...]) -> Array | None:
+    if given is None:
+        return None
+    weight = messages.array(function, "sample_weight", given, narrow=False)
+    if jnp.issubdtype(weight.dtype, jnp.complexfloating):
+        messages.fail(
+            function,
+            "sample_weight must be real or boolean",
+            messages.describe(weight),
+            kind=TypeError,
+        )
+    way_out = "" if weight.shape == batch else broadcast("sample_weight", given, weight, batch)
+    messages.shape(function, "sample_weight", weight, batch, "the shape of the losses", way_out)
+    return weight
+
+
+def broadcast(name: str, given: Any, x: Array, shape: tuple[int, ...]) -> str:
+    """How to bring it to the shape, where there is one way: nothing is broadcast by itself."""
+    trailing, leading = fits(x, shape), x.shape == shape[: x.ndim]
+    if trailing == leading:
+        return ""
+    if leading:
+        name = name if hasattr(given, "ndim") else f"jnp.asarray({name})"
+        name += f"[{', '.join([':'] * x.ndim + ['None'] * (len(shape) - x.ndim))}]"
+    return f"Broadcast it: jnp.broadcast_to({name}, {shape})."
+
+
+def boolean(function: str, given: Any) -> Array:
+    mask = messages.array(function, "where", given)
+    if mask.dtype != jnp.bool_:
+        where = "where" if hasattr(given, "dtype") else "jnp.asarray(where)"
+        way_out = f"Convert it: {where} != 0."
+        if function not in WITHOUT_SAMPLE_WEIGHT:
+            way_out += " For weights use sample_weight."
+        messages.fail(
+            function, "where must be boolean", messages.describe(mask), way_out, TypeError
+        )
+    return mask
+
+
+def fits(mask: Array, shape: tuple[int, ...]) -> bool:
+    """Whether it broadcasts to the shape."""
+    pairs = zip(mask.shape[::-1], shape[::-1], strict=False)
+    return mask.ndim <= len(shape) and all(m in (1, n) for m, n in pairs)
+
+
+def masks(
+    function: str, name: str, mask: Any, logits: Any, axes: tuple[int, ...]
+) -> tuple[Array | None, Array | None]:
+    """Returns (classes that exist, of logits' rank; tokens that count, shaped like the losses)."""
+    if mask is None:
+        return None, None
+    mask = boolean(function, mask)
+    fitting = fits(mask, logits.shape)
+    tokens = mask.shape == messages.batch_shape(logits, axes)
+    padded = mask.reshape((1,) * (logits.ndim - mask.ndim) + mask.shape) if fitting else mask
+    if tokens and fitting and messages.num_classes(padded, axes) > 1:
+        messages.fail(
+            function,
+            "where must be either classes that exist or tokens that count",
+            f"{messages.describe(mask)}, which fits {name} {messages.describe(logits)} both ways",
+            f"Give classes the rank of {name} (where[None, :]), tokens as sample_weight=where.",
+        )
+    if tokens:
+        return None, mask
+    if not fitting:
+        messages.fail(
+            function,
+            f"where must broadcast to {name} (classes that exist) or have the shape of the losses,"
+            f" {messages.batch_shape(logits, axes)} (tokens that count)",
+            f"{messages.describe(mask)}, {name} {messages.describe(logits)}",
+        )
+    return padded, None
+
+
+def class_mask(function: str, name: str, mask: Any, logits: Array) -> Array | None:
+    """``where`` as classes that exist, of the logits' rank."""
+    if mask is None:
+        return None
+    mask = boolean(function, mask)
+    if not fits(mask, logits.shape):
+        messages.fail(
+            function,
+            f"where must broadcast to {name}",
+            f"{messages.describe(mask)}, {name} {messages.describe(logits)}",
+        )
+    return mask.reshape((1,) * (logits.ndim - mask.ndim) + mask.shape)
+
+
+def precision(function: str, x: Any) -> Any:
+    if x is None:
+        return None
+    one = jax.ShapeDtypeStruct((1, 1), jnp.float32)
+    try:
+        hash(x)  # it is compiled into the program
+        jax.eval_shape(partial(jnp.matmul, precision=x), one, one)
+    except (TypeError, ValueError) as error:
+        messages.fail(
+            function, "precision must be one of jax.lax.dot_general's", repr(x), str(error)
+        )
+    return x
+
+
+def check_reduction(function: str, x: Any) -> None:
+    messages.word(function, "reduction", x, REDUCTIONS)
+
+
+def chunk_size(function: str, x: Any, default: int, most: int) -> int:
+    """At most as many as there are."""
+    return min(messages.integer(function, "chunk_size", x, 1, None, default=default), max(1, most))
+
+
+# What logits are divided by: past these, it or its reciprocal is 0 in float32.
+DIVISORS = (float(jnp.finfo(jnp.float32).tiny), 1 / float(jnp.finfo(jnp.float32).tiny))
+
+
+def scaling(function: str, cap: Any, x: Any, dtype) -> tuple[float | None, Any]:
+    """The soft cap and the temperature, which may be a traced scalar of ``dtype``."""
+    if cap is not None:
+        if isinstance(cap, int | float) and cap == 0:
+            rule = "logit_softcap must be positive, or None"
+            messages.fail(function, rule, repr(cap), "No cap is logit_softcap=None.")
+        cap = messages.number(function, "logit_softcap", cap, *DIVISORS)
+    x = temperature(function, x, dtype)
+    if cap is not None and not isinstance(x, Array):
+        most = float(jnp.finfo(jnp.float32).max)
+        messages.number(function, "logit_softcap / temperature", cap / x, 0, most)
+    return cap, x
+
+
+def temperature(function: str, x: Any, dtype) -> Any:
+    return messages.scalar(function, "temperature", x, *DIVISORS, 1.0, dtype)
+
+
+def smoothing(function: str, x: Any, dtype) -> Any:
+    return messages.scalar(function, "label_smoothing", x, 0, 1, 0.0, dtype)
+
+
+def check_z_loss(function: str, x: Any, dtype) -> Any:
+    return messages.scalar(function, "z_loss", x, 0, sys.float_info.max, 0.0, dtype)
+
+
+def empty_mean(function: str, x: Any) -> float | None:
+    return None if x is None else messages.number(function, "empty_mean", x)
+
+
+def check_bucket(function: str, labels: Any, weight: Any, label_smoothing: Any) -> None:
+    plain = weight is None and not isinstance(label_smoothing, Array) and label_smoothing == 0
+    if getattr(labels, "rest", None) == "bucket" and not plain:
+        rule = "labels with rest='bucket' take neither weight nor label_smoothing"
+        got = f"weight {'None' if weight is None else 'given'}, label_smoothing {label_smoothing}"
+        messages.fail(
+            function, rule, got, "One class stands for many: it has no weight of its own."
+        )
+
+
+IGNORED = -100  # the default, which every call gives
+
+
+def ignored(function: str, x: Any, labels: Any = None) -> int | None:
+    """``labels``: probabilities and booleans have no label that is ignored."""
+    x = None if x is None else messages.index(function, "ignore_index", x, "an int or None")
+    given = x not in (None, IGNORED)
+    if given and isinstance(labels, Array) and not jnp.issubdtype(labels.dtype, jnp.integer):
+        other = "" if function in WITHOUT_SAMPLE_WEIGHT else "sample_weight or "
+        way_out = f"Leave entries out by {other}where, shaped as the losses."
+        got = f"ignore_index {x} beside labels {messages.describe(labels)}"
+        messages.fail(function, "ignore_index is for labels of an integer dtype", got, way_out)
+    return x
+
+
+def mesh_axes(function: str, name: str, x: Any) -> mesh.Axes:
+    """Names of axes of the surrounding ``shard_map``."""
+    names = () if x is None else (x,) if isinstance(x, str) else x
+    if not isinstance(names, tuple | list) or not all(isinstance(n, str) for n in names):
+        rule = f"{name} must be the name of a mesh axis, or a tuple of names"
+        messages.fail(function, rule, repr(x), kind=TypeError)
+    manual = jax.sharding.get_abstract_mesh().manual_axes
+    for n in names:
+        if n not in manual:
+            by_hand = _by_hand(function, name, n)
+            messages.fail(
+                function,
+                f"{name} must name axes of the surrounding shard_map",
+                f"{n!r}, inside of {'shard_map over ' + str(manual) if manual else 'none'}",
+                f"Of vmap or pmap: {by_hand}." if by_hand and mesh.is_bound(n) else "",
+            )
+    if len(set(names)) != len(names):
+        messages.fail(function, f"{name} must name each axis once", repr(x))
+    return tuple(names)
+
+
+def check_split(
+    function: str,
+    name: str,
+    split_array: Array,
+    of_tokens: dict[str, Any],
+    vocab_axes: mesh.Axes,
+    token_axes: mesh.Axes,
+) -> None:
+    """The types must say what the names say: gradients are sums over what the types leave out."""
+    way_out = "Split it in in_specs."
+    for axis in vocab_axes:
+        if axis in token_axes:
+            rule = "vocab_axis_name and token_axis_name must differ"
+            messages.fail(function, rule, f"{axis!r} in both")
+        if axis not in mesh.varies_over(split_array):
+            _check_types(function, "vocab_axis_name", axis)
+            rule = f"{name} must be split over vocab_axis_name"
+            messages.fail(function, rule, f"{name} the same on all devices along {axis!r}", way_out)
+        for other, x in of_tokens.items():
+            if axis in mesh.varies_over(x):
+                rule = f"{other} must be the same on all devices along vocab_axis_name"
+                messages.fail(function, rule, f"{other} that varies over {axis!r}")
+    arrays = (split_array, *of_tokens.values())
+    names = [other for other, x in of_tokens.items() if x is not None]
+    given = mesh.varies_over(arrays)
+    for axis in token_axes:
+        if axis not in given:
+            _check_types(function, "token_axis_name", axis)
+            messages.fail(
+                function,
+                "the tokens must be split over token_axis_name",
+                f"{', '.join((name, *names))} the same on all devices along {axis!r}",
+                way_out,
+            )
+
+
+def _check_types(function: str, name: str, axis: str) -> None:
+    """Refuses where no type says what is split over the axis, so that nothing is known of it."""
+    if not mesh.is_typed(axis):
+        rule = f"{name} needs types that say what is split over {axis!r}"
+        got = "none, as inside of jax.pmap and of shard_map with check_vma=False"
+        ways = ("For that keep shard_map's check_vma=True", _by_hand(function, name, axis))
+        messages.fail(function, rule, got, f"{', or '.join(filter(None, ways))}.")
+
+
+def _by_hand(function: str, name: str, axis: str) -> str:
+    """What takes the place of ``token_axis_name``; nothing does of ``vocab_axis_name``."""
+    if name != "token_axis_name":
+        return ""
+    if function in ("metric_sums", "total_weight"):
+        return f"leave {name} out and write jax.lax.psum({function}(...), {axis!r})"
+    divisor = "the tokens' weights" if "divergence" in function else "total_weight(...)"
+    return (
+        f"leave {name} out: take reduction='sum', divide it by jax.lax.psum of {divisor} over "
+        f"{axis!r}, differentiate that, and jax.lax.psum the loss and its gradients"
+    )
+
+
+def product_operands(
+    function: str, hidden: Any, kernel: Any, bias: Any, vocab_axis: Any, of: str = ""
+) -> tuple[Array, Array, Array | None, int]:
+    """Checked: hidden, kernel, bias and the vocab axis; ``of`` goes before each of their names."""
+    hidden = messages.floating(function, f"{of}hidden", hidden)
+    order = f"{of}hidden, {of}kernel"
+    kernel = messages.floating(function, f"{of}kernel", kernel, order=order)
+    if hidden.ndim == 0:
+        messages.fail(function, f"{of}hidden must be [..., D]", messages.describe(hidden))
+    if kernel.ndim != 2:
+        rule = f"{of}kernel must be [D, V], or [V, D] with {of}vocab_axis=0"
+        messages.fail(function, rule, messages.describe(kernel))
+    name_of = f"{of}vocab_axis"
+    axes = messages.class_axes(function, kernel, f"{of}kernel", vocab_axis, name_of=name_of)
+    if len(axes) != 1:
+        messages.fail(function, f"{name_of} must be one axis", f"{vocab_axis}")
+    vocab_axis = axes[0]
+    size, columns = kernel.shape[1 - vocab_axis], kernel.shape[vocab_axis]
+    if hidden.shape[-1] != size:
+        transposed = hidden.shape[-1] == columns
+        messages.fail(
+            function,
+            f"{of}kernel must have {of}hidden's last dimension, D = {hidden.shape[-1]}, at axis "
+            f"{1 - vocab_axis}",
+            f"{of}hidden {messages.describe(hidden)}, {of}kernel {messages.describe(kernel)}",
+            f"For a kernel of this shape set {name_of}={1 - vocab_axis}." if transposed else "",
+        )
+    if hidden.dtype != kernel.dtype:
+        messages.fail(
+            function,
+            f"{of}hidden and {of}kernel must have one dtype",
+            f"{hidden.dtype} and {kernel.dtype}",
+            "Cast one of them: a silent cast could copy the whole kernel.",
+            TypeError,
+        )
+    if bias is not None:
+        bias = messages.floating(function, f"{of}bias", bias)
+        messages.shape(function, f"{of}bias", bias, (columns,), f"one entry a column of {of}kernel")
+    return hidden, kernel, bias, vocab_axis
+
+
+class TokenArrays(NamedTuple):
+    labels: Any
+    weight: Array | None
+    sample_weight: Array | None
+    class_mask: Array | None
+    token_mask: Array | None
+
+
+class TokenArguments(NamedTuple):
+    arrays: TokenArrays
+    static: dict[str, Any]
+    of_tokens: dict[str, Any]  # what has one entry a token, by name
+
+
+def token_arguments(
+    function: str,
+    name: str,
+    logits: Any,  # an Array, or what one would be: it is asked for its shape and dtype alone
+    labels: Any,
+    axis: Any,
+    weight: Any,
+    ignore_index: Any,
+    sample_weight: Any,
+    where: Any,
+    reduction: Any,
+    classes: Any = None,
+    vocab_axes: mesh.Axes = (),
+    *,
+    of_nothing: Any = None,
+) -> TokenArguments:
+    """The arguments that the losses of logits share; ``name`` is what they call their logits.
+
+    ``classes``: C, by default all columns of the logits, on all devices along ``vocab_axes``.
+    ``of_nothing``: ``empty_mean``.
+    """
+    axes = messages.class_axes(function, logits, name, axis)
+    check_reduction(function, reduction)
+    columns = messages.num_classes(logits, axes) * mesh.size(vocab_axes)
+    classes = messages.integer(function, "num_classes", classes, 0, columns, default=columns)
+    labels = _labels(function, name, logits, axes, labels)
+    weight = class_weight(function, weight, classes)
+    sample_weight = check_sample_weight(function, sample_weight, messages.batch_shape(logits, axes))
+    class_mask, token_mask = masks(function, name, where, logits, axes)
+    of_tokens = None
+    if isinstance(labels, TopKLabels):
+        of_tokens = labels.indices
+    elif jnp.issubdtype(labels.dtype, jnp.integer):
+        of_tokens = labels
+    return TokenArguments(
+        TokenArrays(labels, weight, sample_weight, class_mask, token_mask),
+        {
+            "axes": axes,
+            "num_classes": classes,
+            "ignore_index": ignored(function, ignore_index, labels),
+            "reduction": reduction,
+            "empty_mean": empty_mean(function, of_nothing),
+        },
+        {
+            "labels": of_tokens,
+            "sample_weight": sample_weight,
+            "where": token_mask,
+        },
+    )
+
+
+def gamma(function: str, x: Any) -> float:
+    return messages.number(function, "gamma", x, 0)
+
+
+def scalars(
+    function: str, label_smoothing: Any, z_loss: Any, logit_softcap: Any, temperature: Any, wide
+) -> tuple[Scalars, float | None, float]:
+    """(what may be traced, the soft cap, a temperature that is a Python number)."""
+    cap, temperature = scaling(function, logit_softcap, temperature, wide)
+    traced = isinstance(temperature, Array)
+    numbers = Scalars(
+        smoothing(function, label_smoothing, wide),
+        check_z_loss(function, z_loss, wide),
+        temperature if traced else 1.0,
+    )
+    return numbers, cap, 1.0 if traced else temperature

@@ -1,0 +1,147 @@
+"""Which schedule takes a product's loss, in chunks of how much, and whether a kernel runs in it."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jaxloss._checks import arguments, messages
+from jaxloss._linear import packing, vocab_blocks
+from jaxloss._numerics import logits
+from jaxloss._tokens import targets
+from jaxloss._types import IMPLEMENTATIONS, Implementation, Scalars, TopKLabels
+from jaxloss._xla import device
+
+KERNELS = ("mosaic_tpu", "mosaic_gpu")
+FEW = 16  # tokens a chunk, too few for products that read the whole kernel
+
+
+class Size(NamedTuple):
+    """What one device has of the product."""
+
+    tokens: Any  # jax.export may leave it open
+    features: int
+    vocab: int  # columns of the kernel
+    columns: int  # those of them that may be classes
+    padded: bool  # which of these are no classes is not static: it depends on the device
+
+
+class Asked(NamedTuple):
+    """What of a call a kernel may have no form of."""
+
+    dtype: Any
+    labels: Any
+    class_mask: Any
+    scalars: Scalars
+    scaling: logits.Scaling | None
+    with_stats: bool
+    weight: bool  # of classes
+    none: bool  # the reduction
+
+
+class Choice(NamedTuple):
+    by_tokens: bool
+    chunk: int  # tokens, or classes
+    fused: bool
+
+
+def choose(
+    call: str,
+    implementation: Any,
+    chunk_size: Any,
+    size: Size,
+    asked: Asked,
+    *,
+    whole: bool,
+) -> Choice:
+    """Checked. ``whole``: no partitioner may split arrays."""
+    bucket = getattr(asked.labels, "rest", None) == "bucket"
+    divided = isinstance(asked.scalars.temperature, Array)
+    chip = _kernel_here()
+    by_rule = implementation is None and chunk_size is None
+    wanted = chip if by_rule else implementation if implementation in KERNELS else None
+    beyond = _beyond(wanted, asked) if wanted else []
+    # By its name it is taken where arrays may be split too: JAX then says that it cannot be.
+    fused = wanted and not beyond and not size.padded and (implementation or whole)
+    fused = bool(fused and _fits(wanted, size))
+    tokens = packing.size_to_plan_for(size.tokens)
+    rows = _rows(asked)
+    name = implementation
+    if name is None and fused and wanted == "mosaic_tpu":
+        name = wanted
+    elif name is None:
+        few = packing.default_chunk(tokens, size.columns, rows=rows) < min(FEW, tokens)
+        name = "vocab_blocks" if few and not bucket and not divided else "token_chunks"
+    messages.word(call, "implementation", name, IMPLEMENTATIONS)
+    if bucket and name == "vocab_blocks":
+        rule = "labels with rest='bucket' need implementation='token_chunks'"
+        messages.fail(call, rule, repr(name))
+    if divided and name == "vocab_blocks":
+        rule = "a temperature that is an array needs implementation='token_chunks'"
+        messages.fail(call, rule, repr(name), "Give a Python number, or leave implementation out.")
+    if name in KERNELS and beyond:
+        where = "a TPU" if name == "mosaic_tpu" else "a Hopper GPU"
+        rule = f"implementation={name!r} takes class indices and bfloat16 operands on {where}"
+        messages.fail(call, rule, ", ".join(beyond), "Leave implementation out.")
+    by_tokens = name == "token_chunks"
+    if by_tokens:
+        most = tokens
+        default = packing.default_chunk(tokens, size.columns, size.features, rows)
+    else:
+        most, default = size.columns, vocab_blocks.default_block(tokens, size.columns)
+    return Choice(by_tokens, arguments.chunk_size(call, chunk_size, default, most), fused)
+
+
+def _rows(asked: Asked) -> float:
+    """What a token of a chunk holds."""
+    return packing.rows_held(
+        asked.dtype,
+        none=asked.none,
+        probabilities=targets.is_probabilities(asked.labels),
+        top=isinstance(asked.labels, TopKLabels),
+        weight=asked.weight,
+        smoothing=not targets.is_zero(asked.scalars.label_smoothing),
+        mask=asked.class_mask is not None,
+        statistics=asked.with_stats,
+        scaling=asked.scaling is not None or isinstance(asked.scalars.temperature, Array),
+    )
+
+
+def _kernel_here() -> Implementation | None:
+    """The name of the kernel for this backend."""
+    if jax.default_backend() == "tpu":
+        return "mosaic_tpu"
+    return "mosaic_gpu" if device.is_hopper() else None
+
+
+def _beyond(name: Any, asked: Asked) -> list[str]:
+    """What of a call the kernel ``name`` has no form of."""
+    backend, chip = jax.default_backend(), jax.devices()[0].device_kind
+    divided = isinstance(asked.scalars.temperature, Array)
+    old = not (device.is_recent_tpu() if name == "mosaic_tpu" else device.is_hopper())
+    other = backend != name.removeprefix("mosaic_")
+    cases = (
+        (f"the backend {backend}", other),
+        (f"a {chip}", old and not other),
+        (f"operands of {asked.dtype}", asked.dtype != jnp.bfloat16),
+        ("labels that are no class indices", not targets.is_indices(asked.labels)),
+        ("where over classes", asked.class_mask is not None),
+        ("label_smoothing", not targets.is_zero(asked.scalars.label_smoothing)),
+        ("a soft cap or a temperature", asked.scaling is not None or divided),
+        ("statistics", asked.with_stats),
+    )
+    return [what for what, here in cases if here]
+
+
+def _fits(name: Any, size: Size) -> bool:
+    if not isinstance(size.tokens, int) or min(size.tokens, size.columns) == 0:
+        return False  # a batch that jax.export leaves open has no tiles
+    # Pallas: a third of the whole import.
+    if name == "mosaic_gpu":
+        from jaxloss._kernels import linear_gpu
+
+        return linear_gpu.takes(size.tokens, size.features, size.vocab)
+    from jaxloss._kernels import linear_tpu
+
+    return linear_tpu.tiles(size.tokens, size.features) is not None

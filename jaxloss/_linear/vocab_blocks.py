@@ -1,0 +1,423 @@
+"""The row losses of ``hidden @ kernel``, a block of the vocabulary at a time.
+
+Parts of disjoint classes merge, so the log-sum-exp takes one product, block by block. The gradient
+computes each block's logits again and takes two more: four in all. Neither the logits nor a float32
+d_kernel is held: a block of d_kernel is final when it is written, in the kernel's own dtype.
+
+Letters: N tokens, D features, V columns of the kernel, C classes, B columns of a block.
+"""
+
+import math
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental.layout import Layout, with_layout_constraint
+
+from jaxloss._linear import packing, product_kernel
+from jaxloss._linear import product as _product
+from jaxloss._numerics import logits as _logits
+from jaxloss._numerics import parts, passes, ranking
+from jaxloss._numerics import rows as _rows
+from jaxloss._tokens import targets
+from jaxloss._xla import indexing, mesh
+from jaxloss._xla.derivatives import jvp_of_moving, with_forward_mode
+
+_ROWS = Layout(major_to_minor=(0, 1))
+
+
+class Operands(NamedTuple):
+    """What is differentiated, None where there is none; or something for each of them."""
+
+    hidden: Any  # [N, D]
+    kernel: Any  # [D, V], or [V, D] for vocab_axis 0
+    bias: Any  # [V]
+    probabilities: Any  # [N, C]
+    weight: Any  # [C]
+    share: Any  # [1, 1] or [N, 1], of every class
+    extra: Any  # [N, k]
+
+
+class Constants(NamedTuple):
+    """What is not."""
+
+    kept: Any  # [N], C: no such class; None: probabilities
+    mask: Any  # [R, C], the classes that exist, one row for all tokens or
+    mask_row: Any  # [N], each token's row of the mask
+    index: Any  # [N, k], of extra
+    counts: Any  # [N], the tokens that count; None: all, as far as the kernel goes
+    some: Any = None  # [R], the mask's rows that have a class; in the others all classes are taken
+    asked: Any = None  # [N], the tokens whose probabilities are read: of the others 0; None: all
+
+
+class Options(NamedTuple):
+    """What is static. ``geometry.chunk`` is B."""
+
+    geometry: _product.Geometry
+    label_smoothing: float
+    scaling: _logits.Scaling | None
+    want: tuple[str, ...]
+    predict: bool
+    dtype: Any  # of the accumulators
+    fused: bool  # the log-sum-exp by the kernel for this backend
+
+
+def default_block(num_tokens: int, num_classes: int) -> int:
+    """Columns a block: the power of two whose float32 logits fit the backend's budget."""
+    backend = jax.default_backend()
+    budget = {"cpu": 8, "tpu": 32}.get(backend, 64) * 2**20
+    # Each block adds to the float32 d_hidden, 8 bytes of traffic beside 6 B operations: by a TPU
+    # v6e's peak rates as long as the products of 770 columns.
+    least = 1024 if backend == "tpu" else 128
+    block = 2 ** int(math.log2(max(least, budget // (4 * max(1, num_tokens)))))
+    return max(1, min(block, num_classes))
+
+
+def _over_blocks(classes: int, block: int, step, combine, begin=lambda first: first) -> Any:
+    """``combine(state, step(start, size))`` over all blocks but the first, which is short, and of
+    which the state is made."""
+    first = classes % block or block
+    state = begin(step(0, first))
+    if first == classes:
+        return state
+
+    def body(state, i):
+        compute = jax.checkpoint(partial(step, size=block), prevent_cse=False)
+        return combine(state, compute(first + i * block)), None
+
+    return lax.scan(body, state, jnp.arange((classes - first) // block, dtype=jnp.int32))[0]
+
+
+def _sealed(sweep):
+    """``sweep``, a function of arrays alone, in one piece to the policies of ``jax.checkpoint``.
+
+    Its products are those of a scan, which ``dots_saveable`` would save: all logits. A policy does
+    not look into a function that has a derivative of its own.
+    """
+    return passes.with_derivative_of(sweep, sweep)
+
+
+def _cut(x: Any, start, size: int, axis: int = -1) -> Any:
+    return None if x is None else lax.dynamic_slice_in_dim(x, start, size, axis)
+
+
+def _block(
+    options: Options, operands: Operands, constants: Constants, start, size: int
+) -> parts.Rows:
+    geometry = options.geometry
+    kept = constants.kept
+    if kept is not None:
+        kept = indexing.within(kept, start, size)
+    mask = _cut(constants.mask, start, size)
+    if mask is not None and constants.some is not None:
+        mask |= ~constants.some[:, None]
+    if mask is not None and constants.mask_row is not None:
+        mask = mask[constants.mask_row]
+    logits = _product.product(
+        operands.hidden,
+        _cut(operands.kernel, start, size, geometry.vocab_axis),
+        _cut(operands.bias, start, size),
+        geometry._replace(num_classes=size),
+    )
+    some = (_cut(operands.probabilities, start, size), _cut(operands.weight, start, size))
+    top = None
+    if operands.extra is not None:
+        top = (indexing.within(constants.index, start, size), operands.extra)
+    soft = _soft(options, mask, constants.asked, size, *some, operands.share)
+    return parts.Rows(logits, kept, soft, mask, top)
+
+
+def _soft(options: Options, mask, asked, size: int, probabilities, weight, share) -> Any:
+    wide = options.dtype
+    if asked is not None:
+        probabilities = jnp.where(asked[:, None], probabilities, 0)
+    soft = targets.soft_targets(
+        probabilities, share, mask, weight, options.label_smoothing, size, wide
+    )
+    return indexing.of_rank(soft, 2)
+
+
+def _swept(options: Options, operands: Operands, constants: Constants):
+    """(RowPart, the highest logits, the labels' logits): one product, block by block."""
+    labelled = constants.kept is not None
+
+    def step(start, size):
+        b = _block(options, operands, constants, start, size)
+        part = parts.row_part(b, options.scaling, options.want, kernel_bytes=4)
+        best = of_label = None
+        if options.predict:
+            best = ranking.highest(b.logits, b.mask, start)
+            if labelled:
+                of_label = indexing.entry(_unscaled(b), b.kept)
+                of_label = jnp.where(b.kept < size, of_label, 0)
+        return part._replace(kept=part.kept + start), best, of_label
+
+    def combine(state, new):
+        (part, best, of_label), (new_part, new_best, new_of_label) = state, new
+        if best is not None:
+            better = new_best[0] > best[0]
+            best = jax.tree.map(partial(jnp.where, better), new_best, best)
+        if of_label is not None:
+            of_label += new_of_label
+        return parts.merge(part, new_part, labelled, options.scaling), best, of_label
+
+    geometry = options.geometry
+    part, best, of_label = _over_blocks(geometry.num_classes, geometry.chunk, step, combine)
+    return part._replace(kept=constants.kept) if labelled else part, best, of_label
+
+
+def _fused(options: Options, operands: Operands, constants: Constants) -> parts.RowPart:
+    """The RowPart alone, of labels, by the kernel."""
+
+    def swept(hidden, kernel, bias, kept, _):
+        some = Operands(hidden, kernel, bias, None, None, None, None)
+        return _swept(options, some, Constants(kept, None, None, None, None))[0][:3]
+
+    kept = constants.kept
+    by_kernel = partial(product_kernel.row_part, options.geometry)
+    part = passes.with_derivative_of(swept, by_kernel)
+    m, s, x_kept = part(*operands[:3], kept, constants.counts)
+    return parts.RowPart(m, s, x_kept, kept)
+
+
+def _forward(options: Options, operands: Operands, constants: Constants):
+    """((RowLosses, prediction, rank), RowState). One product, and one for the rank."""
+    geometry = options.geometry
+    operands = operands._replace(kernel=_product.gathered(operands.kernel, geometry))
+    classes, axes = geometry.num_classes, geometry.vocab_axes
+    best = of_label = None
+    if options.fused:
+        part = _fused(options, operands, constants)
+    else:
+        part, best, of_label = _sealed(partial(_swept, options))(operands, constants)
+    labelled = constants.kept is not None
+    part = parts.merge_shards(part, axes, labelled, classes, options.scaling)
+    losses, state = _rows.finish(part, options.want, options.scaling)
+    prediction = rank = None
+    if best is not None:
+        first = mesh.first(classes, axes)
+        prediction = ranking.class_of(best[0], best[1] + first, axes)
+    if of_label is not None:
+        rank = _sealed(partial(_rank, options))(operands, constants, of_label)
+    return (losses, prediction, rank), state
+
+
+def _unscaled(b: parts.Rows) -> Array:
+    return _logits.widen(lax.stop_gradient(b.logits), b.mask, None)
+
+
+def _rank(options: Options, operands: Operands, constants: Constants, of_label: Array) -> Array:
+    """The labels' ranks, from a sweep of its own: which logits are larger is known only once all
+    blocks have been searched for the label. Where nobody reads it, XLA leaves the sweep out."""
+    geometry = options.geometry
+    axes = geometry.vocab_axes
+    first = mesh.first(geometry.num_classes, axes)
+    label, of_label, found = ranking.found_label(
+        constants.kept, of_label, geometry.num_classes, first, axes
+    )
+
+    def step(start, size):
+        b = _block(options, operands, constants, start, size)
+        return ranking.ahead(_unscaled(b), of_label, label - first - start)
+
+    before = _over_blocks(geometry.num_classes, geometry.chunk, step, jnp.add)
+    return jnp.where(found, lax.psum(before, axes) if axes else before, -1)
+
+
+def _at_block(state: _rows.RowState, start, size: int) -> _rows.RowState:
+    return state._replace(kept=indexing.within(state.kept, start, size))
+
+
+def _gradients(
+    options: Options,
+    active: Operands,
+    operands: Operands,
+    constants: Constants,
+    state: _rows.RowState,
+    ct: _rows.RowLosses,
+) -> Operands:
+    """The gradients of ``sum(ct * losses)`` for the ``active`` operands. Three products."""
+    geometry = options.geometry
+    whole = operands._replace(kernel=_product.gathered(operands.kernel, geometry))
+    sweep = partial(_swept_gradients, options, active)
+    if constants.counts is None:
+        total = sweep(whole, constants, state, ct)
+    else:
+        total = _of_those_that_count(sweep, whole, constants, state, ct)
+    kernel = _product.scattered(total.kernel, geometry)
+
+    def settled(g, x):
+        return None if g is None else mesh.sum_except(g, mesh.varies_over(x)).astype(x.dtype)
+
+    return Operands(*map(settled, total._replace(kernel=kernel), operands))
+
+
+def _of_those_that_count(sweep, operands: Operands, constants: Constants, state, ct) -> Operands:
+    """The sweep over a quarter, a half or all of the tokens, the fewest that hold those that count.
+
+    An array's size is static: each is a program of its own.
+    """
+    counts, tokens = constants.counts, constants.counts.size
+    order, places = packing.counted_first(counts), packing.places(counts)
+    sizes = sorted({-(-tokens // 4), -(-tokens // 2), tokens})
+
+    def of(size):
+        if size == tokens:
+            return sweep(operands, constants, state, ct)
+        own = operands.hidden, constants.kept, state, ct
+        first = partial(packing.in_order, order=order[:size])
+        hidden, kept, *rows = jax.tree.map(first, own)
+        total = sweep(operands._replace(hidden=hidden), constants._replace(kept=kept), *rows)
+        return total._replace(hidden=packing.taken(total.hidden, places))
+
+    # Nothing in a sweep communicates: each device of a mesh has a size of its own.
+    number = jnp.sum(counts, dtype=jnp.int32)
+    given = operands, constants, state, ct
+    operands, constants, state, ct = mesh.varying(given, mesh.varies_over(number))
+    which = sum((number > size).astype(jnp.int32) for size in sizes[:-1])
+    return lax.switch(which, [partial(of, size) for size in sizes])
+
+
+def _swept_gradients(
+    options: Options,
+    active: Operands,
+    operands: Operands,
+    constants: Constants,
+    state: _rows.RowState,
+    ct: _rows.RowLosses,
+) -> Operands:
+    """This device's part, float32 where it is a sum over blocks."""
+    geometry = options.geometry
+
+    def step(start, size):
+        given = operands, constants, _at_block(state, start, size), ct
+        return start, _block_gradients(options, active, *given, start, size)
+
+    def combine(total, new):
+        start, new = new
+
+        def put(x, g, axis=-1):
+            if x is None:
+                return None
+            return lax.dynamic_update_slice_in_dim(x, g.astype(x.dtype), start, axis)
+
+        return Operands(
+            parts.added(total.hidden, new.hidden),
+            put(total.kernel, new.kernel, geometry.vocab_axis),
+            put(total.bias, new.bias),
+            put(total.probabilities, new.probabilities),
+            put(total.weight, new.weight),
+            parts.added(total.share, new.share),
+            parts.added(total.extra, new.extra),
+        )
+
+    def begin(first):
+        _, new = first
+        # Of these there is a sum over blocks; of the others each block has its own.
+        own = new._replace(hidden=None, share=None, extra=None)
+        blank = (
+            None if g is None else jnp.zeros_like(x) for g, x in zip(own, operands, strict=True)
+        )
+        return combine(Operands(*blank), first)
+
+    return _over_blocks(geometry.num_classes, geometry.chunk, step, combine, begin)
+
+
+def _block_gradients(
+    options: Options,
+    active: Operands,
+    operands: Operands,
+    constants: Constants,
+    state: _rows.RowState,
+    ct: _rows.RowLosses,
+    start,
+    size: int,
+) -> Operands:
+    """Of the block's own columns of what has them; ``state`` is the block's."""
+    geometry, hidden = options.geometry, operands.hidden
+    b = _block(options, operands, constants, start, size)
+    kernel = _cut(operands.kernel, start, size, geometry.vocab_axis)
+    if options.fused and jax.default_backend() == "tpu" and not active.bias:
+        bias = _cut(operands.bias, start, size)
+        columns = geometry._replace(num_classes=size)
+        dx = product_kernel.slope(columns, hidden, kernel, bias, _rows.slope_rows(state, ct))
+    else:
+        dx = _rows.row_gradient(b, state, options.scaling, ct)
+    d_bias = jnp.sum(dx, axis=0) if active.bias else None
+    # Formed in float32, narrowed once: the products take the operands' dtype.
+    dx = dx.astype(hidden.dtype)
+    d_hidden = _product.d_hidden(dx, kernel, geometry) if active.hidden else None
+    d_kernel = _product.d_kernel(dx, hidden, geometry) if active.kernel else None
+    if d_kernel is not None and jax.default_backend() == "tpu":
+        # XLA:TPU may hold all of d_kernel transposed in the loop otherwise, and copy it after.
+        # There alone: a program with a layout in it is exported only where that is allowed.
+        d_kernel = with_layout_constraint(d_kernel.astype(kernel.dtype), _ROWS)
+    d_probabilities = d_weight = d_share = d_extra = None
+    if ct.soft is not None and active.extra:
+        slope = _rows.top_gradient(b, state, options.scaling)
+        d_extra = _rows.asked_for(ct.soft, slope)
+    dense = active.probabilities or active.weight or active.share
+    if ct.soft is not None and b.soft is not None and dense:
+        slope = _rows.soft_gradient(b, state, options.scaling)
+        slope = _rows.asked_for(ct.soft, slope)
+        soft_b, pullback = jax.vjp(
+            partial(_soft, options, b.mask, constants.asked, size),
+            _cut(operands.probabilities, start, size),
+            _cut(operands.weight, start, size),
+            operands.share,
+        )
+        d_probabilities, d_weight, d_share = pullback(_rows.sum_to(slope, soft_b))
+    return Operands(d_hidden, d_kernel, d_bias, d_probabilities, d_weight, d_share, d_extra)
+
+
+def _tangents(options: Options, residuals, tangents) -> _rows.RowLosses:
+    operands, constants, state = residuals
+    geometry = options.geometry
+
+    def step(start, size):
+        def of_operands(*args):
+            full = Operands(*args)
+            full = full._replace(kernel=_product.gathered(full.kernel, geometry))
+            b = _block(options, full, constants, start, size)
+            return (b.logits, b.soft, b.top and b.top[1]), (b.mask, b.top)
+
+        out, moved, (mask, top) = jvp_of_moving(of_operands, operands, tangents, has_aux=True)
+        (x, soft, _), (dx, d_soft, d_extra) = out, moved
+        here = _at_block(state, start, size)
+        rows = parts.Rows(x, soft=soft, mask=mask, top=top)
+        return _rows.row_tangents(rows, here, options.scaling, options.want, dx, d_soft, d_extra)
+
+    combine = partial(jax.tree.map, jnp.add)
+    total = _over_blocks(geometry.num_classes, geometry.chunk, step, combine)
+    return mesh.sums(total, geometry.vocab_axes) if geometry.vocab_axes else total
+
+
+def row_losses_by_block(options: Options, operands: Operands, constants: Constants):
+    """``(RowLosses, prediction, rank)``, [N] each, as ``rows.row_losses`` of the logits."""
+    count = len(operands)
+
+    def function(*args):
+        return _forward(options, Operands(*args[:count]), Constants(*args[count:]))[0]
+
+    def forward(*args):
+        values = [None if a is None else a.value for a in args]
+        # A flag must be static to choose the products: () and None have no leaves.
+        flags = tuple(() if a is not None and a.perturbed else None for a in args)
+        nested = Operands(*values[:count]), Constants(*values[count:])
+        out, state = _forward(options, *nested)
+        return out, (*nested, state, flags)
+
+    def backward(residuals, ct):
+        operands, constants, state, flags = residuals
+        active = Operands(*(flag is not None for flag in flags[:count]))
+        grads = _gradients(options, active, operands, constants, state, ct[0])
+        return (*grads, *(None for _ in Constants._fields))
+
+    def tangent(residuals, tangents):
+        return _tangents(options, residuals[:-1], tangents[:count])
+
+    rule = jax.custom_vjp(function)
+    rule.defvjp(forward, backward, symbolic_zeros=True)
+    return with_forward_mode(rule, tangent)(*operands, *constants)

@@ -1,0 +1,181 @@
+"""What a binary decision is made of: sigmoids, their logarithms, and the focal loss's half of one.
+
+Each has its derivatives in closed form, so that no factor of a second derivative is infinite where
+another one is 0.
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.custom_derivatives import SymbolicZero
+
+from jaxloss._xla.math import exp, exp_of_nonpositive, log, log1p
+
+
+@jax.custom_jvp
+def sigmoids(x: Array) -> tuple[Array, Array]:
+    """``sigmoid(-x)`` and ``sigmoid(x)``."""
+    e = exp_of_nonpositive(-jnp.abs(x))
+    large = 1 / (1 + e)
+    small = e * large
+    return jnp.where(x > 0, small, large), jnp.where(x > 0, large, small)
+
+
+@sigmoids.defjvp
+def _sigmoids_jvp(primals, tangents):
+    down, up = sigmoids(*primals)
+    slope = down * up * tangents[0]
+    return (down, up), (-slope, slope)
+
+
+@jax.custom_jvp
+def softplus(x: Array) -> tuple[Array, Array]:
+    """``softplus(-x)`` and ``softplus(x)``.
+
+    Their own rule: JAX's second derivative of ``max(x, 0) + log1p(exp(-|x|))`` is 0 at 0.
+    """
+    above = log1p(exp_of_nonpositive(-jnp.abs(x)))
+    return jnp.maximum(-x, 0) + above, jnp.maximum(x, 0) + above
+
+
+@softplus.defjvp
+def _softplus_jvp(primals, tangents):
+    down, up = sigmoids(*primals)
+    return softplus(*primals), (-down * tangents[0], up * tangents[0])
+
+
+class _Terms(NamedTuple):
+    """With ``S`` the sigmoid and ``u = y S(-x) + z S(x)``; x, y and z each move alone."""
+
+    log_u: Array
+    no: Array  # S(-x)
+    yes: Array  # S(x)
+    n: Array  # -log S(x)
+    n_no: Array  # -log S(-x)
+    of_y: Array  # y S(-x) / u: of_x is -of_y of_z
+    of_z: Array  # z S(x) / u, the rest
+    slope: Array  # of log u by x
+    ratio: Array  # n / S(-x), at least 1: of_x is ratio S(x) - 1
+
+
+def _terms(x: Array, y: Array, z: Array) -> _Terms:
+    no, yes = sigmoids(x)
+    n, n_no = softplus(x)
+    u, tiny = y * no + z * yes, jnp.finfo(x.dtype).tiny
+    # A negative u (of a "probability" past 1) has no logarithm, and stays NaN.
+    underflows = (u >= 0) & (u < tiny)
+    divisor = jnp.where(underflows, 1, u)
+    log_u = jnp.where(underflows, -jnp.abs(x), log(divisor))
+    # Where u underflows, one of its terms is 0 by its label, and the other is all of u.
+    of_y = jnp.where(underflows, jnp.where(y == 0, 0, 1), y * no / divisor)
+    of_z = jnp.where(underflows, jnp.where(y == 0, 1, 0), z * yes / divisor)
+    bounded = _bounded(n)
+    ratio = jnp.where(no < tiny, 1, bounded / jnp.where(no < tiny, 1, no))
+    return _Terms(log_u, no, yes, n, n_no, of_y, of_z, of_z * no - of_y * yes, ratio)
+
+
+def _bounded(n: Array) -> Array:
+    """``n`` for a product with what is 0 where n is large: the slope of a wrong entry's u."""
+    return jnp.minimum(n, 1e4)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(3,))
+def focal_half(x: Array, y: Array, z: Array, gamma: float) -> Array:
+    """``u^gamma y n``, with ``u = y S(-x) + z S(x)`` and ``n = -log S(x)``: the focal loss of what
+    is a yes with probability y, and a no with z, but for the part that it has as a no.
+
+    Since ``d n = -S(-x)``, and ``d log u`` is ``of_z S(-x) - of_y S(x)`` by x, the derivatives are
+    these. In none of them is anything divided by u, whose powers are taken of its logarithm.
+    """
+    t = _terms(x, y, z)
+    return exp(gamma * t.log_u) * (y * jnp.where((y == 0) & jnp.isinf(t.n), 0, t.n))
+
+
+def _by_x(x, y, z, gamma):
+    t = _terms(x, y, z)
+    return exp(gamma * t.log_u) * (gamma * t.slope * (y * _bounded(t.n)) - y * t.no)
+
+
+def _by_y(x, y, z, gamma):
+    t = _terms(x, y, z)
+    power = exp(gamma * t.log_u)
+    return power * jnp.where(power == 0, 0, t.n) * (1 + gamma * t.of_y)
+
+
+def _by_z(x, y, z, gamma):
+    t = _terms(x, y, z)
+    return gamma * exp(gamma * t.log_u) * t.yes * (t.of_y * t.ratio)
+
+
+def _by_xx(x, y, z, gamma):
+    t = _terms(x, y, z)
+    of_slope = t.of_y * t.of_z - t.no * t.yes
+    of_ratio = t.ratio * t.yes - 1
+    rest = ((gamma + 1) * t.slope - t.of_z) * (gamma * t.slope * t.ratio - 1)
+    rest += gamma * (of_slope * t.ratio + t.slope * of_ratio)
+    return exp((gamma + 1) * t.log_u) * t.of_y * rest
+
+
+def _by_xy(x, y, z, gamma):
+    t = _terms(x, y, z)
+    n = _bounded(t.n)
+    rest = (1 + gamma * t.of_y) * (gamma * t.slope * n - t.no) - gamma * t.of_y * t.of_z * n
+    return exp(gamma * t.log_u) * rest
+
+
+def _by_xz(x, y, z, gamma):
+    t = _terms(x, y, z)
+    rest = (gamma * t.slope + t.no - t.of_z) * t.ratio + (t.ratio * t.yes - 1)
+    return gamma * exp(gamma * t.log_u) * t.yes * t.of_y * rest
+
+
+def _by_yy(x, y, z, gamma):
+    t = _terms(x, y, z)
+    power = exp((gamma - 1) * t.log_u - t.n_no)
+    n = jnp.where(jnp.isinf(t.n), 0, t.n)
+    return gamma * power * n * (1 + gamma * t.of_y + t.of_z)
+
+
+def _by_yz(x, y, z, gamma):
+    t = _terms(x, y, z)
+    power = exp((gamma - 1) * t.log_u - t.n_no - t.n)
+    return gamma * power * t.ratio * (t.of_z + gamma * t.of_y)
+
+
+def _by_zz(x, y, z, gamma):
+    t = _terms(x, y, z)
+    return gamma * (gamma - 1) * exp((gamma - 1) * t.log_u - 2 * t.n) * (t.of_y * t.ratio)
+
+
+def _with_slopes(function, slopes):
+    """The rule of ``function(x, y, z, gamma)``. What does not move has no part in it: the slope by
+    a label may be infinite."""
+
+    @partial(function.defjvp, symbolic_zeros=True)
+    def _(gamma, primals, tangents):
+        out = function(*primals, gamma)
+        moved = [
+            slope(*primals, gamma) * t
+            for slope, t in zip(slopes, tangents, strict=True)
+            if not isinstance(t, SymbolicZero)
+        ]
+        return out, sum(moved[1:], start=moved[0]) if moved else jnp.zeros_like(out)
+
+
+def _slope(formula, *curvatures):
+    function = jax.custom_jvp(formula, nondiff_argnums=(3,))
+    _with_slopes(function, curvatures)
+    return function
+
+
+_with_slopes(
+    focal_half,
+    [
+        _slope(_by_x, _by_xx, _by_xy, _by_xz),
+        _slope(_by_y, _by_xy, _by_yy, _by_yz),
+        _slope(_by_z, _by_xz, _by_yz, _by_zz),
+    ],
+)

@@ -1,0 +1,438 @@
+"""Divergences of two softmaxes, row by row, and their exact gradients.
+
+A teacher's ``p = softmax(t / T)``, a student's ``q = softmax(x / T)``, ``a_j = log p_j - log q_j``.
+Two distributions that are close differ in ``a`` by little and in the divergence by its square: the
+textbook's ``sum p a`` cancels to noise of either sign. Since ``sum p = sum q = 1``,
+
+    KL(p || q) = sum_j (p_j a_j - p_j + q_j)
+
+whose terms are all >= 0: nothing cancels between classes, and an error ``e`` that all ``a_j`` share
+enters as ``e^2 / 2``. Within a class, ``s`` is the smaller probability, ``b`` the larger and
+``d = |a_j| = log(b / s)``. With ``G(d) = (e^d - 1 - d) / d^2 = sum_k d^k / (k + 2)!``::
+
+    b - s                             = s d (1 + d G)
+    s log(s / b) - s + b              = s d^2 G                   the class's part of KL(s || b)
+    b log(b / s) - b + s              = s d^2 (1 + (d - 1) G)     and of KL(b || s)
+
+The right sides have no cancellation for small ``d``, the left ones none for large.
+
+``a`` itself is ``((t_j - x_j) - (t_max - x_max)) / T - shift``: differences of logits first, exact
+whatever their offsets, and ``shift``, the log-sum-exps' difference, from the sum of differences.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.custom_derivatives import SymbolicZero
+
+from jaxloss._numerics.passes import near_max
+from jaxloss._numerics.rows import asked_for
+from jaxloss._xla import mesh
+from jaxloss._xla.derivatives import with_forward_mode
+from jaxloss._xla.dtypes import accumulator_dtype, narrowed, widened
+from jaxloss._xla.fusion import apart
+from jaxloss._xla.indexing import is_kept
+from jaxloss._xla.math import exp_of_nonpositive, finite, log, log1p
+
+NEAR = 2.0  # the distance below which the series serves
+
+
+def accumulator_of(*logits: Array) -> jnp.dtype:
+    """float64 where one of them is, else float32."""
+    wide = {accumulator_dtype(x.dtype) for x in logits}
+    return max(wide, key=lambda dtype: dtype.itemsize)
+
+
+class Pair(NamedTuple):
+    """Of each class [..., C]."""
+
+    p: Array
+    q: Array
+    a: Array  # log(p / q)
+
+
+class Row(NamedTuple):
+    """What the backward pass needs beside the logits: scalars of a row."""
+
+    x_max: Array
+    t_max: Array
+    x_sum: Array  # sum_j exp((x_j - x_max) / T)
+    t_sum: Array
+    shift: Array  # log(t_sum / x_sum)
+    of_teacher: Any  # KL(p || q), or KL(p || m) with m = beta p + (1 - beta) q
+    of_student: Any  # KL(q || p), or KL(q || m)
+
+
+def _series(d: Array) -> Array:
+    """G(d) for 0 <= d <= NEAR, where G >= 1/2: the terms that are left out are below eps / 16."""
+    eps = float(jnp.finfo(d.dtype).eps)
+    last = next(k for k in range(99) if NEAR**k / math.factorial(k + 2) < eps / 64)
+    total = jnp.full_like(d, 1 / math.factorial(last + 2))
+    for k in reversed(range(last)):
+        total = total * d + 1 / math.factorial(k + 2)
+    return total
+
+
+def _near(d: Array) -> tuple[Array, Array, Array]:
+    near = d < NEAR
+    inside = jnp.where(near, d, 0)
+    return near, inside, _series(inside)
+
+
+def _finite(d: Array) -> Array:
+    return jnp.where(d == jnp.inf, 0, d)
+
+
+def _over(x: Array, y: Array) -> Array:
+    """x / y, 0 where y is 0 or subnormal: its reciprocal may be inf."""
+    normal = y >= jnp.finfo(y.dtype).tiny
+    return jnp.where(normal, x / jnp.where(normal, y, 1), 0)
+
+
+# Of the smaller probability s, the larger b and d = log(b / s). Their derivatives are those of the
+# left sides above, by s, b and d: no series' own derivative, and no division by s, whose derivative
+# would square a probability of e^-50, or take one of e^-90 for 0.
+
+
+@jax.custom_jvp
+def _gap(s: Array, b: Array, d: Array) -> Array:
+    """b - s."""
+    near, e, g = _near(d)
+    return jnp.where(near, s * e * (1 + e * g), b - s)
+
+
+@_gap.defjvp
+def _gap_jvp(primals, tangents):
+    ds, db, _ = tangents
+    return _gap(*primals), db - ds
+
+
+@jax.custom_jvp
+def _down(s: Array, b: Array, d: Array) -> Array:
+    """s log(s / b) - s + b; b for s = 0."""
+    near, e, g = _near(d)
+    return jnp.where(near, s * e * e * g, b - s * (1 + _finite(d)))
+
+
+@_down.defjvp
+def _down_jvp(primals, tangents):
+    (s, _, d), (ds, db, dd) = primals, tangents
+    return _down(*primals), (db - ds) - _finite(d) * ds - s * dd
+
+
+@jax.custom_jvp
+def _up(s: Array, b: Array, d: Array) -> Array:
+    """b log(b / s) - b + s; inf for s = 0, and where b is less than the smallest float too."""
+    near, e, g = _near(d)
+    far = jnp.where(d == jnp.inf, jnp.inf, b * (_finite(d) - 1) + s)
+    return jnp.where(near, s * e * e * (1 + (e - 1) * g), far)
+
+
+@_up.defjvp
+def _up_jvp(primals, tangents):
+    (_, b, d), (ds, db, dd) = primals, tangents
+    return _up(*primals), (ds - db) + _finite(d) * db + b * dd
+
+
+def _sides(pair: Pair) -> tuple[Array, Array, Array, Array]:
+    """(whether the teacher's is the larger probability, the smaller, the larger, distance)."""
+    p, q, a = pair
+    more = a >= 0
+    return more, jnp.where(more, q, p), jnp.where(more, p, q), jnp.where(more, a, -a)
+
+
+def _p_minus_q(pair: Pair) -> Array:
+    more, *sides = _sides(pair)
+    gap = _gap(*sides)
+    return jnp.where(more, gap, -gap)
+
+
+def _difference(x: Array, y: Array) -> tuple[Array, Array]:
+    """(s, e) with s + e = x - y exactly, s being its rounding (Knuth's TwoSum)."""
+    s = x - y
+    minus_y = s - x
+    e = (x - (s - minus_y)) - (minus_y + y)
+    return s, lax.stop_gradient(jnp.where(jnp.abs(s) < jnp.inf, e, 0))
+
+
+def _prepared(x: Array, mask: Array | None, counts: Array | None, dtype) -> Array:
+    x = widened(x).astype(dtype)
+    if mask is not None:
+        x = jnp.where(mask, x, -jnp.inf)
+    # A row that does not count may hold NaN, which would return from behind any later select.
+    return x if counts is None else jnp.where(counts[..., None], x, 0)
+
+
+def _distances(x: Array, t: Array, x_max: Array, t_max: Array, temperature: Any) -> Array:
+    """((t_j - x_j) - (t_max - x_max)) / T, one rounding of it whatever the logits' offsets."""
+    nowhere = (x == -jnp.inf) & (t == -jnp.inf)
+    s, e = _difference(jnp.where(nowhere, 0, t), jnp.where(nowhere, 0, x))
+    of_row, e_of_row = _difference(t_max, x_max)
+    # The quotient last: x / T - t / T would be a product and a sum, which compilers fuse, and then
+    # equal logits differ by a rounding.
+    return ((s - of_row[..., None]) + (e - e_of_row[..., None])) / temperature
+
+
+def _exponentials(x: Array, x_max: Array, temperature: Any) -> Array:
+    return exp_of_nonpositive((x - x_max[..., None]) / temperature)
+
+
+def _row(x: Array, t: Array, temperature: Any) -> Row:
+    """The derivatives are those of :func:`_pair`, which is made of it."""
+    x, t = lax.stop_gradient((x, t))
+    x_max, t_max = (finite(jnp.max(v, axis=-1)) for v in (x, t))
+    e_x, e_t = _exponentials(x, x_max, temperature), _exponentials(t, t_max, temperature)
+    x_sum, t_sum = jnp.sum(e_x, axis=-1), jnp.sum(e_t, axis=-1)
+    distances = _distances(x, t, x_max, t_max, temperature)
+    apart = jnp.sum(_p_minus_q(Pair(e_t, e_x, distances)), axis=-1) / x_sum
+    # The sums' rounding is all there is to log(t_sum / x_sum) where they are nearly equal.
+    shift = jnp.where(jnp.abs(apart) < 0.5, log1p(apart), log(t_sum / x_sum))
+    return Row(x_max, t_max, x_sum, t_sum, shift, None, None)
+
+
+@jax.custom_jvp
+def _pair(x: Array, t: Array, row: Row, temperature: Any) -> Pair:
+    return Pair(
+        _exponentials(t, row.t_max, temperature) / row.t_sum[..., None],
+        _exponentials(x, row.x_max, temperature) / row.x_sum[..., None],
+        _distances(x, t, row.x_max, row.t_max, temperature) - row.shift[..., None],
+    )
+
+
+def _pair_jvp(primals, tangents):
+    # By the logits and T: the row's numbers are functions of them, which have lost digits.
+    (x, t, row, temperature), (dx, dt, _, d_temperature) = primals, tangents
+    pair = _pair(x, t, row, temperature)
+    dx, dt = (
+        _moved(v, v_max, dv, temperature, d_temperature)
+        for v, v_max, dv in ((x, row.x_max, dx), (t, row.t_max, dt))
+    )
+    d_log_q = _log_tangent(pair.q, x, row.x_max, dx) / temperature
+    d_log_p = _log_tangent(pair.p, t, row.t_max, dt) / temperature
+    return pair, Pair(pair.p * d_log_p, pair.q * d_log_q, d_log_p - d_log_q)
+
+
+_pair.defjvp(_pair_jvp, symbolic_zeros=True)
+
+
+def _moved(x: Array, x_max: Array, dx: Any, temperature: Any, d_temperature: Any) -> Array:
+    """T times the tangent of ``(x_j - x_max) / T``."""
+    dx = jnp.zeros_like(x) if isinstance(dx, SymbolicZero) else dx
+    if isinstance(d_temperature, SymbolicZero):
+        return dx
+    return dx - _below_max(x, x_max) * (d_temperature / temperature)
+
+
+def _below_max(x: Array, x_max: Array) -> Array:
+    """``x_j - x_max``, 0 for a class at -inf, whose probability stays 0."""
+    return jnp.where(x == -jnp.inf, 0, x - x_max[..., None])
+
+
+def _log_tangent(p: Array, x: Array, x_max: Array, dx: Array) -> Array:
+    """``dx_j - sum_i p_i dx_i``, of differences with the entry at the maximum: as a difference of
+    two numbers of the tangent's size, that entry's, which is all that the others lack, is lost."""
+    at_max = is_kept(x, near_max(x, x_max, None))
+    dx = dx - jnp.sum(jnp.where(at_max, dx, 0), axis=-1, keepdims=True)
+    return dx - jnp.sum(p * dx, axis=-1, keepdims=True)
+
+
+class Mixture(NamedTuple):
+    """``m = beta p + (1 - beta) q`` of each class, which lies between the two."""
+
+    m: Array
+    above: Array  # log(b / m)
+    below: Array  # log(m / s)
+
+
+def _mixture(pair: Pair, beta: float) -> Mixture:
+    more, s, b, d = _sides(pair)
+    # Both selected: 1 - 0.99 is 0.01 to six digits.
+    of_b, of_s = jnp.where(more, beta, 1 - beta), jnp.where(more, 1 - beta, beta)
+    # Written out: XLA:CPU would compute the gap's series twice in the logarithm's pass.
+    gap, (s, b, d) = apart(_gap(s, b, d), (s, b, d))
+    above, below = apart(*_logs_by_mixture(s, b, d, gap, of_s, of_b))
+    return Mixture(of_b * b + of_s * s, above, below)
+
+
+@jax.custom_jvp
+def _logs_by_mixture(s: Array, b: Array, d: Array, gap: Array, of_s: Array, of_b: Array):
+    """``log(b / m)`` and ``log(m / s)`` for ``m = of_b b + of_s s``; ``gap`` is ``b - s``.
+
+    They sum to ``d``. One logarithm, of the one that may be much smaller than ``d``, and the rest::
+
+        of_s <= 1/2:       log(b / m) = -log(1 - of_s (b - s) / b)              at most d / 2
+        of_b (b - s) <= s: log(m / s) = log(1 + of_b (b - s) / s)               at most log(2)
+        else:              log(b / m) = -log(of_b) - log(1 + (of_s / of_b) s / b)
+    """
+    by_b, near = of_s <= 0.5, of_b * gap <= s
+    share = jnp.where(by_b, -of_s, jnp.where(near, of_b, of_s / of_b))
+    top, bottom = jnp.where(by_b | near, gap, s), jnp.where(~by_b & near, s, b)
+    found = log1p(share * _over(top, bottom))
+    found = jnp.where(by_b, -found, jnp.where(near, found, -log(of_b) - found))
+    rest = d - found
+    below_is_found = ~by_b & near
+    return jnp.where(below_is_found, rest, found), jnp.where(below_is_found, found, rest)
+
+
+@_logs_by_mixture.defjvp
+def _logs_by_mixture_jvp(primals, tangents):
+    # Functions of d: -log(of_b + of_s e^-d), and d less that.
+    s, b, d, _, of_s, of_b = primals
+    share_of_s, share_of_b = _shares(s, b, d, of_s, of_b)
+    dd = tangents[2]
+    return _logs_by_mixture(*primals), (share_of_s * dd, share_of_b * dd)
+
+
+@jax.custom_jvp
+def _shares(s: Array, b: Array, d: Array, of_s: Array, of_b: Array) -> tuple[Array, Array]:
+    """``of_s s / m`` and ``of_b b / m``, which sum to 1; 0 for an m that is 0."""
+    m = of_b * b + of_s * s
+    return _over(of_s * s, m), _over(of_b * b, m)
+
+
+@_shares.defjvp
+def _shares_jvp(primals, tangents):
+    share_of_s, share_of_b = _shares(*primals)
+    moved = share_of_s * share_of_b * tangents[2]
+    return (share_of_s, share_of_b), (-moved, moved)
+
+
+def _divergences(pair: Pair, divergence: str, beta: float) -> tuple[Any, Any]:
+    """(the teacher's, the student's) from the other, or from the mixture."""
+    more, s, b, d = _sides(pair)
+
+    def total(x):
+        return jnp.sum(x, axis=-1)
+
+    if divergence == "forward":
+        return total(jnp.where(more, _up(s, b, d), _down(s, b, d))), None
+    if divergence == "reverse":
+        return None, total(jnp.where(more, _down(s, b, d), _up(s, b, d)))
+    m, above, below = _mixture(pair, beta)
+    of_b, of_s = _up(m, b, above), _down(s, m, below)
+    return total(jnp.where(more, of_b, of_s)), total(jnp.where(more, of_s, of_b))
+
+
+def _loss(row: Row, divergence: str, beta: float) -> Array:
+    if divergence == "forward":
+        return row.of_teacher
+    if divergence == "reverse":
+        return row.of_student
+    return beta * row.of_teacher + (1 - beta) * row.of_student
+
+
+def _weighed(p: Array, x: Array) -> Array:
+    """p x, 0 for p = 0 of an infinite x too."""
+    none = p == 0
+    return _balanced(p, jnp.where(none, 0, p * jnp.where(none, 0, x)))
+
+
+def _balanced(p: Array, slopes: Array) -> Array:
+    """``slopes``, which sum to 0, made exact at a class of more than 1/2.
+
+    There ``a - KL`` is the difference of nearly equal numbers, and less the sum of the others.
+    """
+    others = jnp.where(p > 0.5, 0, slopes)
+    return jnp.where(p > 0.5, -jnp.sum(others, axis=-1, keepdims=True), others)
+
+
+def _slopes(pair: Pair, row: Row, divergence: str, beta: float) -> tuple[Array, Array]:
+    """The derivatives of a row's loss with respect to ``x_j / T`` and ``t_j / T``.
+
+    Of ``f(q)`` by ``x_j / T``: ``q_j (df/dq_j - sum_i q_i df/dq_i)``, and so for ``p`` and ``t``.
+
+    - ``KL(p || q)``: ``df/dq = -p / q`` gives ``q - p``, ``df/dp = a + 1`` gives ``p (a - KL)``;
+    - ``KL(q || p)``: the same with ``p`` and ``q`` exchanged and ``-a``;
+    - mixed: ``df/dp = beta log(p / m)`` gives ``beta p (log(p / m) - KL(p || m))``, because the
+      mixture's own share, ``-beta (beta p + (1 - beta) q) / m``, is constant; so for ``q``.
+    """
+    if divergence == "forward":
+        return -_p_minus_q(pair), _weighed(pair.p, pair.a - row.of_teacher[..., None])
+    if divergence == "reverse":
+        return _weighed(pair.q, -pair.a - row.of_student[..., None]), _p_minus_q(pair)
+    more = pair.a >= 0
+    _, above, below = _mixture(pair, beta)
+    of_p = jnp.where(more, above, -below) - row.of_teacher[..., None]
+    of_q = jnp.where(more, -below, above) - row.of_student[..., None]
+    return (1 - beta) * _weighed(pair.q, of_q), beta * _weighed(pair.p, of_p)
+
+
+def row_divergences(
+    logits: Array,
+    teacher_logits: Array,
+    class_mask: Array | None = None,
+    counts: Array | None = None,
+    *,
+    divergence: str,
+    beta: float,
+    temperature: Any,
+) -> Array:
+    """The divergences of rows ``[..., C]``, one number a row; 0 for one that does not count.
+
+    ``class_mask`` broadcasts to the logits, ``counts`` has one entry a row. Differentiable in both
+    logits, and in a temperature that is an array, in every mode.
+    """
+    wide = accumulator_of(logits, teacher_logits)
+    if logits.shape[-1] == 0:
+        nan = jnp.full(logits.shape[:-1], jnp.nan, wide)
+        return nan if counts is None else jnp.where(counts, nan, 0)
+
+    def both(logits, teacher_logits, mask, counts):
+        x, t = (_prepared(v, mask, counts, wide) for v in (logits, teacher_logits))
+        return x, t
+
+    traced = temperature if isinstance(temperature, Array) else None
+    # A rule refers to no array: a traced temperature is an argument.
+    static = None if isinstance(temperature, Array) else temperature
+
+    def forward(logits, teacher_logits, mask, counts, traced):
+        x, t = both(logits, teacher_logits, mask, counts)
+        temperature = static if traced is None else traced
+        row = _row(x, t, temperature)
+        pair = _pair(x, t, row, temperature)
+        of_teacher, of_student = _divergences(pair, divergence, beta)
+        row = row._replace(of_teacher=of_teacher, of_student=of_student)
+        return _loss(row, divergence, beta), (logits, teacher_logits, mask, counts, traced, row)
+
+    def slopes(residuals) -> tuple[tuple, Any]:
+        *given, traced, row = residuals
+        temperature = static if traced is None else traced
+        pair = _pair(*both(*given), row, temperature)
+        return _slopes(pair, row, divergence, beta), temperature
+
+    def by_temperature(residuals, slopes, temperature):
+        """The derivative with respect to T: each logit over T moves by -(x_j / T) / T, and what
+        all logits of a row share moves nothing."""
+        *given, _, row = residuals
+        x, t = both(*given)
+        below = _below_max(x, row.x_max), _below_max(t, row.t_max)
+        moved = sum(jnp.sum(s * b, axis=-1) for s, b in zip(slopes, below, strict=True))
+        return -moved / temperature**2
+
+    def backward(residuals, ct):
+        each, temperature = slopes(residuals)
+        moved = (asked_for(ct / temperature, slope) for slope in each)
+        narrow = (narrowed(g, x.dtype) for g, x in zip(moved, residuals, strict=False))
+        if residuals[4] is None:
+            return (*narrow, None, None, None)
+        slope = by_temperature(residuals, each, temperature)
+        return (*narrow, None, None, jnp.sum(asked_for(ct, slope[..., None])))
+
+    def tangent(residuals, tangents):
+        # Rows do not mix: the derivative of one number is the gradient at its unit cotangent.
+        each, temperature = slopes(residuals)
+        moving = zip(each, tangents, strict=False)
+        moved = [
+            jnp.sum(s * d.astype(wide), axis=-1) / temperature for s, d in moving if d is not None
+        ]
+        if tangents[4] is not None:
+            moved.append(by_temperature(residuals, each, temperature) * tangents[4])
+        return sum(moved[1:], start=moved[0])
+
+    rule = jax.custom_vjp(lambda *args: forward(*args)[0])
+    rule.defvjp(forward, backward)
+    given = mesh.together(logits, teacher_logits, class_mask, counts, traced)
+    return with_forward_mode(rule, tangent)(*given)

@@ -1,0 +1,141 @@
+"""A weighted sum of losses of logits, with its gradient from the pass that reads them.
+
+By ``rows`` a gradient waits for its cotangent, and the backward pass reads the logits again. Here
+the forward pass asks for the gradient of the sum too, and the backward pass for that of its
+cotangent times the sum. Where the cotangent is 1, as that of a loss is which is what a program
+differentiates, the two ask for the same: XLA computes it once. By any other it is computed again,
+and so rounded once.
+
+Letters: C classes.
+"""
+
+from math import prod
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from jaxloss._numerics import parts
+from jaxloss._numerics import rows as _rows
+from jaxloss._numerics.passes import fit_kernels, with_derivative_of
+from jaxloss._xla import device, mesh
+from jaxloss._xla.derivatives import with_forward_mode
+from jaxloss._xla.dtypes import widened
+from jaxloss._xla.indexing import entry
+
+
+def _kernels():
+    """Those of the default device, and its platform. Pallas is a third of the whole import."""
+    if jax.default_backend() == "tpu":
+        from jaxloss._kernels import one_pass_tpu
+
+        return one_pass_tpu, "tpu"
+    from jaxloss._kernels import one_pass_gpu
+
+    return one_pass_gpu, "cuda"
+
+
+def takes(logits: Array) -> bool:
+    """Whether there is a kernel for logits[..., C]."""
+    # Of 16 bits alone: see passes.max_and_sum.
+    if logits.dtype.itemsize != 2 or not (fit_kernels(logits) or _fit_a_tpu(logits)):
+        return False
+    kernels, _ = _kernels()
+    return kernels.takes(prod(logits.shape[:-1]), logits.shape[-1])
+
+
+def _fit_a_tpu(logits: Array) -> bool:
+    """The axis before the classes ends where a register does: else XLA makes one axis of rows by
+    copies, and takes minutes to compile those of many classes."""
+    return (
+        device.is_recent_tpu()
+        and device.is_whole()
+        and all(isinstance(n, int) for n in logits.shape)
+        and logits.ndim > 1
+        and logits.shape[-2] % 16 == 0
+        and logits.dtype == jnp.bfloat16
+    )
+
+
+def _by_xla(logits: Array, kept: Array, weight: Array) -> tuple[Array, Array, Array, Array]:
+    rows = parts.Rows(logits, kept)
+    part = parts.row_part(rows, None, ("nll",))
+    _, state = _rows.finish(part, ())
+    dx = _rows.row_gradient(rows, state, None, _rows.RowLosses(nll=weight), logits.dtype)
+    return part.m, part.s, part.x_kept, dx
+
+
+def _kept_logit(logits: Array, kept: Array, weight: Array) -> Array:
+    """Of class 0 where nothing is asked: so it waits for the weights. XLA would gather it in the
+    pass that adds them up, which may be a single block's."""
+    kept = jnp.where(weight == 0, 0, kept)
+    return jnp.where(kept < logits.shape[-1], widened(entry(logits, kept)), jnp.nan)
+
+
+def _by_kernel(logits: Array, kept: Array, weight: Array) -> tuple[Array, Array, Array, Array]:
+    kernels, _ = _kernels()
+    x_kept = _kept_logit(logits, kept, weight)
+    m, s, dx = kernels.sums_and_gradient(logits, kept, x_kept, weight)
+    return m, s, x_kept, dx
+
+
+def _with_gradient(logits: Array, kept: Array, weight: Array) -> tuple[Array, Array, Array, Array]:
+    """``(m, s, x_kept)`` of ``parts.RowPart``, and the gradient of ``sum(weight * nll)``."""
+    _, platform = _kernels()
+    forms: dict[str, Any] = {platform: with_derivative_of(_by_xla, _by_kernel)}
+    return lax.platform_dependent(logits, kept, weight, **forms, default=_by_xla)
+
+
+def weighted_sum(logits: Array, kept: Array, weight: Array) -> Array:
+    """``sum(weight * nll)`` of ``logits[..., C]``; ``kept`` and ``weight[...]`` as in ``rows``.
+
+    A row of weight 0 adds nothing, whatever it holds. Differentiable in the logits and the weights,
+    in every mode.
+    """
+
+    def asked(weight, x):
+        return jnp.where(weight == 0, 0, x)
+
+    def value(logits, kept, weight):
+        return jnp.sum(weight * asked(weight, _rows.row_losses(logits, kept).nll))
+
+    def forward(logits, kept, weight):
+        # The same operations as the backward pass's, or XLA would not see that they are the same.
+        weights = asked(weight, weight * jnp.ones_like(weight))
+        m, s, x_kept, _ = _with_gradient(logits, kept, weights)
+        losses, state = _rows.finish(parts.RowPart(m, s, x_kept, kept), ("nll",))
+        nll = asked(weight, losses.nll)
+        return jnp.sum(weight * nll), (logits, weight, nll, state)
+
+    def backward(residuals, ct):
+        logits, weight, nll, state = residuals
+        *_, dx = _with_gradient(logits, state.kept, asked(weight, weight * ct))
+        return dx, None, ct * nll
+
+    def tangent(residuals, tangents):
+        logits, weight, nll, state = residuals
+        d_logits, _, d_weight = tangents
+        out = jnp.zeros((), weight.dtype)
+        if d_logits is not None:
+            along = d_logits, None, None
+            moved = _rows.row_tangents(parts.Rows(logits), state, None, ("nll",), *along)
+            out += jnp.sum(weight * asked(weight, moved.nll))
+        if d_weight is not None:
+            out += jnp.sum(d_weight * nll)
+        return out
+
+    rule = jax.custom_vjp(value)
+    rule.defvjp(forward, backward)
+    return with_forward_mode(rule, tangent)(*mesh.together(logits, kept, weight))
+
+
+def reduced(
+    logits: Array, kept: Array, weight: Array, offset: Array, token_axes: mesh.Axes
+) -> Array:
+    """Their sum, over the devices along ``token_axes`` too; the weights and the offset are from
+    ``_targets.token_weights``."""
+    total = weighted_sum(logits, kept, weight)
+    total = lax.psum(total, token_axes) if token_axes else total
+    # Added, not selected: a select's cotangent is no constant 1, and the kernel would run twice.
+    return total + offset

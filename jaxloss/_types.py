@@ -1,0 +1,139 @@
+"""What users hold and name: labels, statistics, and the words that options take."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, NamedTuple, get_args
+
+import jax
+from jax import Array, export
+from jax.typing import ArrayLike
+
+Axes = tuple[str, ...]
+AxisName = str | Axes  # of a mesh, as a user names one or several
+Reduction = Literal["none", "mean", "sum"]
+Divergence = Literal["forward", "reverse", "jensen_shannon"]
+Implementation = Literal["token_chunks", "vocab_blocks", "mosaic_tpu", "mosaic_gpu"]
+Rest = Literal["drop", "uniform", "bucket"]
+REDUCTIONS, DIVERGENCES = get_args(Reduction), get_args(Divergence)
+IMPLEMENTATIONS, RESTS = get_args(Implementation), get_args(Rest)
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("indices", "probabilities"),
+    meta_fields=("rest",),
+)
+@dataclass(frozen=True)
+class TopKLabels:
+    r"""A teacher's k most likely classes, as ``labels``: soft targets without a dense array.
+
+    .. math:: l = \sum_{a=1}^k q_a \, (-\log p_{i_a}) + \text{what the rest asks for},
+              \qquad R = \max(1 - \sum_a q_a,\, 0)
+
+    Attributes:
+      indices: class indices ``[..., k]``, an integer dtype, distinct within a token. A slot whose
+        index is ``ignore_index`` is empty: tokens may have fewer than k classes, and a token of
+        empty slots does not count. Any other index outside of ``[0, C)``, or a class named twice,
+        makes its row NaN.
+      probabilities: ``[..., k]``, floating: what the teacher gives these classes. Differentiable.
+      rest: what becomes of ``R``, the probability of all other classes:
+
+        * ``"drop"``: nothing. The q are taken as they are (divide by their sum for a distribution).
+        * ``"uniform"``: it is spread evenly over the other classes that exist.
+        * ``"bucket"``: the other classes are one class, of the student's too:
+          ``R * -log(1 - sum_a p_{i_a})``. Without smoothing or class weights; of a product's
+          logits by token chunks alone.
+
+    Raises (where it is used):
+      TypeError: ``indices`` are no integers, ``probabilities`` not floating.
+      ValueError: their shapes differ or do not fit the logits, or ``rest`` is none of the words.
+
+    Example:
+
+      >>> import jax, jax.numpy as jnp
+      >>> import jaxloss
+      >>> logits = jax.random.normal(jax.random.key(0), (4, 9))
+      >>> teacher = jax.nn.softmax(jax.random.normal(jax.random.key(1), (4, 9)))
+      >>> probabilities, indices = jax.lax.top_k(teacher, 3)
+      >>> labels = jaxloss.TopKLabels(indices, probabilities, rest="bucket")
+      >>> jaxloss.cross_entropy(logits, labels).shape
+      ()
+      >>> every = jaxloss.TopKLabels(*jax.lax.top_k(teacher, 9)[::-1])
+      >>> sparse, dense = (jaxloss.cross_entropy(logits, y) for y in (every, teacher))
+      >>> bool(jnp.allclose(sparse, dense))
+      True
+
+    Source: distillation from stored top-k logits; what the rest does to it in Anshumann et al.,
+    "Sparse Logit Sampling: Accelerating Knowledge Distillation in LLMs" (2025).
+    """
+
+    indices: ArrayLike
+    probabilities: ArrayLike
+    rest: Rest = "drop"
+
+
+# A program that takes them can be stored, and run where jaxloss is imported.
+export.register_pytree_node_serialization(
+    TopKLabels,
+    serialized_name="jaxloss.TopKLabels",
+    serialize_auxdata=lambda meta_fields: json.dumps(meta_fields).encode(),
+    deserialize_auxdata=lambda data: tuple(json.loads(data)),
+)
+
+
+class TokenStats(NamedTuple):
+    """What one token's logits say, from the pass that computed the loss; each shaped as the losses.
+
+    A token that does not count (its label is ignored, masked or weighed by 0) has 0 in each of the
+    floats and -1 in the integers; a label out of range has NaN in the floats. The floats are
+    float32 (float64 for float64 logits); those that have a derivative have it in every mode.
+
+    Attributes:
+      log_prob: ``log p_y``, the label's log-probability (for probabilities ``q`` as labels, its
+        expectation ``sum_j q_j log p_j``), without weights, smoothing or z-loss.
+      logsumexp: ``log sum_j exp(x_j)``.
+      entropy: ``-sum_j p_j log p_j``, in nats.
+      prediction: the first class at the maximum; -1 where the logits hold NaN or +inf, or nothing
+        but -inf. int32.
+      confidence: the prediction's probability, without a derivative.
+      rank: the label's place in the order of predictions, by falling logit and then by index: 0
+        where it is the prediction, so that ``rank < k`` says whether it is among the first k. -1
+        where there is no prediction, or no one label. int32.
+    """
+
+    log_prob: Array
+    logsumexp: Array
+    entropy: Array
+    prediction: Array
+    confidence: Array
+    rank: Array
+
+
+# A program that returns them can be stored, and run where jaxloss is imported.
+export.register_namedtuple_serialization(TokenStats, serialized_name="jaxloss.TokenStats")
+
+
+@jax.tree_util.register_pytree_node_class
+class Scalars(NamedTuple):
+    """Numbers of a loss that may be traced: a pytree whose Python numbers are static."""
+
+    label_smoothing: Any = 0.0
+    z_loss: Any = 0.0
+    temperature: Any = 1.0  # 1 where it is static: then ``Scaling`` has it
+
+    def tree_flatten(self):
+        arrays = tuple(x for x in self if isinstance(x, Array))
+        return arrays, tuple(None if isinstance(x, Array) else x for x in self)
+
+    @classmethod
+    def tree_unflatten(cls, static, arrays):
+        rest = iter(arrays)
+        return cls(*(next(rest) if x is None else x for x in static))
+
+    @property
+    def plain(self) -> bool:
+        """Whether it is known that they change nothing."""
+        return not jax.tree.leaves(self) and self == Scalars()

@@ -1,0 +1,66 @@
+"""What there is to compute on, where code goes by it; and ``jax.jit`` as the package has it."""
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.core import Tracer
+
+from jaxloss._xla import mesh
+
+
+def on_one_device() -> bool:
+    # Sharded classes must not be reshaped or indexed (they would be gathered), and whether they
+    # are sharded is not known while tracing: one device leaves no doubt. The mesh of a program that
+    # is compiled for other devices than this process has may be larger.
+    return jax.device_count() == 1 >= jax.sharding.get_abstract_mesh().size
+
+
+def is_whole() -> bool:
+    """Whether arrays are what one device holds. No kernel is for what a partitioner may split.
+
+    Inside of ``shard_map`` over some of the mesh's axes a partitioner may split them over the
+    others. JAX refuses kernels for TPUs there even where the others have one device.
+    """
+    return not mesh.other_axes() if mesh.manual_axes() else on_one_device()
+
+
+def is_hopper() -> bool:
+    """Whether the default device is a GPU that the kernels are for: an H100, an H200."""
+    if jax.default_backend() != "gpu":
+        return False
+    return getattr(jax.devices()[0], "compute_capability", None) == "9.0"
+
+
+def is_recent_tpu() -> bool:
+    """Whether the default device is a TPU that the kernels are for: tiles do not fit into a v4."""
+    if jax.default_backend() != "tpu":
+        return False
+    return not jax.devices()[0].device_kind.startswith(("TPU v2", "TPU v3", "TPU v4"))
+
+
+def jit(function: Callable[..., Any]) -> Any:
+    """``jax.jit``, to which keyword-only arguments are static.
+
+    A call that is part of a larger program is not jitted by itself: its value would be traced
+    first, and once more for its derivative.
+    """
+    compiled = jax.jit(function, static_argnames=inspect.getfullargspec(function).kwonlyargs)
+    named = jax.named_scope(function.__name__)(function)
+
+    @functools.wraps(function)
+    def call(*args, **options):
+        return (named if _is_part_of_a_program(args) else compiled)(*args, **options)
+
+    return call
+
+
+def _is_part_of_a_program(args: Any) -> bool:
+    """Whether operations are recorded now, not run. Of an eager ``grad`` or ``vmap`` they are run,
+    though its arrays are tracers too."""
+    if not any(isinstance(x, Tracer) for x in jax.tree.leaves(args)):
+        return False
+    return isinstance(jnp.zeros(()), Tracer)

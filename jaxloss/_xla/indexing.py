@@ -1,0 +1,100 @@
+"""Entries of rows by their index, where the rows may be split over devices."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.sharding import PartitionSpec as P
+
+from jaxloss._xla import mesh as _mesh
+from jaxloss._xla.dtypes import accumulator_dtype
+
+
+def of_rank(x: Any, rank: int) -> Any:
+    """Leading axes of size 1: nothing is promoted in rank silently."""
+    return None if x is None else x.reshape((1,) * (rank - x.ndim) + x.shape)
+
+
+def within(index: Array, start: Any, size: int) -> Array:
+    """The class's place among the ``size`` from ``start`` on; ``size``: it is not among them."""
+    return jnp.where((index >= start) & (index < start + size), index - start, size)
+
+
+def is_kept(x: Array, kept: Array) -> Array:
+    split = jax.typeof(x).sharding if classes_are_split(x) else None
+    iota = lax.broadcasted_iota(jnp.int32, x.shape, x.ndim - 1, out_sharding=split)
+    return iota == kept[..., None]
+
+
+def classes_are_split(x: Array) -> bool:
+    """Over the devices of an explicit mesh, where JAX refuses to gather from them."""
+    spec = jax.typeof(x).sharding.spec
+    return len(spec) == x.ndim and spec[-1] is not None
+
+
+def is_split(x: Array) -> bool:
+    """Over the devices of an explicit mesh in any axis, where JAX refuses to scatter."""
+    return any(entry is not None for entry in jax.typeof(x).sharding.spec)
+
+
+def _only(here: Array, x: Array, axis: int) -> Array:
+    """The one entry of ``x`` that is here along the axis; 0: none is."""
+    x = jnp.where(here, x, jnp.zeros((), x.dtype))
+    return jnp.any(x, axis=axis) if x.dtype == bool else jnp.sum(x, axis=axis)
+
+
+def entry(x: Array, index: Array) -> Array:
+    """x[..., index], or the last entry where the index is past the end."""
+    index = jnp.minimum(index, x.shape[-1] - 1)
+    if classes_are_split(x):
+        return _only(is_kept(x, index), x, -1)
+    index = index[..., None]
+    return jnp.take_along_axis(x, index, axis=-1, mode="promise_in_bounds")[..., 0]
+
+
+def entries(x: Array, index: Array) -> Array:
+    """x[..., index[..., k]], the last entry where an index is past the end."""
+    index = jnp.minimum(index, x.shape[-1] - 1)
+    if classes_are_split(x):
+        return jax.vmap(entry, in_axes=(None, -1), out_axes=-1)(x, index)
+    return jnp.take_along_axis(x, index, axis=-1, mode="promise_in_bounds")
+
+
+def looked_up(table: Array, index: Array) -> Array:
+    """table[index[...]], split as the index is."""
+    split = jax.typeof(index).sharding
+    told = any(split.spec)  # JAX wants to be
+    if not told or not _mesh.manual_axes():
+        return table.at[index].get(out_sharding=split if told else None)
+    # A gather that is told has no gradient inside of shard_map over other axes.
+    split = jax.NamedSharding(split.mesh, P(*split.spec, None))
+    shape = (*index.shape, table.shape[0])
+    x = lax.broadcast_in_dim(table, shape, (index.ndim,), out_sharding=split)
+    return _only(is_kept(x, index), x, -1)
+
+
+def put_at(x: Array, index: Array, values: Array) -> Array:
+    """``x`` with ``values[..., k]`` at the distinct ``index[..., k]``; past the end: nowhere."""
+    if is_split(x):
+        hit = is_kept(x[..., None, :], index)
+        return jnp.where(jnp.any(hit, axis=-2), _only(hit, values[..., None], -2), x)
+    if x.dtype.itemsize == 2:  # XLA:CPU scatters narrow floats by way of a float32 copy
+        bits, of_values = (lax.bitcast_convert_type(v, jnp.uint16) for v in (x, values))
+        bits = jnp.put_along_axis(bits, index, of_values, axis=-1, inplace=False, mode="drop")
+        return lax.bitcast_convert_type(bits, x.dtype)
+    return jnp.put_along_axis(x, index, values, axis=-1, inplace=False, mode="drop")
+
+
+def elsewhere(x: Array, index: Array) -> Array:
+    """Which entries of ``x[..., C]`` are at none of ``index[..., k]``."""
+    return put_at(jnp.ones_like(x, bool), index, jnp.zeros_like(index, bool))
+
+
+def class_index(x: Array) -> Array:
+    index = jnp.arange(x.shape[-1], dtype=accumulator_dtype(x.dtype))
+    return index.reshape((1,) * (x.ndim - 1) + index.shape)
+
+
+def index_is_exact(x: Array) -> bool:
+    return x.shape[-1] <= 2 ** (jnp.finfo(accumulator_dtype(x.dtype)).nmant + 1)

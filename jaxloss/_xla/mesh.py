@@ -1,0 +1,100 @@
+"""Mesh axes inside of ``shard_map``: what varies over them, and the collectives. No formulas."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from jaxloss._types import Axes
+
+
+def manual_axes() -> Axes:
+    """The axes of the surrounding ``shard_map``; none outside of one."""
+    return tuple(jax.sharding.get_abstract_mesh().manual_axes)
+
+
+def other_axes() -> Axes:
+    """The axes of the mesh that the surrounding ``shard_map``, if any, leaves out."""
+    manual = manual_axes()
+    return tuple(n for n in jax.sharding.get_abstract_mesh().axis_names if n not in manual)
+
+
+def varies_over(xs: Any) -> frozenset:
+    """The axes of the surrounding ``shard_map`` over which any array of a tree differs between
+    devices."""
+
+    def axes(x):
+        kind = x if isinstance(x, jax.ShapeDtypeStruct) else jax.typeof(x)
+        return kind.manual_axis_type.varying if kind.manual_axis_type else ()
+
+    return frozenset().union(*map(axes, jax.tree.leaves(xs)))
+
+
+def is_typed(axis: str) -> bool:
+    """Whether types say what differs over a manual axis: with ``check_vma=False`` they do not, not
+    even of the device's own place."""
+    return axis in varies_over(lax.axis_index(axis))
+
+
+def is_bound(axis: str) -> bool:
+    """Whether it is an axis of some ``vmap``, ``pmap`` or ``shard_map`` around."""
+    try:
+        lax.axis_size(axis)
+    except NameError:
+        return False
+    return True
+
+
+def varying(xs: Any, axes: Iterable) -> Any:
+    """The arrays of a tree, taken as differing over these axes too: gradients are summed over them.
+
+    So must be what the branches of a ``cond`` read, over what its condition differs over: JAX
+    batches one by selecting what is read by the condition, and its branches are traced before.
+    """
+    axes = frozenset(axes)
+
+    def one(x):
+        missing = tuple(sorted(axes - varies_over(x)))
+        return lax.pcast(x, missing, to="varying") if missing else x
+
+    return jax.tree.map(one, xs)
+
+
+def together(*xs: Any) -> tuple:
+    """Each ``x`` taken as differing over whatever axes any of them differs over."""
+    return varying(xs, varies_over(xs))
+
+
+def largest(x: Array, axes: Axes) -> Array:
+    x = lax.stop_gradient(x)
+    return lax.pmax(x, axes) if axes else x  # over none, JAX 0.10 refuses
+
+
+def sums(xs: Any, axes: Axes) -> Any:
+    """The sums over the axes of the leaves of ``xs``, equal in shape: one all-reduce."""
+    leaves, tree = jax.tree.flatten(xs)
+    packed = jnp.stack(jnp.broadcast_arrays(*together(*leaves)))
+    return jax.tree.unflatten(tree, list(lax.psum(packed, axes)))
+
+
+def size(axes: Axes) -> int:
+    return lax.axis_size(axes) if axes else 1
+
+
+def first(size: int, axes: Axes) -> Any:
+    """The place of this device's first, of what is split in parts of ``size``."""
+    return size * lax.axis_index(axes) if axes else 0
+
+
+def sum_except(x: Any, keep: Iterable) -> Any:
+    """The sum of ``x`` over the axes that it varies over, but for those to ``keep``."""
+    axes = () if x is None else tuple(sorted(varies_over(x) - frozenset(keep)))
+    return lax.psum(x, axes) if axes else x
+
+
+def blank(like: jax.ShapeDtypeStruct, shape: tuple[int, ...] | None = None, dtype: Any = None):
+    """Zeros of a traced value's type: a loop's state must vary as what the loop makes of it."""
+    zeros = jnp.zeros(like.shape if shape is None else shape, dtype or like.dtype)
+    return varying(zeros, varies_over(like))
