@@ -91,9 +91,9 @@ def _method(name: str, shape: tuple[int, int, int], chunk: int | None) -> tuple[
         options = {"implementation": SCHEDULES[name], "chunk_size": chunk}
         loss = partial(jaxloss.linear_cross_entropy, **options)
         if name == "chunks":
-            from jaxloss._linear import packing
+            from jaxloss._linear import budget
 
-            steps = _chunk_loops(tokens, chunk or packing.default_chunk(tokens, columns))
+            steps = _chunk_loops(tokens, chunk or budget.default_chunk(tokens, columns))
     elif name == "optax":
         import optax
 

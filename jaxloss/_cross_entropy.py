@@ -15,7 +15,9 @@ from jaxloss._numerics import logits as _logits
 from jaxloss._numerics import one_pass, rows
 from jaxloss._numerics.logits import scaling_of
 from jaxloss._tokens import targets as _targets
-from jaxloss._tokens.losses import TokenOptions, rows_of_logits, token_terms
+from jaxloss._tokens.classes import Classes, classes_here, is_indices, is_probabilities
+from jaxloss._tokens.losses import TokenOptions, rows_of_logits, token_losses, token_terms
+from jaxloss._tokens.reduction import reduce_losses, token_weights
 from jaxloss._tokens.shapes import classes_back, classes_last, mask_classes_last
 from jaxloss._types import AxisName, Reduction, TokenStats, TopKLabels
 from jaxloss._xla import indexing
@@ -157,7 +159,7 @@ def _nll_loss(
     labels, weight, sample_weight, class_mask, token_mask = arrays
     class_mask = mask_classes_last(class_mask, log_probs, axes)
     x = classes_last(log_probs, axes)
-    classes = _targets.classes_here(num_classes)
+    classes = classes_here(num_classes)
     class_mask, token_mask = _targets.without_empty_rows(
         class_mask, token_mask, x.shape[:-1], classes
     )
@@ -186,8 +188,8 @@ def _nll_loss(
         q = _targets.soft_targets(q, None, None, weight, 0.0, num_classes, x.dtype)
         nothing = ~counts[..., None] | ((x == -jnp.inf) & (q == 0))
         soft = jnp.sum(q.astype(x.dtype) * jnp.where(nothing, 0, -x), axis=-1)
-    losses = _targets.token_losses(rows.RowLosses(nll, soft), targets, 0.0, 0.0)
-    return _targets.reduce_losses(losses, targets, sample_weight, reduction, empty_mean=empty_mean)
+    losses = token_losses(rows.RowLosses(nll, soft), targets, 0.0, 0.0)
+    return reduce_losses(losses, targets, sample_weight, reduction, empty_mean=empty_mean)
 
 
 def _nan_where(wrong: Array, x: Array) -> Array:
@@ -528,10 +530,10 @@ def _cross_entropy(
     arrays = labels, weight, sample_weight, class_mask, token_mask
     logits, arrays = explicit_mesh.aligned_tokens(logits, axes, arrays)
     labels, weight, sample_weight, class_mask, token_mask = arrays
-    if _targets.is_probabilities(labels):
+    if is_probabilities(labels):
         labels = classes_last(labels, axes)
     x, class_mask = classes_last(logits, axes), mask_classes_last(class_mask, logits, axes)
-    classes = _targets.classes_here(num_classes, x.shape[-1], vocab_axes)
+    classes = classes_here(num_classes, x.shape[-1], vocab_axes)
     class_mask, token_mask = _targets.without_empty_rows(
         class_mask, token_mask, x.shape[:-1], classes
     )
@@ -549,9 +551,7 @@ def _cross_entropy(
             token_mask=token_mask,
             ignore_index=options.ignore_index,
         )
-        weights = _targets.token_weights(
-            targets, sample_weight, reduction, wide, token_axes, empty_mean
-        )
+        weights = token_weights(targets, sample_weight, reduction, wide, token_axes, empty_mean)
         return one_pass.reduced(x, cast(Array, targets.kept), *weights, token_axes)
     losses, stats, targets = token_terms(
         rows_of_logits(x, scaling, scalars.temperature, kernel_bytes=2 if in_one_piece else 0),
@@ -565,13 +565,13 @@ def _cross_entropy(
         options=options,
         scalars=scalars,
     )
-    loss = _targets.reduce_losses(losses, targets, sample_weight, reduction, token_axes, empty_mean)
+    loss = reduce_losses(losses, targets, sample_weight, reduction, token_axes, empty_mean)
     if stats is None:
         return loss
     return loss, stats if reduction == "none" else lax.stop_gradient(stats)
 
 
-def _is_plain(labels, classes: _targets.Classes, options: TokenOptions) -> bool:
+def _is_plain(labels, classes: Classes, options: TokenOptions) -> bool:
     """Whether the loss is the negative log-likelihood of class indices among all columns here."""
     whole = classes.total == classes.size and not classes.axes
-    return whole and _targets.is_indices(labels) and not options.with_stats
+    return whole and is_indices(labels) and not options.with_stats

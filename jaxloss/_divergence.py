@@ -12,10 +12,13 @@ from jax.typing import ArrayLike
 
 from jaxloss._checks import arguments as _arguments
 from jaxloss._checks import explicit_mesh, messages
-from jaxloss._linear import packing, product, token_chunks, token_rules
+from jaxloss._linear import budget, product, token_chunks, token_rules
 from jaxloss._numerics.divergence import accumulator_of, row_divergences
 from jaxloss._tokens import targets as _targets
+from jaxloss._tokens.classes import classes_here
+from jaxloss._tokens.reduction import reduce_losses, token_weights
 from jaxloss._tokens.shapes import classes_last, mask_classes_last, rows_of_mask
+from jaxloss._tokens.targets import counted
 from jaxloss._types import DIVERGENCES, AxisName, Divergence, Reduction, Scalars
 from jaxloss._xla.device import jit
 
@@ -140,13 +143,13 @@ def _kl_divergence(
     )
     mask = mask_classes_last(class_mask, logits, axes)
     x, t = classes_last(logits, axes), classes_last(teacher_logits, axes)
-    classes = _targets.classes_here(x.shape[-1])
+    classes = classes_here(x.shape[-1])
     mask, token_mask = _targets.without_empty_rows(mask, token_mask, x.shape[:-1], classes)
-    counts = _targets.counted(sample_weight, token_mask)
+    counts = counted(sample_weight, token_mask)
     losses = row_divergences(x, t, mask, counts, temperature=scalars.temperature, **dict(options))
     counts = jnp.ones_like(losses, bool) if counts is None else counts
     targets = _targets.Targets(None, None, counts)
-    return _targets.reduce_losses(losses, targets, sample_weight, reduction, empty_mean=empty_mean)
+    return reduce_losses(losses, targets, sample_weight, reduction, empty_mean=empty_mean)
 
 
 def linear_kl_divergence(
@@ -281,14 +284,14 @@ def linear_kl_divergence(
         "where": token_mask,
     }
     _arguments.check_split(call, "kernel", kernel, of_tokens, (), token_axes)
-    most = packing.size_to_plan_for(math.prod(lead))
-    rows = packing.rows_held(
+    most = budget.size_to_plan_for(math.prod(lead))
+    rows = budget.rows_held(
         hidden.dtype,
         none=reduction == "none",
         divergence=divergence,
         mask=class_mask is not None,
     )
-    default = packing.default_chunk(most, max(columns, its_columns), rows=rows)
+    default = budget.default_chunk(most, max(columns, its_columns), rows=rows)
     geometry = product.Geometry(
         vocab_axis,
         classes,
@@ -310,7 +313,7 @@ def _linear_kl_divergence(
     token_mask, scalars, *, geometry, reduction, empty_mean, options,
 ):  # fmt: skip
     lead, tokens = hidden.shape[:-1], math.prod(hidden.shape[:-1])
-    classes = _targets.classes_here(geometry.num_classes)
+    classes = classes_here(geometry.num_classes)
     token_mask = _targets.tokens_with_classes(class_mask, token_mask, lead, classes)
     mask_rows, mask_index = rows_of_mask(class_mask, lead)
     numbers, of_scalars = jax.tree.flatten(scalars)
@@ -325,11 +328,11 @@ def _linear_kl_divergence(
         losses = row_divergences(x, t, mask, temperature=temperature, **dict(options))
         return (losses,), ()
 
-    counts = _targets.counted(sample_weight, token_mask)
+    counts = counted(sample_weight, token_mask)
     counts = jnp.ones(lead, bool) if counts is None else counts
     targets = _targets.Targets(None, None, counts)
     wide = accumulator_of(hidden, teacher_hidden)
-    weights = _targets.token_weights(
+    weights = token_weights(
         targets, sample_weight, reduction, wide, geometry.token_axes, empty_mean
     )
     operands = token_chunks.Operands(

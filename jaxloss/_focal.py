@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-
-import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
@@ -12,63 +9,16 @@ from jax.typing import ArrayLike
 from jaxloss._checks import arguments as _arguments
 from jaxloss._checks import explicit_mesh, messages
 from jaxloss._numerics import rows as _rows
+from jaxloss._numerics.focal import modulated
 from jaxloss._tokens import targets as _targets
-from jaxloss._tokens.losses import TokenOptions, rows_of_logits, token_terms
+from jaxloss._tokens.classes import classes_here, is_probabilities
+from jaxloss._tokens.losses import TokenOptions, rows_of_logits, token_losses, token_terms
+from jaxloss._tokens.reduction import reduce_losses
 from jaxloss._tokens.shapes import classes_last, mask_classes_last
 from jaxloss._types import Reduction, Scalars, TopKLabels
 from jaxloss._xla.device import jit
 from jaxloss._xla.dtypes import accumulator_dtype, widened
 from jaxloss._xla.indexing import of_rank
-from jaxloss._xla.math import exp, expm1, log
-
-
-@partial(jax.custom_jvp, nondiff_argnums=(1,))
-def modulated(nll: Array, gamma: float) -> Array:
-    """``(1 - p)^gamma nll``, for ``p = e^-nll`` and a gamma above 0.
-
-    A function of ``nll`` alone, with ``u = 1 - p``, ``E = e^nll - 1 = u / p`` and ``h = nll / E``::
-
-        d = u^gamma (1 + gamma h)
-        d^2 = gamma u^gamma ((2 + (gamma - 1) h) / E - h)
-
-    No loss is divided by a ``u`` that is as small, and no tangent: such a quotient's derivative has
-    u^-2, which is inf long before the loss is 0.
-    """
-    return _power(nll, gamma) * nll
-
-
-def _power(nll: Array, gamma: float) -> Array:
-    return exp(gamma * log(-expm1(-nll)))
-
-
-@modulated.defjvp
-def _modulated_jvp(gamma, primals, tangents):
-    return modulated(*primals, gamma), _modulated_slope(*primals, gamma) * tangents[0]
-
-
-@partial(jax.custom_jvp, nondiff_argnums=(1,))
-def _modulated_slope(nll: Array, gamma: float) -> Array:
-    _, h = _ratios(nll)
-    return _power(nll, gamma) * (1 + gamma * h)
-
-
-@_modulated_slope.defjvp
-def _modulated_slope_jvp(gamma, primals, tangents):
-    nll = primals[0]
-    e, h = _ratios(nll)
-    # For gamma < 1 it grows as nll^(gamma - 1); what it multiplies, a slope, is as small as nll.
-    moving = nll >= jnp.finfo(nll.dtype).tiny
-    over_e = jnp.where(moving, (2 + (gamma - 1) * h) / jnp.where(moving, e, 1), 0)
-    curvature = gamma * _power(jnp.where(moving, nll, 1), gamma) * (over_e - h)
-    curvature = jnp.where(moving | jnp.isnan(nll), curvature, 0)
-    return _modulated_slope(nll, gamma), curvature * tangents[0]
-
-
-def _ratios(nll: Array) -> tuple[Array, Array]:
-    """``E`` and ``h``, which is 1 at 0, and 0 where E is inf."""
-    e = expm1(nll)
-    some = (e > 0) & (e < jnp.inf)
-    return e, jnp.where(some, nll / jnp.where(some, e, 1), jnp.where(e > 0, 0, 1))
 
 
 def focal_loss(
@@ -170,8 +120,8 @@ def _focal_loss(
     arrays = labels, weight, sample_weight, class_mask, token_mask
     logits, arrays = explicit_mesh.aligned_tokens(logits, axes, arrays)
     labels, weight, sample_weight, class_mask, token_mask = arrays
-    dtype, classes = accumulator_dtype(logits.dtype), _targets.classes_here(num_classes)
-    dense = _targets.is_probabilities(labels)
+    dtype, classes = accumulator_dtype(logits.dtype), classes_here(num_classes)
+    dense = is_probabilities(labels)
     x, mask = classes_last(logits, axes), mask_classes_last(class_mask, logits, axes)
     mask, token_mask = _targets.without_empty_rows(mask, token_mask, x.shape[:-1], classes)
     targets = _targets.make_targets(
@@ -216,5 +166,5 @@ def _focal_loss(
         each = factor(jnp.where(asked, 0 - log_p, 0))
         soft = jnp.sum(jnp.where(asked, q * each, 0), axis=-1)
     rows = _rows.RowLosses(nll, soft)
-    losses = _targets.token_losses(rows, targets, scalars.label_smoothing, 0.0)
-    return _targets.reduce_losses(losses, targets, sample_weight, reduction, empty_mean=empty_mean)
+    losses = token_losses(rows, targets, scalars.label_smoothing, 0.0)
+    return reduce_losses(losses, targets, sample_weight, reduction, empty_mean=empty_mean)

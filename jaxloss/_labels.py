@@ -14,8 +14,9 @@ from jax.experimental import checkify
 from jax.typing import ArrayLike
 
 from jaxloss._checks import arguments, explicit_mesh, messages
-from jaxloss._tokens import targets
 from jaxloss._tokens import targets as _targets
+from jaxloss._tokens.classes import class_indices, classes_here, is_indices, is_probabilities
+from jaxloss._tokens.reduction import terms
 from jaxloss._types import AxisName, TopKLabels
 from jaxloss._xla.device import jit
 from jaxloss._xla.dtypes import accumulator_dtype
@@ -76,7 +77,7 @@ def check_labels(labels: ArrayLike, num_classes: int, ignore_index: int | None =
 @partial(jax.jit, static_argnums=(1, 2))
 def _first_wrong(labels, num_classes, ignore_index):
     """(whether a label is wrong, the first such, its flat index)"""
-    kept, not_ignored = targets.class_indices(labels, num_classes, ignore_index)
+    kept, not_ignored = class_indices(labels, num_classes, ignore_index)
     wrong = (kept == num_classes) & not_ignored
     # Not by argmax and an index, which JAX refuses where an explicit mesh splits the labels.
     flat = jnp.arange(labels.size, dtype=jnp.int32).reshape(labels.shape)
@@ -142,7 +143,7 @@ def total_weight(
     else:
         labels = arguments.indices_or_probabilities(call, labels)
         batch = labels.shape
-        if _targets.is_probabilities(labels):
+        if is_probabilities(labels):
             axes = messages.class_axes(call, labels, "labels", axis)
             batch, classes = messages.batch_shape(labels, axes), messages.num_classes(labels, axes)
     sample_weight = arguments.check_sample_weight(call, sample_weight, batch)
@@ -160,11 +161,11 @@ def total_weight(
     if classes is None:
         classes = jnp.iinfo(jnp.int32).max
     weight = arguments.class_weight(call, weight, classes)
-    dense = _targets.is_probabilities(labels)
+    dense = is_probabilities(labels)
     ignore_index = arguments.ignored(call, ignore_index, labels)
     return _total_weight(
         None if dense else labels,  # of probabilities nothing but the number of tokens matters
-        weight if _targets.is_indices(labels) else None,
+        weight if is_indices(labels) else None,
         sample_weight,
         mask,
         batch=batch,
@@ -187,12 +188,12 @@ def _total_weight(
     dtype = accumulator_dtype(jnp.float64 if jnp.dtype("float64") in dtypes else jnp.float32)
     targets = _targets.make_targets(
         jnp.zeros(batch, jnp.int32) if labels is None else labels,
-        _targets.classes_here(num_classes),
+        classes_here(num_classes),
         dtype,
         weight=weight,
         sample_weight=sample_weight,
         token_mask=token_mask,
         ignore_index=ignore_index,
     )
-    total = jnp.sum(_targets.terms(targets, sample_weight, dtype)[1])
+    total = jnp.sum(terms(targets, sample_weight, dtype)[1])
     return lax.psum(total, token_axes) if token_axes else total

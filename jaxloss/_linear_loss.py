@@ -13,8 +13,9 @@ from jax.typing import ArrayLike
 
 from jaxloss._checks import arguments as _arguments
 from jaxloss._checks import explicit_mesh, messages
-from jaxloss._linear import packing, product, token_chunks, token_rules
+from jaxloss._linear import budget, product, token_chunks, token_rules
 from jaxloss._tokens import targets as _targets
+from jaxloss._tokens.reduction import token_weights
 from jaxloss._types import Reduction
 from jaxloss._xla import mesh
 from jaxloss._xla import programs as _programs
@@ -95,7 +96,7 @@ def linear_loss(
     )
     columns = kernel.shape[vocab_axis]
     lead, tokens = hidden.shape[:-1], math.prod(hidden.shape[:-1])
-    most = packing.size_to_plan_for(tokens)
+    most = budget.size_to_plan_for(tokens)
     arrays = []
     for i, x in enumerate(per_token):
         x = messages.array(call, f"per_token[{i}]", x, of_keys=True)
@@ -110,8 +111,8 @@ def linear_loss(
     )
     _arguments.check_reduction(call, reduction)
     own = sum(math.prod(x.shape[1:]) * x.dtype.itemsize for x in arrays) / (4 * max(1, columns))
-    rows = packing.rows_held(hidden.dtype, none=reduction == "none", own=own)
-    default = packing.default_chunk(most, columns, rows=rows)
+    rows = budget.rows_held(hidden.dtype, none=reduction == "none", own=own)
+    default = budget.default_chunk(most, columns, rows=rows)
     chunk = _arguments.chunk_size(call, chunk_size, default, most)
 
     wide = accumulator_dtype(hidden.dtype)
@@ -130,7 +131,7 @@ def linear_loss(
         got = messages.describe(out) if one else type(out).__name__
         messages.fail(call, rule, f"{got} for logits {messages.describe(examples(chunk)[0])}")
     varies = mesh.varies_over((hidden, kernel, bias, sample_weight, arrays))
-    sizes = packing.all_step_sizes(chunk, columns)
+    sizes = budget.all_step_sizes(chunk, columns)
     pure, closed_over = _converted(loss_fn, examples, sizes, varies)
 
     def chunk_losses(x, per_token, shared):
@@ -139,7 +140,7 @@ def linear_loss(
     counts = jnp.ones(lead, bool) if sample_weight is None else sample_weight.astype(bool)
     targets = _targets.Targets(None, None, counts)
     empty_mean = _arguments.empty_mean(call, empty_mean)
-    weights = _targets.token_weights(targets, sample_weight, reduction, wide, empty_mean=empty_mean)
+    weights = token_weights(targets, sample_weight, reduction, wide, empty_mean=empty_mean)
     geometry = product.Geometry(vocab_axis, columns, chunk, _arguments.precision(call, precision))
     operands = token_chunks.Operands(
         hidden.reshape(tokens, hidden.shape[-1]),

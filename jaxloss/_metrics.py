@@ -15,7 +15,7 @@ from jax import Array, export, lax
 from jax.typing import ArrayLike
 
 from jaxloss._checks import arguments, explicit_mesh, messages
-from jaxloss._tokens import targets
+from jaxloss._tokens.reduction import mean_of
 from jaxloss._types import AxisName, TokenStats
 from jaxloss._xla.device import jit
 from jaxloss._xla.dtypes import accumulator_dtype
@@ -365,7 +365,7 @@ def _means(sums):
     total = sums.weight[0] + sums.weight[1]
 
     def mean(x):
-        return targets.mean_of(x, total)
+        return mean_of(x, total)
 
     nll, entropy = mean(sums.nll[0] + sums.nll[1]), mean(sums.entropy[0] + sums.entropy[1])
     hits = sums.hits[0] + sums.hits[1]

@@ -11,6 +11,8 @@ from jax.typing import ArrayLike
 
 from jaxloss._checks import arguments, explicit_mesh, messages
 from jaxloss._tokens import targets as _targets
+from jaxloss._tokens.classes import class_indices, classes_here
+from jaxloss._tokens.reduction import token_weights
 from jaxloss._xla.device import jit
 from jaxloss._xla.dtypes import accumulator_dtype
 
@@ -216,16 +218,16 @@ def _sequence_weight(labels, segment_ids, sample_weight, *, num_segments, ignore
     any_class = jnp.iinfo(jnp.int32).max
     targets = _targets.make_targets(
         labels,
-        _targets.classes_here(any_class),
+        classes_here(any_class),
         dtype,
         weight=None,
         sample_weight=sample_weight,
         ignore_index=ignore_index,
     )
-    weight, _ = _targets.token_weights(targets, sample_weight, "sum", dtype)
+    weight, _ = token_weights(targets, sample_weight, "sum", dtype)
     if segment_ids is None:
         return _shares(weight, jnp.sum(weight, axis=-1, keepdims=True), targets.counts)
-    segment, _ = _targets.class_indices(segment_ids, num_segments, None)
+    segment, _ = class_indices(segment_ids, num_segments, None)
     exists = segment < num_segments
     total = _totals(
         jnp.where(exists, weight, 0), jnp.where(exists, segment, 0), num_segments=num_segments

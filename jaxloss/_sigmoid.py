@@ -18,6 +18,9 @@ from jaxloss._checks import arguments as _arguments
 from jaxloss._checks import explicit_mesh, messages
 from jaxloss._numerics.binary import focal_half, softplus
 from jaxloss._tokens import targets
+from jaxloss._tokens.classes import class_indices
+from jaxloss._tokens.reduction import mean_of
+from jaxloss._tokens.targets import counted
 from jaxloss._types import Reduction, Scalars
 from jaxloss._xla.device import jit
 from jaxloss._xla.dtypes import accumulator_dtype, widened
@@ -33,7 +36,7 @@ def _targets_of(labels: Array, ignore_index: int | None, dtype) -> tuple[Array, 
     """Returns (the positive class's probability, NaN where a label is none; counts)."""
     if not jnp.issubdtype(labels.dtype, jnp.integer):
         return labels.astype(dtype), jnp.ones_like(labels, bool)
-    index, counts = targets.class_indices(labels, 2, ignore_index)
+    index, counts = class_indices(labels, 2, ignore_index)
     return jnp.where(index < 2, index.astype(dtype), jnp.nan), counts
 
 
@@ -66,7 +69,7 @@ def _losses(
     @jax.checkpoint
     def terms(logits, labels, weight, pos_weight, sample_weight, where):
         y, counts = _targets_of(labels, ignore_index, dtype)
-        some = targets.counted(sample_weight, where)
+        some = counted(sample_weight, where)
         if some is not None:
             counts &= some
         # Selected away before anything multiplies them, and once more behind it.
@@ -100,7 +103,7 @@ def _losses(
         return jnp.sum(losses), jnp.sum(jnp.where(counts, divisor, 0))
 
     losses, divisor = terms(logits, labels, weight, pos_weight, sample_weight, where)
-    return losses if reduction != "mean" else targets.mean_of(losses, divisor, empty_mean)
+    return losses if reduction != "mean" else mean_of(losses, divisor, empty_mean)
 
 
 def _labels(function: str, labels: Any, logits: Array) -> Array:

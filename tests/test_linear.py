@@ -9,8 +9,8 @@ import pytest
 from helpers import equations, jit_quickly, products, temporary_mib
 
 import jaxloss
+from jaxloss._linear import budget
 from jaxloss._linear import packing as _packing
-from jaxloss._linear import vocab_blocks
 
 A = (0, 1)
 SCHEDULES = ["token_chunks", "vocab_blocks"]
@@ -215,13 +215,13 @@ def test_the_schedule_that_ran():
 )
 def test_chunks_by_default(backend, columns, chunk, alone, monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
-    assert _packing.default_chunk(10**6, columns) == chunk
-    assert _packing.value_chunk(chunk, columns) == alone
-    assert _packing.default_chunk(5, columns) == min(chunk, 5)
+    assert budget.default_chunk(10**6, columns) == chunk
+    assert budget.value_chunk(chunk, columns) == alone
+    assert budget.default_chunk(5, columns) == min(chunk, 5)
     # With so many features all tokens at once take no more than the float32 d_kernel of chunks.
     at_once = chunk + 2 * 600 // 3 if backend == "gpu" else chunk
-    assert _packing.default_chunk(chunk + 400, columns, 600) == at_once
-    assert _packing.default_chunk(chunk + 401, columns, 600) == chunk
+    assert budget.default_chunk(chunk + 400, columns, 600) == at_once
+    assert budget.default_chunk(chunk + 401, columns, 600) == chunk
 
 
 @pytest.mark.parametrize(
@@ -237,14 +237,14 @@ def test_chunks_by_default(backend, columns, chunk, alone, monkeypatch):
 )
 def test_blocks_by_default(backend, tokens, block, monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
-    assert vocab_blocks.default_block(tokens, 128256) == block
-    assert vocab_blocks.default_block(tokens, 100) == 100
-    assert vocab_blocks.default_block(tokens, 0) == 1
+    assert budget.default_block(tokens, 128256) == block
+    assert budget.default_block(tokens, 100) == 100
+    assert budget.default_block(tokens, 0) == 1
 
 
 def test_an_odd_chunk_is_taken_as_it_is():
-    assert _packing.value_chunk(999, 2**20) == 999
-    assert _packing.value_chunk(6 * 64, 2**20) == 48
+    assert budget.value_chunk(999, 2**20) == 999
+    assert budget.value_chunk(6 * 64, 2**20) == 48
 
 
 def test_the_value_alone_goes_by_parts_of_a_chunk(monkeypatch):

@@ -17,6 +17,7 @@ from jaxloss._numerics import logits as _logits
 from jaxloss._numerics import passes, ranking
 from jaxloss._numerics.logits import Scaling
 from jaxloss._xla import device, indexing
+from jaxloss._xla.fusion import index_is_exact
 
 
 @pytest.fixture
@@ -59,14 +60,14 @@ def test_block_sizes(size, block):
 @pytest.mark.parametrize(("size", "exact"), [(2**24, True), (2**24 + 1, False), (1, True)])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
 def test_exact_integers(size, exact, dtype):
-    assert indexing.index_is_exact(jax.ShapeDtypeStruct((2**25, size), dtype)) == exact
+    assert index_is_exact(jax.ShapeDtypeStruct((2**25, size), dtype)) == exact
 
 
 @pytest.mark.parametrize("classes", [7, 200])
 @pytest.mark.parametrize("exact", [True, False])
 def test_classes_ahead(exact, classes, monkeypatch):
     """Of classes past what float32 counts, in integers."""
-    monkeypatch.setattr(indexing, "index_is_exact", lambda _: exact)
+    monkeypatch.setattr(ranking, "index_is_exact", lambda _: exact)
     rng = np.random.default_rng(0)
     x = rng.integers(-2, 3, (60, classes)).astype(np.float32)  # many are equal
     x[x == -2] = -np.inf

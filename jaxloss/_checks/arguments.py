@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxloss._checks import messages
-from jaxloss._types import REDUCTIONS, RESTS, Scalars, TopKLabels
+from jaxloss._types import REDUCTIONS, RESTS, Axes, Scalars, TopKLabels
 from jaxloss._xla import mesh
 
 # Functions whose messages do not offer it.
@@ -278,7 +278,7 @@ def ignored(function: str, x: Any, labels: Any = None) -> int | None:
     return x
 
 
-def mesh_axes(function: str, name: str, x: Any) -> mesh.Axes:
+def mesh_axes(function: str, name: str, x: Any) -> Axes:
     """Names of axes of the surrounding ``shard_map``."""
     names = () if x is None else (x,) if isinstance(x, str) else x
     if not isinstance(names, tuple | list) or not all(isinstance(n, str) for n in names):
@@ -304,8 +304,8 @@ def check_split(
     name: str,
     split_array: Array,
     of_tokens: dict[str, Any],
-    vocab_axes: mesh.Axes,
-    token_axes: mesh.Axes,
+    vocab_axes: Axes,
+    token_axes: Axes,
 ) -> None:
     """The types must say what the names say: gradients are sums over what the types leave out."""
     way_out = "Split it in in_specs."
@@ -424,7 +424,7 @@ def token_arguments(
     where: Any,
     reduction: Any,
     classes: Any = None,
-    vocab_axes: mesh.Axes = (),
+    vocab_axes: Axes = (),
     *,
     of_nothing: Any = None,
 ) -> TokenArguments:

@@ -15,7 +15,7 @@ from jax import Array
 from jax.sharding import PartitionSpec as P
 
 from jaxloss._checks import messages
-from jaxloss._types import TopKLabels
+from jaxloss._types import Axes, TopKLabels
 from jaxloss._xla import mesh as _mesh
 from jaxloss._xla import nested
 from jaxloss._xla.device import jit
@@ -28,23 +28,23 @@ class Layout(NamedTuple):
     tokens: tuple  # of hidden's leading axes, each None, a name or names
     kernel: tuple  # of kernel's axes
     vocab_axis: int
-    vocab_axes: _mesh.Axes
-    gathered: tuple[tuple[int, _mesh.Axes], ...]
+    vocab_axes: Axes
+    gathered: tuple[tuple[int, Axes], ...]
     columns: int  # of the kernel on each device, once gathered
 
     @property
-    def token_axes(self) -> _mesh.Axes:
+    def token_axes(self) -> Axes:
         return tuple(name for entry in self.tokens for name in _names(entry))
 
-    def devices(self, axes: _mesh.Axes) -> int:
+    def devices(self, axes: Axes) -> int:
         return _devices(self.mesh, axes)
 
 
-def _devices(mesh: Any, axes: _mesh.Axes) -> int:
+def _devices(mesh: Any, axes: Axes) -> int:
     return math.prod(mesh.shape[name] for name in axes)
 
 
-def _names(entry: Any) -> _mesh.Axes:
+def _names(entry: Any) -> Axes:
     return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
 
 
@@ -144,7 +144,7 @@ def of_types(
     if not any(tokens):
         tokens = _other_split(mesh, hidden, of_kernel, vocab_axis, others)
     own = {name for entry in tokens for name in _names(entry)}
-    vocab: _mesh.Axes = ()
+    vocab: Axes = ()
     gathered = []
     for axis, entry in enumerate(of_kernel):
         names = _names(entry)

@@ -9,7 +9,9 @@ from jax import Array, lax
 from jaxloss._linear import packing as _packing
 from jaxloss._linear import product_kernel, token_chunks, token_rules, vocab_blocks
 from jaxloss._tokens import targets as _targets
+from jaxloss._tokens.classes import classes_here, existing, weight_here
 from jaxloss._tokens.losses import rows_of_logits, token_terms
+from jaxloss._tokens.reduction import reduce_losses, token_weights
 from jaxloss._tokens.shapes import flat_labels, rows_of_mask
 from jaxloss._types import TokenStats
 from jaxloss._xla import indexing, mesh
@@ -24,7 +26,7 @@ def by_token_chunks(
     hidden, kernel, bias, labels, weight, sample_weight, class_mask, token_mask, scalars,
     *, geometry, num_classes, reduction, empty_mean, scaling, fused, options,
 ):  # fmt: skip
-    classes = _targets.classes_here(num_classes, geometry.num_classes, geometry.vocab_axes)
+    classes = classes_here(num_classes, geometry.num_classes, geometry.vocab_axes)
     lead, wide = hidden.shape[:-1], accumulator_dtype(hidden.dtype)
     # A chunk has none of the tokens that are left no class: its mask may be as it is.
     token_mask = _targets.tokens_with_classes(class_mask, token_mask, lead, classes)
@@ -46,7 +48,7 @@ def by_token_chunks(
         scalars = of_scalars.unflatten(numbers)
         mask = mask if index is None else mask[index]
         # Counted anew: traced values must not leak into the loop that this runs in.
-        classes = _targets.classes_here(num_classes, x.shape[-1], geometry.vocab_axes)
+        classes = classes_here(num_classes, x.shape[-1], geometry.vocab_axes)
         losses, stats, _ = token_terms(
             rows_of_logits(x, scaling, scalars.temperature, kernel_bytes=4), classes,
             tree.unflatten(labels), weight, mask, dtype=wide, options=options, scalars=scalars,
@@ -81,7 +83,7 @@ def by_token_chunks(
         (*labels, mask_index),
         (weight, mask_rows, *numbers),
     )
-    weights = _targets.token_weights(
+    weights = token_weights(
         targets, sample_weight, reduction, wide, geometry.token_axes, empty_mean
     )
     given = geometry, operands, targets.counts, weights, scalar
@@ -100,7 +102,7 @@ def by_vocab_blocks(
 ):  # fmt: skip
     axes = geometry.vocab_axes
     size, block = geometry.num_classes, geometry.chunk
-    classes = _targets.classes_here(num_classes, size, axes, block)
+    classes = classes_here(num_classes, size, axes, block)
     lead, wide = hidden.shape[:-1], accumulator_dtype(hidden.dtype)
     tokens = math.prod(lead)
     token_mask = _targets.tokens_with_classes(class_mask, token_mask, lead, classes)
@@ -114,14 +116,14 @@ def by_vocab_blocks(
         None if x is None else x.reshape(tokens) for x in (sample_weight, token_mask)
     )
     rows = hidden.reshape(tokens, hidden.shape[-1])
-    exists = _targets.existing(mask, classes, 2)
+    exists = existing(mask, classes, 2)
     masked = sample_weight is not None or token_mask is not None
     all_count = options.ignore_index is None and not masked
 
     def rows_of(targets, classes, _, weight, label_smoothing, want, predict):
         # Gradients of what no token owns are summed over the devices after the loop, not in it.
         varies = mesh.varies_over((rows, kernel, bias, labels))
-        weight = _targets.weight_here(weight, classes)
+        weight = weight_here(weight, classes)
         weight, kept = mesh.varying((weight, targets.kept), varies)
         counts = targets.counts if fused and not all_count else None
         probabilities = targets.probabilities
@@ -158,9 +160,7 @@ def by_vocab_blocks(
         options=options,
         scalars=scalars,
     )
-    loss = _targets.reduce_losses(
-        losses, targets, sample_weight, reduction, geometry.token_axes, empty_mean
-    )
+    loss = reduce_losses(losses, targets, sample_weight, reduction, geometry.token_axes, empty_mean)
     loss = loss.reshape(lead) if reduction == "none" else loss
     if stats is None:
         return loss

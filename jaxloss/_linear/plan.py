@@ -7,9 +7,10 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxloss._checks import arguments, messages
-from jaxloss._linear import packing, vocab_blocks
+from jaxloss._linear import budget
 from jaxloss._numerics import logits
 from jaxloss._tokens import targets
+from jaxloss._tokens.classes import is_indices, is_probabilities
 from jaxloss._types import IMPLEMENTATIONS, Implementation, Scalars, TopKLabels
 from jaxloss._xla import device
 
@@ -65,13 +66,13 @@ def choose(
     # By its name it is taken where arrays may be split too: JAX then says that it cannot be.
     fused = wanted and not beyond and not size.padded and (implementation or whole)
     fused = bool(fused and _fits(wanted, size))
-    tokens = packing.size_to_plan_for(size.tokens)
+    tokens = budget.size_to_plan_for(size.tokens)
     rows = _rows(asked)
     name = implementation
     if name is None and fused and wanted == "mosaic_tpu":
         name = wanted
     elif name is None:
-        few = packing.default_chunk(tokens, size.columns, rows=rows) < min(FEW, tokens)
+        few = budget.default_chunk(tokens, size.columns, rows=rows) < min(FEW, tokens)
         name = "vocab_blocks" if few and not bucket and not divided else "token_chunks"
     messages.word(call, "implementation", name, IMPLEMENTATIONS)
     if bucket and name == "vocab_blocks":
@@ -87,18 +88,18 @@ def choose(
     by_tokens = name == "token_chunks"
     if by_tokens:
         most = tokens
-        default = packing.default_chunk(tokens, size.columns, size.features, rows)
+        default = budget.default_chunk(tokens, size.columns, size.features, rows)
     else:
-        most, default = size.columns, vocab_blocks.default_block(tokens, size.columns)
+        most, default = size.columns, budget.default_block(tokens, size.columns)
     return Choice(by_tokens, arguments.chunk_size(call, chunk_size, default, most), fused)
 
 
 def _rows(asked: Asked) -> float:
     """What a token of a chunk holds."""
-    return packing.rows_held(
+    return budget.rows_held(
         asked.dtype,
         none=asked.none,
-        probabilities=targets.is_probabilities(asked.labels),
+        probabilities=is_probabilities(asked.labels),
         top=isinstance(asked.labels, TopKLabels),
         weight=asked.weight,
         smoothing=not targets.is_zero(asked.scalars.label_smoothing),
@@ -125,7 +126,7 @@ def _beyond(name: Any, asked: Asked) -> list[str]:
         (f"the backend {backend}", other),
         (f"a {chip}", old and not other),
         (f"operands of {asked.dtype}", asked.dtype != jnp.bfloat16),
-        ("labels that are no class indices", not targets.is_indices(asked.labels)),
+        ("labels that are no class indices", not is_indices(asked.labels)),
         ("where over classes", asked.class_mask is not None),
         ("label_smoothing", not targets.is_zero(asked.scalars.label_smoothing)),
         ("a soft cap or a temperature", asked.scaling is not None or divided),

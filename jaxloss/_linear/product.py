@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jaxloss._xla import mesh
+from jaxloss._types import Axes
 from jaxloss._xla.dtypes import accumulator_dtype, held_dtype
 
 
@@ -22,11 +22,9 @@ class Geometry(NamedTuple):
     precision: Any
     teacher_axis: int = 1  # the vocabulary's, of a teacher's kernel
     # On a mesh, inside of shard_map, whose types say what the gradients are sums over:
-    vocab_axes: mesh.Axes = ()  # the columns are split over; the loops' steps then communicate
-    token_axes: mesh.Axes = ()  # the tokens are split over, and a sum is over all of them
-    gathered: tuple[
-        tuple[int, mesh.Axes], ...
-    ] = ()  # axes of the kernel that are split over tokens'
+    vocab_axes: Axes = ()  # the columns are split over; the loops' steps then communicate
+    token_axes: Axes = ()  # the tokens are split over, and a sum is over all of them
+    gathered: tuple[tuple[int, Axes], ...] = ()  # axes of the kernel that are split over tokens'
 
 
 def _dot(x: Array, y: Array, axis_x: int, axis_y: int, geometry: Geometry, out: Any = None):

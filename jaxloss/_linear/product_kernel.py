@@ -12,8 +12,9 @@ from jax import Array
 
 from jaxloss._linear import packing
 from jaxloss._linear import product as _product
-from jaxloss._numerics import parts, passes
+from jaxloss._numerics import parts
 from jaxloss._numerics import rows as _rows
+from jaxloss._xla.derivatives import with_derivative_of
 from jaxloss._xla.math import finite
 
 
@@ -64,7 +65,7 @@ def slope(geometry: _product.Geometry, hidden, kernel, bias, rows: tuple) -> Arr
     from jaxloss._kernels.linear_tpu import slope as kernel_slope
 
     by_kernel = partial(kernel_slope, vocab_axis=geometry.vocab_axis)
-    compute = passes.with_derivative_of(partial(_slope_by_xla, geometry), by_kernel)
+    compute = with_derivative_of(partial(_slope_by_xla, geometry), by_kernel)
     return compute(hidden, kernel, bias, rows)
 
 

@@ -17,16 +17,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jaxloss._linear.packing import (
-    FROZEN_KERNEL_MIB,
-    Packing,
-    filled,
-    moves_bits,
-    put_back,
-    sweep,
-    taken,
-    value_chunk,
-)
+from jaxloss._linear.budget import FROZEN_KERNEL_MIB, value_chunk
+from jaxloss._linear.packing import Packing, filled, moves_bits, put_back, sweep, taken
 from jaxloss._linear.product import (
     Geometry,
     gathered,

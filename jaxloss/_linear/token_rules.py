@@ -18,6 +18,7 @@ from jaxloss._linear import token_chunks as _token_chunks
 from jaxloss._linear.packing import Packing, pack
 from jaxloss._linear.product import Geometry
 from jaxloss._linear.token_chunks import LossFn, Operands, map_operands
+from jaxloss._types import Axes
 from jaxloss._xla import mesh
 from jaxloss._xla.derivatives import jvp_of_moving, with_forward_mode
 from jaxloss._xla.dtypes import held_dtype
@@ -87,7 +88,7 @@ def losses_by_token(
     return with_forward_mode(rule, tangent, whole=False)(*leaves, *packing)
 
 
-def _scale_of(weight: Array, operands: Operands, axes: mesh.Axes) -> Array | None:
+def _scale_of(weight: Array, operands: Operands, axes: Axes) -> Array | None:
     """What the weights are divided by in the products, which narrow them to the operands' dtype.
 
     One number for all the devices along ``axes``, whose gradients are summed before it is undone.

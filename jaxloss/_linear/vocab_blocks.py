@@ -7,7 +7,6 @@ d_kernel is held: a block of d_kernel is final when it is written, in the kernel
 Letters: N tokens, D features, V columns of the kernel, C classes, B columns of a block.
 """
 
-import math
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -19,11 +18,17 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from jaxloss._linear import packing, product_kernel
 from jaxloss._linear import product as _product
 from jaxloss._numerics import logits as _logits
-from jaxloss._numerics import parts, passes, ranking
+from jaxloss._numerics import parts, ranking
 from jaxloss._numerics import rows as _rows
 from jaxloss._tokens import targets
 from jaxloss._xla import indexing, mesh
-from jaxloss._xla.derivatives import jvp_of_moving, with_forward_mode
+from jaxloss._xla.derivatives import (
+    asked_for,
+    jvp_of_moving,
+    sum_to,
+    with_derivative_of,
+    with_forward_mode,
+)
 
 _ROWS = Layout(major_to_minor=(0, 1))
 
@@ -64,17 +69,6 @@ class Options(NamedTuple):
     fused: bool  # the log-sum-exp by the kernel for this backend
 
 
-def default_block(num_tokens: int, num_classes: int) -> int:
-    """Columns a block: the power of two whose float32 logits fit the backend's budget."""
-    backend = jax.default_backend()
-    budget = {"cpu": 8, "tpu": 32}.get(backend, 64) * 2**20
-    # Each block adds to the float32 d_hidden, 8 bytes of traffic beside 6 B operations: by a TPU
-    # v6e's peak rates as long as the products of 770 columns.
-    least = 1024 if backend == "tpu" else 128
-    block = 2 ** int(math.log2(max(least, budget // (4 * max(1, num_tokens)))))
-    return max(1, min(block, num_classes))
-
-
 def _over_blocks(classes: int, block: int, step, combine, begin=lambda first: first) -> Any:
     """``combine(state, step(start, size))`` over all blocks but the first, which is short, and of
     which the state is made."""
@@ -96,7 +90,7 @@ def _sealed(sweep):
     Its products are those of a scan, which ``dots_saveable`` would save: all logits. A policy does
     not look into a function that has a derivative of its own.
     """
-    return passes.with_derivative_of(sweep, sweep)
+    return with_derivative_of(sweep, sweep)
 
 
 def _cut(x: Any, start, size: int, axis: int = -1) -> Any:
@@ -177,7 +171,7 @@ def _fused(options: Options, operands: Operands, constants: Constants) -> parts.
 
     kept = constants.kept
     by_kernel = partial(product_kernel.row_part, options.geometry)
-    part = passes.with_derivative_of(swept, by_kernel)
+    part = with_derivative_of(swept, by_kernel)
     m, s, x_kept = part(*operands[:3], kept, constants.counts)
     return parts.RowPart(m, s, x_kept, kept)
 
@@ -357,18 +351,18 @@ def _block_gradients(
     d_probabilities = d_weight = d_share = d_extra = None
     if ct.soft is not None and active.extra:
         slope = _rows.top_gradient(b, state, options.scaling)
-        d_extra = _rows.asked_for(ct.soft, slope)
+        d_extra = asked_for(ct.soft, slope)
     dense = active.probabilities or active.weight or active.share
     if ct.soft is not None and b.soft is not None and dense:
         slope = _rows.soft_gradient(b, state, options.scaling)
-        slope = _rows.asked_for(ct.soft, slope)
+        slope = asked_for(ct.soft, slope)
         soft_b, pullback = jax.vjp(
             partial(_soft, options, b.mask, constants.asked, size),
             _cut(operands.probabilities, start, size),
             _cut(operands.weight, start, size),
             operands.share,
         )
-        d_probabilities, d_weight, d_share = pullback(_rows.sum_to(slope, soft_b))
+        d_probabilities, d_weight, d_share = pullback(sum_to(slope, soft_b))
     return Operands(d_hidden, d_kernel, d_bias, d_probabilities, d_weight, d_share, d_extra)
 
 

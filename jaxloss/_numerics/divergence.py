@@ -29,9 +29,8 @@ from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero
 
 from jaxloss._numerics.passes import near_max
-from jaxloss._numerics.rows import asked_for
 from jaxloss._xla import mesh
-from jaxloss._xla.derivatives import with_forward_mode
+from jaxloss._xla.derivatives import asked_for, with_forward_mode
 from jaxloss._xla.dtypes import accumulator_dtype, narrowed, widened
 from jaxloss._xla.fusion import apart
 from jaxloss._xla.indexing import is_kept

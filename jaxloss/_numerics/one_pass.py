@@ -18,9 +18,10 @@ from jax import Array, lax
 
 from jaxloss._numerics import parts
 from jaxloss._numerics import rows as _rows
-from jaxloss._numerics.passes import fit_kernels, with_derivative_of
+from jaxloss._numerics.passes import fit_kernels
+from jaxloss._types import Axes
 from jaxloss._xla import device, mesh
-from jaxloss._xla.derivatives import with_forward_mode
+from jaxloss._xla.derivatives import with_derivative_of, with_forward_mode
 from jaxloss._xla.dtypes import widened
 from jaxloss._xla.indexing import entry
 
@@ -130,9 +131,7 @@ def weighted_sum(logits: Array, kept: Array, weight: Array) -> Array:
     return with_forward_mode(rule, tangent)(*mesh.together(logits, kept, weight))
 
 
-def reduced(
-    logits: Array, kept: Array, weight: Array, offset: Array, token_axes: mesh.Axes
-) -> Array:
+def reduced(logits: Array, kept: Array, weight: Array, offset: Array, token_axes: Axes) -> Array:
     """Their sum, over the devices along ``token_axes`` too; the weights and the offset are from
     ``_targets.token_weights``."""
     total = weighted_sum(logits, kept, weight)

@@ -20,7 +20,6 @@ from jaxloss._numerics.logits import (
     widen,
 )
 from jaxloss._numerics.passes import (
-    lies_below,
     max_and_place,
     max_and_sum,
     row_max,
@@ -28,8 +27,9 @@ from jaxloss._numerics.passes import (
     sum_of_others,
     writes_out,
 )
+from jaxloss._types import Axes
 from jaxloss._xla import mesh
-from jaxloss._xla.fusion import apart, behind_barrier
+from jaxloss._xla.fusion import apart, behind_barrier, lies_below
 from jaxloss._xla.indexing import elsewhere, entries, entry
 from jaxloss._xla.math import exp, finite
 
@@ -264,7 +264,7 @@ def merge(a: RowPart, b: RowPart, labelled: bool, scaling: Scaling | None = None
 
 
 def merge_shards(
-    part: RowPart, axes: mesh.Axes, labelled: bool, size: int, scaling: Scaling | None = None
+    part: RowPart, axes: Axes, labelled: bool, size: int, scaling: Scaling | None = None
 ) -> RowPart:
     """The part of the classes of all devices along the mesh axes, each holding ``size`` of them.
 

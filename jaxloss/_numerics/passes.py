@@ -18,10 +18,10 @@ from jaxloss._numerics.logits import (
     widen,
 )
 from jaxloss._xla import device, mesh
-from jaxloss._xla.derivatives import jvp_of_moving
+from jaxloss._xla.derivatives import with_derivative_of
 from jaxloss._xla.dtypes import accumulator_dtype, widened
-from jaxloss._xla.fusion import apart, behind_barrier
-from jaxloss._xla.indexing import class_index, entries, index_is_exact, is_kept
+from jaxloss._xla.fusion import apart, behind_barrier, class_index, index_is_exact, lies_below
+from jaxloss._xla.indexing import entries, is_kept
 from jaxloss._xla.math import exp_of_nonpositive, finite
 
 
@@ -219,17 +219,6 @@ def max_and_sum(
     return lax.platform_dependent(logits, kept, class_mask, **forms)
 
 
-def with_derivative_of(plain: Callable, kernel: Callable) -> Callable:
-    """``kernel``, which has no derivative of its own: ``plain``, XLA's, is the same function."""
-    rule = jax.custom_jvp(kernel)
-
-    def jvp(args, tangents):
-        return rule(*args), jvp_of_moving(plain, args, tangents)[1]
-
-    rule.defjvp(jvp, symbolic_zeros=True)
-    return rule
-
-
 def slope_pass(plain: Callable, logits: Array, *rest: Array) -> Array:
     """``plain(logits, m, kept, scale, at_kept, active)``: scale exp(x_j - m), at_kept where j is
     kept, and 0 in a row that is not active, in the logits' dtype; by a kernel where there is one.
@@ -328,16 +317,3 @@ def near_max(logits: Array, m: Array, class_mask: Array | None) -> Array:
     found = jnp.min(class_index(x) + lies_below(x, m, 2.0**30), axis=-1)
     # A row of -inf lies below the finite stand-in for its maximum, and NaN is no index.
     return jnp.where(found < x.shape[-1], found, 0).astype(jnp.int32)
-
-
-def lies_below(x: Array, m: Array, value: float) -> Array:
-    """``value`` where ``x[..., C]`` is more than a few roundings below ``m``, 0 elsewhere: for a
-    summand."""
-    info = jnp.finfo(x.dtype)
-    # No less than the smallest float: -inf lies below that too, and -inf less -inf is NaN.
-    bound = jnp.maximum(m - 4 * info.eps * jnp.abs(m) - info.tiny, info.min)
-    bound, steep, zero, most = behind_barrier(bound, 1 / info.tiny, 0, value)
-    # The maximum stands between the factors, or XLA folds them to inf (0 * inf is NaN); right under
-    # the minimum it would make a clamp of both, which XLA:CPU writes out.
-    difference = lax.stop_gradient(bound[..., None] - x)  # a step has no slope
-    return jnp.minimum(jnp.maximum(difference * steep, zero) * steep, most)

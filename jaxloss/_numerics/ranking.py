@@ -6,10 +6,11 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxloss._numerics.logits import widen
+from jaxloss._types import Axes
 from jaxloss._xla import device, mesh
 from jaxloss._xla.dtypes import accumulator_dtype, widened
-from jaxloss._xla.fusion import apart, behind_barrier
-from jaxloss._xla.indexing import class_index, entry, index_is_exact
+from jaxloss._xla.fusion import apart, behind_barrier, class_index, index_is_exact
+from jaxloss._xla.indexing import entry
 
 
 def highest(logits: Array, class_mask: Array | None, start: Any) -> tuple[Array, Array]:
@@ -27,7 +28,7 @@ def highest(logits: Array, class_mask: Array | None, start: Any) -> tuple[Array,
     return jnp.where(jnp.isnan(top), jnp.inf, top), found + start
 
 
-def class_of(top: Array, found: Array, vocab_axes: mesh.Axes) -> Array:
+def class_of(top: Array, found: Array, vocab_axes: Axes) -> Array:
     """The prediction from what ``highest`` gives on each device; -1: see ``prediction``."""
     if vocab_axes:
         here, top = top, mesh.largest(top, vocab_axes)
@@ -36,7 +37,7 @@ def class_of(top: Array, found: Array, vocab_axes: mesh.Axes) -> Array:
     return jnp.where(jnp.isinf(top), -1, found)
 
 
-def prediction(logits: Array, class_mask: Array | None, start: Any, vocab_axes: mesh.Axes) -> Array:
+def prediction(logits: Array, class_mask: Array | None, start: Any, vocab_axes: Axes) -> Array:
     """The first class at the row's maximum; -1 in a row that holds NaN or +inf, or nothing but
     -inf: the first of its classes may be masked. int32."""
     return class_of(*highest(logits, class_mask, start), vocab_axes)
@@ -67,7 +68,7 @@ def ahead(x: Array, of_label: Array, label: Array) -> Array:
 
 
 def rank(
-    logits: Array, class_mask: Array | None, kept: Array, start: Any, vocab_axes: mesh.Axes
+    logits: Array, class_mask: Array | None, kept: Array, start: Any, vocab_axes: Axes
 ) -> Array:
     """The label's place in the order of predictions, 0 for the first; -1: it has none. int32."""
     x = lax.stop_gradient(logits)
@@ -80,7 +81,7 @@ def rank(
     return jnp.where(found, lax.psum(before, vocab_axes) if vocab_axes else before, -1)
 
 
-def found_label(kept: Array, of_label: Array, size: int, start: Any, vocab_axes: mesh.Axes):
+def found_label(kept: Array, of_label: Array, size: int, start: Any, vocab_axes: Axes):
     """(the label's class, its logit, whether it is one of the classes) from what each device has.
 
     ``kept`` is its column of the ``size`` here, from the class ``start`` on; ``of_label`` its

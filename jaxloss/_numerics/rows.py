@@ -30,8 +30,9 @@ from jaxloss._numerics.passes import (
     sum_of_others,
     writes_out,
 )
+from jaxloss._types import Axes
 from jaxloss._xla import device, mesh
-from jaxloss._xla.derivatives import with_forward_mode
+from jaxloss._xla.derivatives import asked_for, sum_to, with_forward_mode
 from jaxloss._xla.dtypes import accumulator_dtype, narrowed, widened
 from jaxloss._xla.fusion import apart
 from jaxloss._xla.indexing import elsewhere, entry, is_kept, of_rank, put_at
@@ -277,21 +278,6 @@ def row_tangents(
     return RowLosses(**out)
 
 
-def sum_to(x: Array, like: Array) -> Array:
-    """The cotangent of ``like``, which was broadcast, from what it was broadcast to."""
-    spread = tuple(i for i, n in enumerate(like.shape) if n != x.shape[i])
-    x = jnp.sum(x, axis=spread, keepdims=True).astype(like.dtype)
-    home = jax.typeof(like).sharding  # an explicit mesh wants a cotangent's to be its primal's
-    return x if jax.typeof(x).sharding == home else jax.sharding.reshard(x, home)
-
-
-def asked_for(ct: Array, slope: Array) -> Array:
-    """``ct[..., None] * slope``. A row that is asked for nothing gets 0 of a slope that is NaN or
-    inf too."""
-    ct = ct[..., None]
-    return ct * jnp.where((ct == 0) & ~jnp.isfinite(slope), 0, slope)
-
-
 def row_losses(
     logits: Array,
     kept: Array | None,
@@ -301,7 +287,7 @@ def row_losses(
     top: tuple[Array, Array] | None = None,
     scaling: Scaling | None = None,
     want: tuple[str, ...] = ("nll",),
-    vocab_axes: mesh.Axes = (),
+    vocab_axes: Axes = (),
     kernel_bytes: int = 2,
 ) -> RowLosses:
     """The losses of ``logits[..., C]`` over the last axis, one number a row.

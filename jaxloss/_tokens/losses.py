@@ -2,18 +2,25 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jaxloss._numerics import logits, passes, ranking
+from jaxloss._numerics import logits, ranking
 from jaxloss._numerics import rows as _rows
+from jaxloss._numerics.rows import RowLosses
 from jaxloss._tokens import targets as _targets
+from jaxloss._tokens.bucket import bucket_rows
+from jaxloss._tokens.classes import (
+    Classes,
+    existing,
+    weight_here,
+)
+from jaxloss._tokens.targets import Targets, is_zero
 from jaxloss._types import Scalars, TokenStats
-from jaxloss._xla import indexing, mesh
+from jaxloss._xla import mesh
 from jaxloss._xla.dtypes import accumulator_dtype
-from jaxloss._xla.math import finite
 
 
 class TokenOptions(NamedTuple):
@@ -32,7 +39,7 @@ def rows_of_logits(
     """
 
     def rows_of(targets, classes, class_mask, weight, label_smoothing, want, predict):
-        mask, axes = _targets.existing(class_mask, classes, x.ndim), classes.axes
+        mask, axes = existing(class_mask, classes, x.ndim), classes.axes
         if isinstance(temperature, Array):
             y, m = _divided(x, mask, scaling, temperature, axes)
             given = targets, classes, class_mask, weight, label_smoothing, want, False
@@ -43,8 +50,8 @@ def rows_of_logits(
         soft = _targets.soft_targets(
             targets.probabilities,
             targets.share,
-            _targets.existing(class_mask, classes, targets.counts.ndim + 1),
-            _targets.weight_here(weight, classes),
+            existing(class_mask, classes, targets.counts.ndim + 1),
+            weight_here(weight, classes),
             label_smoothing,
             classes.size,
             accumulator_dtype(x.dtype),
@@ -53,7 +60,7 @@ def rows_of_logits(
             _rows.row_losses, x, scaling=scaling, vocab_axes=axes, kernel_bytes=kernel_bytes
         )
         if targets.rest is not None:
-            rows = _bucket_rows(x, targets, classes, mask, scaling, want)
+            rows = bucket_rows(x, targets, classes, mask, scaling, want)
         else:
             rows = losses(targets.kept, soft, mask, top=targets.top, want=want)
         return rows, *_predicted(targets, classes, mask, predict)
@@ -82,57 +89,9 @@ def _divided(x, mask, scaling, temperature, axes) -> tuple[Array, Array]:
     return (y - m[..., None]) * unit / temperature, m * unit / temperature
 
 
-def _bucket_rows(x, targets, classes, mask, scaling, want) -> _rows.RowLosses:
-    """The loss over k + 1 classes: those named, and one of all others, whose logit is their lse.
-
-    Each logit has its gradient from one of them, so that nothing narrow is added up.
-    """
-    column, axes = targets.column, classes.axes
-    here = column < x.shape[-1]
-    others = indexing.elsewhere(x, column)
-    others = others if mask is None else others & mask
-    losses = partial(_rows.row_losses, x, None, scaling=scaling, vocab_axes=axes)
-    rest = losses(None, others, want=("logsumexp", "above"))
-    # A soft cap's slope at NaN is NaN, and 0 times that is NaN again.
-    named, exists = jnp.where(targets.counts[..., None], indexing.entries(x, column), 0), None
-    if mask is not None:
-        exists = indexing.entries(jnp.broadcast_to(mask, x.shape), column)
-        named = jnp.where(exists, named, 0)
-    named = logits.widen(named, exists, scaling)
-    if axes:
-        held = lax.psum(here.astype(jnp.int32), axes) > 0
-        named = jnp.where(held, lax.psum(jnp.where(here, named, 0), axes), -jnp.inf)
-    else:
-        named = jnp.where(here, named, -jnp.inf)
-    # Relative to the maximum: a log-sum-exp is rounded where the logits lie, and not where they
-    # differ. Adding 0 gives it its derivative.
-    of_others = mesh.largest(passes.row_max(x, others, scaling), axes)
-    of_named = jnp.max(lax.stop_gradient(named), axis=-1, initial=-jnp.inf)
-    m = finite(jnp.maximum(of_others, of_named))
-    rounded = lax.stop_gradient(rest.logsumexp)
-    lse = logits.scaled(of_others - m, scaling) + lax.stop_gradient(rest.above)
-    lse += rest.logsumexp - rounded
-    # Of no other class there is no derivative; of no class at all it is NaN.
-    of_none = jnp.where(of_named == -jnp.inf, rest.logsumexp, -jnp.inf)
-    lse = jnp.where(rounded == -jnp.inf, of_none, lse)
-    named = logits.scaled(named - m[..., None], scaling)
-    few = jnp.concatenate([named, lse[..., None]], axis=-1)
-    asked = jnp.concatenate([targets.extra, targets.rest[..., None]], axis=-1)
-    # What is impossible and has a probability of 0 is no class, for derivatives too.
-    some = (few != -jnp.inf) | (asked != 0)
-    some |= jnp.all(few == -jnp.inf, axis=-1, keepdims=True)  # of nothing the gradient is NaN
-    rows = _rows.row_losses(few, None, asked, some, want=tuple({"logsumexp"} & {*want}))
-    if rows.logsumexp is not None:
-        rows = rows._replace(logsumexp=rows.logsumexp + logits.scaled(m, scaling))
-    if "entropy" in want:
-        stats = losses(None, mask, want=("entropy", "confidence"))
-        rows = rows._replace(entropy=stats.entropy, confidence=stats.confidence)
-    return rows
-
-
 def token_terms(
     rows_of: Callable,
-    classes: _targets.Classes,
+    classes: Classes,
     labels: Any,
     weight: Array | None,
     class_mask: Array | None,
@@ -157,7 +116,7 @@ def token_terms(
         ignore_index=ignore_index,
     )
     targets = targets_of(weight=weight, label_smoothing=label_smoothing)
-    want = _targets.wanted(targets, label_smoothing, z_loss, with_stats)
+    want = wanted(targets, label_smoothing, z_loss, with_stats)
     rank = None
     if classes.total == 0:
         nan = jnp.full(targets.counts.shape, jnp.nan, dtype)
@@ -167,7 +126,7 @@ def token_terms(
         rows, prediction, rank = rows_of(targets, *given, want, with_stats)
     # Before anything multiplies them: lse^2 of a masked row's inf has a gradient of 0 * inf.
     rows = _rows.RowLosses(*(v if v is None else jnp.where(targets.counts, v, 0) for v in rows))
-    losses = _targets.token_losses(rows, targets, label_smoothing, z_loss)
+    losses = token_losses(rows, targets, label_smoothing, z_loss)
     if not with_stats:
         return losses, None, targets
 
@@ -190,3 +149,34 @@ def token_terms(
         rank=jnp.where(predicted, rank, -1),
     )
     return losses, stats, targets
+
+
+def wanted(targets: Targets, label_smoothing: Any, z_loss: Any, stats: bool):
+    """Which of ``RowLosses`` (beside ``soft``) the loss and the statistics are made of."""
+    label = targets.kept is not None and (stats or _asks_for_label(targets, label_smoothing))
+    want = ("nll",) if label else ()
+    want += ("logsumexp",) if stats or not is_zero(z_loss) else ()
+    return want + (("entropy", "confidence") if stats else ())
+
+
+def token_losses(rows: RowLosses, targets: Targets, label_smoothing: Any, z_loss: Any) -> Array:
+    """Each token's loss, class weights included."""
+    losses = None
+    if _asks_for_label(targets, label_smoothing):
+        losses = rows.nll
+        if isinstance(label_smoothing, Array):  # of 1 it asks for nothing of an infinite loss
+            losses = jnp.where(label_smoothing == 1, 0, losses)
+        if not is_zero(label_smoothing):
+            losses *= 1 - label_smoothing
+    if not is_zero(z_loss):
+        penalty = z_loss * rows.logsumexp**2
+        losses = penalty if losses is None else losses + penalty
+    if targets.label_weight is not None and losses is not None:
+        losses = targets.label_weight * losses
+    if targets.soft:
+        losses = rows.soft if losses is None else losses + rows.soft
+    return cast(Array, losses)
+
+
+def _asks_for_label(targets: Targets, label_smoothing: Any) -> bool:
+    return targets.kept is not None and not is_zero(1 - label_smoothing)

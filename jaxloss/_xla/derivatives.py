@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import tree
+from jax import Array, tree
 from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 
 
@@ -252,3 +252,29 @@ def _primitive(name: str, evaluate, abstract, jvp, transpose, batch) -> Any:
     using.batching.primitive_batchers[primitive] = batch
     using.mlir.register_lowering(primitive, using.mlir.lower_fun(evaluate, multiple_results=True))
     return primitive
+
+
+def with_derivative_of(plain: Callable, kernel: Callable) -> Callable:
+    """``kernel``, which has no derivative of its own: ``plain``, XLA's, is the same function."""
+    rule = jax.custom_jvp(kernel)
+
+    def jvp(args, tangents):
+        return rule(*args), jvp_of_moving(plain, args, tangents)[1]
+
+    rule.defjvp(jvp, symbolic_zeros=True)
+    return rule
+
+
+def sum_to(x: Array, like: Array) -> Array:
+    """The cotangent of ``like``, which was broadcast, from what it was broadcast to."""
+    spread = tuple(i for i, n in enumerate(like.shape) if n != x.shape[i])
+    x = jnp.sum(x, axis=spread, keepdims=True).astype(like.dtype)
+    home = jax.typeof(like).sharding  # an explicit mesh wants a cotangent's to be its primal's
+    return x if jax.typeof(x).sharding == home else jax.sharding.reshard(x, home)
+
+
+def asked_for(ct: Array, slope: Array) -> Array:
+    """``ct[..., None] * slope``. A row that is asked for nothing gets 0 of a slope that is NaN or
+    inf too."""
+    ct = ct[..., None]
+    return ct * jnp.where((ct == 0) & ~jnp.isfinite(slope), 0, slope)

@@ -8,6 +8,7 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 
 from jaxloss._xla import mesh
+from jaxloss._xla.dtypes import accumulator_dtype
 
 
 def behind_barrier(m: Array, *numbers: ArrayLike) -> tuple[Array, ...]:
@@ -33,3 +34,25 @@ def _(primals, tangents):
     # takes all of its results as differing over whatever axes of a mesh any operand differs over.
     out = apart(*primals)
     return out, jax.tree.map(lambda t, x: mesh.varying(t, mesh.varies_over(x)), tangents, out)
+
+
+def lies_below(x: Array, m: Array, value: float) -> Array:
+    """``value`` where ``x[..., C]`` is more than a few roundings below ``m``, 0 elsewhere: for a
+    summand."""
+    info = jnp.finfo(x.dtype)
+    # No less than the smallest float: -inf lies below that too, and -inf less -inf is NaN.
+    bound = jnp.maximum(m - 4 * info.eps * jnp.abs(m) - info.tiny, info.min)
+    bound, steep, zero, most = behind_barrier(bound, 1 / info.tiny, 0, value)
+    # The maximum stands between the factors, or XLA folds them to inf (0 * inf is NaN); right under
+    # the minimum it would make a clamp of both, which XLA:CPU writes out.
+    difference = lax.stop_gradient(bound[..., None] - x)  # a step has no slope
+    return jnp.minimum(jnp.maximum(difference * steep, zero) * steep, most)
+
+
+def class_index(x: Array) -> Array:
+    index = jnp.arange(x.shape[-1], dtype=accumulator_dtype(x.dtype))
+    return index.reshape((1,) * (x.ndim - 1) + index.shape)
+
+
+def index_is_exact(x: Array) -> bool:
+    return x.shape[-1] <= 2 ** (jnp.finfo(accumulator_dtype(x.dtype)).nmant + 1)

@@ -8,7 +8,6 @@ from jax import Array, lax
 from jax.sharding import PartitionSpec as P
 
 from jaxloss._xla import mesh as _mesh
-from jaxloss._xla.dtypes import accumulator_dtype
 
 
 def of_rank(x: Any, rank: int) -> Any:
@@ -89,12 +88,3 @@ def put_at(x: Array, index: Array, values: Array) -> Array:
 def elsewhere(x: Array, index: Array) -> Array:
     """Which entries of ``x[..., C]`` are at none of ``index[..., k]``."""
     return put_at(jnp.ones_like(x, bool), index, jnp.zeros_like(index, bool))
-
-
-def class_index(x: Array) -> Array:
-    index = jnp.arange(x.shape[-1], dtype=accumulator_dtype(x.dtype))
-    return index.reshape((1,) * (x.ndim - 1) + index.shape)
-
-
-def index_is_exact(x: Array) -> bool:
-    return x.shape[-1] <= 2 ** (jnp.finfo(accumulator_dtype(x.dtype)).nmant + 1)

@@ -1,0 +1,59 @@
+"""Labels whose rest is a class: the loss over k + 1 classes."""
+
+from functools import partial
+
+import jax.numpy as jnp
+from jax import lax
+
+from jaxloss._numerics import logits, passes
+from jaxloss._numerics import rows as _rows
+from jaxloss._xla import indexing, mesh
+from jaxloss._xla.math import finite
+
+
+def bucket_rows(x, targets, classes, mask, scaling, want) -> _rows.RowLosses:
+    """The loss over k + 1 classes: those named, and one of all others, whose logit is their lse.
+
+    Each logit has its gradient from one of them, so that nothing narrow is added up.
+    """
+    column, axes = targets.column, classes.axes
+    here = column < x.shape[-1]
+    others = indexing.elsewhere(x, column)
+    others = others if mask is None else others & mask
+    losses = partial(_rows.row_losses, x, None, scaling=scaling, vocab_axes=axes)
+    rest = losses(None, others, want=("logsumexp", "above"))
+    # A soft cap's slope at NaN is NaN, and 0 times that is NaN again.
+    named, exists = jnp.where(targets.counts[..., None], indexing.entries(x, column), 0), None
+    if mask is not None:
+        exists = indexing.entries(jnp.broadcast_to(mask, x.shape), column)
+        named = jnp.where(exists, named, 0)
+    named = logits.widen(named, exists, scaling)
+    if axes:
+        held = lax.psum(here.astype(jnp.int32), axes) > 0
+        named = jnp.where(held, lax.psum(jnp.where(here, named, 0), axes), -jnp.inf)
+    else:
+        named = jnp.where(here, named, -jnp.inf)
+    # Relative to the maximum: a log-sum-exp is rounded where the logits lie, and not where they
+    # differ. Adding 0 gives it its derivative.
+    of_others = mesh.largest(passes.row_max(x, others, scaling), axes)
+    of_named = jnp.max(lax.stop_gradient(named), axis=-1, initial=-jnp.inf)
+    m = finite(jnp.maximum(of_others, of_named))
+    rounded = lax.stop_gradient(rest.logsumexp)
+    lse = logits.scaled(of_others - m, scaling) + lax.stop_gradient(rest.above)
+    lse += rest.logsumexp - rounded
+    # Of no other class there is no derivative; of no class at all it is NaN.
+    of_none = jnp.where(of_named == -jnp.inf, rest.logsumexp, -jnp.inf)
+    lse = jnp.where(rounded == -jnp.inf, of_none, lse)
+    named = logits.scaled(named - m[..., None], scaling)
+    few = jnp.concatenate([named, lse[..., None]], axis=-1)
+    asked = jnp.concatenate([targets.extra, targets.rest[..., None]], axis=-1)
+    # What is impossible and has a probability of 0 is no class, for derivatives too.
+    some = (few != -jnp.inf) | (asked != 0)
+    some |= jnp.all(few == -jnp.inf, axis=-1, keepdims=True)  # of nothing the gradient is NaN
+    rows = _rows.row_losses(few, None, asked, some, want=tuple({"logsumexp"} & {*want}))
+    if rows.logsumexp is not None:
+        rows = rows._replace(logsumexp=rows.logsumexp + logits.scaled(m, scaling))
+    if "entropy" in want:
+        stats = losses(None, mask, want=("entropy", "confidence"))
+        rows = rows._replace(entropy=stats.entropy, confidence=stats.confidence)
+    return rows
