@@ -1,4 +1,4 @@
-"""Which tokens count, what they weigh, their sum and mean."""
+"""How losses become one number: what tokens weigh, their sum and mean."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""The label contract: which tokens count, what each asks for, and how losses become one number.
+"""The label contract: which tokens count, and what each asks for.
 
 ====================================================  ===========  ==========================
 label                                                 loss         gradient

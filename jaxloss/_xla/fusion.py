@@ -1,4 +1,5 @@
-"""Barriers between passes over the same rows, whose operands XLA:CPU would write out for both."""
+"""What XLA:CPU fuses into one pass: barriers between passes over the same rows, whose operands it
+would write out for both, and comparisons in arithmetic."""
 
 from typing import Any
 
