@@ -16,6 +16,7 @@ from helpers import EPS
 from jax import export
 
 import jaxloss
+from jaxloss._numerics import rows
 from jaxloss._xla import device
 
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -331,6 +332,32 @@ def test_one_trace_for_equal_shapes(case):
     # The count must be able to fail.
     with pytest.raises(AssertionError, match="traced"):
         step(*operands(case, jnp.float32, n=N + 1))
+
+
+def test_a_call_within_a_program_is_traced_once(monkeypatch):
+    """The value of a jitted call would be traced first, the derivative of its program then."""
+    traced = Counter()
+    parts, tangents = rows.row_part, rows.row_tangents
+
+    def count(name, function):
+        def counted(*args, **kwargs):
+            traced[name] += 1
+            return function(*args, **kwargs)
+
+        return counted
+
+    monkeypatch.setattr(rows, "row_part", count("value", parts))
+    monkeypatch.setattr(rows, "row_tangents", count("tangent", tangents))
+    x, _, _, y, *_ = arrays()
+    along = lambda x, y: jax.jvp(lambda x: jaxloss.cross_entropy(x, y), (x,), (x,))  # noqa: E731
+    for of, expected in (
+        (lambda x, y: jaxloss.cross_entropy(x, y), {"value": 1}),
+        (jax.grad(jaxloss.cross_entropy), {"value": 1}),  # no tangent but where a mode asks for it
+        (along, {"value": 1, "tangent": 1}),
+    ):
+        traced.clear()
+        jax.jit(of).lower(x, y)
+        assert traced == expected
 
 
 EAGER = {

@@ -284,7 +284,7 @@ def _max_and_place_of_columns(
     """
     x = lax.stop_gradient(logits)
     x = x if class_mask is None else widen(x, class_mask, None)
-    folded = x.reshape(*x.shape[:-1], count, -1)
+    folded = x.reshape(*x.shape[:-1], count, x.shape[-1] // count)
     highest = lax.optimization_barrier(jnp.max(folded, axis=-2))
     m = jnp.max(highest, axis=-1)
     size = highest.shape[-1]
