@@ -256,6 +256,26 @@ def test_open_batch(loss, dtype):
         assert_same(program.call(*given(tokens)), expected(*given(tokens)))
 
 
+@pytest.mark.parametrize("name", ["log_softmax", "indices", "probabilities", "linear"])
+def test_gradients_of_an_open_batch_on_one_device(name, monkeypatch):
+    """Its forms overwrite single entries of rows: "'_DimExpr' object cannot be interpreted"."""
+    monkeypatch.setattr(device, "on_one_device", lambda: True)
+    (n,) = export.symbolic_shape("n")
+    losses = {
+        "log_softmax": lambda x, h, k, y, q: jnp.sum(jnp.sin(jaxloss.log_softmax(x))),
+        "indices": lambda x, h, k, y, q: jaxloss.cross_entropy(x, y),
+        "probabilities": lambda x, h, k, y, q: jaxloss.cross_entropy(x, q),
+        "linear": lambda x, h, k, y, q: jaxloss.linear_cross_entropy(h, k, y, chunk_size=4),
+    }
+    step = jax.value_and_grad(losses[name], (0, 1))
+    given = arrays(7, size=300)
+    opened = [
+        jax.ShapeDtypeStruct((n, *v.shape[1:]) if v.shape[0] == 7 else v.shape, v.dtype)
+        for v in given
+    ]
+    assert_same(reloaded(step, *opened).call(*given), jax.jit(step)(*given))
+
+
 def test_open_batch_beside_a_teacher():
     (n,) = export.symbolic_shape("n")
     step = step_of(lambda h, k, t: jaxloss.linear_kl_divergence(h, k, t, k, chunk_size=2))

@@ -21,7 +21,7 @@ from jaxloss._xla import device, mesh
 from jaxloss._xla.derivatives import with_derivative_of
 from jaxloss._xla.dtypes import accumulator_dtype, widened
 from jaxloss._xla.fusion import apart, behind_barrier, class_index, index_is_exact, lies_below
-from jaxloss._xla.indexing import entries, is_kept
+from jaxloss._xla.indexing import entries, has_open_size, is_kept
 from jaxloss._xla.math import exp_of_nonpositive, finite
 
 
@@ -41,7 +41,7 @@ def other_exponentials(x: Array, m: Array, kept: Array, scaling: Scaling | None 
 
     selected = partial(_selected_exponentials, scaling=scaling)
     # The select costs XLA:CPU up to a quarter of the loss's time, the scatter 10 ns a row.
-    if x.shape[-1] < 256 or not device.on_one_device():
+    if x.shape[-1] < 256 or has_open_size(x) or not device.on_one_device():
         return selected(x, m, kept)
     return lax.platform_dependent(x, m, kept, cpu=overwritten, default=selected)
 

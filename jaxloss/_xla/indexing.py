@@ -37,6 +37,11 @@ def is_split(x: Array) -> bool:
     return any(entry is not None for entry in jax.typeof(x).sharding.spec)
 
 
+def has_open_size(x: Array) -> bool:
+    """Whether jax.export leaves a size open: JAX puts nothing along an axis there."""
+    return not all(isinstance(n, int) for n in x.shape)
+
+
 def _only(here: Array, x: Array, axis: int) -> Array:
     """The one entry of ``x`` that is here along the axis; 0: none is."""
     x = jnp.where(here, x, jnp.zeros((), x.dtype))
@@ -75,7 +80,7 @@ def looked_up(table: Array, index: Array) -> Array:
 
 def put_at(x: Array, index: Array, values: Array) -> Array:
     """``x`` with ``values[..., k]`` at the distinct ``index[..., k]``; past the end: nowhere."""
-    if is_split(x):
+    if is_split(x) or has_open_size(x):
         hit = is_kept(x[..., None, :], index)
         return jnp.where(jnp.any(hit, axis=-2), _only(hit, values[..., None], -2), x)
     if x.dtype.itemsize == 2:  # XLA:CPU scatters narrow floats by way of a float32 copy
