@@ -11,6 +11,7 @@ from jax.typing import ArrayLike
 
 from jaxloss._checks import arguments as _arguments
 from jaxloss._checks import explicit_mesh, messages
+from jaxloss._kernels import dispatch
 from jaxloss._numerics import logits as _logits
 from jaxloss._numerics import one_pass, rows
 from jaxloss._numerics.logits import scaling_of
@@ -541,7 +542,7 @@ def _cross_entropy(
     in_one_piece = axes == (logits.ndim - 1,)
     plain = weight is class_mask is scaling is None and scalars.plain
     plain = plain and _is_plain(labels, classes, options)
-    if plain and reduction != "none" and in_one_piece and one_pass.takes(x):
+    if plain and reduction != "none" and in_one_piece and dispatch.one_pass_takes(x):
         targets = _targets.make_targets(
             labels,
             classes,

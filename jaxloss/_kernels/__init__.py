@@ -1,1 +1,2 @@
-"""Hand-written kernels, each file imported by the first call that takes one of it."""
+"""Hand-written kernels, each file imported by the first call that takes one of it; ``dispatch``
+says when."""

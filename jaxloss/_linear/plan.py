@@ -2,19 +2,16 @@
 
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 from jax import Array
 
 from jaxloss._checks import arguments, messages
+from jaxloss._kernels import dispatch
 from jaxloss._linear import budget
 from jaxloss._numerics import logits
 from jaxloss._tokens import targets
 from jaxloss._tokens.classes import is_indices, is_probabilities
-from jaxloss._types import IMPLEMENTATIONS, Implementation, Scalars, TopKLabels
-from jaxloss._xla import device
+from jaxloss._types import IMPLEMENTATIONS, Scalars, TopKLabels
 
-KERNELS = ("mosaic_tpu", "mosaic_gpu")
 FEW = 16  # tokens a chunk, too few for products that read the whole kernel
 
 
@@ -59,13 +56,14 @@ def choose(
     """Checked. ``whole``: no partitioner may split arrays."""
     bucket = getattr(asked.labels, "rest", None) == "bucket"
     divided = isinstance(asked.scalars.temperature, Array)
-    chip = _kernel_here()
+    chip = dispatch.product_kernel()
     by_rule = implementation is None and chunk_size is None
-    wanted = chip if by_rule else implementation if implementation in KERNELS else None
-    beyond = _beyond(wanted, asked) if wanted else []
+    wanted = chip if by_rule else implementation if implementation in dispatch.KERNELS else None
+    beyond = dispatch.product_refusals(wanted, asked.dtype, _beyond(asked)) if wanted else []
     # By its name it is taken where arrays may be split too: JAX then says that it cannot be.
     fused = wanted and not beyond and not size.padded and (implementation or whole)
-    fused = bool(fused and _fits(wanted, size))
+    sizes = size.tokens, size.features, size.vocab, size.columns
+    fused = bool(wanted and fused and dispatch.fits_product(wanted, *sizes))
     tokens = budget.size_to_plan_for(size.tokens)
     rows = _rows(asked)
     name = implementation
@@ -81,7 +79,7 @@ def choose(
     if divided and name == "vocab_blocks":
         rule = "a temperature that is an array needs implementation='token_chunks'"
         messages.fail(call, rule, repr(name), "Give a Python number, or leave implementation out.")
-    if name in KERNELS and beyond:
+    if name in dispatch.KERNELS and beyond:
         where = "a TPU" if name == "mosaic_tpu" else "a Hopper GPU"
         rule = f"implementation={name!r} takes class indices and bfloat16 operands on {where}"
         messages.fail(call, rule, ", ".join(beyond), "Leave implementation out.")
@@ -109,40 +107,13 @@ def _rows(asked: Asked) -> float:
     )
 
 
-def _kernel_here() -> Implementation | None:
-    """The name of the kernel for this backend."""
-    if jax.default_backend() == "tpu":
-        return "mosaic_tpu"
-    return "mosaic_gpu" if device.is_hopper() else None
-
-
-def _beyond(name: Any, asked: Asked) -> list[str]:
-    """What of a call the kernel ``name`` has no form of."""
-    backend, chip = jax.default_backend(), jax.devices()[0].device_kind
+def _beyond(asked: Asked) -> dict[str, bool]:
+    """What no kernel of a product has a form of, and whether the call asks for that."""
     divided = isinstance(asked.scalars.temperature, Array)
-    old = not (device.is_recent_tpu() if name == "mosaic_tpu" else device.is_hopper())
-    other = backend != name.removeprefix("mosaic_")
-    cases = (
-        (f"the backend {backend}", other),
-        (f"a {chip}", old and not other),
-        (f"operands of {asked.dtype}", asked.dtype != jnp.bfloat16),
-        ("labels that are no class indices", not is_indices(asked.labels)),
-        ("where over classes", asked.class_mask is not None),
-        ("label_smoothing", not targets.is_zero(asked.scalars.label_smoothing)),
-        ("a soft cap or a temperature", asked.scaling is not None or divided),
-        ("statistics", asked.with_stats),
-    )
-    return [what for what, here in cases if here]
-
-
-def _fits(name: Any, size: Size) -> bool:
-    if not isinstance(size.tokens, int) or min(size.tokens, size.columns) == 0:
-        return False  # a batch that jax.export leaves open has no tiles
-    # Pallas: a third of the whole import.
-    if name == "mosaic_gpu":
-        from jaxloss._kernels import linear_gpu
-
-        return linear_gpu.takes(size.tokens, size.features, size.vocab)
-    from jaxloss._kernels import linear_tpu
-
-    return linear_tpu.tiles(size.tokens, size.features) is not None
+    return {
+        "labels that are no class indices": not is_indices(asked.labels),
+        "where over classes": asked.class_mask is not None,
+        "label_smoothing": not targets.is_zero(asked.scalars.label_smoothing),
+        "a soft cap or a temperature": asked.scaling is not None or divided,
+        "statistics": asked.with_stats,
+    }

@@ -6,10 +6,10 @@ Letters: N tokens, D features, V columns of the kernel, C classes.
 from functools import partial
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 
+from jaxloss._kernels import dispatch
 from jaxloss._linear import packing
 from jaxloss._linear import product as _product
 from jaxloss._numerics import parts
@@ -19,13 +19,8 @@ from jaxloss._xla.math import finite
 
 
 def _computed(geometry: _product.Geometry, hidden, kernel, bias, kept, count=None) -> parts.RowPart:
-    # Pallas: a third of the whole import.
-    if jax.default_backend() == "tpu":
-        from jaxloss._kernels.linear_tpu import row_part
-    else:
-        from jaxloss._kernels.linear_gpu import row_part
     of_classes = geometry.vocab_axis, geometry.num_classes
-    m, s, x_kept = row_part(hidden, kernel, bias, kept, *of_classes, count)
+    m, s, x_kept = dispatch.product_parts()(hidden, kernel, bias, kept, *of_classes, count)
     return parts.RowPart(m, s, x_kept, kept)
 
 
@@ -62,9 +57,7 @@ def _slope_by_xla(geometry: _product.Geometry, hidden, kernel, bias, rows: tuple
 
 def slope(geometry: _product.Geometry, hidden, kernel, bias, rows: tuple) -> Array:
     """[N, C] in the dtype of ``hidden``: the logits' gradient from ``rows.slope_rows``."""
-    from jaxloss._kernels.linear_tpu import slope as kernel_slope
-
-    by_kernel = partial(kernel_slope, vocab_axis=geometry.vocab_axis)
+    by_kernel = partial(dispatch.product_gradient(), vocab_axis=geometry.vocab_axis)
     compute = with_derivative_of(partial(_slope_by_xla, geometry), by_kernel)
     return compute(hidden, kernel, bias, rows)
 

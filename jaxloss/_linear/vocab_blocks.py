@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental.layout import Layout, with_layout_constraint
 
+from jaxloss._kernels import dispatch
 from jaxloss._linear import packing, product_kernel
 from jaxloss._linear import product as _product
 from jaxloss._numerics import logits as _logits
@@ -333,7 +334,7 @@ def _block_gradients(
     geometry, hidden = options.geometry, operands.hidden
     b = _block(options, operands, constants, start, size)
     kernel = _cut(operands.kernel, start, size, geometry.vocab_axis)
-    if options.fused and jax.default_backend() == "tpu" and not active.bias:
+    if options.fused and dispatch.product_gradient() and not active.bias:
         bias = _cut(operands.bias, start, size)
         columns = geometry._replace(num_classes=size)
         dx = product_kernel.slope(columns, hidden, kernel, bias, _rows.slope_rows(state, ct))

@@ -9,54 +9,20 @@ and so rounded once.
 Letters: C classes.
 """
 
-from math import prod
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from jaxloss._kernels import dispatch
 from jaxloss._numerics import parts
 from jaxloss._numerics import rows as _rows
-from jaxloss._numerics.passes import fit_kernels
 from jaxloss._types import Axes
-from jaxloss._xla import device, mesh
+from jaxloss._xla import mesh
 from jaxloss._xla.derivatives import with_derivative_of, with_forward_mode
 from jaxloss._xla.dtypes import widened
 from jaxloss._xla.indexing import entry
-
-
-def _kernels():
-    """Those of the default device, and its platform. Pallas is a third of the whole import."""
-    if jax.default_backend() == "tpu":
-        from jaxloss._kernels import one_pass_tpu
-
-        return one_pass_tpu, "tpu"
-    from jaxloss._kernels import one_pass_gpu
-
-    return one_pass_gpu, "cuda"
-
-
-def takes(logits: Array) -> bool:
-    """Whether there is a kernel for logits[..., C]."""
-    # Of 16 bits alone: see passes.max_and_sum.
-    if logits.dtype.itemsize != 2 or not (fit_kernels(logits) or _fit_a_tpu(logits)):
-        return False
-    kernels, _ = _kernels()
-    return kernels.takes(prod(logits.shape[:-1]), logits.shape[-1])
-
-
-def _fit_a_tpu(logits: Array) -> bool:
-    """The axis before the classes ends where a register does: else XLA makes one axis of rows by
-    copies, and takes minutes to compile those of many classes."""
-    return (
-        device.is_recent_tpu()
-        and device.is_whole()
-        and all(isinstance(n, int) for n in logits.shape)
-        and logits.ndim > 1
-        and logits.shape[-2] % 16 == 0
-        and logits.dtype == jnp.bfloat16
-    )
 
 
 def _by_xla(logits: Array, kept: Array, weight: Array) -> tuple[Array, Array, Array, Array]:
@@ -74,17 +40,16 @@ def _kept_logit(logits: Array, kept: Array, weight: Array) -> Array:
     return jnp.where(kept < logits.shape[-1], widened(entry(logits, kept)), jnp.nan)
 
 
-def _by_kernel(logits: Array, kept: Array, weight: Array) -> tuple[Array, Array, Array, Array]:
-    kernels, _ = _kernels()
-    x_kept = _kept_logit(logits, kept, weight)
-    m, s, dx = kernels.sums_and_gradient(logits, kept, x_kept, weight)
-    return m, s, x_kept, dx
-
-
 def _with_gradient(logits: Array, kept: Array, weight: Array) -> tuple[Array, Array, Array, Array]:
     """``(m, s, x_kept)`` of ``parts.RowPart``, and the gradient of ``sum(weight * nll)``."""
-    _, platform = _kernels()
-    forms: dict[str, Any] = {platform: with_derivative_of(_by_xla, _by_kernel)}
+    kernels, platform = dispatch.one_pass()
+
+    def by_kernel(logits, kept, weight):
+        x_kept = _kept_logit(logits, kept, weight)
+        m, s, dx = kernels.sums_and_gradient(logits, kept, x_kept, weight)
+        return m, s, x_kept, dx
+
+    forms: dict[str, Any] = {platform: with_derivative_of(_by_xla, by_kernel)}
     return lax.platform_dependent(logits, kept, weight, **forms, default=_by_xla)
 
 

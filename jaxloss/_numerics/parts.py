@@ -69,7 +69,7 @@ def row_part(
     backward_follows: bool = False,
     kernel_bytes: int = 2,
 ) -> RowPart:
-    """``backward_follows``: in the same program. ``kernel_bytes``: see ``passes.max_and_sum``."""
+    """``backward_follows``: in the same program. ``kernel_bytes``: see ``dispatch.row_sums``."""
     labelled, written = rows.kept is not None, backward_follows and writes_out(rows.logits)
     logits, mask = rows.logits, rows.mask
     if labelled:

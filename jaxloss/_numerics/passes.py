@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from jaxloss._kernels import dispatch
 from jaxloss._numerics.logits import (
     Scaling,
     capped_max,
@@ -196,9 +197,7 @@ def max_and_sum(
 
     In one pass where reading the logits is what takes the time. CPUs vectorise two, not that one.
 
-    ``kernel_bytes``: the widest logits that a kernel may read. 4: they are an array whatever reads
-    them, as a product is. 2: in float32 they may be narrow ones that were widened. 0: their rows do
-    not lie in one piece. What XLA reads as it is, a kernel would have copied first.
+    ``kernel_bytes``: see ``dispatch.row_sums``.
     """
 
     def in_two(logits, kept, class_mask):
@@ -210,11 +209,9 @@ def max_and_sum(
         return max_and_sum_in_one(widen(logits, class_mask, scaling), kept, compute, scaling)
 
     forms = {"cpu": in_two, "default": in_one}
-    plain = class_mask is None and scaling is None and logits.dtype.itemsize <= kernel_bytes
-    if plain and fit_kernels(logits):
-        from jaxloss._kernels import rows_gpu  # Pallas: a third of the whole import
-
-        kernel = rows_gpu.max_and_sum(_merged)
+    by_kernel = dispatch.row_sums(logits, class_mask is scaling is None, kernel_bytes)
+    if by_kernel is not None:
+        kernel = by_kernel(_merged)
         forms["cuda"] = lambda logits, kept, _: max_and_sum_in_one(logits, kept, kernel)
     return lax.platform_dependent(logits, kept, class_mask, **forms)
 
@@ -223,24 +220,11 @@ def slope_pass(plain: Callable, logits: Array, *rest: Array) -> Array:
     """``plain(logits, m, kept, scale, at_kept, active)``: scale exp(x_j - m), at_kept where j is
     kept, and 0 in a row that is not active, in the logits' dtype; by a kernel where there is one.
     """
-    # In 32 bits XLA reads and writes as fast as the memory allows.
-    if logits.dtype.itemsize != 2 or not fit_kernels(logits):
+    by_kernel = dispatch.row_gradient(logits)
+    if by_kernel is None:
         return plain(logits, *rest)
-    from jaxloss._kernels import rows_gpu
-
-    kernel = with_derivative_of(plain, rows_gpu.slope(plain))
+    kernel = with_derivative_of(plain, by_kernel(plain))
     return lax.platform_dependent(logits, *rest, cuda=kernel, default=plain)
-
-
-def fit_kernels(logits: Array) -> bool:
-    """Whether the kernels for a Hopper GPU have tiles of these classes."""
-    return (
-        device.is_hopper()
-        and device.is_whole()
-        and all(isinstance(n, int) for n in logits.shape)
-        and logits.shape[-1] % 128 == 0
-        and logits.dtype in (jnp.bfloat16, jnp.float16, jnp.float32)
-    )
 
 
 def row_max(logits: Array, class_mask: Array | None, scaling: Scaling | None) -> Array:

@@ -104,7 +104,7 @@ def row_gradient(
 ) -> Array:
     """d(sum of ct * losses) / d(logits), in the accumulator's dtype or narrowed to ``dtype``.
 
-    ``kernel_bytes``: see ``passes.max_and_sum``.
+    ``kernel_bytes``: see ``dispatch.row_sums``.
     """
     dtype = dtype or accumulator_dtype(rows.logits.dtype)
     dx = _dense_gradient(rows, state, scaling, ct, dtype, kernel_bytes)
@@ -300,7 +300,7 @@ def row_losses(
     ``vocab_axes``: the mesh axes over which the rows are split. C is then what stands here, as are
     ``soft_targets`` and ``class_mask``; a label has index C where another device holds it.
 
-    ``kernel_bytes``: see ``passes.max_and_sum``.
+    ``kernel_bytes``: see ``dispatch.row_sums``.
     """
 
     def nested(logits, soft, extra, kept, mask, index):

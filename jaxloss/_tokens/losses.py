@@ -35,7 +35,7 @@ def rows_of_logits(
 ):
     """How :func:`token_terms` gets its rows where the logits ``x[..., columns]`` are there.
 
-    ``temperature``: 1, or an array. ``kernel_bytes``: see ``passes.max_and_sum``.
+    ``temperature``: 1, or an array. ``kernel_bytes``: see ``dispatch.row_sums``.
     """
 
     def rows_of(targets, classes, class_mask, weight, label_smoothing, want, predict):
