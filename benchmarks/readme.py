@@ -12,6 +12,7 @@ from pathlib import Path
 
 from benchmarks import (
     compiled,
+    formulas,
     gpu,
     linear,
     overhead,
@@ -33,6 +34,7 @@ MODULES = {
     "precision": precision,
     "scaling": scaling,
     "speed": speed,
+    "formulas": formulas,
     "overhead": overhead,
     "compiled": compiled,
     "gpu": gpu,

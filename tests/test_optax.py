@@ -261,21 +261,21 @@ def test_a_row_without_classes_does_not_count(form, labels):
     live = np.setdiff1d(np.arange(6), EMPTY)
     options = {} if labels == "bucket" else {"label_smoothing": 0.1, "z_loss": 0.1}
 
-    def of(rows, h, k, q, reduction):
+    def of(form, rows, h, k, q, reduction):
         own = SOFT_LABELS[labels](y[rows], q[rows], index[rows])
         call = partial(WHERE_FORMS[form], h[rows], k, own, where=jnp.asarray(mask)[rows])
         out, stats = call(reduction=reduction, return_stats=True, **options)
         return jnp.sum(jnp.sin(out)), (out, stats)
 
-    def run(rows, h, k, q):
+    def run(form, rows, h, k, q):
         both = []
         for reduction in ("none", "mean"):
-            f = jax.value_and_grad(partial(of, rows, reduction=reduction), (0, 1, 2), has_aux=True)
-            both.append(f(h, k, q))
+            loss = partial(of, form, rows, reduction=reduction)
+            both.append(jax.value_and_grad(loss, (0, 1, 2), has_aux=True)(h, k, q))
         return both
 
     every = np.arange(6)
-    got, expected = jit_quickly(lambda *a: (run(every, *a), run(live, *a)))(h, k, q)
+    got, expected = jit_quickly(lambda *a: (run(form, every, *a), run("logits", live, *a)))(h, k, q)
     for ((_, (out, stats)), grads), ((_, (out_e, stats_e)), grads_e) in zip(
         got, expected, strict=True
     ):

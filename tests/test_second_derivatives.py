@@ -26,6 +26,7 @@ from curvature import (
 from helpers import jit_quickly
 
 import jaxloss
+from jaxloss._xla import device
 
 pytestmark = pytest.mark.nan_is_meant
 
@@ -394,3 +395,35 @@ def test_random_rows(name):
 def test_many_random_rows(name):
     for seed in range(2, 100):
         check_batch(name, seed)
+
+
+OF_NARROW = {
+    "log_softmax": lambda x: jnp.sum(jnp.sin(jaxloss.log_softmax(x).astype(jnp.float32))),
+    "two steps": lambda x: jnp.sin(jaxloss.nll_loss(jaxloss.log_softmax(x), jnp.arange(3))),
+    "class indices": lambda x: jaxloss.cross_entropy(x, jnp.arange(3), z_loss=0.1),
+    "top k": lambda x: jaxloss.cross_entropy(
+        x, jaxloss.TopKLabels(jnp.arange(6).reshape(3, 2), jnp.full((3, 2), 0.4)), z_loss=0.1
+    ),
+    "probabilities": lambda x: jaxloss.cross_entropy(x, jnp.full((3, 7), 1 / 7)),
+}
+
+
+@pytest.mark.parametrize("one_device", [False, True])
+@pytest.mark.parametrize("name", OF_NARROW)
+def test_bfloat16_logits_have_those_of_float32(name, one_device, monkeypatch):
+    """Entries are put into narrow rows as bits, which by themselves have no derivative."""
+    monkeypatch.setattr(device, "on_one_device", lambda: one_device)
+    f, rng = OF_NARROW[name], np.random.default_rng(0)
+    x, along = (jnp.asarray(rng.normal(size=(3, 7)), jnp.bfloat16) for _ in range(2))
+
+    @jit_quickly
+    def both(x, along):
+        grad = jax.grad(f)
+        forward = jax.jvp(grad, (x,), (along,))[1]
+        reverse = jax.grad(lambda x: jnp.sum((grad(x) * along).astype(jnp.float32)))(x)
+        return forward.astype(jnp.float32), reverse.astype(jnp.float32)
+
+    for got, truth in zip(
+        both(x, along), both(x.astype(jnp.float32), along.astype(jnp.float32)), strict=True
+    ):
+        assert jnp.linalg.norm(got - truth) <= 0.02 * jnp.linalg.norm(truth)

@@ -83,11 +83,26 @@ def put_at(x: Array, index: Array, values: Array) -> Array:
     if is_split(x) or has_open_size(x):
         hit = is_kept(x[..., None, :], index)
         return jnp.where(jnp.any(hit, axis=-2), _only(hit, values[..., None], -2), x)
-    if x.dtype.itemsize == 2:  # XLA:CPU scatters narrow floats by way of a float32 copy
-        bits, of_values = (lax.bitcast_convert_type(v, jnp.uint16) for v in (x, values))
-        bits = jnp.put_along_axis(bits, index, of_values, axis=-1, inplace=False, mode="drop")
-        return lax.bitcast_convert_type(bits, x.dtype)
+    return _put_bits(x, index, values) if x.dtype.itemsize == 2 else _put(x, index, values)
+
+
+def _put(x: Array, index: Array, values: Array) -> Array:
     return jnp.put_along_axis(x, index, values, axis=-1, inplace=False, mode="drop")
+
+
+@jax.custom_jvp
+def _put_bits(x: Array, index: Array, values: Array) -> Array:
+    """Of floats of 16 bits, which XLA:CPU scatters by way of a float32 copy."""
+    bits, of_values = (lax.bitcast_convert_type(v, jnp.uint16) for v in (x, values))
+    return lax.bitcast_convert_type(_put(bits, index, of_values), x.dtype)
+
+
+@_put_bits.defjvp
+def _put_bits_jvp(primals, tangents):
+    # Bits have no derivative. Not _put of the tangents, which JAX cannot transpose.
+    (x, index, values), (dx, _, d_values) = primals, tangents
+    along = (x, values), (dx, d_values)
+    return _put_bits(*primals), jax.jvp(lambda x, values: _put(x, index, values), *along)[1]
 
 
 def elsewhere(x: Array, index: Array) -> Array:
