@@ -79,13 +79,13 @@ def sum_of_others(x: Array, kept: Array, own: Array) -> Array:
 def _sum_of_others_in_blocks(
     x: Array, m: Array, kept: Array, scaling: Scaling | None = None
 ) -> Array:
-    """The same, a row of C classes taken as C / block rows, each in cache.
+    """``_sum_of_others`` of long rows: a row of C classes is taken as C / block rows, each in cache.
 
     On long rows XLA:CPU's sum materialises its summand after all, 8 to 16 times slower. The
     barriers keep the reshapes, which are free, from hiding the operands from its fusion.
 
-    Only the block of the kept entry looks for that entry, once more by itself: the search takes a
-    quarter of the sum's time.
+    Only the block of the kept entry looks for that entry, and is summed once more for it, because
+    the search takes a quarter of the sum's time.
     """
     block = _block_size(x.shape[-1])
     count = x.shape[-1] // block
@@ -260,11 +260,11 @@ def _columns(size: int) -> int | None:
 def _max_and_place_of_columns(
     logits: Array, class_mask: Array | None, count: int
 ) -> tuple[Array, Array]:
-    """The same from the maxima of columns: the row folded into ``count`` rows.
+    """``max_and_place`` from the maxima of columns, the row being folded into ``count`` rows.
 
-    Columns' maxima are as fast to take as a row's. Then the search is among a ``count``-th of the
-    entries, and among the ``count`` of one column: on XLA:CPU a tenth to a third of the time that
-    ``near_max`` takes for all.
+    XLA:CPU takes the columns' maxima as fast as the row's. Then it searches a ``count``-th of the
+    entries, and the ``count`` entries of one column: a tenth to a third of the time that
+    ``near_max`` takes for all of them.
     """
     x = lax.stop_gradient(logits)
     x = x if class_mask is None else widen(x, class_mask, None)
