@@ -79,7 +79,7 @@ def sum_of_others(x: Array, kept: Array, own: Array) -> Array:
 def _sum_of_others_in_blocks(
     x: Array, m: Array, kept: Array, scaling: Scaling | None = None
 ) -> Array:
-    """``_sum_of_others`` of long rows: a row of C classes is taken as C / block rows, each in cache.
+    """``_sum_of_others`` of long rows: C classes are taken as C / block rows, each in cache.
 
     On long rows XLA:CPU's sum materialises its summand after all, 8 to 16 times slower. The
     barriers keep the reshapes, which are free, from hiding the operands from its fusion.
