@@ -248,7 +248,7 @@ def test_an_odd_chunk_is_taken_as_it_is():
 
 
 def test_the_value_alone_goes_by_parts_of_a_chunk(monkeypatch):
-    monkeypatch.setattr(_packing, "_fit", lambda *_: 3)  # tokens
+    monkeypatch.setattr(budget, "_fit", lambda *_: 3)  # tokens
     hidden, kernel, labels = problem(17)
     options = {"chunk_size": 12, "implementation": "token_chunks"}
     assert largest_product(hidden, kernel, **options) == (3, 11)
@@ -266,7 +266,7 @@ def test_the_value_alone_goes_by_parts_of_a_chunk(monkeypatch):
 
 
 def test_a_kernel_that_is_not_differentiated_has_no_accumulator_to_do_without(monkeypatch):
-    monkeypatch.setattr(_packing, "_fit", lambda mebibytes, _: 6 if mebibytes == 1024 else 3)
+    monkeypatch.setattr(budget, "_fit", lambda mebibytes, _: 6 if mebibytes == 1024 else 3)
     hidden, kernel, labels = problem(12)
 
     def largest(argnums):

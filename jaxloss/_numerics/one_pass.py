@@ -40,16 +40,17 @@ def _kept_logit(logits: Array, kept: Array, weight: Array) -> Array:
     return jnp.where(kept < logits.shape[-1], widened(entry(logits, kept)), jnp.nan)
 
 
+def _by_kernel(logits: Array, kept: Array, weight: Array) -> tuple[Array, Array, Array, Array]:
+    kernels, _ = dispatch.one_pass()
+    x_kept = _kept_logit(logits, kept, weight)
+    m, s, dx = kernels.sums_and_gradient(logits, kept, x_kept, weight)
+    return m, s, x_kept, dx
+
+
 def _with_gradient(logits: Array, kept: Array, weight: Array) -> tuple[Array, Array, Array, Array]:
     """``(m, s, x_kept)`` of ``parts.RowPart``, and the gradient of ``sum(weight * nll)``."""
-    kernels, platform = dispatch.one_pass()
-
-    def by_kernel(logits, kept, weight):
-        x_kept = _kept_logit(logits, kept, weight)
-        m, s, dx = kernels.sums_and_gradient(logits, kept, x_kept, weight)
-        return m, s, x_kept, dx
-
-    forms: dict[str, Any] = {platform: with_derivative_of(_by_xla, by_kernel)}
+    _, platform = dispatch.one_pass()
+    forms: dict[str, Any] = {platform: with_derivative_of(_by_xla, _by_kernel)}
     return lax.platform_dependent(logits, kept, weight, **forms, default=_by_xla)
 
 

@@ -67,9 +67,11 @@ def _is_other(x: Array, kept: Array, m: Array) -> Array:
 
 
 def sum_of_others(x: Array, kept: Array, own: Array) -> Array:
-    """sum_{j != k} x_j of each row, in the accumulator's dtype; of finite entries. ``x`` broadcasts
-    to the rows. ``own``: x_k."""
-    wide = x.astype(accumulator_dtype(x.dtype))
+    """sum_{j != k} x_j of each row, of finite entries; ``x`` broadcasts to the rows.
+
+    ``own``: x_k, in the dtype of the sum.
+    """
+    wide = x.astype(own.dtype)
     if not index_is_exact(x):
         wide = jnp.broadcast_to(wide, (*kept.shape, x.shape[-1]))
         return jnp.sum(jnp.where(is_kept(wide, kept), 0, wide), axis=-1)
