@@ -129,7 +129,7 @@ SHAPES = {
 }  # fmt: skip
 
 
-def arrays(dtype, **of_other_dtypes):
+def arrays(dtype):
     """Shapes and dtypes of every operand by its letter."""
     own = {name: jax.ShapeDtypeStruct(shape, dtype) for name, shape in SHAPES.items()}
     for name in ("w", "s"):
@@ -178,7 +178,7 @@ def of(function, letters, **options):
 
 
 def with_top_k(function, letters, rest, **options):
-    """The same of top-k labels, whose indices and probabilities are ``i`` and ``p``."""
+    """``of`` a function of top-k labels, whose indices and probabilities are ``i`` and ``p``."""
 
     def of_parts(*args, **named):
         *before, index, probabilities = args
@@ -212,7 +212,7 @@ def _calls():
         "two steps": of(lambda x, y: jaxloss.nll_loss(jaxloss.log_softmax(x), y), "xy"),
         "token_stats": of(jaxloss.token_stats, "xy", temperature=0.7),
         "focal": of(jaxloss.focal_loss, "xyw"),
-        "sigmoid": of(jaxloss.sigmoid_cross_entropy, "xqs"[:2]),
+        "sigmoid": of(jaxloss.sigmoid_cross_entropy, "xq"),
         "sigmoid focal": of(jaxloss.sigmoid_focal_loss, "xq"),
         **{
             name: of(jaxloss.kl_divergence, "xt", divergence=name, temperature=2.0)
@@ -333,13 +333,10 @@ def digests(only: str = "") -> dict[str, tuple[str, int]]:
     for name, mesh, call, letters, specs in _on_a_mesh():
         if only in name:
             with jax.set_mesh(mesh):
+                given = [(arrays(jnp.float32)[letter], specs[letter]) for letter in letters]
                 args = [
-                    jax.ShapeDtypeStruct(
-                        arrays(jnp.float32)[letter].shape,
-                        arrays(jnp.float32)[letter].dtype,
-                        sharding=jax.NamedSharding(mesh, specs[letter]),
-                    )
-                    for letter in letters
+                    jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.NamedSharding(mesh, spec))
+                    for x, spec in given
                 ]
                 out[name] = compiled(call, *args)
     return out

@@ -1,7 +1,7 @@
 """Losses inside of ``shard_map`` over some of a mesh's axes, the others automatic or explicit."""
 
 import inspect
-from functools import cache, partial
+from functools import cache, partial, wraps
 from types import SimpleNamespace
 
 import jax
@@ -218,6 +218,7 @@ def test_classes_over_manual_axes_and_tokens_over_others(kind):
 def of_row_sums(function):
     """A loss of rows by itself, whose sum is over the axes of all kinds."""
 
+    @wraps(function)  # its signature names the arrays
     def summed(axis_name=None, **given):
         out = jnp.sum(function(**given)) / (ROWS * CLASSES)
         return out if axis_name is None else jax.lax.psum(out, axis_name)
@@ -269,8 +270,6 @@ SPLIT = {"x": P(BOTH), "t": P(BOTH), "y": P(BOTH), "w": P(), "s": P(BOTH)}
 def test_tokens_over_manual_axes_and_others(name, kind):
     function = OF_TOKENS[name]
     names = inspect.signature(function).parameters
-    if "given" in names:
-        names = inspect.signature(inspect.getclosurevars(function).nonlocals["function"]).parameters
     specs = {letter: spec for letter, spec in SPLIT.items() if letter in names}
     derivative = (lambda f: f) if name in ("metric_sums", "total_weight") else gradients
     check(partial(function, axis_name="stage"), function, kind, specs, P(), derivative)

@@ -27,6 +27,7 @@ from jax import Array
 
 from jaxloss._types import Implementation
 from jaxloss._xla import device
+from jaxloss._xla.indexing import has_open_size
 
 KERNELS = ("mosaic_tpu", "mosaic_gpu")
 
@@ -35,7 +36,7 @@ def _have_tiles_on_a_gpu(logits: Array) -> bool:
     return (
         device.is_hopper()
         and device.is_whole()
-        and all(isinstance(n, int) for n in logits.shape)
+        and not has_open_size(logits)
         and logits.shape[-1] % 128 == 0
         and logits.dtype in (jnp.bfloat16, jnp.float16, jnp.float32)
     )
@@ -47,7 +48,7 @@ def _have_tiles_on_a_tpu(logits: Array) -> bool:
     return (
         device.is_recent_tpu()
         and device.is_whole()
-        and all(isinstance(n, int) for n in logits.shape)
+        and not has_open_size(logits)
         and logits.ndim > 1
         and logits.shape[-2] % 16 == 0
         and logits.dtype == jnp.bfloat16

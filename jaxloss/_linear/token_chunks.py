@@ -93,7 +93,7 @@ def losses(loss_fn: LossFn, geometry: Geometry, dynamic: bool, operands: Operand
     def update(state, at, values):
         return jax.tree.map(partial(put_back, at), state, values)
 
-    part = jax.jit(part, inline=True)
+    part = jax.jit(part, inline=True)  # traced once, for all steps of the sweep
     chunk = value_chunk(geometry.chunk, _columns(kernel, operands, geometry))
     like = jax.eval_shape(part, packing.order[:chunk])
     blank = partial(_blank_rows, hidden.shape[0], like)
@@ -131,7 +131,7 @@ def gradients(
 
     alone = not geometry.gathered and complete(kernel), *map(complete, operands.teacher[1:2])
     part = partial(_chunk_gradients, loss_fn, geometry, active, alone, given, packing, cts)
-    part = jax.jit(part, inline=True)
+    part = jax.jit(part, inline=True)  # traced once, for all steps of the sweep
     chunk = geometry.chunk
     if not active.kernel:
         chunk = value_chunk(chunk, _columns(kernel, operands, geometry), FROZEN_KERNEL_MIB)

@@ -239,7 +239,7 @@ def row_max(logits: Array, class_mask: Array | None, scaling: Scaling | None) ->
 
 
 def max_and_place(logits: Array, class_mask: Array | None) -> tuple[Array, Array]:
-    """(the row's maximum, -inf where all are; an entry that has it, to be kept out of the sum)."""
+    """(the row's maximum, -inf where all are; the place of an entry at the maximum)."""
 
     def of_row(logits, class_mask):
         m = row_max(logits, class_mask, None)

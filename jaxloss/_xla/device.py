@@ -59,8 +59,8 @@ def jit(function: Callable[..., Any]) -> Any:
 
 
 def _is_part_of_a_program(args: Any) -> bool:
-    """Whether operations are recorded now, not run. Of an eager ``grad`` or ``vmap`` they are run,
-    though its arrays are tracers too."""
+    """Whether JAX records operations now, for a program. An eager ``grad`` or ``vmap`` hands over
+    tracers too, but runs each operation."""
     # For accelerators the jit stays: without it XLA:TPU (JAX 0.10) does not see that the kernel's
     # call of a forward pass and that of its backward pass are the same, and runs both.
     if jax.default_backend() != "cpu":
