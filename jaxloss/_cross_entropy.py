@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, TypedDict, Unpack, cast, overload
+from typing import Literal, TypedDict, Unpack, cast, overload
 
 import jax
 import jax.numpy as jnp
@@ -16,10 +16,15 @@ from jaxloss._numerics import logits as _logits
 from jaxloss._numerics import one_pass, rows
 from jaxloss._numerics.logits import scaling_of
 from jaxloss._tokens import targets as _targets
-from jaxloss._tokens.classes import Classes, classes_here, is_indices, is_probabilities
-from jaxloss._tokens.losses import TokenOptions, rows_of_logits, token_losses, token_terms
-from jaxloss._tokens.reduction import reduce_losses, token_weights
-from jaxloss._tokens.shapes import classes_back, classes_last, mask_classes_last
+from jaxloss._tokens.classes import classes_here
+from jaxloss._tokens.losses import combined, rows_of_logits, token_losses
+from jaxloss._tokens.reduction import normalised_weights, reduce_losses
+from jaxloss._tokens.shapes import (
+    all_classes_last,
+    classes_back,
+    classes_last,
+    mask_classes_last,
+)
 from jaxloss._types import AxisName, Reduction, TokenStats, TopKLabels
 from jaxloss._xla import indexing
 from jaxloss._xla.derivatives import with_forward_mode
@@ -133,64 +138,48 @@ def nll_loss(
     if isinstance(labels, TopKLabels):
         rule = "labels must be class indices or class probabilities"
         messages.fail(call, rule, "TopKLabels", "cross_entropy takes them.", TypeError)
-    checked = _arguments.token_arguments(
-        call, name, log_probs, labels, axis, weight, ignore_index, sample_weight, where, reduction,
-        of_nothing=empty_mean,
-    )  # fmt: skip
-    return _nll_loss(log_probs, *checked.arrays, **checked.static)
+    arrays, options = _arguments.token_loss(
+        call,
+        name,
+        log_probs,
+        labels,
+        axis=axis,
+        ignore_index=ignore_index,
+        where=where,
+        reduction=reduction,
+        weight=weight,
+        sample_weight=sample_weight,
+        empty_mean=empty_mean,
+    )
+    return _nll_loss(log_probs, arrays, options=options)
 
 
 @jit
-def _nll_loss(
-    log_probs,
-    labels,
-    weight,
-    sample_weight,
-    class_mask,
-    token_mask,
-    *,
-    axes,
-    num_classes,
-    ignore_index,
-    reduction,
-    empty_mean,
-):
-    arrays = labels, weight, sample_weight, class_mask, token_mask
-    log_probs, arrays = explicit_mesh.aligned_tokens(log_probs, axes, arrays)
-    labels, weight, sample_weight, class_mask, token_mask = arrays
-    class_mask = mask_classes_last(class_mask, log_probs, axes)
-    x = classes_last(log_probs, axes)
-    classes = classes_here(num_classes)
-    class_mask, token_mask = _targets.without_empty_rows(
-        class_mask, token_mask, x.shape[:-1], classes
-    )
+def _nll_loss(log_probs, arrays, *, options):
+    log_probs, arrays = explicit_mesh.aligned_tokens(log_probs, options.axes, arrays)
+    x, arrays = all_classes_last(log_probs, arrays, options.axes)
+    classes = classes_here(options.num_classes)
+    arrays = _targets.without_empty_rows(arrays, x.shape[:-1], classes)
+    class_mask = arrays.class_mask
     x = _logits.widen(x, class_mask, None)
-    if not jnp.issubdtype(labels.dtype, jnp.integer):
-        labels = classes_last(labels, axes)
-    targets = _targets.make_targets(
-        labels,
-        classes,
-        x.dtype,
-        weight=weight,
-        sample_weight=sample_weight,
-        token_mask=token_mask,
-        ignore_index=ignore_index,
-    )
+    whole = arrays._replace(class_mask=None)  # nothing is asked of how many classes exist
+    targets = _targets.make_targets(whole, classes, x.dtype, options.ignore_index)
     # What does not count is selected away before it is multiplied: 0 * NaN would return in the
     # gradients.
-    nll, soft, counts = None, None, targets.counts
-    if targets.kept is not None:
+    nll, soft, valid = None, None, targets.valid
+    if targets.label is not None:
         # 0 - x, since -0 is no loss.
-        log_prob = _nan_where(targets.kept >= num_classes, indexing.entry(x, targets.kept))
-        nll = jnp.where(counts, 0 - log_prob, 0)
+        outside = targets.label >= options.num_classes
+        log_prob = _nan_where(outside, indexing.entry(x, targets.label))
+        nll = jnp.where(valid, 0 - log_prob, 0)
     else:
-        asked = counts[..., None] if class_mask is None else counts[..., None] & class_mask
+        asked = valid[..., None] if class_mask is None else valid[..., None] & class_mask
         q = jnp.where(asked, cast(Array, targets.probabilities), 0)
-        q = _targets.soft_targets(q, None, None, weight, 0.0, num_classes, x.dtype)
-        nothing = ~counts[..., None] | ((x == -jnp.inf) & (q == 0))
+        q = targets._replace(probabilities=q).soft_targets(x.dtype)
+        nothing = ~valid[..., None] | ((x == -jnp.inf) & (q == 0))
         soft = jnp.sum(q.astype(x.dtype) * jnp.where(nothing, 0, -x), axis=-1)
-    losses = token_losses(rows.RowLosses(nll, soft), targets, 0.0, 0.0)
-    return reduce_losses(losses, targets, sample_weight, reduction, empty_mean=empty_mean)
+    losses = combined(rows.RowLosses(nll, soft), targets)
+    return reduce_losses(losses, targets.weights, options)
 
 
 def _nan_where(wrong: Array, x: Array) -> Array:
@@ -352,25 +341,42 @@ def cross_entropy(
     Source: ``torch.nn.functional.cross_entropy`` for the semantics of the options; z-loss from
     A. Chowdhery et al., "PaLM" (2022), section 5; soft-capping from Gemma 2 (2024), section 2.
     """
-    return losses_of_logits(
-        "cross_entropy",
+    call = "cross_entropy"
+    logits = messages.floating(call, "logits", logits, order="logits, labels")
+    arrays, options = _arguments.token_loss(
+        call,
+        "logits",
         logits,
         labels,
         axis=axis,
-        num_classes=num_classes,
-        weight=weight,
         ignore_index=ignore_index,
+        where=where,
+        reduction=reduction,
+        weight=weight,
+        sample_weight=sample_weight,
+        empty_mean=empty_mean,
+        num_classes=num_classes,
+        vocab_axes=_arguments.mesh_axes(call, "vocab_axis_name", vocab_axis_name),
+        token_axes=_arguments.mesh_axes(call, "token_axis_name", token_axis_name),
+        return_stats=return_stats,
+    )
+    scalars = _arguments.scalars(
+        call,
+        accumulator_dtype(logits.dtype),
         label_smoothing=label_smoothing,
         z_loss=z_loss,
         logit_softcap=logit_softcap,
-        sample_weight=sample_weight,
-        where=where,
-        reduction=reduction,
-        empty_mean=empty_mean,
-        vocab_axis_name=vocab_axis_name,
-        token_axis_name=token_axis_name,
-        return_stats=return_stats,
     )
+    _arguments.check_split(
+        call,
+        "logits",
+        logits,
+        _arguments.of_tokens(arrays),
+        vocab_axes=options.vocab_axes,
+        token_axes=options.token_axes,
+    )
+    _arguments.check_bucket(call, arrays, scalars)
+    return _cross_entropy(logits, arrays, scalars, options=options)
 
 
 def token_stats(
@@ -437,142 +443,54 @@ def token_stats(
     Source: the definitions; J. Schulman et al., "Proximal Policy Optimization Algorithms" (2017)
     for their use.
     """
-    return losses_of_logits(
-        "token_stats",
+    call = "token_stats"
+    logits = messages.floating(call, "logits", logits, order="logits, labels")
+    arrays, options = _arguments.token_loss(
+        call,
+        "logits",
         logits,
         labels,
         axis=axis,
-        num_classes=num_classes,
         ignore_index=ignore_index,
-        temperature=temperature,
-        logit_softcap=logit_softcap,
         where=where,
         reduction="none",
-        vocab_axis_name=vocab_axis_name,
+        num_classes=num_classes,
+        vocab_axes=_arguments.mesh_axes(call, "vocab_axis_name", vocab_axis_name),
         return_stats=True,
-    )[1]
-
-
-def losses_of_logits(
-    call: str,
-    logits,
-    labels,
-    *,
-    axis,
-    num_classes,
-    ignore_index,
-    logit_softcap,
-    where,
-    reduction,
-    vocab_axis_name,
-    return_stats,
-    weight=None,
-    label_smoothing: Any = 0.0,
-    z_loss: Any = 0.0,
-    sample_weight=None,
-    empty_mean=None,
-    token_axis_name=None,
-    temperature: Any = 1.0,
-) -> Any:
-    """:func:`cross_entropy` of the public function ``call``."""
-    name = "logits"
-    logits = messages.floating(call, name, logits, order="logits, labels")
-    vocab_axes = _arguments.mesh_axes(call, "vocab_axis_name", vocab_axis_name)
-    token_axes = _arguments.mesh_axes(call, "token_axis_name", token_axis_name)
-    checked = _arguments.token_arguments(
-        call, name, logits, labels, axis, weight, ignore_index, sample_weight, where, reduction,
-        num_classes, vocab_axes, of_nothing=empty_mean,
-    )  # fmt: skip
-    _arguments.check_split(call, name, logits, checked.of_tokens, vocab_axes, token_axes)
-    wide = accumulator_dtype(logits.dtype)
-    scalars, cap, temperature = _arguments.scalars(
-        call, label_smoothing, z_loss, logit_softcap, temperature, wide
     )
-    scaling = scaling_of(cap, temperature)
-    _arguments.check_bucket(call, checked.arrays.labels, weight, scalars.label_smoothing)
-    static = checked.static
-    options = TokenOptions(
-        static["ignore_index"], messages.flag(call, "return_stats", return_stats)
-    )
-    return _cross_entropy(
+    dtype = accumulator_dtype(logits.dtype)
+    scalars = _arguments.scalars(call, dtype, logit_softcap=logit_softcap, temperature=temperature)
+    _arguments.check_split(
+        call,
+        "logits",
         logits,
-        *checked.arrays,
-        scalars,
-        axes=static["axes"],
-        num_classes=static["num_classes"],
-        reduction=reduction,
-        empty_mean=static["empty_mean"],
-        vocab_axes=vocab_axes,
-        token_axes=token_axes,
-        scaling=scaling,
-        options=options,
+        _arguments.of_tokens(arrays),
+        vocab_axes=options.vocab_axes,
+        token_axes=options.token_axes,
     )
+    return _cross_entropy(logits, arrays, scalars, options=options)[1]
 
 
 @jit
-def _cross_entropy(
-    logits,
-    labels,
-    weight,
-    sample_weight,
-    class_mask,
-    token_mask,
-    scalars,
-    *,
-    axes,
-    num_classes,
-    reduction,
-    empty_mean,
-    vocab_axes,
-    token_axes,
-    scaling,
-    options,
-):
-    arrays = labels, weight, sample_weight, class_mask, token_mask
-    logits, arrays = explicit_mesh.aligned_tokens(logits, axes, arrays)
-    labels, weight, sample_weight, class_mask, token_mask = arrays
-    if is_probabilities(labels):
-        labels = classes_last(labels, axes)
-    x, class_mask = classes_last(logits, axes), mask_classes_last(class_mask, logits, axes)
-    classes = classes_here(num_classes, x.shape[-1], vocab_axes)
-    class_mask, token_mask = _targets.without_empty_rows(
-        class_mask, token_mask, x.shape[:-1], classes
+def _cross_entropy(logits, arrays, scalars, *, options):
+    in_one_piece = options.axes == (logits.ndim - 1,)
+    logits, arrays = explicit_mesh.aligned_tokens(logits, options.axes, arrays)
+    x, arrays = all_classes_last(logits, arrays, options.axes)
+    classes = classes_here(options.num_classes, x.shape[-1], options.vocab_axes)
+    arrays = _targets.without_empty_rows(arrays, x.shape[:-1], classes)
+    dtype = accumulator_dtype(x.dtype)
+    targets = _targets.make_targets(
+        arrays, classes, dtype, options.ignore_index, scalars.label_smoothing
     )
-    wide = accumulator_dtype(x.dtype)
-    in_one_piece = axes == (logits.ndim - 1,)
-    plain = weight is class_mask is scaling is None and scalars.plain
-    plain = plain and _is_plain(labels, classes, options)
-    if plain and reduction != "none" and in_one_piece and dispatch.one_pass_takes(x):
-        targets = _targets.make_targets(
-            labels,
-            classes,
-            wide,
-            weight=None,
-            sample_weight=sample_weight,
-            token_mask=token_mask,
-            ignore_index=options.ignore_index,
-        )
-        weights = token_weights(targets, sample_weight, reduction, wide, token_axes, empty_mean)
-        return one_pass.reduced(x, cast(Array, targets.kept), *weights, token_axes)
-    losses, stats, targets = token_terms(
-        rows_of_logits(x, scaling, scalars.temperature, kernel_bytes=2 if in_one_piece else 0),
-        classes,
-        labels,
-        weight,
-        class_mask,
-        sample_weight,
-        token_mask,
-        dtype=wide,
-        options=options,
-        scalars=scalars,
-    )
-    loss = reduce_losses(losses, targets, sample_weight, reduction, token_axes, empty_mean)
+    plain = targets.plain and scalars.plain and not options.with_stats
+    if plain and options.reduction != "none" and in_one_piece and dispatch.one_pass_takes(x):
+        weights = normalised_weights(targets.weights, options, dtype)
+        return one_pass.reduced(x, cast(Array, targets.label), *weights, options.token_axes)
+    scaling = scaling_of(scalars.softcap, scalars.temperature)
+    kernel_bytes = 2 if in_one_piece else 0
+    rows_of = rows_of_logits(x, scaling, scalars.temperature, kernel_bytes=kernel_bytes)
+    losses, stats = token_losses(rows_of, targets, arrays, options, scalars, dtype)
+    loss = reduce_losses(losses, targets.weights, options)
     if stats is None:
         return loss
-    return loss, stats if reduction == "none" else lax.stop_gradient(stats)
-
-
-def _is_plain(labels, classes: Classes, options: TokenOptions) -> bool:
-    """Whether the loss is the negative log-likelihood of class indices among all columns here."""
-    whole = classes.total == classes.size and not classes.axes
-    return whole and is_indices(labels) and not options.with_stats
+    return loss, stats if options.reduction == "none" else lax.stop_gradient(stats)

@@ -16,14 +16,22 @@ from jaxloss._linear import budget, product, token_chunks, token_rules
 from jaxloss._numerics.divergence import accumulator_of, row_divergences
 from jaxloss._tokens import targets as _targets
 from jaxloss._tokens.classes import classes_here
-from jaxloss._tokens.reduction import reduce_losses, token_weights
+from jaxloss._tokens.reduction import TokenWeights, normalised_weights, reduce_losses
 from jaxloss._tokens.shapes import classes_last, mask_classes_last, rows_of_mask
 from jaxloss._tokens.targets import counted
-from jaxloss._types import DIVERGENCES, AxisName, Divergence, Reduction, Scalars
+from jaxloss._types import (
+    DIVERGENCES,
+    AxisName,
+    Divergence,
+    LossOptions,
+    Reduction,
+    Scalars,
+    TokenArrays,
+)
 from jaxloss._xla.device import jit
 
 
-def _options(call: str, divergence: Any, beta: Any, temperature: Any, dtype) -> tuple:
+def _kind(call: str, divergence: Any, beta: Any, temperature: Any, dtype) -> tuple:
     """Those of ``row_divergences`` that are static, hashable, and the temperature."""
     messages.word(call, "divergence", divergence, DIVERGENCES)
     if not 0 < messages.number(call, "beta", beta) < 1:
@@ -114,42 +122,39 @@ def kl_divergence(
     rule = "the shape of logits"
     messages.shape(call, "teacher_logits", teacher_logits, logits.shape, rule)
     wide = accumulator_of(logits, teacher_logits)
-    options, scalars = _options(call, divergence, beta, temperature, wide)
+    kind, scalars = _kind(call, divergence, beta, temperature, wide)
     _arguments.check_reduction(call, reduction)
     batch = messages.batch_shape(logits, axes)
     sample_weight = _arguments.check_sample_weight(call, sample_weight, batch)
     class_mask, token_mask = _arguments.masks(call, name, where, logits, axes)
-    return _kl_divergence(
-        logits, teacher_logits, sample_weight, class_mask, token_mask, scalars,
-        axes=axes, reduction=reduction, empty_mean=_arguments.empty_mean(call, empty_mean),
-        options=options,
-    )  # fmt: skip
+    arrays = TokenArrays(None, None, sample_weight, class_mask, token_mask)
+    classes = messages.num_classes(logits, axes)
+    empty_mean = _arguments.check_empty_mean(call, empty_mean)
+    options = LossOptions(axes, classes, None, reduction, empty_mean, False, (), ())
+    return _kl_divergence(logits, teacher_logits, arrays, scalars, options=options, kind=kind)
 
 
 @jit
-def _kl_divergence(
-    logits, teacher_logits, sample_weight, class_mask, token_mask, scalars,
-    *, axes, reduction, empty_mean, options,
-):  # fmt: skip
-    every = tuple(range(logits.ndim))
+def _kl_divergence(logits, teacher_logits, arrays, scalars, *, options, kind):
+    axes, every = options.axes, tuple(range(logits.ndim))
     rows = tuple(i for i in every if i not in axes)
     logits, teacher_logits, sample_weight, class_mask, token_mask = explicit_mesh.aligned(
         (logits, every),
         (teacher_logits, every),
-        (sample_weight, rows),
-        (class_mask, every),
-        (token_mask, rows),
+        (arrays.sample_weight, rows),
+        (arrays.class_mask, every),
+        (arrays.token_mask, rows),
         flat=axes,
     )
     mask = mask_classes_last(class_mask, logits, axes)
     x, t = classes_last(logits, axes), classes_last(teacher_logits, axes)
-    classes = classes_here(x.shape[-1])
-    mask, token_mask = _targets.without_empty_rows(mask, token_mask, x.shape[:-1], classes)
-    counts = counted(sample_weight, token_mask)
-    losses = row_divergences(x, t, mask, counts, temperature=scalars.temperature, **dict(options))
-    counts = jnp.ones_like(losses, bool) if counts is None else counts
-    targets = _targets.Targets(None, None, counts)
-    return reduce_losses(losses, targets, sample_weight, reduction, empty_mean=empty_mean)
+    arrays = TokenArrays(None, None, sample_weight, mask, token_mask)
+    arrays = _targets.without_empty_rows(arrays, x.shape[:-1], classes_here(options.num_classes))
+    valid = counted(sample_weight, arrays.token_mask)
+    temperature = scalars.temperature
+    losses = row_divergences(x, t, arrays.class_mask, valid, temperature=temperature, **dict(kind))
+    valid = jnp.ones_like(losses, bool) if valid is None else valid
+    return reduce_losses(losses, TokenWeights(valid, sample_weight), options)
 
 
 def linear_kl_divergence(
@@ -260,7 +265,7 @@ def linear_kl_divergence(
     few = min(columns, its_columns)
     classes = messages.integer(call, "num_classes", num_classes, 0, few, default=columns)
     wide = accumulator_of(hidden, teacher_hidden)
-    options, scalars = _options(call, divergence, beta, temperature, wide)
+    kind, scalars = _kind(call, divergence, beta, temperature, wide)
     _arguments.check_reduction(call, reduction)
     sample_weight = _arguments.check_sample_weight(call, sample_weight, lead)
     logits = jax.ShapeDtypeStruct((*lead, classes), hidden.dtype)
@@ -283,7 +288,7 @@ def linear_kl_divergence(
         "sample_weight": sample_weight,
         "where": token_mask,
     }
-    _arguments.check_split(call, "kernel", kernel, of_tokens, (), token_axes)
+    _arguments.check_split(call, "kernel", kernel, of_tokens, token_axes=token_axes)
     most = budget.size_to_plan_for(math.prod(lead))
     rows = budget.rows_held(
         hidden.dtype,
@@ -300,20 +305,28 @@ def linear_kl_divergence(
         teacher_axis=its_axis,
         token_axes=token_axes if reduction != "none" else (),
     )
+    empty_mean = _arguments.check_empty_mean(call, empty_mean)
+    arrays = TokenArrays(None, None, sample_weight, class_mask, token_mask)
+    options = LossOptions(
+        axes, classes, None, reduction, empty_mean, False, (), geometry.token_axes
+    )
     return _linear_kl_divergence(
-        hidden, kernel, bias, teacher_hidden, teacher_kernel, teacher_bias, sample_weight,
-        class_mask, token_mask, scalars, geometry=geometry, reduction=reduction,
-        empty_mean=_arguments.empty_mean(call, empty_mean), options=options,
-    )  # fmt: skip
+        (hidden, kernel, bias),
+        (teacher_hidden, teacher_kernel, teacher_bias),
+        arrays,
+        scalars,
+        geometry=geometry,
+        options=options,
+        kind=kind,
+    )
 
 
 @jit
-def _linear_kl_divergence(
-    hidden, kernel, bias, teacher_hidden, teacher_kernel, teacher_bias, sample_weight, class_mask,
-    token_mask, scalars, *, geometry, reduction, empty_mean, options,
-):  # fmt: skip
+def _linear_kl_divergence(student, teacher, arrays, scalars, *, geometry, options, kind):
+    (hidden, kernel, bias), (teacher_hidden, *of_teacher) = student, teacher
     lead, tokens = hidden.shape[:-1], math.prod(hidden.shape[:-1])
     classes = classes_here(geometry.num_classes)
+    _, _, sample_weight, class_mask, token_mask = arrays
     token_mask = _targets.tokens_with_classes(class_mask, token_mask, lead, classes)
     mask_rows, mask_index = rows_of_mask(class_mask, lead)
     numbers, of_scalars = jax.tree.flatten(scalars)
@@ -325,22 +338,20 @@ def _linear_kl_divergence(
         (t, index), (mask, *numbers) = per_token, shared
         mask = mask if index is None else mask[index]
         temperature = of_scalars.unflatten(numbers).temperature
-        losses = row_divergences(x, t, mask, temperature=temperature, **dict(options))
+        losses = row_divergences(x, t, mask, temperature=temperature, **dict(kind))
         return (losses,), ()
 
-    counts = counted(sample_weight, token_mask)
-    counts = jnp.ones(lead, bool) if counts is None else counts
-    targets = _targets.Targets(None, None, counts)
+    valid = counted(sample_weight, token_mask)
+    valid = jnp.ones(lead, bool) if valid is None else valid
     wide = accumulator_of(hidden, teacher_hidden)
-    weights = token_weights(
-        targets, sample_weight, reduction, wide, geometry.token_axes, empty_mean
-    )
+    weights = normalised_weights(TokenWeights(valid, sample_weight), options, wide)
     operands = token_chunks.Operands(
         rows(hidden),
         kernel,
         bias,
         (mask_index,),
         (mask_rows, *numbers),
-        (rows(teacher_hidden), teacher_kernel, teacher_bias),
+        (rows(teacher_hidden), *of_teacher),
     )
-    return token_rules.reduced(loss_fn, geometry, operands, counts, weights, reduction != "none")[0]
+    scalar = options.reduction != "none"
+    return token_rules.reduced(loss_fn, geometry, operands, valid, weights, scalar)[0]

@@ -11,11 +11,11 @@ from jaxloss._checks import explicit_mesh, messages
 from jaxloss._numerics import rows as _rows
 from jaxloss._numerics.focal import modulated
 from jaxloss._tokens import targets as _targets
-from jaxloss._tokens.classes import classes_here, is_probabilities
-from jaxloss._tokens.losses import TokenOptions, rows_of_logits, token_losses, token_terms
+from jaxloss._tokens.classes import classes_here
+from jaxloss._tokens.losses import combined, rows_of_logits, token_losses
 from jaxloss._tokens.reduction import reduce_losses
-from jaxloss._tokens.shapes import classes_last, mask_classes_last
-from jaxloss._types import Reduction, Scalars, TopKLabels
+from jaxloss._tokens.shapes import all_classes_last
+from jaxloss._types import Reduction, Scalars, TokenArrays, TopKLabels
 from jaxloss._xla.device import jit
 from jaxloss._xla.dtypes import accumulator_dtype, widened
 from jaxloss._xla.indexing import of_rank
@@ -89,82 +89,57 @@ def focal_loss(
     call = "focal_loss"
     logits = messages.floating(call, "logits", logits)
     gamma = _arguments.gamma(call, gamma)
-    checked = _arguments.token_arguments(
-        call, "logits", logits, labels, axis, weight, ignore_index, sample_weight, where, reduction,
-        of_nothing=empty_mean,
-    )  # fmt: skip
-    if isinstance(checked.arrays.labels, TopKLabels):
+    arrays, options = _arguments.token_loss(
+        call,
+        "logits",
+        logits,
+        labels,
+        axis=axis,
+        ignore_index=ignore_index,
+        where=where,
+        reduction=reduction,
+        weight=weight,
+        sample_weight=sample_weight,
+        empty_mean=empty_mean,
+    )
+    if isinstance(arrays.labels, TopKLabels):
         rule = "labels must be class indices or class probabilities"
         messages.fail(call, rule, "TopKLabels", "cross_entropy takes them.", TypeError)
-    smoothing = _arguments.smoothing(call, label_smoothing, accumulator_dtype(logits.dtype))
-    return _focal_loss(logits, *checked.arrays, Scalars(smoothing), gamma=gamma, **checked.static)
+    dtype = accumulator_dtype(logits.dtype)
+    scalars = _arguments.scalars(call, dtype, label_smoothing=label_smoothing)
+    return _focal_loss(logits, arrays, scalars, gamma=gamma, options=options)
 
 
 @jit
-def _focal_loss(
-    logits,
-    labels,
-    weight,
-    sample_weight,
-    class_mask,
-    token_mask,
-    scalars,
-    *,
-    axes,
-    num_classes,
-    ignore_index,
-    reduction,
-    empty_mean,
-    gamma,
-):
-    arrays = labels, weight, sample_weight, class_mask, token_mask
-    logits, arrays = explicit_mesh.aligned_tokens(logits, axes, arrays)
-    labels, weight, sample_weight, class_mask, token_mask = arrays
-    dtype, classes = accumulator_dtype(logits.dtype), classes_here(num_classes)
-    dense = is_probabilities(labels)
-    x, mask = classes_last(logits, axes), mask_classes_last(class_mask, logits, axes)
-    mask, token_mask = _targets.without_empty_rows(mask, token_mask, x.shape[:-1], classes)
+def _focal_loss(logits, arrays, scalars, *, gamma, options):
+    kernel_bytes = 2 if options.axes == (logits.ndim - 1,) else 0
+    logits, arrays = explicit_mesh.aligned_tokens(logits, options.axes, arrays)
+    dtype, classes = accumulator_dtype(logits.dtype), classes_here(options.num_classes)
+    x, arrays = all_classes_last(logits, arrays, options.axes)
+    arrays = _targets.without_empty_rows(arrays, x.shape[:-1], classes)
+    mask = arrays.class_mask
     targets = _targets.make_targets(
-        classes_last(labels, axes) if dense else labels,
-        classes,
-        dtype,
-        weight=weight,
-        sample_weight=sample_weight,
-        class_mask=mask,
-        token_mask=token_mask,
-        ignore_index=ignore_index,
-        label_smoothing=scalars.label_smoothing,
+        arrays, classes, dtype, options.ignore_index, scalars.label_smoothing
     )
+    valid = targets.valid
 
     def factor(nll):
         return modulated(nll, gamma) if gamma else nll
 
     nll = soft = None
-    if not dense:
-        losses, *_ = token_terms(
-            rows_of_logits(x, None, kernel_bytes=2 if axes == (logits.ndim - 1,) else 0),
-            classes,
-            labels,
-            None,
-            mask,
-            targets.counts,
-            dtype=dtype,
-            options=TokenOptions(ignore_index, with_stats=False),
-            scalars=Scalars(),
-        )
-        nll = factor(jnp.where(targets.counts, losses, 0))
+    if targets.label is not None:
+        own = TokenArrays(arrays.labels, sample_weight=valid, class_mask=mask)
+        of_label = _targets.make_targets(own, classes, dtype, options.ignore_index)
+        rows_of = rows_of_logits(x, None, kernel_bytes=kernel_bytes)
+        losses, _ = token_losses(rows_of, of_label, own, options, Scalars(), dtype)
+        nll = factor(jnp.where(valid, losses, 0))
     if targets.soft:
-        q = _targets.soft_targets(
-            targets.probabilities, targets.share, mask, weight, scalars.label_smoothing,
-            num_classes, dtype,
-        ).astype(dtype)  # fmt: skip
-        q = of_rank(q, x.ndim)
+        q = of_rank(targets.soft_targets(dtype).astype(dtype), x.ndim)
         log_p = _rows.row_log_softmax(widened(x), mask)
         # Selected before anything multiplies them: 0 * inf, and NaN of rows that do not count.
-        asked = targets.counts[..., None] & (q != 0)
+        asked = valid[..., None] & (q != 0)
         asked = asked if mask is None else asked & mask
         each = factor(jnp.where(asked, 0 - log_p, 0))
         soft = jnp.sum(jnp.where(asked, q * each, 0), axis=-1)
-    rows = _rows.RowLosses(nll, soft)
-    losses = token_losses(rows, targets, scalars.label_smoothing, 0.0)
-    return reduce_losses(losses, targets, sample_weight, reduction, empty_mean=empty_mean)
+    losses = combined(_rows.RowLosses(nll, soft), targets)
+    return reduce_losses(losses, targets.weights, options)

@@ -16,8 +16,8 @@ from jax.typing import ArrayLike
 from jaxloss._checks import arguments, explicit_mesh, messages
 from jaxloss._tokens import targets as _targets
 from jaxloss._tokens.classes import class_indices, classes_here, is_indices, is_probabilities
-from jaxloss._tokens.reduction import terms
-from jaxloss._types import AxisName, TopKLabels
+from jaxloss._tokens.reduction import weights_and_divisors
+from jaxloss._types import AxisName, TokenArrays, TopKLabels
 from jaxloss._xla.device import jit
 from jaxloss._xla.dtypes import accumulator_dtype
 
@@ -152,9 +152,8 @@ def total_weight(
         messages.shape(call, "where", mask, batch, "the shape of the losses")
     token_axes = arguments.mesh_axes(call, "token_axis_name", token_axis_name)
     of_tokens = cast(Array, labels.indices) if isinstance(labels, TopKLabels) else labels
-    arguments.check_split(
-        call, "labels", of_tokens, {"sample_weight": sample_weight}, (), token_axes
-    )
+    others = {"sample_weight": sample_weight}
+    arguments.check_split(call, "labels", of_tokens, others, token_axes=token_axes)
     if weight is not None and classes is None:
         weight = messages.floating(call, "weight", weight)
         classes = (*weight.shape, 1)[0]
@@ -186,14 +185,9 @@ def _total_weight(
     )
     dtypes = [x.dtype for x in (weight, sample_weight) if x is not None]
     dtype = accumulator_dtype(jnp.float64 if jnp.dtype("float64") in dtypes else jnp.float32)
-    targets = _targets.make_targets(
-        jnp.zeros(batch, jnp.int32) if labels is None else labels,
-        classes_here(num_classes),
-        dtype,
-        weight=weight,
-        sample_weight=sample_weight,
-        token_mask=token_mask,
-        ignore_index=ignore_index,
-    )
-    total = jnp.sum(terms(targets, sample_weight, dtype)[1])
+    labels = jnp.zeros(batch, jnp.int32) if labels is None else labels
+    arrays = TokenArrays(labels, weight, sample_weight, token_mask=token_mask)
+    targets = _targets.make_targets(arrays, classes_here(num_classes), dtype, ignore_index)
+    _, divisor = weights_and_divisors(targets.weights, dtype)
+    total = jnp.sum(divisor)
     return lax.psum(total, token_axes) if token_axes else total

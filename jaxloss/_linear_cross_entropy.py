@@ -12,10 +12,8 @@ from jax.typing import ArrayLike
 from jaxloss._checks import arguments as _arguments
 from jaxloss._checks import explicit_mesh, messages
 from jaxloss._linear import plan as _plan
-from jaxloss._linear import product
 from jaxloss._linear.cross_entropy import by_token_chunks, by_vocab_blocks
-from jaxloss._numerics.logits import scaling_of
-from jaxloss._tokens.losses import TokenOptions
+from jaxloss._linear.product import Geometry
 from jaxloss._types import AxisName, Implementation, Reduction, TokenStats, TopKLabels
 from jaxloss._xla import device
 from jaxloss._xla import mesh as _mesh
@@ -204,29 +202,29 @@ def linear_cross_entropy(
     the tokens that count as in E. Wijmans et al., "Cut Your Losses in Large-Vocabulary Language
     Models" (ICLR 2025).
     """
-    return losses_of_product(
+    return _losses(
         "linear_cross_entropy",
-        hidden,
-        kernel,
+        (hidden, kernel, bias),
         labels,
-        bias=bias,
         vocab_axis=vocab_axis,
+        vocab_axis_name=vocab_axis_name,
+        token_axis_name=token_axis_name,
+        chunk_size=chunk_size,
+        precision=precision,
+        implementation=implementation,
+        numbers={
+            "label_smoothing": label_smoothing,
+            "z_loss": z_loss,
+            "logit_softcap": logit_softcap,
+        },
         num_classes=num_classes,
         weight=weight,
         ignore_index=ignore_index,
-        label_smoothing=label_smoothing,
-        z_loss=z_loss,
-        logit_softcap=logit_softcap,
         sample_weight=sample_weight,
         where=where,
         reduction=reduction,
         empty_mean=empty_mean,
-        vocab_axis_name=vocab_axis_name,
-        token_axis_name=token_axis_name,
         return_stats=return_stats,
-        chunk_size=chunk_size,
-        precision=precision,
-        implementation=implementation,
     )
 
 
@@ -286,85 +284,74 @@ def linear_token_stats(
 
     Source: as :func:`token_stats` and :func:`linear_cross_entropy`.
     """
-    return losses_of_product(
+    return _losses(
         "linear_token_stats",
-        hidden,
-        kernel,
+        (hidden, kernel, bias),
         labels,
-        bias=bias,
         vocab_axis=vocab_axis,
-        num_classes=num_classes,
-        ignore_index=ignore_index,
-        temperature=temperature,
-        logit_softcap=logit_softcap,
-        where=where,
-        reduction="none",
         vocab_axis_name=vocab_axis_name,
-        return_stats=True,
         chunk_size=chunk_size,
         precision=precision,
         implementation=implementation,
+        numbers={"logit_softcap": logit_softcap, "temperature": temperature},
+        num_classes=num_classes,
+        ignore_index=ignore_index,
+        where=where,
+        reduction="none",
+        return_stats=True,
     )[1]
 
 
-def losses_of_product(
+def _losses(
     call: str,
-    hidden,
-    kernel,
-    labels,
+    operands: tuple,
+    labels: Any,
     *,
-    bias,
-    vocab_axis,
-    num_classes,
-    ignore_index,
-    logit_softcap,
-    where,
-    reduction,
-    vocab_axis_name,
-    return_stats,
-    chunk_size,
-    precision,
-    implementation,
-    weight=None,
-    label_smoothing: Any = 0.0,
-    z_loss: Any = 0.0,
-    sample_weight=None,
-    empty_mean=None,
-    token_axis_name=None,
-    temperature: Any = 1.0,
+    vocab_axis: Any,
+    vocab_axis_name: Any,
+    token_axis_name: Any = None,
+    chunk_size: Any,
+    precision: Any,
+    implementation: Any,
+    numbers: dict[str, Any],
+    num_classes: Any,
+    **of_tokens: Any,
 ) -> Any:
-    """:func:`linear_cross_entropy` of the public function ``call``."""
+    """The losses of the public function ``call``, from its arguments as they were given.
+
+    ``operands``: hidden, kernel, bias. ``numbers`` and ``of_tokens`` are what ``scalars`` and
+    ``token_loss`` of the checks take.
+    """
     vocab_axes = _arguments.mesh_axes(call, "vocab_axis_name", vocab_axis_name)
     token_axes = _arguments.mesh_axes(call, "token_axis_name", token_axis_name)
     hidden, kernel, bias, vocab_axis = _arguments.product_operands(
-        call, hidden, kernel, bias, vocab_axis
+        call, *operands, vocab_axis=vocab_axis
     )
     columns = kernel.shape[vocab_axis]
     if vocab_axes:
         local = columns  # padding is masked: which device holds it is not static
     else:
         local = messages.integer(call, "num_classes", num_classes, 0, columns, default=columns)
-    logits = jax.ShapeDtypeStruct((*hidden.shape[:-1], local), hidden.dtype)
-    checked = _arguments.token_arguments(
-        call, "hidden @ kernel", logits, labels, -1, weight, ignore_index, sample_weight, where,
-        reduction, num_classes, vocab_axes, of_nothing=empty_mean,
-    )  # fmt: skip
-    labels, *_, class_mask, _ = checked.arrays
-    classes, ignored = checked.static["num_classes"], checked.static["ignore_index"]
-    wide = accumulator_dtype(hidden.dtype)
-    scalars, cap, temperature = _arguments.scalars(
-        call, label_smoothing, z_loss, logit_softcap, temperature, wide
+    arrays, options = _arguments.token_loss(
+        call,
+        "hidden @ kernel",
+        jax.ShapeDtypeStruct((*hidden.shape[:-1], local), hidden.dtype),
+        labels,
+        axis=-1,
+        num_classes=num_classes,
+        vocab_axes=vocab_axes,
+        token_axes=token_axes,
+        **of_tokens,
     )
-    scaling = scaling_of(cap, temperature)
-    _arguments.check_bucket(call, labels, weight, scalars.label_smoothing)
+    scalars = _arguments.scalars(call, accumulator_dtype(hidden.dtype), **numbers)
+    _arguments.check_bucket(call, arrays, scalars)
+    tokens = {"hidden": hidden, **_arguments.of_tokens(arrays)}
     _arguments.check_split(
-        call, "kernel", kernel, {"hidden": hidden, **checked.of_tokens}, vocab_axes, token_axes
+        call, "kernel", kernel, tokens, vocab_axes=vocab_axes, token_axes=token_axes
     )
-    with_stats = messages.flag(call, "return_stats", return_stats)
     precision = _arguments.precision(call, precision)
 
-    others = bias, *checked.arrays
-    layout = explicit_mesh.of_types(call, hidden, kernel, vocab_axis, others)
+    layout = explicit_mesh.of_types(call, hidden, kernel, vocab_axis, bias, arrays)
     tokens, shards, gathered = math.prod(hidden.shape[:-1]), _mesh.size(vocab_axes), ()
     if layout is not None:
         tokens //= layout.devices(layout.token_axes)
@@ -372,49 +359,35 @@ def losses_of_product(
         columns = local = layout.columns
         gathered = layout.gathered
         # Inside of shard_map over other axes: what those split, the layout's axes split further.
-        vocab_axes = (*vocab_axes, *layout.vocab_axes)
-        token_axes = (*token_axes, *layout.token_axes) if reduction != "none" else ()
+        summed = (*token_axes, *layout.token_axes) if options.reduction != "none" else ()
+        options = options._replace(vocab_axes=(*vocab_axes, *layout.vocab_axes), token_axes=summed)
+    size = _plan.Size(
+        tokens, hidden.shape[-1], columns, local, options.num_classes != local * shards
+    )
+    whole = layout is not None or device.is_whole()
     chosen = _plan.choose(
         call,
         implementation,
         chunk_size,
-        _plan.Size(tokens, hidden.shape[-1], columns, local, classes != local * shards),
-        _plan.Asked(
-            hidden.dtype,
-            labels,
-            class_mask,
-            scalars,
-            scaling,
-            with_stats,
-            weight is not None,
-            reduction == "none",
-        ),
-        whole=layout is not None or device.is_whole(),
-    )
-    static = {
-        "geometry": product.Geometry(
-            vocab_axis,
-            local,
-            chosen.chunk,
-            precision,
-            vocab_axes=vocab_axes,
-            token_axes=token_axes,
-            gathered=gathered,
-        ),
-        "num_classes": classes,
-        "reduction": reduction,
-        "empty_mean": checked.static["empty_mean"],
-        "scaling": scaling,
-        "fused": chosen.fused,
-        "options": TokenOptions(ignored, with_stats),
-    }
-    schedule = by_token_chunks if chosen.by_tokens else by_vocab_blocks
-    arrays = (hidden, kernel, bias, *checked.arrays, scalars)
-    if layout is None:
-        return schedule(*arrays, **static)
-    return explicit_mesh.over_mesh(
+        size,
+        hidden.dtype,
         arrays,
-        schedule=schedule,
-        layout=layout,
-        static=tuple(static.items()),
+        options,
+        scalars,
+        whole=whole,
     )
+    geometry = Geometry(
+        vocab_axis,
+        local,
+        chosen.chunk,
+        precision,
+        vocab_axes=options.vocab_axes,
+        token_axes=options.token_axes,
+        gathered=gathered,
+    )
+    compute = by_token_chunks if chosen.by_tokens else by_vocab_blocks
+    given = hidden, kernel, bias, arrays, scalars
+    static = {"geometry": geometry, "options": options, "fused": chosen.fused}
+    if layout is None:
+        return compute(*given, **static)
+    return explicit_mesh.over_mesh(*given, schedule=compute, layout=layout, **static)

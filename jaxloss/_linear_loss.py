@@ -14,9 +14,8 @@ from jax.typing import ArrayLike
 from jaxloss._checks import arguments as _arguments
 from jaxloss._checks import explicit_mesh, messages
 from jaxloss._linear import budget, product, token_chunks, token_rules
-from jaxloss._tokens import targets as _targets
-from jaxloss._tokens.reduction import token_weights
-from jaxloss._types import Reduction
+from jaxloss._tokens.reduction import TokenWeights, normalised_weights
+from jaxloss._types import LossOptions, Reduction
 from jaxloss._xla import mesh
 from jaxloss._xla import programs as _programs
 from jaxloss._xla.dtypes import accumulator_dtype
@@ -137,10 +136,10 @@ def linear_loss(
     def chunk_losses(x, per_token, shared):
         return (pure(x, per_token, shared).astype(wide),), ()
 
-    counts = jnp.ones(lead, bool) if sample_weight is None else sample_weight.astype(bool)
-    targets = _targets.Targets(None, None, counts)
-    empty_mean = _arguments.empty_mean(call, empty_mean)
-    weights = token_weights(targets, sample_weight, reduction, wide, empty_mean=empty_mean)
+    valid = jnp.ones(lead, bool) if sample_weight is None else sample_weight.astype(bool)
+    empty_mean = _arguments.check_empty_mean(call, empty_mean)
+    options = LossOptions((len(lead),), columns, None, reduction, empty_mean, False, (), ())
+    weights = normalised_weights(TokenWeights(valid, sample_weight), options, wide)
     geometry = product.Geometry(vocab_axis, columns, chunk, _arguments.precision(call, precision))
     operands = token_chunks.Operands(
         hidden.reshape(tokens, hidden.shape[-1]),
@@ -154,10 +153,10 @@ def linear_loss(
     # One program, which goes with this call. Of loops that run one by one outside of jit JAX keeps
     # thousands, and their compiled programs.
     @jax.jit
-    def reduced(operands, counts, weights):
-        return token_rules.reduced(chunk_losses, geometry, operands, counts, weights, scalar)[0]
+    def reduced(operands, valid, weights):
+        return token_rules.reduced(chunk_losses, geometry, operands, valid, weights, scalar)[0]
 
-    return reduced(operands, counts, weights)
+    return reduced(operands, valid, weights)
 
 
 def _converted(

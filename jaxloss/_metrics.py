@@ -205,7 +205,7 @@ def metric_sums(
     sample_weight = arguments.check_sample_weight(call, sample_weight, stats.log_prob.shape)
     token_axes = arguments.mesh_axes(call, "token_axis_name", token_axis_name)
     of_tokens = {"sample_weight": sample_weight}
-    arguments.check_split(call, "stats", stats.confidence, of_tokens, (), token_axes)
+    arguments.check_split(call, "stats", stats.confidence, of_tokens, token_axes=token_axes)
     return _metric_sums(
         stats,
         sample_weight,

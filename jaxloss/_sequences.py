@@ -12,7 +12,8 @@ from jax.typing import ArrayLike
 from jaxloss._checks import arguments, explicit_mesh, messages
 from jaxloss._tokens import targets as _targets
 from jaxloss._tokens.classes import class_indices, classes_here
-from jaxloss._tokens.reduction import token_weights
+from jaxloss._tokens.reduction import weights_and_divisors
+from jaxloss._types import TokenArrays
 from jaxloss._xla.device import jit
 from jaxloss._xla.dtypes import accumulator_dtype
 
@@ -216,24 +217,18 @@ def _sequence_weight(labels, segment_ids, sample_weight, *, num_segments, ignore
     labels, segment_ids, sample_weight = _whole_rows(labels, segment_ids, sample_weight)
     dtype = accumulator_dtype(jnp.float32 if sample_weight is None else sample_weight.dtype)
     any_class = jnp.iinfo(jnp.int32).max
-    targets = _targets.make_targets(
-        labels,
-        classes_here(any_class),
-        dtype,
-        weight=None,
-        sample_weight=sample_weight,
-        ignore_index=ignore_index,
-    )
-    weight, _ = token_weights(targets, sample_weight, "sum", dtype)
+    arrays = TokenArrays(labels, sample_weight=sample_weight)
+    targets = _targets.make_targets(arrays, classes_here(any_class), dtype, ignore_index)
+    weight, _ = weights_and_divisors(targets.weights, dtype)
     if segment_ids is None:
-        return _shares(weight, jnp.sum(weight, axis=-1, keepdims=True), targets.counts)
+        return _shares(weight, jnp.sum(weight, axis=-1, keepdims=True), targets.valid)
     segment, _ = class_indices(segment_ids, num_segments, None)
     exists = segment < num_segments
     total = _totals(
         jnp.where(exists, weight, 0), jnp.where(exists, segment, 0), num_segments=num_segments
     )
-    share = _shares(weight, total, targets.counts & exists)
-    return jnp.where(targets.counts & ~exists, jnp.nan, share)
+    share = _shares(weight, total, targets.valid & exists)
+    return jnp.where(targets.valid & ~exists, jnp.nan, share)
 
 
 def _shares(weight: Array, total: Array, counts: Array) -> Array:

@@ -189,7 +189,7 @@ def _loss_of(
         alpha=_alpha(function, alpha),
         gamma=_arguments.gamma(function, gamma),
         reduction=reduction,
-        empty_mean=_arguments.empty_mean(function, empty_mean),
+        empty_mean=_arguments.check_empty_mean(function, empty_mean),
     )
 
 

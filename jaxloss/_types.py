@@ -116,24 +116,62 @@ class TokenStats(NamedTuple):
 export.register_namedtuple_serialization(TokenStats, serialized_name="jaxloss.TokenStats")
 
 
+class TokenArrays(NamedTuple):
+    """The arrays of a loss beside its logits, as the checks return them; None: not given. Or
+    something for each of them."""
+
+    labels: Any  # class indices, probabilities or TopKLabels
+    weight: Any = None  # [C]
+    sample_weight: Any = None  # shaped as the losses
+    class_mask: Any = None  # of the logits' rank: the classes that exist
+    token_mask: Any = None  # shaped as the losses: the tokens that count
+
+
+class LossOptions(NamedTuple):
+    """What is static about a loss, as the checks return it."""
+
+    axes: tuple[int, ...]  # of the logits' classes
+    num_classes: int
+    ignore_index: int | None
+    reduction: Reduction
+    empty_mean: float | None
+    with_stats: bool
+    vocab_axes: Axes  # of the mesh, that the classes are split over
+    token_axes: Axes  # likewise the tokens
+
+
+_TRACED = "traced"  # stands for an array among the static numbers
+
+
 @jax.tree_util.register_pytree_node_class
 class Scalars(NamedTuple):
     """Numbers of a loss that may be traced: a pytree whose Python numbers are static."""
 
     label_smoothing: Any = 0.0
     z_loss: Any = 0.0
-    temperature: Any = 1.0  # 1 where it is static: then ``Scaling`` has it
+    softcap: float | None = None
+    temperature: Any = 1.0
 
     def tree_flatten(self):
         arrays = tuple(x for x in self if isinstance(x, Array))
-        return arrays, tuple(None if isinstance(x, Array) else x for x in self)
+        return arrays, tuple(_TRACED if isinstance(x, Array) else x for x in self)
 
     @classmethod
     def tree_unflatten(cls, static, arrays):
         rest = iter(arrays)
-        return cls(*(next(rest) if x is None else x for x in static))
+        return cls(*(next(rest) if x is _TRACED else x for x in static))
 
     @property
     def plain(self) -> bool:
         """Whether it is known that they change nothing."""
         return not jax.tree.leaves(self) and self == Scalars()
+
+    @property
+    def divided(self) -> bool:
+        """Whether the temperature is an array."""
+        return isinstance(self.temperature, Array)
+
+    @property
+    def rescaled(self) -> bool:
+        """Whether the logits are capped or divided."""
+        return self.softcap is not None or self.divided or self.temperature != 1

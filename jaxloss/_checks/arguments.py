@@ -3,14 +3,14 @@
 import itertools
 import sys
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 from jaxloss._checks import messages
-from jaxloss._types import REDUCTIONS, RESTS, Axes, Scalars, TopKLabels
+from jaxloss._types import REDUCTIONS, RESTS, Axes, LossOptions, Scalars, TokenArrays, TopKLabels
 from jaxloss._xla import mesh
 
 # Functions whose messages do not offer it.
@@ -249,13 +249,14 @@ def check_z_loss(function: str, x: Any, dtype) -> Any:
     return messages.scalar(function, "z_loss", x, 0, sys.float_info.max, 0.0, dtype)
 
 
-def empty_mean(function: str, x: Any) -> float | None:
+def check_empty_mean(function: str, x: Any) -> float | None:
     return None if x is None else messages.number(function, "empty_mean", x)
 
 
-def check_bucket(function: str, labels: Any, weight: Any, label_smoothing: Any) -> None:
+def check_bucket(function: str, arrays: TokenArrays, scalars: Scalars) -> None:
+    weight, label_smoothing = arrays.weight, scalars.label_smoothing
     plain = weight is None and not isinstance(label_smoothing, Array) and label_smoothing == 0
-    if getattr(labels, "rest", None) == "bucket" and not plain:
+    if getattr(arrays.labels, "rest", None) == "bucket" and not plain:
         rule = "labels with rest='bucket' take neither weight nor label_smoothing"
         got = f"weight {'None' if weight is None else 'given'}, label_smoothing {label_smoothing}"
         messages.fail(
@@ -304,8 +305,9 @@ def check_split(
     name: str,
     split_array: Array,
     of_tokens: dict[str, Any],
-    vocab_axes: Axes,
-    token_axes: Axes,
+    *,
+    vocab_axes: Axes = (),
+    token_axes: Axes = (),
 ) -> None:
     """The types must say what the names say: gradients are sums over what the types leave out."""
     way_out = "Split it in in_specs."
@@ -398,69 +400,57 @@ def product_operands(
     return hidden, kernel, bias, vocab_axis
 
 
-class TokenArrays(NamedTuple):
-    labels: Any
-    weight: Array | None
-    sample_weight: Array | None
-    class_mask: Array | None
-    token_mask: Array | None
-
-
-class TokenArguments(NamedTuple):
-    arrays: TokenArrays
-    static: dict[str, Any]
-    of_tokens: dict[str, Any]  # what has one entry a token, by name
-
-
-def token_arguments(
+def token_loss(
     function: str,
     name: str,
     logits: Any,  # an Array, or what one would be: it is asked for its shape and dtype alone
     labels: Any,
+    *,
     axis: Any,
-    weight: Any,
     ignore_index: Any,
-    sample_weight: Any,
     where: Any,
     reduction: Any,
-    classes: Any = None,
+    weight: Any = None,
+    sample_weight: Any = None,
+    empty_mean: Any = None,
+    num_classes: Any = None,
     vocab_axes: Axes = (),
-    *,
-    of_nothing: Any = None,
-) -> TokenArguments:
+    token_axes: Axes = (),
+    return_stats: Any = False,
+) -> tuple[TokenArrays, LossOptions]:
     """The arguments that the losses of logits share; ``name`` is what they call their logits.
 
-    ``classes``: C, by default all columns of the logits, on all devices along ``vocab_axes``.
-    ``of_nothing``: ``empty_mean``.
+    ``num_classes``: by default all columns of the logits, on all devices along ``vocab_axes``.
     """
     axes = messages.class_axes(function, logits, name, axis)
     check_reduction(function, reduction)
     columns = messages.num_classes(logits, axes) * mesh.size(vocab_axes)
-    classes = messages.integer(function, "num_classes", classes, 0, columns, default=columns)
+    classes = messages.integer(function, "num_classes", num_classes, 0, columns, default=columns)
     labels = _labels(function, name, logits, axes, labels)
     weight = class_weight(function, weight, classes)
     sample_weight = check_sample_weight(function, sample_weight, messages.batch_shape(logits, axes))
     class_mask, token_mask = masks(function, name, where, logits, axes)
-    of_tokens = None
-    if isinstance(labels, TopKLabels):
-        of_tokens = labels.indices
-    elif jnp.issubdtype(labels.dtype, jnp.integer):
-        of_tokens = labels
-    return TokenArguments(
-        TokenArrays(labels, weight, sample_weight, class_mask, token_mask),
-        {
-            "axes": axes,
-            "num_classes": classes,
-            "ignore_index": ignored(function, ignore_index, labels),
-            "reduction": reduction,
-            "empty_mean": empty_mean(function, of_nothing),
-        },
-        {
-            "labels": of_tokens,
-            "sample_weight": sample_weight,
-            "where": token_mask,
-        },
+    options = LossOptions(
+        axes,
+        classes,
+        ignored(function, ignore_index, labels),
+        reduction,
+        check_empty_mean(function, empty_mean),
+        messages.flag(function, "return_stats", return_stats),
+        vocab_axes,
+        token_axes,
     )
+    return TokenArrays(labels, weight, sample_weight, class_mask, token_mask), options
+
+
+def of_tokens(arrays: TokenArrays) -> dict[str, Any]:
+    """What has an entry a token whatever the classes, by its argument's name."""
+    labels = arrays.labels
+    if isinstance(labels, TopKLabels):
+        labels = labels.indices
+    elif jnp.issubdtype(labels.dtype, jnp.floating):
+        labels = None
+    return {"labels": labels, "sample_weight": arrays.sample_weight, "where": arrays.token_mask}
 
 
 def gamma(function: str, x: Any) -> float:
@@ -468,14 +458,19 @@ def gamma(function: str, x: Any) -> float:
 
 
 def scalars(
-    function: str, label_smoothing: Any, z_loss: Any, logit_softcap: Any, temperature: Any, wide
-) -> tuple[Scalars, float | None, float]:
-    """(what may be traced, the soft cap, a temperature that is a Python number)."""
-    cap, temperature = scaling(function, logit_softcap, temperature, wide)
-    traced = isinstance(temperature, Array)
-    numbers = Scalars(
-        smoothing(function, label_smoothing, wide),
-        check_z_loss(function, z_loss, wide),
-        temperature if traced else 1.0,
+    function: str,
+    dtype: Any,
+    *,
+    label_smoothing: Any = 0.0,
+    z_loss: Any = 0.0,
+    logit_softcap: Any = None,
+    temperature: Any = 1.0,
+) -> Scalars:
+    """``dtype``: of those that are arrays."""
+    cap, temperature = scaling(function, logit_softcap, temperature, dtype)
+    return Scalars(
+        smoothing(function, label_smoothing, dtype),
+        check_z_loss(function, z_loss, dtype),
+        cap,
+        temperature,
     )
-    return numbers, cap, 1.0 if traced else temperature

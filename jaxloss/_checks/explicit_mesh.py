@@ -15,7 +15,7 @@ from jax import Array
 from jax.sharding import PartitionSpec as P
 
 from jaxloss._checks import messages
-from jaxloss._types import Axes, TopKLabels
+from jaxloss._types import Axes, LossOptions, Scalars, TokenArrays, TopKLabels
 from jaxloss._xla import mesh as _mesh
 from jaxloss._xla import nested
 from jaxloss._xla.device import jit
@@ -102,8 +102,10 @@ def as_split(x: Array, like: Array) -> Array:
     return _resharded(x, jax.typeof(x).sharding.mesh, _spec(like)) if is_split((x, like)) else x
 
 
-def aligned_tokens(logits: Array, axes: tuple[int, ...], arrays: tuple) -> tuple:
-    """``(logits, arrays)``, split alike: ``arrays`` are those of ``_arguments.TokenArrays``."""
+def aligned_tokens(
+    logits: Array, axes: tuple[int, ...], arrays: TokenArrays
+) -> tuple[Array, TokenArrays]:
+    """``(logits, arrays)``, split alike."""
     labels, weight, sample_weight, class_mask, token_mask = arrays
     every = tuple(range(logits.ndim))
     rows = tuple(i for i in every if i not in axes)
@@ -121,17 +123,15 @@ def aligned_tokens(logits: Array, axes: tuple[int, ...], arrays: tuple) -> tuple
         (token_mask, rows),
         flat=axes,
     )
-    return logits, tuple(some)
+    return logits, TokenArrays(*some)
 
 
 def of_types(
-    call: str, hidden: Array, kernel: Array, vocab_axis: int, others: tuple
+    call: str, hidden: Array, kernel: Array, vocab_axis: int, bias: Any, arrays: TokenArrays
 ) -> Layout | None:
-    """What the types of the arrays say; None: none of them is sharded.
-
-    ``others``: the bias and those of ``_arguments.TokenArrays``.
-    """
-    if not is_split((hidden, kernel, others)):
+    """What the types of the arrays say; None: none of them is sharded."""
+    every = hidden, kernel, bias, arrays
+    if not is_split(every):
         return None
     *tokens, features = _spec(hidden)
     of_kernel = _spec(kernel)
@@ -139,10 +139,10 @@ def of_types(
     if features is not None:
         rule = "hidden must not be sharded in its last axis on an explicit mesh"
         messages.fail(call, rule, f"{jax.typeof(hidden)}", way_out)
-    split = next(x for x in jax.tree.leaves((hidden, kernel, others)) if is_split(x))
+    split = next(x for x in jax.tree.leaves(every) if is_split(x))
     mesh = jax.typeof(split).sharding.mesh
     if not any(tokens):
-        tokens = _other_split(mesh, hidden, of_kernel, vocab_axis, others)
+        tokens = _other_split(mesh, hidden, of_kernel, vocab_axis, arrays)
     own = {name for entry in tokens for name in _names(entry)}
     vocab: Axes = ()
     gathered = []
@@ -165,11 +165,11 @@ def of_types(
 
 
 def _other_split(
-    mesh: Any, hidden: Array, of_kernel: tuple, vocab_axis: int, others: tuple
+    mesh: Any, hidden: Array, of_kernel: tuple, vocab_axis: int, arrays: TokenArrays
 ) -> list:
     """How to split the tokens of a ``hidden`` that is the same on all devices: as other arrays of
     theirs are, or over what splits the kernel's features, but not over what splits its columns."""
-    _, labels, _, sample_weight, class_mask, token_mask = others
+    labels, _, sample_weight, class_mask, token_mask = arrays
     rank, columns = hidden.ndim - 1, _names(of_kernel[vocab_axis])
     for x in jax.tree.leaves((labels, sample_weight, token_mask, class_mask)):
         found = [None if {*_names(e)} & {*columns} else e for e in _spec(x)[:rank]]
@@ -191,17 +191,32 @@ def refuse(call: str, **arrays: Any) -> None:
         messages.fail(call, rule, ", ".join(found), way_out)
 
 
+def _placed(xs: Any, mesh: Any, specs: Any) -> Any:
+    """The arrays of a tree, split as a prefix of that tree says."""
+
+    def of_prefix(spec, some):
+        return jax.tree.map(lambda x: jax.reshard(x, jax.NamedSharding(mesh, spec)), some)
+
+    return jax.tree.map(of_prefix, specs, xs, is_leaf=lambda x: isinstance(x, P))
+
+
 # Under jit, so that what is called eagerly is compiled once.
 @jit
 def over_mesh(
-    arrays: tuple,
+    hidden: Array,
+    kernel: Array,
+    bias: Array | None,
+    arrays: TokenArrays,
+    scalars: Scalars,
     *,
     schedule: Callable,
     layout: Layout,
-    static: tuple[tuple[str, Any], ...],
+    geometry: Any,
+    options: LossOptions,
+    fused: bool,
 ) -> Any:
-    """``schedule(*arrays, **static)`` inside ``shard_map``, arrays split as the layout says."""
-    hidden, kernel, bias, labels, weight, sample_weight, class_mask, token_mask, scalars = arrays
+    """``schedule`` of these inside ``shard_map``, arrays split as the layout says."""
+    labels, class_mask = arrays.labels, arrays.class_mask
     tokens, vocab = layout.tokens, layout.vocab_axes or None
 
     def padded(x):  # the kernel's columns divide among the devices, the classes need not
@@ -215,32 +230,26 @@ def over_mesh(
         labels = padded(labels)
     if class_mask is not None and class_mask.shape[-1] > 1:
         class_mask = padded(class_mask)
-    arrays = (hidden, kernel, bias, labels, weight, sample_weight, class_mask, token_mask, scalars)
+    arrays = arrays._replace(labels=labels, class_mask=class_mask)
     of_mask = P()
     if class_mask is not None:
         split = zip((*tokens, vocab), class_mask.shape, strict=True)
         of_mask = P(*(None if n == 1 else entry for entry, n in split))
     rows = P(*tokens)
+    of_labels = P(*tokens, vocab) if probabilities else rows
     specs = (
         P(*tokens, None),
         P(*layout.kernel),
         P(vocab),
-        P(*tokens, vocab) if probabilities else rows,
-        P(),
-        rows,
-        of_mask,
-        rows,
+        TokenArrays(of_labels, P(), rows, of_mask, rows),
         P(),
     )
-    arrays = tuple(
-        jax.tree.map(lambda a, s=spec: jax.reshard(a, jax.NamedSharding(layout.mesh, s)), x)
-        for x, spec in zip(arrays, specs, strict=True)
-    )
-    named = dict(static)
-    out = rows if named["reduction"] == "none" else P()
-    out = (out, rows) if named["options"].with_stats else out
-    schedule = partial(schedule, **named)
+    given = hidden, kernel, bias, arrays, scalars
+    given = tuple(_placed(x, layout.mesh, spec) for x, spec in zip(given, specs, strict=True))
+    out = rows if options.reduction == "none" else P()
+    out = (out, rows) if options.with_stats else out
+    schedule = partial(schedule, geometry=geometry, options=options, fused=fused)
     if not _mesh.manual_axes():
-        return jax.shard_map(schedule, mesh=layout.mesh, in_specs=specs, out_specs=out)(*arrays)
+        return jax.shard_map(schedule, mesh=layout.mesh, in_specs=specs, out_specs=out)(*given)
     # The axes that the surrounding shard_map leaves out.
-    return nested.shard_map(schedule, specs, out)(*arrays)
+    return nested.shard_map(schedule, specs, out)(*given)

@@ -2,15 +2,12 @@
 
 from typing import Any, NamedTuple
 
-from jax import Array
-
 from jaxloss._checks import arguments, messages
 from jaxloss._kernels import dispatch
 from jaxloss._linear import budget
-from jaxloss._numerics import logits
 from jaxloss._tokens import targets
 from jaxloss._tokens.classes import is_indices, is_probabilities
-from jaxloss._types import IMPLEMENTATIONS, Scalars, TopKLabels
+from jaxloss._types import IMPLEMENTATIONS, LossOptions, Scalars, TokenArrays, TopKLabels
 
 FEW = 16  # tokens a chunk, too few for products that read the whole kernel
 
@@ -25,19 +22,6 @@ class Size(NamedTuple):
     padded: bool  # which of these are no classes is not static: it depends on the device
 
 
-class Asked(NamedTuple):
-    """What of a call a kernel may have no form of."""
-
-    dtype: Any
-    labels: Any
-    class_mask: Any
-    scalars: Scalars
-    scaling: logits.Scaling | None
-    with_stats: bool
-    weight: bool  # of classes
-    none: bool  # the reduction
-
-
 class Choice(NamedTuple):
     by_tokens: bool
     chunk: int  # tokens, or classes
@@ -49,34 +33,37 @@ def choose(
     implementation: Any,
     chunk_size: Any,
     size: Size,
-    asked: Asked,
+    dtype: Any,
+    arrays: TokenArrays,
+    options: LossOptions,
+    scalars: Scalars,
     *,
     whole: bool,
 ) -> Choice:
     """Checked. ``whole``: no partitioner may split arrays."""
-    bucket = getattr(asked.labels, "rest", None) == "bucket"
-    divided = isinstance(asked.scalars.temperature, Array)
+    bucket = getattr(arrays.labels, "rest", None) == "bucket"
+    asked = arrays, options, scalars
     chip = dispatch.product_kernel()
     by_rule = implementation is None and chunk_size is None
     wanted = chip if by_rule else implementation if implementation in dispatch.KERNELS else None
-    beyond = dispatch.product_refusals(wanted, asked.dtype, _beyond(asked)) if wanted else []
+    beyond = dispatch.product_refusals(wanted, dtype, _beyond(*asked)) if wanted else []
     # By its name it is taken where arrays may be split too: JAX then says that it cannot be.
     fused = wanted and not beyond and not size.padded and (implementation or whole)
     sizes = size.tokens, size.features, size.vocab, size.columns
     fused = bool(wanted and fused and dispatch.fits_product(wanted, *sizes))
     tokens = budget.size_to_plan_for(size.tokens)
-    rows = _rows(asked)
+    rows = _rows(dtype, *asked)
     name = implementation
     if name is None and fused and wanted == "mosaic_tpu":
         name = wanted
     elif name is None:
         few = budget.default_chunk(tokens, size.columns, rows=rows) < min(FEW, tokens)
-        name = "vocab_blocks" if few and not bucket and not divided else "token_chunks"
+        name = "vocab_blocks" if few and not bucket and not scalars.divided else "token_chunks"
     messages.word(call, "implementation", name, IMPLEMENTATIONS)
     if bucket and name == "vocab_blocks":
         rule = "labels with rest='bucket' need implementation='token_chunks'"
         messages.fail(call, rule, repr(name))
-    if divided and name == "vocab_blocks":
+    if scalars.divided and name == "vocab_blocks":
         rule = "a temperature that is an array needs implementation='token_chunks'"
         messages.fail(call, rule, repr(name), "Give a Python number, or leave implementation out.")
     if name in dispatch.KERNELS and beyond:
@@ -92,28 +79,27 @@ def choose(
     return Choice(by_tokens, arguments.chunk_size(call, chunk_size, default, most), fused)
 
 
-def _rows(asked: Asked) -> float:
+def _rows(dtype: Any, arrays: TokenArrays, options: LossOptions, scalars: Scalars) -> float:
     """What a token of a chunk holds."""
     return budget.rows_held(
-        asked.dtype,
-        none=asked.none,
-        probabilities=is_probabilities(asked.labels),
-        top=isinstance(asked.labels, TopKLabels),
-        weight=asked.weight,
-        smoothing=not targets.is_zero(asked.scalars.label_smoothing),
-        mask=asked.class_mask is not None,
-        statistics=asked.with_stats,
-        scaling=asked.scaling is not None or isinstance(asked.scalars.temperature, Array),
+        dtype,
+        none=options.reduction == "none",
+        probabilities=is_probabilities(arrays.labels),
+        top=isinstance(arrays.labels, TopKLabels),
+        weight=arrays.weight is not None,
+        smoothing=not targets.is_zero(scalars.label_smoothing),
+        mask=arrays.class_mask is not None,
+        statistics=options.with_stats,
+        scaling=scalars.rescaled,
     )
 
 
-def _beyond(asked: Asked) -> dict[str, bool]:
+def _beyond(arrays: TokenArrays, options: LossOptions, scalars: Scalars) -> dict[str, bool]:
     """What no kernel of a product has a form of, and whether the call asks for that."""
-    divided = isinstance(asked.scalars.temperature, Array)
     return {
-        "labels that are no class indices": not is_indices(asked.labels),
-        "where over classes": asked.class_mask is not None,
-        "label_smoothing": not targets.is_zero(asked.scalars.label_smoothing),
-        "a soft cap or a temperature": asked.scaling is not None or divided,
-        "statistics": asked.with_stats,
+        "labels that are no class indices": not is_indices(arrays.labels),
+        "where over classes": arrays.class_mask is not None,
+        "label_smoothing": not targets.is_zero(scalars.label_smoothing),
+        "a soft cap or a temperature": scalars.rescaled,
+        "statistics": options.with_stats,
     }

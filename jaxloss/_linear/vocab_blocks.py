@@ -42,18 +42,18 @@ class Operands(NamedTuple):
     bias: Any  # [V]
     probabilities: Any  # [N, C]
     weight: Any  # [C]
-    share: Any  # [1, 1] or [N, 1], of every class
+    uniform: Any  # [1, 1] or [N, 1], of every class
     extra: Any  # [N, k]
 
 
 class Constants(NamedTuple):
     """What is not."""
 
-    kept: Any  # [N], C: no such class; None: probabilities
+    label: Any  # [N], C: no such class; None: probabilities
     mask: Any  # [R, C], the classes that exist, one row for all tokens or
     mask_row: Any  # [N], each token's row of the mask
     index: Any  # [N, k], of extra
-    counts: Any  # [N], the tokens that count; None: all, as far as the kernel goes
+    valid: Any  # [N], the tokens that count, which the kernel alone skips; None: it computes all
     some: Any = None  # [R], the mask's rows that have a class; in the others all classes are taken
     asked: Any = None  # [N], the tokens whose probabilities are read: of the others 0; None: all
 
@@ -64,8 +64,7 @@ class Options(NamedTuple):
     geometry: _product.Geometry
     label_smoothing: float
     scaling: _logits.Scaling | None
-    want: tuple[str, ...]
-    predict: bool
+    outputs: tuple[str, ...]  # of RowLosses
     dtype: Any  # of the accumulators
     fused: bool  # the log-sum-exp by the kernel for this backend
 
@@ -102,7 +101,7 @@ def _block(
     options: Options, operands: Operands, constants: Constants, start, size: int
 ) -> parts.Rows:
     geometry = options.geometry
-    kept = constants.kept
+    kept = constants.label
     if kept is not None:
         kept = indexing.within(kept, start, size)
     mask = _cut(constants.mask, start, size)
@@ -120,29 +119,29 @@ def _block(
     top = None
     if operands.extra is not None:
         top = (indexing.within(constants.index, start, size), operands.extra)
-    soft = _soft(options, mask, constants.asked, size, *some, operands.share)
+    soft = _soft(options, mask, constants.asked, size, *some, operands.uniform)
     return parts.Rows(logits, kept, soft, mask, top)
 
 
-def _soft(options: Options, mask, asked, size: int, probabilities, weight, share) -> Any:
+def _soft(options: Options, mask, asked, size: int, probabilities, weight, uniform) -> Any:
     wide = options.dtype
     if asked is not None:
         probabilities = jnp.where(asked[:, None], probabilities, 0)
     soft = targets.soft_targets(
-        probabilities, share, mask, weight, options.label_smoothing, size, wide
+        probabilities, uniform, mask, weight, options.label_smoothing, size, wide
     )
     return indexing.of_rank(soft, 2)
 
 
 def _swept(options: Options, operands: Operands, constants: Constants):
     """(RowPart, the highest logits, the labels' logits): one product, block by block."""
-    labelled = constants.kept is not None
+    labelled = constants.label is not None
 
     def step(start, size):
         b = _block(options, operands, constants, start, size)
-        part = parts.row_part(b, options.scaling, options.want, kernel_bytes=4)
+        part = parts.row_part(b, options.scaling, options.outputs, kernel_bytes=4)
         best = of_label = None
-        if options.predict:
+        if "prediction" in options.outputs:
             best = ranking.highest(b.logits, b.mask, start)
             if labelled:
                 of_label = indexing.entry(_unscaled(b), b.kept)
@@ -160,7 +159,7 @@ def _swept(options: Options, operands: Operands, constants: Constants):
 
     geometry = options.geometry
     part, best, of_label = _over_blocks(geometry.num_classes, geometry.chunk, step, combine)
-    return part._replace(kept=constants.kept) if labelled else part, best, of_label
+    return part._replace(kept=constants.label) if labelled else part, best, of_label
 
 
 def _fused(options: Options, operands: Operands, constants: Constants) -> parts.RowPart:
@@ -170,15 +169,15 @@ def _fused(options: Options, operands: Operands, constants: Constants) -> parts.
         some = Operands(hidden, kernel, bias, None, None, None, None)
         return _swept(options, some, Constants(kept, None, None, None, None))[0][:3]
 
-    kept = constants.kept
+    kept = constants.label
     by_kernel = partial(product_kernel.row_part, options.geometry)
     part = with_derivative_of(swept, by_kernel)
-    m, s, x_kept = part(*operands[:3], kept, constants.counts)
+    m, s, x_kept = part(*operands[:3], kept, constants.valid)
     return parts.RowPart(m, s, x_kept, kept)
 
 
 def _forward(options: Options, operands: Operands, constants: Constants):
-    """((RowLosses, prediction, rank), RowState). One product, and one for the rank."""
+    """(RowLosses, RowState). One product, and one for the rank."""
     geometry = options.geometry
     operands = operands._replace(kernel=_product.gathered(operands.kernel, geometry))
     classes, axes = geometry.num_classes, geometry.vocab_axes
@@ -187,16 +186,16 @@ def _forward(options: Options, operands: Operands, constants: Constants):
         part = _fused(options, operands, constants)
     else:
         part, best, of_label = _sealed(partial(_swept, options))(operands, constants)
-    labelled = constants.kept is not None
+    labelled = constants.label is not None
     part = parts.merge_shards(part, axes, labelled, classes, options.scaling)
-    losses, state = _rows.finish(part, options.want, options.scaling)
-    prediction = rank = None
+    losses, state = _rows.finish(part, options.outputs, options.scaling)
     if best is not None:
         first = mesh.first(classes, axes)
-        prediction = ranking.class_of(best[0], best[1] + first, axes)
+        losses = losses._replace(prediction=ranking.class_of(best[0], best[1] + first, axes))
     if of_label is not None:
         rank = _sealed(partial(_rank, options))(operands, constants, of_label)
-    return (losses, prediction, rank), state
+        losses = losses._replace(rank=rank)
+    return losses, state
 
 
 def _unscaled(b: parts.Rows) -> Array:
@@ -210,7 +209,7 @@ def _rank(options: Options, operands: Operands, constants: Constants, of_label: 
     axes = geometry.vocab_axes
     first = mesh.first(geometry.num_classes, axes)
     label, of_label, found = ranking.found_label(
-        constants.kept, of_label, geometry.num_classes, first, axes
+        constants.label, of_label, geometry.num_classes, first, axes
     )
 
     def step(start, size):
@@ -237,7 +236,7 @@ def _gradients(
     geometry = options.geometry
     whole = operands._replace(kernel=_product.gathered(operands.kernel, geometry))
     sweep = partial(_swept_gradients, options, active)
-    if constants.counts is None:
+    if constants.valid is None:
         total = sweep(whole, constants, state, ct)
     else:
         total = _of_those_that_count(sweep, whole, constants, state, ct)
@@ -254,17 +253,17 @@ def _of_those_that_count(sweep, operands: Operands, constants: Constants, state,
 
     An array's size is static: each is a program of its own.
     """
-    counts, tokens = constants.counts, constants.counts.size
+    counts, tokens = constants.valid, constants.valid.size
     order, places = packing.counted_first(counts), packing.places(counts)
     sizes = sorted({-(-tokens // 4), -(-tokens // 2), tokens})
 
     def of(size):
         if size == tokens:
             return sweep(operands, constants, state, ct)
-        own = operands.hidden, constants.kept, state, ct
+        own = operands.hidden, constants.label, state, ct
         first = partial(packing.in_order, order=order[:size])
         hidden, kept, *rows = jax.tree.map(first, own)
-        total = sweep(operands._replace(hidden=hidden), constants._replace(kept=kept), *rows)
+        total = sweep(operands._replace(hidden=hidden), constants._replace(label=kept), *rows)
         return total._replace(hidden=packing.taken(total.hidden, places))
 
     # Nothing in a sweep communicates: each device of a mesh has a size of its own.
@@ -304,14 +303,14 @@ def _swept_gradients(
             put(total.bias, new.bias),
             put(total.probabilities, new.probabilities),
             put(total.weight, new.weight),
-            parts.added(total.share, new.share),
+            parts.added(total.uniform, new.uniform),
             parts.added(total.extra, new.extra),
         )
 
     def begin(first):
         _, new = first
         # Of these there is a sum over blocks; of the others each block has its own.
-        own = new._replace(hidden=None, share=None, extra=None)
+        own = new._replace(hidden=None, uniform=None, extra=None)
         blank = (
             None if g is None else jnp.zeros_like(x) for g, x in zip(own, operands, strict=True)
         )
@@ -349,11 +348,11 @@ def _block_gradients(
         # XLA:TPU may hold all of d_kernel transposed in the loop otherwise, and copy it after.
         # There alone: a program with a layout in it is exported only where that is allowed.
         d_kernel = with_layout_constraint(d_kernel.astype(kernel.dtype), _ROWS)
-    d_probabilities = d_weight = d_share = d_extra = None
+    d_probabilities = d_weight = d_uniform = d_extra = None
     if ct.soft is not None and active.extra:
         slope = _rows.top_gradient(b, state, options.scaling)
         d_extra = asked_for(ct.soft, slope)
-    dense = active.probabilities or active.weight or active.share
+    dense = active.probabilities or active.weight or active.uniform
     if ct.soft is not None and b.soft is not None and dense:
         slope = _rows.soft_gradient(b, state, options.scaling)
         slope = asked_for(ct.soft, slope)
@@ -361,10 +360,10 @@ def _block_gradients(
             partial(_soft, options, b.mask, constants.asked, size),
             _cut(operands.probabilities, start, size),
             _cut(operands.weight, start, size),
-            operands.share,
+            operands.uniform,
         )
-        d_probabilities, d_weight, d_share = pullback(sum_to(slope, soft_b))
-    return Operands(d_hidden, d_kernel, d_bias, d_probabilities, d_weight, d_share, d_extra)
+        d_probabilities, d_weight, d_uniform = pullback(sum_to(slope, soft_b))
+    return Operands(d_hidden, d_kernel, d_bias, d_probabilities, d_weight, d_uniform, d_extra)
 
 
 def _tangents(options: Options, residuals, tangents) -> _rows.RowLosses:
@@ -382,15 +381,17 @@ def _tangents(options: Options, residuals, tangents) -> _rows.RowLosses:
         (x, soft, _), (dx, d_soft, d_extra) = out, moved
         here = _at_block(state, start, size)
         rows = parts.Rows(x, soft=soft, mask=mask, top=top)
-        return _rows.row_tangents(rows, here, options.scaling, options.want, dx, d_soft, d_extra)
+        return _rows.row_tangents(rows, here, options.scaling, options.outputs, dx, d_soft, d_extra)
 
     combine = partial(jax.tree.map, jnp.add)
     total = _over_blocks(geometry.num_classes, geometry.chunk, step, combine)
     return mesh.sums(total, geometry.vocab_axes) if geometry.vocab_axes else total
 
 
-def row_losses_by_block(options: Options, operands: Operands, constants: Constants):
-    """``(RowLosses, prediction, rank)``, [N] each, as ``rows.row_losses`` of the logits."""
+def row_losses_by_block(
+    options: Options, operands: Operands, constants: Constants
+) -> _rows.RowLosses:
+    """``RowLosses``, [N] each, as ``rows.row_losses`` of the logits and ``ranking`` have them."""
     count = len(operands)
 
     def function(*args):
@@ -407,7 +408,7 @@ def row_losses_by_block(options: Options, operands: Operands, constants: Constan
     def backward(residuals, ct):
         operands, constants, state, flags = residuals
         active = Operands(*(flag is not None for flag in flags[:count]))
-        grads = _gradients(options, active, operands, constants, state, ct[0])
+        grads = _gradients(options, active, operands, constants, state, ct)
         return (*grads, *(None for _ in Constants._fields))
 
     def tangent(residuals, tangents):

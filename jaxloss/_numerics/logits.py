@@ -17,8 +17,10 @@ class Scaling(NamedTuple):
     unit: float
 
 
-def scaling_of(softcap: float | None, temperature: float = 1.0) -> Scaling | None:
-    """Of ``softcap * tanh(x / softcap) / temperature``."""
+def scaling_of(softcap: float | None, temperature: Any = 1.0) -> Scaling | None:
+    """Of ``softcap * tanh(x / softcap) / temperature``. A temperature that is an array divides the
+    logits themselves, and is left out here."""
+    temperature = 1.0 if isinstance(temperature, Array) else temperature
     if softcap is None and temperature == 1:
         return None
     return Scaling(softcap, (softcap or 1) / temperature)

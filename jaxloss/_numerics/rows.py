@@ -48,6 +48,11 @@ class RowLosses(NamedTuple):
     entropy: Any = None
     confidence: Any = None  # max_j p_j; without a derivative
     above: Any = None  # logsumexp(x) - max_j x_j; without a derivative
+    prediction: Any = None  # see ``ranking``; of rows that are read whole, ``ranking`` computes it
+    rank: Any = None
+
+
+CONSTANTS = ("confidence", "above", "prediction", "rank")  # without a derivative
 
 
 class RowState(NamedTuple):
@@ -263,7 +268,7 @@ def row_tangents(
     def along(slope, d):
         return jnp.sum(slope * d.astype(slope.dtype), axis=-1)
 
-    moving = [name for name in want if name not in ("confidence", "above")]
+    moving = [name for name in want if name not in CONSTANTS]
     if rows.soft is not None or rows.top is not None:
         moving.append("soft")
     for name in moving:

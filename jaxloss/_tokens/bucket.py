@@ -1,29 +1,34 @@
 """Labels whose rest is a class: the loss over k + 1 classes."""
 
 from functools import partial
+from typing import cast
 
 import jax.numpy as jnp
-from jax import lax
+from jax import Array, lax
 
 from jaxloss._numerics import logits, passes
 from jaxloss._numerics import rows as _rows
+from jaxloss._tokens.targets import Targets
 from jaxloss._xla import indexing, mesh
 from jaxloss._xla.math import finite
 
 
-def bucket_rows(x, targets, classes, mask, scaling, want) -> _rows.RowLosses:
+def bucket_rows(
+    x: Array, targets: Targets, scaling: logits.Scaling | None, outputs: tuple[str, ...]
+) -> _rows.RowLosses:
     """The loss over k + 1 classes: those named, and one of all others, whose logit is their lse.
 
     Each logit has its gradient from one of them, so that nothing narrow is added up.
     """
-    column, axes = targets.column, classes.axes
+    column, extra = cast(tuple[Array, Array], targets.sparse)
+    axes, mask = targets.classes.axes, targets.existing(x.ndim)
     here = column < x.shape[-1]
     others = indexing.elsewhere(x, column)
     others = others if mask is None else others & mask
     losses = partial(_rows.row_losses, x, None, scaling=scaling, vocab_axes=axes)
     rest = losses(None, others, want=("logsumexp", "above"))
     # A soft cap's slope at NaN is NaN, and 0 times that is NaN again.
-    named, exists = jnp.where(targets.counts[..., None], indexing.entries(x, column), 0), None
+    named, exists = jnp.where(targets.valid[..., None], indexing.entries(x, column), 0), None
     if mask is not None:
         exists = indexing.entries(jnp.broadcast_to(mask, x.shape), column)
         named = jnp.where(exists, named, 0)
@@ -46,14 +51,14 @@ def bucket_rows(x, targets, classes, mask, scaling, want) -> _rows.RowLosses:
     lse = jnp.where(rounded == -jnp.inf, of_none, lse)
     named = logits.scaled(named - m[..., None], scaling)
     few = jnp.concatenate([named, lse[..., None]], axis=-1)
-    asked = jnp.concatenate([targets.extra, targets.rest[..., None]], axis=-1)
+    asked = jnp.concatenate([extra, cast(Array, targets.others)[..., None]], axis=-1)
     # What is impossible and has a probability of 0 is no class, for derivatives too.
     some = (few != -jnp.inf) | (asked != 0)
     some |= jnp.all(few == -jnp.inf, axis=-1, keepdims=True)  # of nothing the gradient is NaN
-    rows = _rows.row_losses(few, None, asked, some, want=tuple({"logsumexp"} & {*want}))
+    rows = _rows.row_losses(few, None, asked, some, want=tuple({"logsumexp"} & {*outputs}))
     if rows.logsumexp is not None:
         rows = rows._replace(logsumexp=rows.logsumexp + logits.scaled(m, scaling))
-    if "entropy" in want:
+    if "entropy" in outputs:
         stats = losses(None, mask, want=("entropy", "confidence"))
         rows = rows._replace(entropy=stats.entropy, confidence=stats.confidence)
     return rows

@@ -1,63 +1,63 @@
 """How losses become one number: what tokens weigh, their sum and mean."""
 
 import math
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jaxloss._tokens.targets import Targets
-from jaxloss._types import Axes
+from jaxloss._types import LossOptions
 
 
-def terms(targets: Targets, sample_weight: Array | None, dtype: jnp.dtype) -> tuple[Array, Array]:
+class TokenWeights(NamedTuple):
+    """Which tokens count, and for how much; each shaped as the losses."""
+
+    valid: Array  # bool
+    sample_weight: Array | None = None  # numbers, or a boolean mask that ``valid`` is part of
+    label_weight: Array | None = None  # w_y
+
+
+def weights_and_divisors(weights: TokenWeights, dtype: jnp.dtype) -> tuple[Array, Array]:
     """``(weight, divisor)``: the mean is ``sum(weight * losses) / sum(divisor)``.
 
     Both are 0 where a token does not count.
     """
-    weight = jnp.ones_like(targets.counts, dtype=dtype)
+    valid, sample_weight, label_weight = weights
+    weight = jnp.ones_like(valid, dtype=dtype)
     if sample_weight is not None and sample_weight.dtype != jnp.bool_:
         weight = sample_weight.astype(dtype)
-    weight = jnp.where(targets.counts, weight, 0)
-    if targets.label_weight is None:
+    weight = jnp.where(valid, weight, 0)
+    if label_weight is None:
         return weight, weight
-    return weight, jnp.where(targets.counts, weight * targets.label_weight, 0)
+    return weight, jnp.where(valid, weight * label_weight, 0)
 
 
-def token_weights(
-    targets: Targets,
-    sample_weight: Array | None,
-    reduction: str,
-    dtype: jnp.dtype,
-    token_axes: Axes = (),
-    empty_mean: float | None = None,
+def normalised_weights(
+    weights: TokenWeights, options: LossOptions, dtype: jnp.dtype
 ) -> tuple[Array, Array]:
     """``(weight, offset)``: the result is ``sum(weight * losses) + offset``.
 
     The offset is 0, except for a mean over nothing: there it is that mean, and the weights are 0.
     With ``"none"`` there is no sum. ``weight`` is 0 where a token does not count. The sum is over
-    the devices along ``token_axes`` too.
+    the devices along ``options.token_axes`` too.
     """
-    weight, divisor = terms(targets, sample_weight, dtype)
-    if reduction != "mean":
+    weight, divisor = weights_and_divisors(weights, dtype)
+    if options.reduction != "mean":
         return weight, jnp.zeros((), dtype)
     divisor = jnp.sum(divisor)
-    if token_axes:
-        divisor = lax.psum(divisor, token_axes)
+    if options.token_axes:
+        divisor = lax.psum(divisor, options.token_axes)
     # In place of a 0 it makes all weights 0, and with them all gradients.
-    weight = jnp.where(targets.counts, weight / jnp.where(divisor == 0, jnp.inf, divisor), 0)
-    return weight, jnp.where(divisor == 0, _of_nothing(empty_mean), jnp.zeros((), dtype))
+    weight = jnp.where(weights.valid, weight / jnp.where(divisor == 0, jnp.inf, divisor), 0)
+    offset = _of_nothing(options.empty_mean)
+    return weight, jnp.where(divisor == 0, offset, jnp.zeros((), dtype))
 
 
-def reduce_losses(
-    losses: Array,
-    targets: Targets,
-    sample_weight: Array | None,
-    reduction: str,
-    token_axes: Axes = (),
-    empty_mean: float | None = None,
-) -> Array:
-    weight, divisor = terms(targets, sample_weight, losses.dtype)
-    losses = jnp.where(targets.counts, weight * losses, 0)
+def reduce_losses(losses: Array, weights: TokenWeights, options: LossOptions) -> Array:
+    """``losses[...]``, weighed, or their sum or mean."""
+    reduction, token_axes = options.reduction, options.token_axes
+    weight, divisor = weights_and_divisors(weights, losses.dtype)
+    losses = jnp.where(weights.valid, weight * losses, 0)
     if reduction == "none":
         return losses
     if reduction == "sum":
@@ -71,7 +71,7 @@ def reduce_losses(
     both = jnp.concatenate([losses[None], divisor[None]])
     both = jnp.sum(both, axis=tuple(range(1, both.ndim)))
     total, divisor = lax.psum(both, token_axes) if token_axes else both
-    return mean_of(total, divisor, empty_mean)
+    return mean_of(total, divisor, options.empty_mean)
 
 
 def mean_of(total: Array, divisor: Array, empty_mean: float | None = None) -> Array:

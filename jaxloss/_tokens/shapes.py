@@ -7,6 +7,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from jaxloss._tokens.classes import is_probabilities
+from jaxloss._types import TokenArrays
+
 
 def classes_last(x: Array, axes: tuple[int, ...]) -> Array:
     batch = [i for i in range(x.ndim) if i not in axes]
@@ -15,6 +18,17 @@ def classes_last(x: Array, axes: tuple[int, ...]) -> Array:
     # Not -1: the size of an empty batch says nothing of the classes.
     lead, last = x.shape[: len(batch)], x.shape[len(batch) :]
     return x if len(axes) == 1 else x.reshape(*lead, math.prod(last))
+
+
+def all_classes_last(
+    logits: Array, arrays: TokenArrays, axes: tuple[int, ...]
+) -> tuple[Array, TokenArrays]:
+    """``(x[..., C], arrays)``, probabilities and the mask of classes likewise."""
+    labels = arrays.labels
+    if is_probabilities(labels):
+        labels = classes_last(labels, axes)
+    mask = mask_classes_last(arrays.class_mask, logits, axes)
+    return classes_last(logits, axes), arrays._replace(labels=labels, class_mask=mask)
 
 
 def classes_back(x: Array, shape: tuple[int, ...], axes: tuple[int, ...]) -> Array:

@@ -21,37 +21,82 @@ from jaxloss._tokens.classes import (
     anywhere,
     class_indices,
     column_of,
+    existing,
     existing_columns,
     number_of_classes,
+    weight_here,
     weight_of,
 )
-from jaxloss._types import TopKLabels
+from jaxloss._tokens.reduction import TokenWeights
+from jaxloss._types import TokenArrays, TopKLabels
 from jaxloss._xla.indexing import entries, of_rank
 
 
 class Targets(NamedTuple):
-    """What the tokens ask for: ``label_weight * (1 - smoothing)`` at ``kept``, and soft targets.
+    """What the tokens ask for: ``label_weight * (1 - smoothing)`` at ``label``, and soft targets.
 
     The soft targets are ``extra`` at each ``column``, and elsewhere a sum, times the class weights:
-    ``(1 - smoothing) * probabilities``, and ``share`` of a class that exists. See soft_targets.
+    ``(1 - smoothing) * probabilities``, and ``uniform`` of a class that exists. See
+    :meth:`soft_targets`.
     """
 
-    kept: Array | None  # int32 column; as many as there are: none here; None for probabilities
-    label_weight: Array | None  # w_y
-    counts: Array  # bool
+    classes: Classes
+    valid: Array  # bool [...], the tokens that count
+    label: Array | None = None  # int32 column; classes.size: none here; None: there is no one label
+    label_weight: Array | None = None  # w_y
     probabilities: Array | None = None  # [..., columns]
-    share: Array | None = None  # [1], or one a token [..., 1]
-    column: Array | None = None  # [..., k] int32 columns, as kept
+    uniform: Array | None = None  # [1], or one a token [..., 1]: smoothing's part of each class
+    column: Array | None = None  # [..., k] int32 columns, as label
     extra: Array | None = None  # [..., k]: smoothing and weights are in it
-    rest: Array | None = None  # [...], the probability of all classes but those at column
+    others: Array | None = None  # [...], the probability of all classes but those at column
+    class_mask: Array | None = None  # those that the caller says exist
+    weight: Array | None = None  # [C], of classes
+    sample_weight: Array | None = None  # of tokens
+    label_smoothing: Any = 0.0
 
     @property
-    def top(self) -> tuple[Array, Array] | None:
+    def sparse(self) -> tuple[Array, Array] | None:
         return None if self.column is None or self.extra is None else (self.column, self.extra)
 
     @property
     def soft(self) -> bool:
-        return any(x is not None for x in (self.probabilities, self.share, self.extra))
+        return any(x is not None for x in (self.probabilities, self.uniform, self.extra))
+
+    @property
+    def weights(self) -> TokenWeights:
+        return TokenWeights(self.valid, self.sample_weight, self.label_weight)
+
+    @property
+    def plain(self) -> bool:
+        """Whether the loss is the negative log-likelihood of a label among all columns here."""
+        classes, asked = self.classes, (self.class_mask, self.weight)
+        whole = classes.total == classes.size and not classes.axes
+        return whole and self.label is not None and not self.soft and asked == (None, None)
+
+    @property
+    def changed(self) -> bool:
+        """Whether smoothing or class weights make another target of a label."""
+        return self.weight is not None or not is_zero(self.label_smoothing)
+
+    @property
+    def asks_for_label(self) -> bool:
+        return self.label is not None and not is_zero(1 - self.label_smoothing)
+
+    def existing(self, rank: int) -> Array | None:
+        """The classes that exist among the columns here, of that rank; None: all."""
+        return existing(self.class_mask, self.classes, rank)
+
+    def soft_targets(self, dtype: Any) -> Any:
+        """``w_c ((1 - eps) q_c + eps / C)``, broadcastable to the logits, or None."""
+        return soft_targets(
+            self.probabilities,
+            self.uniform,
+            self.existing(self.valid.ndim + 1),
+            weight_here(self.weight, self.classes),
+            self.label_smoothing,
+            self.classes.size,
+            dtype,
+        )
 
 
 def rows_with_classes(class_mask: Array, classes: Classes) -> Array:
@@ -70,21 +115,25 @@ def tokens_with_classes(
 
 
 def without_empty_rows(
-    class_mask: Array | None, token_mask: Array | None, batch: tuple[int, ...], classes: Classes
-) -> tuple[Array | None, Array | None]:
-    """``class_mask`` with all classes in the rows that it leaves none; ``tokens_with_classes``.
+    arrays: TokenArrays, batch: tuple[int, ...], classes: Classes
+) -> TokenArrays:
+    """The arrays, whose mask of classes has all of them in the rows that it left none. The tokens
+    of these rows do not count.
 
     So what is selected away is finite: NaN would return from behind the select in derivatives.
     """
-    if class_mask is None or not classes.total:
-        return class_mask, token_mask
-    token_mask = tokens_with_classes(class_mask, token_mask, batch, classes)
-    return class_mask | ~rows_with_classes(class_mask, classes)[..., None], token_mask
+    mask = arrays.class_mask
+    if mask is None or not classes.total:
+        return arrays
+    return arrays._replace(
+        class_mask=mask | ~rows_with_classes(mask, classes)[..., None],
+        token_mask=tokens_with_classes(mask, arrays.token_mask, batch, classes),
+    )
 
 
 def soft_targets(
     probabilities: Any,
-    share: Any,
+    uniform: Any,
     class_mask: Any,
     weight: Any,
     label_smoothing: Any,
@@ -93,11 +142,11 @@ def soft_targets(
 ) -> Any:
     """``w_c ((1 - eps) q_c + eps / C)`` of some classes, broadcastable to their logits, or None."""
     soft = None
-    if share is not None:
-        soft = share  # as it is, one number a row, where it may: not an array of the logits' size
+    if uniform is not None:
+        soft = uniform  # as it is, one number a row, where it may: not an array of the logits' size
         if class_mask is not None:
             mask = jnp.broadcast_to(class_mask, (*class_mask.shape[:-1], num_classes))
-            soft = jnp.where(mask, of_rank(share, mask.ndim), 0)
+            soft = jnp.where(mask, of_rank(uniform, mask.ndim), 0)
     if probabilities is not None:
         scaled = probabilities
         if not is_zero(label_smoothing):
@@ -109,45 +158,37 @@ def soft_targets(
 
 
 def make_targets(
-    labels: Any,
+    arrays: TokenArrays,
     classes: Classes,
     dtype: jnp.dtype,
-    *,
-    weight: Array | None,
-    sample_weight: Array | None = None,
-    class_mask: Array | None = None,
-    token_mask: Array | None = None,
     ignore_index: int | None,
     label_smoothing: Any = 0.0,
 ) -> Targets:
-    """Columns last: ``labels`` are indices [...], probabilities [..., columns] or TopKLabels.
+    """Columns last: labels are indices [...], probabilities [..., columns] or TopKLabels.
 
     ``weight[C]`` and indices speak of all classes, ``class_mask`` of the columns here.
     """
-    share, some = None, counted(sample_weight, token_mask)
+    labels, weight, sample_weight, class_mask, token_mask = arrays
+    uniform, some = None, counted(sample_weight, token_mask)
     if not is_zero(label_smoothing) and classes.total:
-        share = label_smoothing / jnp.maximum(number_of_classes(classes, class_mask, dtype), 1)
+        uniform = label_smoothing / jnp.maximum(number_of_classes(classes, class_mask, dtype), 1)
     if isinstance(labels, TopKLabels):
-        targets = _of_top(
-            labels,
-            classes,
-            dtype,
-            weight,
-            some,
-            class_mask,
-            ignore_index,
-            label_smoothing,
-            share,
-        )
+        targets = _of_top_k(arrays, classes, dtype, some, ignore_index, label_smoothing, uniform)
     elif jnp.issubdtype(labels.dtype, jnp.integer):
-        index, counts = class_indices(labels, classes.total, ignore_index)
+        index, valid = class_indices(labels, classes.total, ignore_index)
         label_weight = None
         if weight is not None and classes.total:
             label_weight = weight_of(index, weight, classes, dtype)
-        targets = Targets(column_of(index, classes), label_weight, counts, share=share)
+        targets = Targets(classes, valid, column_of(index, classes), label_weight, uniform=uniform)
     else:
-        counts = jnp.ones(labels.shape[:-1], bool)
-        targets = Targets(None, None, counts, probabilities=labels, share=share)
+        valid = jnp.ones(labels.shape[:-1], bool)
+        targets = Targets(classes, valid, probabilities=labels, uniform=uniform)
+    targets = targets._replace(
+        class_mask=class_mask,
+        weight=weight,
+        sample_weight=sample_weight,
+        label_smoothing=label_smoothing,
+    )
     if some is None:
         return targets
     probabilities = targets.probabilities
@@ -155,20 +196,20 @@ def make_targets(
         # Before the class weights multiply them: their gradient would be 0 * NaN. Of columns that
         # are read in blocks, each block's alone: this is an array of their size.
         probabilities = jnp.where(some[..., None], probabilities, 0)
-    return targets._replace(counts=targets.counts & some, probabilities=probabilities)
+    return targets._replace(valid=targets.valid & some, probabilities=probabilities)
 
 
-def _of_top(
-    labels: TopKLabels,
+def _of_top_k(
+    arrays: TokenArrays,
     classes: Classes,
-    dtype,
-    weight: Array | None,
-    counted: Array | None,
-    class_mask: Array | None,
+    dtype: Any,
+    some: Array | None,
     ignore_index: int | None,
     label_smoothing: Any,
-    share: Array | None,
+    uniform: Array | None,
 ) -> Targets:
+    """``some``: the tokens that have a weight and are not masked; None: all."""
+    labels, weight, class_mask = arrays.labels, arrays.weight, arrays.class_mask
     index, taken = class_indices(cast(Array, labels.indices), classes.total, ignore_index)
     q = jnp.where(taken, cast(Array, labels.probabilities).astype(dtype), 0)
     # A class that does not exist makes its row NaN, from class 0. An empty slot is at none.
@@ -178,40 +219,39 @@ def _of_top(
         twice = (ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] < classes.total)
         wrong |= jnp.any(twice, axis=-1, keepdims=True)
     q = jnp.where(wrong, jnp.nan, q)
-    if counted is not None and weight is not None:
-        q = jnp.where(counted[..., None], q, 0)  # as make_targets does to all probabilities
+    if some is not None and weight is not None:
+        q = jnp.where(some[..., None], q, 0)  # as make_targets does to all probabilities
     index = jnp.where(index < classes.total, index, 0)
     index = jnp.where(taken, index, classes.total)
     column = column_of(index, classes)
-    rest, real, left_over = None, taken, 1 - jnp.sum(q, axis=-1)
+    others, real, left_over = None, taken, 1 - jnp.sum(q, axis=-1)
     if class_mask is not None and classes.total:
         mask = existing_columns(class_mask, classes)
         mask = jnp.broadcast_to(mask, (*column.shape[:-1], classes.size))
         exists, here = entries(mask, column), column < classes.size
         left_out = here & ~exists
-        if share is not None or labels.rest != "drop":
+        if uniform is not None or labels.rest != "drop":
             real &= anywhere(here & exists, classes.axes)
             left_out = ~real  # by what all devices know: a bucket's loss is the same on all
         # What is asked of a class that does not exist is left out. A label that is wrong stays NaN.
         q = jnp.where(left_out & ~wrong, 0, q)
     extra = q
-    if share is not None:
-        extra = q * (1 - label_smoothing) + jnp.where(real, of_rank(share, q.ndim), 0)
+    if uniform is not None:
+        extra = q * (1 - label_smoothing) + jnp.where(real, of_rank(uniform, q.ndim), 0)
     if labels.rest != "drop" and classes.total:
-        others = number_of_classes(classes, class_mask, dtype)
-        others = of_rank(others, real.ndim) - jnp.sum(real, axis=-1, keepdims=True, dtype=dtype)
+        number = number_of_classes(classes, class_mask, dtype)
+        number = of_rank(number, real.ndim) - jnp.sum(real, axis=-1, keepdims=True, dtype=dtype)
         # Where there is no other class, what is left over is rounding.
-        rest = jnp.maximum(left_over, 0)
-        rest = jnp.where(others[..., 0] > 0, rest, 0)
+        others = jnp.maximum(left_over, 0)
+        others = jnp.where(number[..., 0] > 0, others, 0)
         if labels.rest == "uniform":
-            each = (1 - label_smoothing) * rest[..., None] / jnp.maximum(others, 1)
-            share = each if share is None else each + of_rank(share, each.ndim)
-            rest = None
+            each = (1 - label_smoothing) * others[..., None] / jnp.maximum(number, 1)
+            uniform = each if uniform is None else each + of_rank(uniform, each.ndim)
+            others = None
     if weight is not None and classes.total:
         extra = extra * weight_of(index, weight, classes, dtype)
-    return Targets(
-        None, None, jnp.any(taken, axis=-1), share=share, column=column, extra=extra, rest=rest
-    )
+    valid = jnp.any(taken, axis=-1)
+    return Targets(classes, valid, uniform=uniform, column=column, extra=extra, others=others)
 
 
 def is_zero(x: Any) -> bool:

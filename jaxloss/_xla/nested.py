@@ -21,11 +21,11 @@ from jaxloss._xla.derivatives import moving_of, with_forward_mode
 
 def shard_map(function: Callable, in_specs: Sequence, out_specs: Any) -> Callable:
     """``jax.shard_map`` over all axes that the surrounding one leaves out, differentiable in every
-    mode. ``in_specs`` has one entry an argument."""
+    mode. ``in_specs`` is a prefix of the arguments' tree."""
 
     def call(*args):
         leaves, tree = jax.tree.flatten(args)
-        specs = [s for x, s in zip(args, in_specs, strict=True) for _ in jax.tree.leaves(x)]
+        specs = jax.tree.leaves(jax.tree.broadcast(tuple(in_specs), args))
         nested = lambda *leaves: function(*tree.unflatten(leaves))  # noqa: E731
         shapes = jax.eval_shape(_mapped(nested, specs, out_specs), *leaves)
         outs, out_tree = jax.tree.flatten(shapes)
