@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Literal, TypedDict, Unpack, cast, overload
 
-import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
@@ -12,9 +11,8 @@ from jax.typing import ArrayLike
 from jaxloss._checks import arguments as _arguments
 from jaxloss._checks import explicit_mesh, messages
 from jaxloss._kernels import dispatch
-from jaxloss._numerics import logits as _logits
 from jaxloss._numerics import one_pass, rows
-from jaxloss._numerics.logits import scaling_of
+from jaxloss._numerics.logits import Logits, scaling_of
 from jaxloss._tokens import targets as _targets
 from jaxloss._tokens.classes import classes_here
 from jaxloss._tokens.losses import combined, rows_of_logits, token_losses
@@ -27,7 +25,7 @@ from jaxloss._tokens.shapes import (
 )
 from jaxloss._types import AxisName, Reduction, TokenStats, TopKLabels
 from jaxloss._xla import indexing
-from jaxloss._xla.derivatives import with_forward_mode
+from jaxloss._xla.derivatives import differentiable
 from jaxloss._xla.device import jit
 from jaxloss._xla.dtypes import accumulator_dtype
 
@@ -86,7 +84,7 @@ def _log_softmax(logits, class_mask, *, axes):
     every, given = tuple(range(logits.ndim)), logits
     logits, class_mask = explicit_mesh.aligned((logits, every), (class_mask, every), flat=axes)
     class_mask = mask_classes_last(class_mask, logits, axes)
-    out = rows.row_log_softmax(classes_last(logits, axes), class_mask)
+    out = rows.row_log_softmax(Logits(classes_last(logits, axes), class_mask))
     return explicit_mesh.as_split(classes_back(out, logits.shape, axes), given)
 
 
@@ -161,7 +159,7 @@ def _nll_loss(log_probs, arrays, *, options):
     classes = classes_here(options.num_classes)
     arrays = _targets.without_empty_rows(arrays, x.shape[:-1], classes)
     class_mask = arrays.class_mask
-    x = _logits.widen(x, class_mask, None)
+    x = Logits(x, class_mask).wide()
     whole = arrays._replace(class_mask=None)  # nothing is asked of how many classes exist
     targets = _targets.make_targets(whole, classes, x.dtype, options.ignore_index)
     # What does not count is selected away before it is multiplied: 0 * NaN would return in the
@@ -183,7 +181,8 @@ def _nll_loss(log_probs, arrays, *, options):
 
 
 def _nan_where(wrong: Array, x: Array) -> Array:
-    """``x``, NaN where it is wrong to ask for it, and so is the gradient; 0 where none is asked."""
+    """``x``, but NaN where the label is out of range, value and gradient. The gradient of a row
+    whose cotangent is 0 is 0 all the same."""
 
     def forward(x, wrong):
         return jnp.where(wrong, jnp.nan, x), wrong
@@ -194,9 +193,8 @@ def _nan_where(wrong: Array, x: Array) -> Array:
     def tangent(wrong, tangents):
         return jnp.where(wrong, jnp.nan, tangents[0])
 
-    rule = jax.custom_vjp(lambda x, wrong: forward(x, wrong)[0])
-    rule.defvjp(forward, backward)
-    return with_forward_mode(rule, tangent)(x, wrong)
+    value = lambda x, wrong: forward(x, wrong)[0]  # noqa: E731
+    return differentiable(value, forward, backward, tangent)(x, wrong)
 
 
 class CrossEntropyOptions(TypedDict, total=False):
@@ -487,8 +485,8 @@ def _cross_entropy(logits, arrays, scalars, *, options):
         weights = normalised_weights(targets.weights, options, dtype)
         return one_pass.reduced(x, cast(Array, targets.label), *weights, options.token_axes)
     scaling = scaling_of(scalars.softcap, scalars.temperature)
-    kernel_bytes = 2 if in_one_piece else 0
-    rows_of = rows_of_logits(x, scaling, scalars.temperature, kernel_bytes=kernel_bytes)
+    read = Logits(x, scaling=scaling, kernel_bytes=2 if in_one_piece else 0)
+    rows_of = rows_of_logits(read, scalars.temperature)
     losses, stats = token_losses(rows_of, targets, arrays, options, scalars, dtype)
     loss = reduce_losses(losses, targets.weights, options)
     if stats is None:

@@ -10,6 +10,7 @@ from jaxloss._checks import arguments as _arguments
 from jaxloss._checks import explicit_mesh, messages
 from jaxloss._numerics import rows as _rows
 from jaxloss._numerics.focal import modulated
+from jaxloss._numerics.logits import Logits
 from jaxloss._tokens import targets as _targets
 from jaxloss._tokens.classes import classes_here
 from jaxloss._tokens.losses import combined, rows_of_logits, token_losses
@@ -130,12 +131,12 @@ def _focal_loss(logits, arrays, scalars, *, gamma, options):
     if targets.label is not None:
         own = TokenArrays(arrays.labels, sample_weight=valid, class_mask=mask)
         of_label = _targets.make_targets(own, classes, dtype, options.ignore_index)
-        rows_of = rows_of_logits(x, None, kernel_bytes=kernel_bytes)
+        rows_of = rows_of_logits(Logits(x, kernel_bytes=kernel_bytes))
         losses, _ = token_losses(rows_of, of_label, own, options, Scalars(), dtype)
         nll = factor(jnp.where(valid, losses, 0))
     if targets.soft:
         q = of_rank(targets.soft_targets(dtype).astype(dtype), x.ndim)
-        log_p = _rows.row_log_softmax(widened(x), mask)
+        log_p = _rows.row_log_softmax(Logits(widened(x), mask))
         # Selected before anything multiplies them: 0 * inf, and NaN of rows that do not count.
         asked = valid[..., None] & (q != 0)
         asked = asked if mask is None else asked & mask

@@ -143,23 +143,29 @@ class LossOptions(NamedTuple):
 _TRACED = "traced"  # stands for an array among the static numbers
 
 
-@jax.tree_util.register_pytree_node_class
+def with_static_numbers(cls: Any) -> Any:
+    """A NamedTuple as a pytree of its arrays, to which its Python numbers are static."""
+
+    def flatten(x):
+        arrays = tuple(v for v in x if isinstance(v, Array))
+        return arrays, tuple(_TRACED if isinstance(v, Array) else v for v in x)
+
+    def unflatten(static, arrays):
+        rest = iter(arrays)
+        return cls(*(next(rest) if v is _TRACED else v for v in static))
+
+    jax.tree_util.register_pytree_node(cls, flatten, unflatten)
+    return cls
+
+
+@with_static_numbers
 class Scalars(NamedTuple):
-    """Numbers of a loss that may be traced: a pytree whose Python numbers are static."""
+    """Numbers of a loss that may be traced."""
 
     label_smoothing: Any = 0.0
     z_loss: Any = 0.0
     softcap: float | None = None
     temperature: Any = 1.0
-
-    def tree_flatten(self):
-        arrays = tuple(x for x in self if isinstance(x, Array))
-        return arrays, tuple(_TRACED if isinstance(x, Array) else x for x in self)
-
-    @classmethod
-    def tree_unflatten(cls, static, arrays):
-        rest = iter(arrays)
-        return cls(*(next(rest) if x is _TRACED else x for x in static))
 
     @property
     def plain(self) -> bool:

@@ -20,6 +20,7 @@ from jaxloss._kernels import linear_tpu
 from jaxloss._linear import product as _product
 from jaxloss._linear import product_kernel, vocab_blocks
 from jaxloss._numerics import parts
+from jaxloss._numerics.logits import Logits
 from jaxloss._xla import device as _device
 
 NAME, SLOPE = "jaxloss_linear_row_part", "jaxloss_linear_slope"
@@ -385,9 +386,10 @@ def test_devices_with_numbers_of_their_own(tpu, monkeypatch):
 
     def computed(geometry, hidden, kernel, bias, kept, count):
         logits = _product.product(hidden, kernel, bias, geometry)
-        m, s, x_kept, *_ = parts.row_part(parts.Rows(logits, kept), None, ())
+        part = parts.row_part(parts.Rows(Logits(logits), kept), ())
         past = jnp.arange(kept.size, dtype=jnp.int32) >= count
-        return parts.RowPart(*(jnp.where(past, jnp.nan, x) for x in (m, s, x_kept)), kept)
+        some = (jnp.where(past, jnp.nan, x) for x in (part.m, part.s, part.x_kept))
+        return parts.RowPart(*some, kept)
 
     monkeypatch.setattr(product_kernel, "_computed", computed)
     monkeypatch.setattr(product_kernel, "slope", product_kernel._slope_by_xla)
@@ -436,9 +438,10 @@ def test_parts_of_disjoint_columns_merge(tpu):
         some = linear_tpu.row_part(hidden, kernel[:, start:stop], None, own, 1, stop - start)
         return parts.RowPart(*some, own)
 
-    merged = parts.merge(part(0, 700), part(700, 1100), labelled=True)
-    for x, y in zip(merged[:3], part(0, 1100)[:3], strict=True):
-        np.testing.assert_allclose(x, y, rtol=1e-6)
+    merged = parts.merge(part(0, 700), part(700, 1100))
+    for name in ("m", "s", "x_kept"):
+        got, whole = getattr(merged, name), getattr(part(0, 1100), name)
+        np.testing.assert_allclose(got, whole, rtol=1e-6)
 
 
 # Which implementation runs

@@ -245,7 +245,7 @@ def test_a_batch_takes_it_once(hopper):
 def test_a_kernel_has_the_derivative_of_xlas_form(hopper, monkeypatch):
     monkeypatch.setattr(rows_gpu, "slope", lambda plain: plain)
     x, _ = rows(8, 128, jnp.bfloat16)
-    got = jax.jvp(partial(passes.slope_pass, lambda x, m: jnp.sin(x)), (x, x), (x, x))
+    got = jax.jvp(partial(passes.gradient_pass, lambda x, m: jnp.sin(x)), (x, x), (x, x))
     for v, w in zip(got, jax.jvp(jnp.sin, (x,), (x,)), strict=True):
         np.testing.assert_array_equal(v, w)
 

@@ -20,6 +20,7 @@ from helpers import (
 
 import jaxloss
 from jaxloss._numerics import passes
+from jaxloss._numerics.logits import Logits
 from jaxloss._xla import indexing, math
 
 MARGINS = np.arange(-70, 71)
@@ -341,8 +342,8 @@ def test_blocks_sum_the_same(shape):
     x = jnp.asarray(rng.normal(size=shape) * 5, jnp.float32)
     kept = jnp.asarray(rng.integers(0, shape[-1] + 1, shape[:-1]), jnp.int32)
     m = jnp.max(x, axis=-1)
-    whole = jax.jit(passes._sum_of_others)(x, m, kept)
-    blocks = jax.jit(passes._sum_of_others_in_blocks)(x, m, kept)
+    whole = jax.jit(passes._sum_of_others)(Logits(x), m, kept)
+    blocks = jax.jit(passes._sum_of_others_in_blocks)(Logits(x), m, kept)
     e = np.exp(np.asarray(x, np.longdouble) - np.asarray(m)[..., None])
     e = np.where(np.arange(shape[-1]) == np.asarray(kept)[..., None], 0, e)
     assert_within(whole, e.sum(-1), 64 * EPS)
@@ -391,7 +392,8 @@ def predictions(x, **options):
 
 
 def kept_out(x, mask=None):
-    return passes.near_max(x, passes.row_max(x, mask, None), mask)
+    logits = Logits(x, mask)
+    return passes.near_max(logits, passes.row_max(logits))
 
 
 @pytest.mark.nan_is_meant  # the loss of a row of -inf

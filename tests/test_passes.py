@@ -13,9 +13,8 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxloss
-from jaxloss._numerics import logits as _logits
 from jaxloss._numerics import passes, ranking
-from jaxloss._numerics.logits import Scaling
+from jaxloss._numerics.logits import Logits, Scaling, scaling_of
 from jaxloss._xla import device, indexing
 from jaxloss._xla.fusion import index_is_exact
 
@@ -29,7 +28,7 @@ def program(f, size):
     x, m = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((3, size), (3,)))
     kept = jax.ShapeDtypeStruct((3,), jnp.int32)
     # A function of its own: JAX keeps a trace, of other circumstances.
-    return str(jax.make_jaxpr(lambda *args: f(*args))(x, m, kept))
+    return str(jax.make_jaxpr(lambda x, *args: f(Logits(x), *args))(x, m, kept))
 
 
 def test_one_device(one_device, monkeypatch):
@@ -77,7 +76,7 @@ def test_classes_ahead(exact, classes, monkeypatch):
     for own in (of_label, of_label - np.float32(0.25)):
         bound, own_class = own[:, None], label[:, None]
         expected = ((x > bound) | ((x == bound) & (j < own_class))) & (j != own_class)
-        np.testing.assert_array_equal(ranking.ahead(x, own, label), expected.sum(axis=-1))
+        np.testing.assert_array_equal(ranking.count_ahead(x, own, label), expected.sum(axis=-1))
 
 
 def test_arrays_are_whole_on_one_device_and_inside_of_shard_map(monkeypatch):
@@ -114,8 +113,8 @@ def test_into_how_many_rows_a_row_is_folded(size, count):
     assert passes._columns(size) == count
 
 
-def place(x, *_):
-    return passes.max_and_place(x, None)
+def place(logits, *_):
+    return passes.max_and_place(logits)
 
 
 @pytest.mark.nan_is_meant
@@ -131,7 +130,7 @@ def test_the_maximum_and_its_place_from_columns(one_device, dtype, masked):
     mask[8] = not masked
     given = jnp.asarray(mask) if masked else None
     assert "platform_index" in program(place, 300)
-    m, found = passes.max_and_place(jnp.asarray(x, dtype), given)
+    m, found = passes.max_and_place(Logits(jnp.asarray(x, dtype), given))
     existing = np.where(mask, x, -np.inf)
     np.testing.assert_array_equal(m, existing.max(axis=-1))
     assert m.dtype == jnp.float32
@@ -152,8 +151,8 @@ def test_sharded_rows_are_neither_indexed_nor_reshaped():
 def test_predictions_are_found_by_argmax_where_rows_are_whole(monkeypatch):
     """Of classes split over devices it would gather a pair from each."""
 
-    def largest(x, *_):
-        return ranking.prediction(x, None, 0, ())
+    def largest(logits, *_):
+        return ranking.prediction(logits, 0, ())
 
     for whole in (True, False):
         monkeypatch.setattr(device, "is_whole", lambda whole=whole: whole)
@@ -168,13 +167,17 @@ def test_which_classes_are_split(spec):
     assert not indexing.classes_are_split(jnp.zeros((4, 8)))
 
 
-def near_max(x, m, _):
-    return passes.near_max(x, m, None)
+def near_max(logits, m, _):
+    return passes.near_max(logits, m)
+
+
+def count_ahead(logits, *of_label):
+    return ranking.count_ahead(logits.values, *of_label)
 
 
 @pytest.mark.parametrize(
     ("f", "compared"),
-    [(passes._sum_of_others, " eq "), (near_max, "argmax"), (ranking.ahead, " gt ")],
+    [(passes._sum_of_others, " eq "), (near_max, "argmax"), (count_ahead, " gt ")],
     ids=["sum", "near_max", "ahead"],
 )
 def test_rows_are_compared_only_past_the_exact_integers(f, compared):
@@ -210,18 +213,19 @@ def test_no_index_is_out_of_bounds():
 
 
 def test_scaling():
-    assert _logits.scaling_of(None) is None
-    assert _logits.scaling_of(None, 1) is None
-    assert _logits.scaling_of(None, 2) == Scaling(None, 0.5)
-    assert _logits.scaling_of(3.0) == Scaling(3.0, 3.0)
+    assert scaling_of(None) is None
+    assert scaling_of(None, 1) is None
+    assert scaling_of(None, 2) == Scaling(None, 0.5)
+    assert scaling_of(3.0) == Scaling(3.0, 3.0)
     x = jnp.array([[1.0, -4.0]])
     mask = jnp.array([[True, False]])
     for scaling, expected in (
-        (_logits.scaling_of(None, 2), [[0.5, -jnp.inf]]),
-        (_logits.scaling_of(4.0, 1), [[4 * np.tanh(0.25), -jnp.inf]]),
-        (_logits.scaling_of(4.0, 2), [[2 * np.tanh(0.25), -jnp.inf]]),
+        (scaling_of(None, 2), [[0.5, -jnp.inf]]),
+        (scaling_of(4.0, 1), [[4 * np.tanh(0.25), -jnp.inf]]),
+        (scaling_of(4.0, 2), [[2 * np.tanh(0.25), -jnp.inf]]),
     ):
-        got = _logits.scaled(_logits.widen(x, mask, scaling), scaling)
+        logits = Logits(x, mask, scaling)
+        got = logits.nats(logits.wide())
         np.testing.assert_allclose(got, expected, rtol=2 * EPS)
 
 
@@ -229,19 +233,19 @@ def test_the_first_of_the_largest():
     """Not one that a rounding of a huge logit brings near, and at 0 as anywhere."""
     rows = [[0.0, 1.0, 1.0], [-1.0, 0.0, -1.0], [-3e38, -3e38, 1e-38], [7.0, 7.0, 8.0]]
     x = jnp.pad(jnp.array(rows), ((0, 0), (97, 0)), constant_values=-jnp.inf)
-    found = passes.near_max(x, jnp.max(x, axis=-1), None)
+    found = passes.near_max(Logits(x), jnp.max(x, axis=-1))
     np.testing.assert_array_equal(found, jnp.argmax(x, axis=-1))
     mask = jnp.arange(100) < 99
-    m = passes.row_max(x, mask, None)
-    found = passes.near_max(x, m, mask[None])
+    logits = Logits(x, mask[None])
+    found = passes.near_max(logits, passes.row_max(logits))
     np.testing.assert_array_equal(found, jnp.argmax(jnp.where(mask, x, -jnp.inf), axis=-1))
 
 
 @pytest.mark.nan_is_meant
 def test_no_prediction():
     x = jnp.array([[1.0, jnp.nan], [1.0, jnp.inf], [0.0, 1.0]])
-    np.testing.assert_array_equal(ranking.prediction(x, None, 0, ()), [-1, -1, 1])
-    np.testing.assert_array_equal(ranking.prediction(x, None, 5, ()), [-1, -1, 6])
+    np.testing.assert_array_equal(ranking.prediction(Logits(x), 0, ()), [-1, -1, 1])
+    np.testing.assert_array_equal(ranking.prediction(Logits(x), 5, ()), [-1, -1, 6])
 
 
 def rows_that_hurt():
@@ -284,8 +288,8 @@ def test_the_reduction_has_the_derivative_of_the_sum_with_and_without_its_rule()
     direction = jnp.cos(jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape)
 
     def in_two(x, kept):
-        m = passes.row_max(x, None, None)
-        return m, passes.sum_exponentials(x, m, kept)
+        m = passes.row_max(Logits(x))
+        return m, passes.sum_exponentials(Logits(x), m, kept)
 
     rule = passes.max_and_sum_in_one
     for form in (rule, rule.fun):
@@ -339,13 +343,15 @@ def test_exponentials_are_held_where_their_gradient_follows(one_device, f, times
 
 @pytest.mark.parametrize(
     "scaling",
-    [_logits.scaling_of(3.0, 0.25), _logits.scaling_of(3.0, 1.0), _logits.scaling_of(None, 0.25)],
+    [scaling_of(3.0, 0.25), scaling_of(3.0, 1.0), scaling_of(None, 0.25)],
 )
 def test_slopes_of_the_scaling(scaling):
     x = jnp.linspace(-9, 9, 37)
 
     def f(x):
-        return _logits.scaled(_logits.widen(x, None, scaling), scaling)
+        logits = Logits(x, scaling=scaling)
+        return logits.nats(logits.wide())
 
     slopes = jax.vmap(jax.grad(f))(x)
-    np.testing.assert_allclose(_logits.scaling_slope(x, scaling), slopes, rtol=1e-5, atol=1e-7)
+    got = Logits(x, scaling=scaling).slope()
+    np.testing.assert_allclose(got, slopes, rtol=1e-5, atol=1e-7)

@@ -11,12 +11,14 @@ from helpers import EPS, assert_within, exact_gradient, jit_quickly
 import jaxloss
 from jaxloss._numerics import parts
 from jaxloss._numerics import rows as _rows
+from jaxloss._numerics.logits import Logits
+from jaxloss._numerics.parts import Rows
 
 INF = np.inf
 
 
 def state_of(x, kept=None, want=("nll",)):
-    return _rows.finish(parts.row_part(parts.Rows(x, kept), None, want), want)[1]
+    return _rows.finalize(parts.row_part(Rows(Logits(x), kept), want), want)[1]
 
 
 def minus_log_p(x):
@@ -31,7 +33,7 @@ X = jnp.array([[0.3, -INF, 1.2, -0.7], [2.0, 0.1, -INF, -INF]], jnp.float32)
 @pytest.mark.nan_is_meant
 def test_soft_gradient_is_minus_log_p_and_0_where_nothing_impossible_is_asked():
     q = jnp.array([[0.5, 0.0, 0.0, 0.5], [0.5, 0.25, 0.25, 0.0]], jnp.float32)
-    got = _rows.soft_gradient(parts.Rows(X, soft=q), state_of(X), None)
+    got = _rows.soft_gradient(Rows(Logits(X), soft=q), state_of(X))
     expected = minus_log_p(X)
     expected[0, 1] = expected[1, 3] = 0
     np.testing.assert_allclose(got, expected, rtol=8 * EPS)
@@ -41,7 +43,7 @@ def test_soft_gradient_is_minus_log_p_and_0_where_nothing_impossible_is_asked():
 def test_top_gradient_is_the_same_at_its_indices():
     index = jnp.array([[1, 2, 4], [2, 0, 3]], jnp.int32)  # 4: none
     extra = jnp.array([[0.0, 0.0, 0.7], [0.4, 1.0, 0.0]], jnp.float32)
-    got = _rows.top_gradient(parts.Rows(X, top=(index, extra)), state_of(X), None)
+    got = _rows.sparse_gradient(Rows(Logits(X), sparse=(index, extra)), state_of(X))
     p = minus_log_p(X)
     np.testing.assert_allclose(got, [[0, p[0, 2], 0], [INF, p[1, 0], 0]], rtol=8 * EPS)
 
@@ -97,9 +99,9 @@ def test_soft_losses_are_linear_in_the_targets(top):
     x = X.at[:, 1:].set(jnp.array([0.5, -1.0, 0.25], X.dtype))
     q = jnp.array([[-1.0, 0.0, 1.0, 0.5], [1.0, -1.0, 2.0, 0.0]], jnp.float32)
     index = jnp.broadcast_to(jnp.arange(4, dtype=jnp.int32), q.shape)
-    given = {"top": (index, q)} if top else {"soft": q}
-    part = parts.row_part(parts.Rows(x, **given), None, ())
-    soft = _rows.finish(part, ())[0].soft
+    given = {"sparse": (index, q)} if top else {"soft": q}
+    part = parts.row_part(Rows(Logits(x), **given), ())
+    soft = _rows.finalize(part, ())[0].soft
     np.testing.assert_allclose(soft, np.sum(np.asarray(q) * minus_log_p(x), -1), rtol=16 * EPS)
 
 
@@ -231,8 +233,8 @@ def test_a_vmap_of_log_softmax_on_one_device(one_device):
 @pytest.mark.parametrize("classes", [1, 3])
 def test_no_class_that_is_possible(classes):
     x = jnp.full((2, classes), -INF)
-    part = parts.row_part(parts.Rows(x), None, ())
-    losses = _rows.finish(part, ("logsumexp", "above"))[0]
+    part = parts.row_part(Rows(Logits(x)), ())
+    losses = _rows.finalize(part, ("logsumexp", "above"))[0]
     np.testing.assert_array_equal(losses.logsumexp, -INF)
     np.testing.assert_array_equal(losses.above, -INF)
 
@@ -319,7 +321,7 @@ def test_narrow_gradients_of_many_classes(dtype):
 def test_row_gradient_is_of_the_dtype_that_is_asked_for(dtype):
     x, kept = X.at[:, 1:].set(0.5).astype(jnp.bfloat16), jnp.array([1, 2], jnp.int32)
     ct = _rows.RowLosses(jnp.ones(2, jnp.float32), None, None, None)
-    dx = _rows.row_gradient(parts.Rows(x), state_of(x, kept), None, ct, dtype)
+    dx = _rows.row_gradient(Rows(Logits(x)), state_of(x, kept), ct, dtype)
     assert dx.dtype == (dtype or jnp.float32)
 
 
@@ -339,9 +341,9 @@ def test_shards_without_a_label_keep_one_maximum_out():
     x = jnp.asarray(x, jnp.float32)
 
     def above(x):
-        part = parts.row_part(parts.Rows(x), None, ())
-        part = parts.merge_shards(part, ("v",), False, x.shape[-1])
-        losses, state = _rows.finish(part, ("above", "logsumexp"))
+        part = parts.row_part(Rows(Logits(x)), ())
+        part = parts.merge_shards(part, ("v",), x.shape[-1])
+        losses, state = _rows.finalize(part, ("above", "logsumexp"))
         return losses.above, losses.logsumexp, state.kept
 
     r, lse, kept = jax.vmap(above, axis_name="v")(split(x, 4))
@@ -367,8 +369,8 @@ def test_shards_with_a_label_keep_it_out(label):
 
     def losses(x, start):
         own = jnp.where((label >= start) & (label < start + 3), label - start, 3)
-        part = parts.row_part(parts.Rows(x, jnp.full(3, own)), None, ("nll",))
-        return _rows.finish(parts.merge_shards(part, ("v",), True, 3), ("nll",))[0].nll
+        part = parts.row_part(Rows(Logits(x), jnp.full(3, own)), ("nll",))
+        return _rows.finalize(parts.merge_shards(part, ("v",), 3), ("nll",))[0].nll
 
     got = jax.vmap(losses, axis_name="v")(split(x, 4), jnp.arange(0, 12, 3, dtype=jnp.int32))
     np.testing.assert_allclose(got, np.tile(minus_log_p(x)[:, label], (4, 1)), rtol=64 * EPS)
@@ -376,8 +378,8 @@ def test_shards_with_a_label_keep_it_out(label):
 
 @pytest.mark.nan_is_meant
 def test_a_part_without_axes_is_whole():
-    part = parts.row_part(parts.Rows(X), None, ())
-    assert parts.merge_shards(part, (), False, 4) is part
+    part = parts.row_part(Rows(Logits(X)), ())
+    assert parts.merge_shards(part, (), 4) is part
 
 
 def test_a_masked_class_above_the_others_costs_a_confident_row_no_digits():

@@ -9,7 +9,7 @@ from jax import Array, lax
 
 from jaxloss._linear import packing as _packing
 from jaxloss._linear import product_kernel, token_chunks, token_rules, vocab_blocks
-from jaxloss._numerics.logits import scaling_of
+from jaxloss._numerics.logits import Logits, scaling_of
 from jaxloss._tokens import targets as _targets
 from jaxloss._tokens.classes import classes_here, existing, weight_here
 from jaxloss._tokens.losses import RANKS, rows_of_logits, token_losses
@@ -52,7 +52,8 @@ def by_token_chunks(hidden, kernel, bias, arrays, scalars, *, geometry, options,
         given = of_chunk(labels, weight, mask, numbers, x.shape[-1])
         scalars = given[3]
         scaling = scaling_of(scalars.softcap, scalars.temperature)
-        rows_of = rows_of_logits(x, scaling, scalars.temperature, kernel_bytes=4)
+        logits = Logits(x, scaling=scaling, kernel_bytes=4)
+        rows_of = rows_of_logits(logits, scalars.temperature)
         losses, stats = token_losses(rows_of, *given)
         if stats is None:
             return (losses,), ()

@@ -32,7 +32,8 @@ def row_part(
     ``counts[N]``: which tokens are computed, ``hidden`` being 0 in the others; None: all.
     """
     if counts is None:
-        return _computed(geometry, hidden, kernel, bias, kept)[:3]
+        part = _computed(geometry, hidden, kernel, bias, kept)
+        return part.m, part.s, part.x_kept
     order, places = packing.counted_first(counts), packing.places(counts)
     number = jnp.sum(counts, dtype=jnp.int32)
     hidden, of_order = (packing.in_order(x, order) for x in (hidden, kept))
@@ -45,28 +46,28 @@ def row_part(
     own = jnp.where(kept < geometry.num_classes, high, jnp.nan)
     m, s, x_kept = (
         jnp.where(counts, packing.taken(x, places), other)
-        for x, other in zip(part[:3], (high, 1, own), strict=True)
+        for x, other in ((part.m, high), (part.s, 1), (part.x_kept, own))
     )
     return m, s, x_kept
 
 
 def _slope_by_xla(geometry: _product.Geometry, hidden, kernel, bias, rows: tuple) -> Array:
     logits = _product.product(hidden, kernel, bias, geometry)
-    return _rows.of_entries(logits, *rows).astype(hidden.dtype)
+    return _rows.plain_gradient(logits, *rows).astype(hidden.dtype)
 
 
 def slope(geometry: _product.Geometry, hidden, kernel, bias, rows: tuple) -> Array:
-    """[N, C] in the dtype of ``hidden``: the logits' gradient from ``rows.slope_rows``."""
+    """[N, C] in the dtype of ``hidden``: the logits' gradient, ``rows`` being its coefficients."""
     by_kernel = partial(dispatch.product_gradient(), vocab_axis=geometry.vocab_axis)
     compute = with_derivative_of(partial(_slope_by_xla, geometry), by_kernel)
     return compute(hidden, kernel, bias, rows)
 
 
 def row_losses(
-    geometry: _product.Geometry, operands: Any, kept: Array, count: Array, want: tuple[str, ...]
+    geometry: _product.Geometry, operands: Any, kept: Array, count: Array, outputs: tuple[str, ...]
 ) -> _rows.RowLosses:
     """[N] each, of labels, without a derivative; those past ``count`` are anything."""
     kernel = _product.gathered(operands.kernel, geometry)
     part = _computed(geometry, operands.hidden, kernel, operands.bias, kept, count)
-    part = parts.merge_shards(part, geometry.vocab_axes, True, geometry.num_classes)
-    return _rows.finish(part, want)[0]
+    part = parts.merge_shards(part, geometry.vocab_axes, geometry.num_classes)
+    return _rows.finalize(part, outputs)[0]

@@ -7,6 +7,7 @@ the backward pass computes the logits again: four.
 Letters: N tokens.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -20,13 +21,13 @@ from jaxloss._linear.product import Geometry
 from jaxloss._linear.token_chunks import LossFn, Operands, map_operands
 from jaxloss._types import Axes
 from jaxloss._xla import mesh
-from jaxloss._xla.derivatives import jvp_of_moving, with_forward_mode
+from jaxloss._xla.derivatives import differentiable, jvp_of_moving
 from jaxloss._xla.dtypes import held_dtype
 
 
-def _differentiable(compute, value=None):
+def _by_loops(compute: Callable, value: Callable | None = None) -> Callable:
     """``compute(dynamic, *args)`` with the dynamic loop's speed, or by ``value(*args)``, and the
-    static one's derivative."""
+    static one's derivative, beside which the static one computes the value too."""
     function = jax.custom_jvp(value or partial(compute, True))
     function.defjvp(partial(jvp_of_moving, partial(compute, False)), symbolic_zeros=True)
     return function
@@ -39,11 +40,6 @@ def _settled(grads: Operands, operands: Operands, keep=frozenset()) -> Operands:
     return map_operands(settled, grads, operands)
 
 
-def _flat(operands: Operands) -> tuple[list, Any]:
-    """Those that are None too."""
-    return jax.tree.flatten(operands, is_leaf=lambda x: x is None)
-
-
 def losses_by_token(
     loss_fn: LossFn, geometry: Geometry, operands: Operands, packing: Packing, value: Any = None
 ) -> tuple[tuple, tuple]:
@@ -52,40 +48,24 @@ def losses_by_token(
     ``value(operands, packing)`` computes them where nothing is differentiated; None: chunk by chunk
     too.
     """
-    leaves, tree = _flat(operands)
-    count, nested = len(leaves), tree.unflatten
-    compute = _differentiable(partial(_token_chunks.losses, loss_fn, geometry), value)
+    function = _by_loops(partial(_token_chunks.losses, loss_fn, geometry), value)
 
-    def function(*args):
-        return compute(nested(args[:count]), Packing(*args[count:]))
+    def forward(_, operands, packing):
+        return function(operands, packing), (operands, packing)
 
-    def forward(*args):
-        values = [None if a is None else a.value for a in args]
-        # A flag must be static to choose the products: () and None have no leaves.
-        flags = tuple(None if a is None or not a.perturbed else () for a in args)
-        return function(*values), (values, flags)
+    def backward(active, saved, ct):
+        operands, packing = saved
+        gradients = _by_loops(partial(_token_chunks.gradients, loss_fn, geometry, active[0]))
+        *_, grads = gradients(operands, packing, ct[0])
+        settled = _settled(grads, operands)
+        return map_operands(lambda g, x: g.astype(x.dtype), settled, operands), None
 
-    def backward(residuals, ct):
-        values, flags = residuals
-        active = nested([f is not None for f in flags[:count]])
-        gradients = _differentiable(partial(_token_chunks.gradients, loss_fn, geometry, active))
-        given = nested(values[:count])
-        *_, grads = gradients(given, Packing(*values[count:]), ct[0])
-        grads = map_operands(lambda g, x: g.astype(x.dtype), _settled(grads, given), given)
-        return (*_flat(grads)[0], None, None)
+    def tangent(saved, tangents):
+        static = partial(_token_chunks.losses, loss_fn, geometry, False)
+        return jvp_of_moving(static, saved, tangents)[1]
 
-    def tangent(residuals, tangents):
-        values, _ = residuals
-
-        def static(*args):
-            given = nested(args[:count]), Packing(*args[count:])
-            return _token_chunks.losses(loss_fn, geometry, False, *given)
-
-        return jvp_of_moving(static, values, tangents)[1]
-
-    rule = jax.custom_vjp(function)
-    rule.defvjp(forward, backward, symbolic_zeros=True)
-    return with_forward_mode(rule, tangent, whole=False)(*leaves, *packing)
+    rule = differentiable(function, forward, backward, tangent, asks=True, whole=False)
+    return rule(operands, packing)
 
 
 def _scale_of(weight: Array, operands: Operands, axes: Axes) -> Array | None:
@@ -112,14 +92,11 @@ def weighted_sum(
 
     ``loss_fn`` has one loss; ``weight[N]`` is 0 where a token does not count; ``value`` as above.
     """
-    leaves, tree = _flat(operands)
-    count, nested = len(leaves), tree.unflatten
-    compute = _differentiable(partial(_token_chunks.losses, loss_fn, geometry), value)
-
+    compute = _by_loops(partial(_token_chunks.losses, loss_fn, geometry), value)
     wide = weight.dtype
-    differentiated = weight, *leaves
-    homes = [mesh.varies_over(x) for x in differentiated]
-    dtypes = [None if x is None else x.dtype for x in differentiated]
+    differentiated = weight, operands
+    # The rule outlives this trace: of the arrays it knows types alone.
+    homes = jax.tree.map(lambda x: (mesh.varies_over(x), x.dtype), differentiated)
     summed = {*geometry.vocab_axes, *geometry.token_axes}
     varies = mesh.varies_over((differentiated, packing)) - summed
 
@@ -128,46 +105,42 @@ def weighted_sum(
         here = lax.psum(here, geometry.token_axes) if geometry.token_axes else here
         return mesh.varying(here, varies)
 
-    def function(weight, *args):
-        (losses,), others = compute(nested(args[:count]), Packing(*args[count:]))
+    def function(weight, operands, packing):
+        (losses,), others = compute(operands, packing)
         return total(weight, losses), others
 
-    def forward(weight, *args):
-        values: list[Any] = [None if a is None else a.value for a in args]
-        flags = [a is not None and a.perturbed for a in args[:count]]
-        gradients = _differentiable(
-            partial(_token_chunks.gradients, loss_fn, geometry, nested(flags))
-        )
-        given = nested(values[:count])
-        scale = _scale_of(weight.value, given, geometry.token_axes)
-        cts = weight.value if scale is None else weight.value / scale
-        (losses,), others, grads = gradients(given, Packing(*values[count:]), (cts,))
+    def forward(active, weight, operands, packing):
+        of_weight, of_operands, _ = active
+        gradients = _by_loops(partial(_token_chunks.gradients, loss_fn, geometry, of_operands))
+        scale = _scale_of(weight, operands, geometry.token_axes)
+        cts = weight if scale is None else weight / scale
+        (losses,), others, grads = gradients(operands, packing, (cts,))
         if scale is not None:
-            grads = map_operands(lambda g, _: g * scale.astype(g.dtype), grads, given)
+            grads = map_operands(lambda g, _: g * scale.astype(g.dtype), grads, operands)
         # Summed over devices now where they all have the same cotangent to scale by.
-        grads = _settled(grads, given, varies)
-        d_weight = losses if weight.perturbed else None
-        return (total(weight.value, losses), others), (d_weight, *_flat(grads)[0])
+        grads = _settled(grads, operands, varies)
+        return (total(weight, losses), others), (losses if of_weight else None, grads)
 
-    def backward(residuals, ct):
-        def scaled(g, home, dtype):
+    def backward(_, saved, ct):
+        def scaled(g, home):
             if g is None or ct[0] is None:  # None: of the others alone, which have no derivative
                 return None
-            return mesh.sum_except(ct[0] * g.astype(ct[0].dtype), home).astype(dtype)
+            axes, dtype = home
+            return mesh.sum_except(ct[0] * g.astype(ct[0].dtype), axes).astype(dtype)
 
-        return (*map(scaled, residuals, homes, dtypes), None, None)
+        return *jax.tree.map(scaled, saved, homes, is_leaf=lambda x: x is None), None
 
-    def tangent(residuals, tangents):
+    def tangent(saved, tangents):
         out = jnp.zeros((), wide)
-        for g, t in zip(residuals, tangents, strict=False):
+        pairs = (jax.tree.leaves(x, is_leaf=lambda x: x is None) for x in (saved, tangents[:2]))
+        for g, t in zip(*pairs, strict=True):
             if g is not None and t is not None:
                 moved = jnp.sum(g.astype(wide) * t.astype(wide))
                 out += mesh.sum_except(moved, varies)
         return mesh.varying(out, varies)
 
-    rule = jax.custom_vjp(function)
-    rule.defvjp(forward, backward, symbolic_zeros=True)
-    return with_forward_mode(rule, tangent, whole=False)(weight, *leaves, *packing)
+    rule = differentiable(function, forward, backward, tangent, asks=True, whole=False)
+    return rule(weight, operands, packing)
 
 
 def reduced(

@@ -7,6 +7,7 @@ d_kernel is held: a block of d_kernel is final when it is written, in the kernel
 Letters: N tokens, D features, V columns of the kernel, C classes, B columns of a block.
 """
 
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -18,17 +19,17 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from jaxloss._kernels import dispatch
 from jaxloss._linear import packing, product_kernel
 from jaxloss._linear import product as _product
-from jaxloss._numerics import logits as _logits
 from jaxloss._numerics import parts, ranking
 from jaxloss._numerics import rows as _rows
+from jaxloss._numerics.logits import Logits, Scaling
 from jaxloss._tokens import targets
 from jaxloss._xla import indexing, mesh
 from jaxloss._xla.derivatives import (
     asked_for,
+    differentiable,
     jvp_of_moving,
     sum_to,
     with_derivative_of,
-    with_forward_mode,
 )
 
 _ROWS = Layout(major_to_minor=(0, 1))
@@ -63,7 +64,7 @@ class Options(NamedTuple):
 
     geometry: _product.Geometry
     label_smoothing: float
-    scaling: _logits.Scaling | None
+    scaling: Scaling | None
     outputs: tuple[str, ...]  # of RowLosses
     dtype: Any  # of the accumulators
     fused: bool  # the log-sum-exp by the kernel for this backend
@@ -109,18 +110,19 @@ def _block(
         mask |= ~constants.some[:, None]
     if mask is not None and constants.mask_row is not None:
         mask = mask[constants.mask_row]
-    logits = _product.product(
+    x = _product.product(
         operands.hidden,
         _cut(operands.kernel, start, size, geometry.vocab_axis),
         _cut(operands.bias, start, size),
         geometry._replace(num_classes=size),
     )
     some = (_cut(operands.probabilities, start, size), _cut(operands.weight, start, size))
-    top = None
+    sparse = None
     if operands.extra is not None:
-        top = (indexing.within(constants.index, start, size), operands.extra)
+        sparse = (indexing.within(constants.index, start, size), operands.extra)
     soft = _soft(options, mask, constants.asked, size, *some, operands.uniform)
-    return parts.Rows(logits, kept, soft, mask, top)
+    logits = Logits(x, mask, options.scaling, kernel_bytes=4)
+    return parts.Rows(logits, kept, soft, sparse)
 
 
 def _soft(options: Options, mask, asked, size: int, probabilities, weight, uniform) -> Any:
@@ -139,14 +141,14 @@ def _swept(options: Options, operands: Operands, constants: Constants):
 
     def step(start, size):
         b = _block(options, operands, constants, start, size)
-        part = parts.row_part(b, options.scaling, options.outputs, kernel_bytes=4)
+        part = parts.row_part(b, options.outputs)
         best = of_label = None
         if "prediction" in options.outputs:
-            best = ranking.highest(b.logits, b.mask, start)
+            best = ranking.argmax(b.logits, start)
             if labelled:
-                of_label = indexing.entry(_unscaled(b), b.kept)
+                of_label = indexing.entry(_uncapped(b), b.kept)
                 of_label = jnp.where(b.kept < size, of_label, 0)
-        return part._replace(kept=part.kept + start), best, of_label
+        return replace(part, kept=part.kept + start), best, of_label
 
     def combine(state, new):
         (part, best, of_label), (new_part, new_best, new_of_label) = state, new
@@ -155,11 +157,11 @@ def _swept(options: Options, operands: Operands, constants: Constants):
             best = jax.tree.map(partial(jnp.where, better), new_best, best)
         if of_label is not None:
             of_label += new_of_label
-        return parts.merge(part, new_part, labelled, options.scaling), best, of_label
+        return parts.merge(part, new_part), best, of_label
 
     geometry = options.geometry
     part, best, of_label = _over_blocks(geometry.num_classes, geometry.chunk, step, combine)
-    return part._replace(kept=constants.label) if labelled else part, best, of_label
+    return replace(part, kept=constants.label) if labelled else part, best, of_label
 
 
 def _fused(options: Options, operands: Operands, constants: Constants) -> parts.RowPart:
@@ -167,7 +169,8 @@ def _fused(options: Options, operands: Operands, constants: Constants) -> parts.
 
     def swept(hidden, kernel, bias, kept, _):
         some = Operands(hidden, kernel, bias, None, None, None, None)
-        return _swept(options, some, Constants(kept, None, None, None, None))[0][:3]
+        part, *_ = _swept(options, some, Constants(kept, None, None, None, None))
+        return part.m, part.s, part.x_kept
 
     kept = constants.label
     by_kernel = partial(product_kernel.row_part, options.geometry)
@@ -186,9 +189,8 @@ def _forward(options: Options, operands: Operands, constants: Constants):
         part = _fused(options, operands, constants)
     else:
         part, best, of_label = _sealed(partial(_swept, options))(operands, constants)
-    labelled = constants.label is not None
-    part = parts.merge_shards(part, axes, labelled, classes, options.scaling)
-    losses, state = _rows.finish(part, options.outputs, options.scaling)
+    part = parts.merge_shards(part, axes, classes)
+    losses, state = _rows.finalize(part, options.outputs)
     if best is not None:
         first = mesh.first(classes, axes)
         losses = losses._replace(prediction=ranking.class_of(best[0], best[1] + first, axes))
@@ -198,8 +200,9 @@ def _forward(options: Options, operands: Operands, constants: Constants):
     return losses, state
 
 
-def _unscaled(b: parts.Rows) -> Array:
-    return _logits.widen(lax.stop_gradient(b.logits), b.mask, None)
+def _uncapped(b: parts.Rows) -> Array:
+    logits = b.logits.uncapped()
+    return replace(logits, values=lax.stop_gradient(logits.values)).wide()
 
 
 def _rank(options: Options, operands: Operands, constants: Constants, of_label: Array) -> Array:
@@ -208,13 +211,13 @@ def _rank(options: Options, operands: Operands, constants: Constants, of_label: 
     geometry = options.geometry
     axes = geometry.vocab_axes
     first = mesh.first(geometry.num_classes, axes)
-    label, of_label, found = ranking.found_label(
+    label, of_label, found = ranking.label_over_mesh(
         constants.label, of_label, geometry.num_classes, first, axes
     )
 
     def step(start, size):
         b = _block(options, operands, constants, start, size)
-        return ranking.ahead(_unscaled(b), of_label, label - first - start)
+        return ranking.count_ahead(_uncapped(b), of_label, label - first - start)
 
     before = _over_blocks(geometry.num_classes, geometry.chunk, step, jnp.add)
     return jnp.where(found, lax.psum(before, axes) if axes else before, -1)
@@ -336,9 +339,11 @@ def _block_gradients(
     if options.fused and dispatch.product_gradient() and not active.bias:
         bias = _cut(operands.bias, start, size)
         columns = geometry._replace(num_classes=size)
-        dx = product_kernel.slope(columns, hidden, kernel, bias, _rows.slope_rows(state, ct))
+        dx = product_kernel.slope(
+            columns, hidden, kernel, bias, _rows.gradient_coefficients(state, ct)
+        )
     else:
-        dx = _rows.row_gradient(b, state, options.scaling, ct)
+        dx = _rows.row_gradient(b, state, ct)
     d_bias = jnp.sum(dx, axis=0) if active.bias else None
     # Formed in float32, narrowed once: the products take the operands' dtype.
     dx = dx.astype(hidden.dtype)
@@ -350,14 +355,14 @@ def _block_gradients(
         d_kernel = with_layout_constraint(d_kernel.astype(kernel.dtype), _ROWS)
     d_probabilities = d_weight = d_uniform = d_extra = None
     if ct.soft is not None and active.extra:
-        slope = _rows.top_gradient(b, state, options.scaling)
+        slope = _rows.sparse_gradient(b, state)
         d_extra = asked_for(ct.soft, slope)
     dense = active.probabilities or active.weight or active.uniform
     if ct.soft is not None and b.soft is not None and dense:
-        slope = _rows.soft_gradient(b, state, options.scaling)
+        slope = _rows.soft_gradient(b, state)
         slope = asked_for(ct.soft, slope)
         soft_b, pullback = jax.vjp(
-            partial(_soft, options, b.mask, constants.asked, size),
+            partial(_soft, options, b.logits.exist, constants.asked, size),
             _cut(operands.probabilities, start, size),
             _cut(operands.weight, start, size),
             operands.uniform,
@@ -375,13 +380,15 @@ def _tangents(options: Options, residuals, tangents) -> _rows.RowLosses:
             full = Operands(*args)
             full = full._replace(kernel=_product.gathered(full.kernel, geometry))
             b = _block(options, full, constants, start, size)
-            return (b.logits, b.soft, b.top and b.top[1]), (b.mask, b.top)
+            return (b.logits.values, b.soft, b.sparse and b.sparse[1]), (b.logits.exist, b.sparse)
 
-        out, moved, (mask, top) = jvp_of_moving(of_operands, operands, tangents, has_aux=True)
-        (x, soft, _), (dx, d_soft, d_extra) = out, moved
+        out, moved, (exist, sparse) = jvp_of_moving(of_operands, operands, tangents, has_aux=True)
+        x, soft, _ = out
+        logits = Logits(x, exist, options.scaling, kernel_bytes=4)
+        rows = parts.Rows(logits, soft=soft, sparse=sparse)
         here = _at_block(state, start, size)
-        rows = parts.Rows(x, soft=soft, mask=mask, top=top)
-        return _rows.row_tangents(rows, here, options.scaling, options.outputs, dx, d_soft, d_extra)
+        dx, d_soft, d_extra = moved
+        return _rows.row_tangents(rows, here, options.outputs, dx, d_soft, d_extra)
 
     combine = partial(jax.tree.map, jnp.add)
     total = _over_blocks(geometry.num_classes, geometry.chunk, step, combine)
@@ -392,28 +399,19 @@ def row_losses_by_block(
     options: Options, operands: Operands, constants: Constants
 ) -> _rows.RowLosses:
     """``RowLosses``, [N] each, as ``rows.row_losses`` of the logits and ``ranking`` have them."""
-    count = len(operands)
 
-    def function(*args):
-        return _forward(options, Operands(*args[:count]), Constants(*args[count:]))[0]
+    def value(operands, constants):
+        return _forward(options, operands, constants)[0]
 
-    def forward(*args):
-        values = [None if a is None else a.value for a in args]
-        # A flag must be static to choose the products: () and None have no leaves.
-        flags = tuple(() if a is not None and a.perturbed else None for a in args)
-        nested = Operands(*values[:count]), Constants(*values[count:])
-        out, state = _forward(options, *nested)
-        return out, (*nested, state, flags)
+    def forward(_, operands, constants):
+        out, state = _forward(options, operands, constants)
+        return out, (operands, constants, state)
 
-    def backward(residuals, ct):
-        operands, constants, state, flags = residuals
-        active = Operands(*(flag is not None for flag in flags[:count]))
-        grads = _gradients(options, active, operands, constants, state, ct)
-        return (*grads, *(None for _ in Constants._fields))
+    def backward(active, saved, ct):
+        operands, constants, state = saved
+        return _gradients(options, active[0], operands, constants, state, ct), None
 
-    def tangent(residuals, tangents):
-        return _tangents(options, residuals[:-1], tangents[:count])
+    def tangent(saved, tangents):
+        return _tangents(options, saved, tangents[0])
 
-    rule = jax.custom_vjp(function)
-    rule.defvjp(forward, backward, symbolic_zeros=True)
-    return with_forward_mode(rule, tangent)(*operands, *constants)
+    return differentiable(value, forward, backward, tangent, asks=True)(operands, constants)

@@ -28,9 +28,10 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero
 
+from jaxloss._numerics.logits import Logits
 from jaxloss._numerics.passes import near_max
 from jaxloss._xla import mesh
-from jaxloss._xla.derivatives import asked_for, with_forward_mode
+from jaxloss._xla.derivatives import asked_for, differentiable
 from jaxloss._xla.dtypes import accumulator_dtype, narrowed, widened
 from jaxloss._xla.fusion import apart
 from jaxloss._xla.indexing import is_kept
@@ -233,7 +234,7 @@ def _below_max(x: Array, x_max: Array) -> Array:
 def _log_tangent(p: Array, x: Array, x_max: Array, dx: Array) -> Array:
     """``dx_j - sum_i p_i dx_i``, of differences with the entry at the maximum: as a difference of
     two numbers of the tangent's size, that entry's, which is all that the others lack, is lost."""
-    at_max = is_kept(x, near_max(x, x_max, None))
+    at_max = is_kept(x, near_max(Logits(x), x_max))
     dx = dx - jnp.sum(jnp.where(at_max, dx, 0), axis=-1, keepdims=True)
     return dx - jnp.sum(p * dx, axis=-1, keepdims=True)
 
@@ -431,7 +432,5 @@ def row_divergences(
             moved.append(by_temperature(residuals, each, temperature) * tangents[4])
         return sum(moved[1:], start=moved[0])
 
-    rule = jax.custom_vjp(lambda *args: forward(*args)[0])
-    rule.defvjp(forward, backward)
-    given = mesh.together(logits, teacher_logits, class_mask, counts, traced)
-    return with_forward_mode(rule, tangent)(*given)
+    rule = differentiable(lambda *args: forward(*args)[0], forward, backward, tangent)
+    return rule(*mesh.together(logits, teacher_logits, class_mask, counts, traced))

@@ -1,15 +1,21 @@
 """Logits as passes read them: widened, capped, masked, and their differences in nats."""
 
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
+from jaxloss._types import with_static_numbers
 from jaxloss._xla.dtypes import accumulator_dtype, widened
 from jaxloss._xla.fusion import behind_barrier
+from jaxloss._xla.indexing import entries, entry
 from jaxloss._xla.math import exp_of_nonpositive, tanh
 
 
+@with_static_numbers
 class Scaling(NamedTuple):
     """What logits become first: ``unit * tanh(x / softcap)``, or ``unit * x``."""
 
@@ -26,86 +32,131 @@ def scaling_of(softcap: float | None, temperature: Any = 1.0) -> Scaling | None:
     return Scaling(softcap, (softcap or 1) / temperature)
 
 
-def cap_of(scaling: Scaling | None) -> float | None:
-    return None if scaling is None else scaling.softcap
-
-
-def widen(x: Array, class_mask: Array | None, scaling: Scaling | None) -> Array:
-    """The logits as they are compared: in the accumulator's dtype, in units of ``scaling.unit``,
-    then masked.
-
-    The cap comes first: a class that is masked has -inf, and tanh(-inf) is -1.
-    """
-    x = widened(x)
-    if cap_of(scaling) is not None and class_mask is not None:
-        x = jnp.where(class_mask, x, 0)  # 0 times the slope of a NaN is NaN, in second derivatives
-    x = capped(x, scaling)
-    return x if class_mask is None else jnp.where(class_mask, x, -jnp.inf)
-
-
-def capped(x: Array, scaling: Scaling | None) -> Array:
-    cap = cap_of(scaling)
-    return x if cap is None else tanh(x * (1 / cap))  # by the same number as read does, to the bit
-
-
-def capped_max(m: Array, class_mask: Array | None, scaling: Scaling | None) -> Array:
-    """The maximum of capped logits from that of the logits."""
-    if cap_of(scaling) is None:
-        return m
-    m = capped(m, scaling)  # which moves no maximum
-    # A cap lifts -inf, but not of classes that are all masked.
-    return m if class_mask is None else jnp.where(jnp.any(class_mask, axis=-1), m, -jnp.inf)
-
-
-def for_passes(
-    logits: Array, class_mask: Array | None, scaling: Scaling | None
-) -> tuple[Array, Scaling | None]:
-    """(what several passes read; what is left to do with it, by ``read``).
-
-    The logits themselves where nothing is masked: XLA:CPU would write out what passes share.
-    """
-    if class_mask is None:
-        return logits, scaling
-    left = None if scaling is None else scaling._replace(softcap=None)
-    return widen(logits, class_mask, scaling), left
-
-
-def read(x: Array, m: Array, scaling: Scaling | None) -> Array:
-    """In the accumulator's dtype and capped; ``m`` is the row's maximum."""
-    x, cap = x.astype(accumulator_dtype(x.dtype)), cap_of(scaling)
-    if cap is None:
-        return x
-    _, steep = behind_barrier(m, 1 / cap)
-    return tanh(x * steep)
-
-
-def scaled(x: Array, scaling: Scaling | None) -> Array:
-    """Logits that ``widen`` gave, or their differences, in nats.
-
-    The difference first: exact, whatever offset the logits share. Of scaled logits it would be of
-    two roundings, of which compilers leave one out where the product is part of the same pass: the
-    maximum is then not the largest, and exponentials overflow.
-    """
+def in_nats(x: Array, scaling: Scaling | None) -> Array:
+    """Of logits that were read, or of their differences."""
     return x if scaling is None else x * scaling.unit
 
 
-def scaling_slope(x: Array, scaling: Scaling) -> Any:
-    """The derivative of scaled logits by the logits."""
-    if scaling.softcap is None:
-        return scaling.unit
-    # sech^2, not 1 - tanh^2: the latter is 0 past |x| = 9 cap where the slope is still 6e-8.
-    e = exp_of_nonpositive(-2 * jnp.abs(widened(x) / scaling.softcap))
-    return 4 * e / (1 + e) ** 2 * (scaling.unit / scaling.softcap)
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("values", "exist", "scaling"),
+    meta_fields=("kernel_bytes",),
+)
+@dataclass(frozen=True)
+class Logits:
+    """Some classes of some rows, as they were given, and how they are read.
 
+    Read, they are in the accumulator's dtype and in units of ``scaling.unit``: the difference of
+    two is taken before the unit multiplies it, and is exact whatever offset the logits share. Of
+    scaled logits it would be of two roundings, of which compilers leave one out where the product
+    is part of the same pass: the maximum is then not the largest, and exponentials overflow.
+    """
 
-def above(x: Array, m: Array, scaling: Scaling | None) -> Array:
-    """x_j - m in nats."""
-    if scaling is None:
-        return x - m[..., None]
-    m, unit = behind_barrier(m, scaling.unit)
-    return (x - m[..., None]) * unit
+    values: Any  # [..., C]
+    exist: Any = None  # bool, broadcastable to the values; None: all of them
+    scaling: Scaling | None = None
+    kernel_bytes: int = 2  # see ``dispatch.row_sums``
 
+    @property
+    def size(self) -> int:
+        return self.values.shape[-1]
 
-def exponentials(x: Array, m: Array, scaling: Scaling | None) -> Array:
-    """exp(x_j - m) in nats."""
-    return exp_of_nonpositive(above(x, m, scaling))
+    @property
+    def cap(self) -> float | None:
+        return None if self.scaling is None else self.scaling.softcap
+
+    @property
+    def plain(self) -> bool:
+        """Whether they are read as they are."""
+        return self.exist is None and self.scaling is None
+
+    def capped(self, x: Array) -> Array:
+        return x if self.cap is None else tanh(x * (1 / self.cap))  # as read does, to the bit
+
+    def wide(self) -> Array:
+        """As they are compared: widened, capped, then masked.
+
+        The cap comes first: a class that is masked has -inf, and tanh(-inf) is -1.
+        """
+        x = widened(self.values)
+        if self.cap is not None and self.exist is not None:
+            # 0 times the slope of a NaN is NaN, in second derivatives.
+            x = jnp.where(self.exist, x, 0)
+        x = self.capped(x)
+        return x if self.exist is None else jnp.where(self.exist, x, -jnp.inf)
+
+    def uncapped(self) -> "Logits":
+        """In the same order, in which a search finds the same place: a cap moves no maximum."""
+        return Logits(self.values, self.exist)
+
+    def capped_max(self, m: Array) -> Array:
+        """The maximum from that of the uncapped logits."""
+        if self.cap is None:
+            return m
+        m = self.capped(m)
+        # A cap lifts -inf, but not of classes that are all masked.
+        exist = self.exist
+        return m if exist is None else jnp.where(jnp.any(exist, axis=-1), m, -jnp.inf)
+
+    def as_read(self) -> "Logits":
+        """The wide ones, of which nothing but the unit is left to do."""
+        left = None if self.scaling is None else self.scaling._replace(softcap=None)
+        return Logits(self.wide(), scaling=left)
+
+    def for_passes(self) -> "Logits":
+        """What several passes read. As given where nothing is masked, because XLA:CPU would write
+        out what the passes share."""
+        return self if self.exist is None else self.as_read()
+
+    def read(self, m: Array) -> Array:
+        """What :meth:`for_passes` gives, for one pass; ``m`` is the row's maximum."""
+        x = self.values.astype(accumulator_dtype(self.values.dtype))
+        if self.cap is None:
+            return x
+        _, steep = behind_barrier(m, 1 / self.cap)
+        return tanh(x * steep)
+
+    def nats(self, x: Array) -> Array:
+        """Of what was read, or of its differences."""
+        return in_nats(x, self.scaling)
+
+    def above(self, x: Array, m: Array) -> Array:
+        """x_j - m in nats, of what was read."""
+        if self.scaling is None:
+            return x - m[..., None]
+        m, unit = behind_barrier(m, self.scaling.unit)
+        return (x - m[..., None]) * unit
+
+    def exp(self, x: Array, m: Array) -> Array:
+        """exp(x_j - m), of what was read."""
+        return exp_of_nonpositive(self.above(x, m))
+
+    def slope(self) -> Any:
+        """The derivative of the scaled logits by the values."""
+        if self.scaling is None:
+            return 1.0
+        cap, unit = self.scaling
+        if cap is None:
+            return unit
+        x = self.values if self.exist is None else jnp.where(self.exist, self.values, 0)
+        # sech^2, not 1 - tanh^2: the latter is 0 past |x| = 9 cap where the slope is still 6e-8.
+        e = exp_of_nonpositive(-2 * jnp.abs(widened(x) / cap))
+        return 4 * e / (1 + e) ** 2 * (unit / cap)
+
+    def at(self, index: Array) -> "Logits":
+        """The classes at ``index[..., k]``, the last one where it is past the end."""
+        return self._gathered(entries, index)
+
+    def at_class(self, index: Array) -> "Logits":
+        """The one class at ``index[...]``: values [...]."""
+        return self._gathered(entry, index)
+
+    def _gathered(self, gather: Any, index: Array) -> "Logits":
+        x, exist = self.values, self.exist
+        # XLA:CPU gathers bfloat16 by widening the operand: without the barrier that conversion is
+        # merged with a pass's and held as a float32 copy of the logits.
+        if x.dtype != accumulator_dtype(x.dtype):
+            x = lax.optimization_barrier(x)
+        if exist is not None:
+            exist = gather(jnp.broadcast_to(exist, x.shape), index)
+        return Logits(gather(x, index), exist, self.scaling)

@@ -11,31 +11,31 @@ Letters: C classes.
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxloss._kernels import dispatch
 from jaxloss._numerics import parts
 from jaxloss._numerics import rows as _rows
+from jaxloss._numerics.logits import Logits
 from jaxloss._types import Axes
 from jaxloss._xla import mesh
-from jaxloss._xla.derivatives import with_derivative_of, with_forward_mode
+from jaxloss._xla.derivatives import differentiable, with_derivative_of
 from jaxloss._xla.dtypes import widened
 from jaxloss._xla.indexing import entry
 
 
 def _by_xla(logits: Array, kept: Array, weight: Array) -> tuple[Array, Array, Array, Array]:
-    rows = parts.Rows(logits, kept)
-    part = parts.row_part(rows, None, ("nll",))
-    _, state = _rows.finish(part, ())
-    dx = _rows.row_gradient(rows, state, None, _rows.RowLosses(nll=weight), logits.dtype)
+    rows = parts.Rows(Logits(logits), kept)
+    part = parts.row_part(rows, ("nll",))
+    _, state = _rows.finalize(part, ())
+    dx = _rows.row_gradient(rows, state, _rows.RowLosses(nll=weight), logits.dtype)
     return part.m, part.s, part.x_kept, dx
 
 
 def _kept_logit(logits: Array, kept: Array, weight: Array) -> Array:
-    """Of class 0 where nothing is asked: so it waits for the weights. XLA would gather it in the
-    pass that adds them up, which may be a single block's."""
+    """The logit at ``kept``. Rows of weight 0 read class 0, which makes the gather depend on the
+    weights: otherwise XLA:GPU fuses the gather into the weights' sum, which one block computes."""
     kept = jnp.where(weight == 0, 0, kept)
     return jnp.where(kept < logits.shape[-1], widened(entry(logits, kept)), jnp.nan)
 
@@ -65,13 +65,15 @@ def weighted_sum(logits: Array, kept: Array, weight: Array) -> Array:
         return jnp.where(weight == 0, 0, x)
 
     def value(logits, kept, weight):
-        return jnp.sum(weight * asked(weight, _rows.row_losses(logits, kept).nll))
+        return jnp.sum(
+            weight * asked(weight, _rows.row_losses(parts.Rows(Logits(logits), kept)).nll)
+        )
 
     def forward(logits, kept, weight):
         # The same operations as the backward pass's, or XLA would not see that they are the same.
         weights = asked(weight, weight * jnp.ones_like(weight))
         m, s, x_kept, _ = _with_gradient(logits, kept, weights)
-        losses, state = _rows.finish(parts.RowPart(m, s, x_kept, kept), ("nll",))
+        losses, state = _rows.finalize(parts.RowPart(m, s, x_kept, kept), ("nll",))
         nll = asked(weight, losses.nll)
         return jnp.sum(weight * nll), (logits, weight, nll, state)
 
@@ -85,16 +87,15 @@ def weighted_sum(logits: Array, kept: Array, weight: Array) -> Array:
         d_logits, _, d_weight = tangents
         out = jnp.zeros((), weight.dtype)
         if d_logits is not None:
-            along = d_logits, None, None
-            moved = _rows.row_tangents(parts.Rows(logits), state, None, ("nll",), *along)
+            rows = parts.Rows(Logits(logits))
+            moved = _rows.row_tangents(rows, state, ("nll",), d_logits)
             out += jnp.sum(weight * asked(weight, moved.nll))
         if d_weight is not None:
             out += jnp.sum(d_weight * nll)
         return out
 
-    rule = jax.custom_vjp(value)
-    rule.defvjp(forward, backward)
-    return with_forward_mode(rule, tangent)(*mesh.together(logits, kept, weight))
+    rule = differentiable(value, forward, backward, tangent)
+    return rule(*mesh.together(logits, kept, weight))
 
 
 def reduced(logits: Array, kept: Array, weight: Array, offset: Array, token_axes: Axes) -> Array:

@@ -1,6 +1,7 @@
 """Single passes over rows, each in the form that XLA runs best without an array of their size."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -9,15 +10,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxloss._kernels import dispatch
-from jaxloss._numerics.logits import (
-    Scaling,
-    capped_max,
-    exponentials,
-    for_passes,
-    read,
-    scaled,
-    widen,
-)
+from jaxloss._numerics.logits import Logits, Scaling
 from jaxloss._xla import device, mesh
 from jaxloss._xla.derivatives import with_derivative_of
 from jaxloss._xla.dtypes import accumulator_dtype, widened
@@ -26,38 +19,38 @@ from jaxloss._xla.indexing import entries, has_open_size, is_kept
 from jaxloss._xla.math import exp_of_nonpositive, finite
 
 
-def _selected_exponentials(
-    x: Array, m: Array, kept: Array, scaling: Scaling | None = None
-) -> Array:
-    """exp(x_j - m), and 0 at the kept entry."""
-    return jnp.where(is_kept(x, kept), 0, exponentials(x, m, scaling))
+def _selected_exponentials(logits: Logits, m: Array, kept: Array) -> Array:
+    """exp(x_j - m), and 0 at the kept entry, of what was read."""
+    x = logits.values
+    return jnp.where(is_kept(x, kept), 0, logits.exp(x, m))
 
 
-def other_exponentials(x: Array, m: Array, kept: Array, scaling: Scaling | None = None) -> Array:
+def other_exponentials(logits: Logits, m: Array, kept: Array) -> Array:
     """exp(x_j - m), and 0 at the kept entry, in the form that is best where it is written out."""
 
-    def overwritten(x, m, kept):
-        e, at = exponentials(x, m, scaling), kept[..., None]
+    def overwritten(logits, m, kept):
+        e, at = logits.exp(logits.values, m), kept[..., None]
         return jnp.put_along_axis(e, at, 0, axis=-1, inplace=False, mode="drop")
 
-    selected = partial(_selected_exponentials, scaling=scaling)
+    x = logits.values
     # The select costs XLA:CPU up to a quarter of the loss's time, the scatter 10 ns a row.
-    if x.shape[-1] < 256 or has_open_size(x) or not device.on_one_device():
-        return selected(x, m, kept)
-    return lax.platform_dependent(x, m, kept, cpu=overwritten, default=selected)
+    if logits.size < 256 or has_open_size(x) or not device.on_one_device():
+        return _selected_exponentials(logits, m, kept)
+    forms = {"cpu": overwritten, "default": _selected_exponentials}
+    return lax.platform_dependent(logits, m, kept, **forms)
 
 
-def _sum_of_others(x: Array, m: Array, kept: Array, scaling: Scaling | None = None) -> Array:
+def _sum_of_others(logits: Logits, m: Array, kept: Array) -> Array:
     """sum_{j != k} exp(x_j - m), in one pass that holds no array of the logits' size.
 
     min(|j - k|, 1) is 0 at the kept entry and 1 elsewhere. XLA:CPU fuses it into the vectorised
     sum; with a select (or an iota, or an integer comparison) it writes the summand out first,
     three times slower.
     """
-    x = read(x, m, scaling)
+    x = logits.read(m)
     if not index_is_exact(x):
-        return jnp.sum(_selected_exponentials(x, m, kept, scaling), axis=-1)
-    return jnp.sum(_is_other(x, kept, m) * exponentials(x, m, scaling), axis=-1)
+        return jnp.sum(_selected_exponentials(replace(logits, values=x), m, kept), axis=-1)
+    return jnp.sum(_is_other(x, kept, m) * logits.exp(x, m), axis=-1)
 
 
 def _is_other(x: Array, kept: Array, m: Array) -> Array:
@@ -78,9 +71,7 @@ def sum_of_others(x: Array, kept: Array, own: Array) -> Array:
     return jnp.sum(_is_other(wide, kept, own) * wide, axis=-1)
 
 
-def _sum_of_others_in_blocks(
-    x: Array, m: Array, kept: Array, scaling: Scaling | None = None
-) -> Array:
+def _sum_of_others_in_blocks(logits: Logits, m: Array, kept: Array) -> Array:
     """``_sum_of_others`` of long rows: C classes are taken as C / block rows, each in cache.
 
     On long rows XLA:CPU's sum materialises its summand after all, 8 to 16 times slower. The
@@ -89,17 +80,19 @@ def _sum_of_others_in_blocks(
     Only the block of the kept entry looks for that entry, and is summed once more for it, because
     the search takes a quarter of the sum's time.
     """
-    block = _block_size(x.shape[-1])
-    count = x.shape[-1] // block
+    x, block = logits.values, _block_size(logits.size)
+    count = logits.size // block
     spread = (*m.shape, count)
     every, m_of_block = apart(
         x.reshape(-1, block), jnp.broadcast_to(m[..., None], spread).reshape(-1)
     )
-    sums = jnp.sum(exponentials(read(every, m_of_block, scaling), m_of_block, scaling), axis=-1)
+    read = replace(logits, values=every).read(m_of_block)
+    sums = jnp.sum(logits.exp(read, m_of_block), axis=-1)
     sums, own = sums.reshape(spread), jnp.minimum(kept // block, count - 1)
     few = lax.optimization_barrier(x).reshape(*spread, block)
     few = jnp.take_along_axis(few, own[..., None, None], axis=-2, mode="promise_in_bounds")
-    of_own = _sum_of_others(few[..., 0, :], m, kept - block * own, scaling)
+    few = replace(logits, values=few[..., 0, :])
+    of_own = _sum_of_others(few, m, kept - block * own)
     return jnp.sum(jnp.where(is_kept(sums, own), 0, sums), axis=-1) + of_own
 
 
@@ -112,12 +105,12 @@ def _block_size(size: int) -> int:
     return next((b for b in sizes if size % b == 0), size)
 
 
-def sum_exponentials(x: Array, m: Array, kept: Array, scaling: Scaling | None = None) -> Array:
-    whole = partial(_sum_of_others, scaling=scaling)
-    if _block_size(x.shape[-1]) == x.shape[-1] or not device.on_one_device():
-        return whole(x, m, kept)
-    in_blocks = partial(_sum_of_others_in_blocks, scaling=scaling)
-    return lax.platform_dependent(x, m, kept, cpu=in_blocks, default=whole)
+def sum_exponentials(logits: Logits, m: Array, kept: Array) -> Array:
+    """sum_{j != k} exp(x_j - m) of ``Logits.for_passes``."""
+    if _block_size(logits.size) == logits.size or not device.on_one_device():
+        return _sum_of_others(logits, m, kept)
+    forms = {"cpu": _sum_of_others_in_blocks, "default": _sum_of_others}
+    return lax.platform_dependent(logits, m, kept, **forms)
 
 
 def writes_out(logits: Array) -> bool:
@@ -129,22 +122,13 @@ def writes_out(logits: Array) -> bool:
     return known and logits.shape[-1] < 256 and logits.size * wide.itemsize <= 2**20
 
 
-def row_sum(
-    logits: Array,
-    m: Array,
-    kept: Array,
-    class_mask: Array | None,
-    scaling: Scaling | None,
-    written: bool,
-) -> Array:
+def row_sum(logits: Logits, m: Array, kept: Array, written: bool) -> Array:
     """sum_{j != k} exp(x_j - m). ``written``: the backward pass finds the summand held."""
     if written:
         # Written out once, to where the gradient will stand, and scaled there by the backward
         # pass: one exponential an entry instead of two.
-        x = widen(logits, class_mask, scaling)
-        return jnp.sum(other_exponentials(x, m, kept, scaling), axis=-1)
-    x, left = for_passes(logits, class_mask, scaling)
-    return sum_exponentials(x, m, kept, left)
+        return jnp.sum(other_exponentials(logits.as_read(), m, kept), axis=-1)
+    return sum_exponentials(logits.for_passes(), m, kept)
 
 
 def _merged(x: Array, kept: Array, scaling: Scaling | None = None) -> Any:
@@ -155,14 +139,14 @@ def _merged(x: Array, kept: Array, scaling: Scaling | None = None) -> Any:
         (m, s), (n, t) = a, b
         m, n = lax.stop_gradient((m, n))
         # Equal first: -inf less -inf is NaN. In lax, which is traced in a third of jnp's time.
-        lower = scaled(-lax.abs(m - n), scaling)
+        lower = read.nats(-lax.abs(m - n))
         scale = lax.select(lax.eq(m, n), lax.full_like(m, 1), exp_of_nonpositive(lower))
         return lax.max(m, n), lax.select(lax.ge(m, n), s + t * scale, t + s * scale)
 
-    x = widened(x)
+    x, read = widened(x), Logits(x, scaling=scaling)
     # 1, but NaN for +inf as exp(x_j - m) is there, with the derivative of exp(x_j - m): JAX loses
     # the rule below where it differentiates twice through jax.checkpoint within shard_map.
-    one = 1 + scaled(x - lax.stop_gradient(x), scaling)
+    one = 1 + read.nats(x - lax.stop_gradient(x))
     others = jnp.where(is_kept(x, kept) | (x == -jnp.inf), 0, one)
     nothing = jnp.array(-jnp.inf, x.dtype), jnp.zeros((), x.dtype)
     nothing = tuple(mesh.varying(v, mesh.varies_over(x)) for v in nothing)
@@ -182,43 +166,36 @@ def _(compute, scaling, primals, tangents):
     # The maximum is a number to subtract, as good as any other near it: it has no derivative.
     x, kept = primals
     m, s = max_and_sum_in_one(x, kept, compute, scaling)
-    x, dx = widened(x), scaled(tangents[0].astype(m.dtype), scaling)
-    moved = jnp.sum(_selected_exponentials(x, finite(m), kept, scaling) * dx, axis=-1)
+    logits = Logits(widened(x), scaling=scaling)
+    dx = logits.nats(tangents[0].astype(m.dtype))
+    moved = jnp.sum(_selected_exponentials(logits, finite(m), kept) * dx, axis=-1)
     return (m, s), (jnp.zeros_like(m), moved)
 
 
-def max_and_sum(
-    logits: Array,
-    kept: Array,
-    class_mask: Array | None,
-    scaling: Scaling | None,
-    written: bool,
-    kernel_bytes: int,
-) -> tuple[Array, Array]:
+def max_and_sum(logits: Logits, kept: Array, written: bool) -> tuple[Array, Array]:
     """(the row's maximum, -inf where all are; the sum of the others' exponentials).
 
     In one pass where reading the logits is what takes the time. CPUs vectorise two, not that one.
-
-    ``kernel_bytes``: see ``dispatch.row_sums``.
     """
 
-    def in_two(logits, kept, class_mask):
-        m = row_max(logits, class_mask, scaling)
-        return m, row_sum(logits, finite(m), kept, class_mask, scaling, written)
+    def in_two(logits, kept):
+        m = row_max(logits)
+        return m, row_sum(logits, finite(m), kept, written)
 
-    def in_one(logits, kept, class_mask):
-        compute = partial(_merged, scaling=scaling)
-        return max_and_sum_in_one(widen(logits, class_mask, scaling), kept, compute, scaling)
+    def in_one(logits, kept):
+        wide = logits.as_read()
+        compute = partial(_merged, scaling=wide.scaling)
+        return max_and_sum_in_one(wide.values, kept, compute, wide.scaling)
 
     forms = {"cpu": in_two, "default": in_one}
-    by_kernel = dispatch.row_sums(logits, class_mask is scaling is None, kernel_bytes)
+    by_kernel = dispatch.row_sums(logits.values, logits.plain, logits.kernel_bytes)
     if by_kernel is not None:
         kernel = by_kernel(_merged)
-        forms["cuda"] = lambda logits, kept, _: max_and_sum_in_one(logits, kept, kernel)
-    return lax.platform_dependent(logits, kept, class_mask, **forms)
+        forms["cuda"] = lambda logits, kept: max_and_sum_in_one(logits.values, kept, kernel)
+    return lax.platform_dependent(logits, kept, **forms)
 
 
-def slope_pass(plain: Callable, logits: Array, *rest: Array) -> Array:
+def gradient_pass(plain: Callable, logits: Array, *rest: Array) -> Array:
     """``plain(logits, m, kept, scale, at_kept, active)``: scale exp(x_j - m), at_kept where j is
     kept, and 0 in a row that is not active, in the logits' dtype; by a kernel where there is one.
     """
@@ -229,27 +206,31 @@ def slope_pass(plain: Callable, logits: Array, *rest: Array) -> Array:
     return lax.platform_dependent(logits, *rest, cuda=kernel, default=plain)
 
 
-def row_max(logits: Array, class_mask: Array | None, scaling: Scaling | None) -> Array:
-    if class_mask is None:
+def row_max(logits: Logits) -> Array:
+    x = logits.values
+    if logits.exist is None:
         # In the logits' own dtype (a maximum does not round): no wide copy for two readers.
-        m = jnp.max(logits, axis=-1).astype(accumulator_dtype(logits.dtype))
+        m = jnp.max(x, axis=-1).astype(accumulator_dtype(x.dtype))
     else:
-        m = jnp.max(widen(logits, class_mask, None), axis=-1)
-    return capped_max(lax.stop_gradient(m), class_mask, scaling)
+        m = jnp.max(logits.uncapped().wide(), axis=-1)
+    return logits.capped_max(lax.stop_gradient(m))
 
 
-def max_and_place(logits: Array, class_mask: Array | None) -> tuple[Array, Array]:
-    """(the row's maximum, -inf where all are; the place of an entry at the maximum)."""
+def max_and_place(logits: Logits) -> tuple[Array, Array]:
+    """(the row's maximum, -inf where all are; the place of an entry at the maximum).
 
-    def of_row(logits, class_mask):
-        m = row_max(logits, class_mask, None)
-        return m, near_max(logits, finite(m), class_mask)
+    Of uncapped logits.
+    """
 
-    count = _columns(logits.shape[-1])
+    def of_row(logits):
+        m = row_max(logits)
+        return m, near_max(logits, finite(m))
+
+    count = _columns(logits.size)
     if count is None or not device.on_one_device():
-        return of_row(logits, class_mask)
+        return of_row(logits)
     of_columns = partial(_max_and_place_of_columns, count=count)
-    return lax.platform_dependent(logits, class_mask, cpu=of_columns, default=of_row)
+    return lax.platform_dependent(logits, cpu=of_columns, default=of_row)
 
 
 def _columns(size: int) -> int | None:
@@ -259,17 +240,15 @@ def _columns(size: int) -> int | None:
     return min(divisors, key=lambda n: abs(n - 16)) if size >= 256 and divisors else None
 
 
-def _max_and_place_of_columns(
-    logits: Array, class_mask: Array | None, count: int
-) -> tuple[Array, Array]:
+def _max_and_place_of_columns(logits: Logits, count: int) -> tuple[Array, Array]:
     """``max_and_place`` from the maxima of columns, the row being folded into ``count`` rows.
 
     XLA:CPU takes the columns' maxima as fast as the row's. Then it searches a ``count``-th of the
     entries, and the ``count`` entries of one column: a tenth to a third of the time that
     ``near_max`` takes for all of them.
     """
-    x = lax.stop_gradient(logits)
-    x = x if class_mask is None else widen(x, class_mask, None)
+    x = lax.stop_gradient(logits.values)
+    x = x if logits.exist is None else replace(logits, values=x).wide()
     folded = x.reshape(*x.shape[:-1], count, x.shape[-1] // count)
     highest = lax.optimization_barrier(jnp.max(folded, axis=-2))
     m = jnp.max(highest, axis=-1)
@@ -281,14 +260,15 @@ def _max_and_place_of_columns(
     column = jnp.where(column < size, column, 0)  # of a row that holds NaN
     row = lax.broadcasted_iota(jnp.int32, (*column.shape, count), column.ndim)
     at = column[..., None] + size * row
-    few = entries(lax.optimization_barrier(logits), at)
-    if class_mask is not None:
-        few = widen(few, entries(jnp.broadcast_to(class_mask, logits.shape), at), None)
+    few = entries(lax.optimization_barrier(logits.values), at)
+    if logits.exist is not None:
+        exist = jnp.broadcast_to(logits.exist, logits.values.shape)
+        few = Logits(few, entries(exist, at)).wide()
     place = jnp.argmax(lax.optimization_barrier(few), axis=-1).astype(jnp.int32)
     return m.astype(accumulator_dtype(m.dtype)), place * size + column
 
 
-def near_max(logits: Array, m: Array, class_mask: Array | None) -> Array:
+def near_max(logits: Logits, m: Array) -> Array:
     """The first class within a few roundings of the row's maximum: the entry to keep out. int32.
 
     A minimum over ``j + 2^30 [x_j < m]``, with the bracket as a clipped multiple of the difference:
@@ -296,8 +276,8 @@ def near_max(logits: Array, m: Array, class_mask: Array | None) -> Array:
     at the maximum: where the logits are a product that XLA computes again for this pass, the
     subtraction sees it unrounded.
     """
-    x = lax.stop_gradient(logits)
-    x = x.astype(m.dtype) if class_mask is None else widen(x, class_mask, None)
+    x = lax.stop_gradient(logits.values)
+    x = x.astype(m.dtype) if logits.exist is None else replace(logits, values=x).wide()
     if not index_is_exact(x):
         return jnp.argmax(x, axis=-1).astype(jnp.int32)
     found = jnp.min(class_index(x) + lies_below(x, m, 2.0**30), axis=-1)

@@ -5,7 +5,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jaxloss._numerics.logits import widen
+from jaxloss._numerics.logits import Logits
 from jaxloss._types import Axes
 from jaxloss._xla import device, mesh
 from jaxloss._xla.dtypes import accumulator_dtype, widened
@@ -13,11 +13,12 @@ from jaxloss._xla.fusion import apart, behind_barrier, class_index, index_is_exa
 from jaxloss._xla.indexing import entry
 
 
-def highest(logits: Array, class_mask: Array | None, start: Any) -> tuple[Array, Array]:
+def argmax(logits: Logits, start: Any) -> tuple[Array, Array]:
     """(the row's maximum, +inf for NaN; its first class, that of the first column being start)."""
     # A soft cap does not move the maximum. Without the barrier a product could be computed twice,
     # and its maximum be no entry of it.
-    x = widen(lax.optimization_barrier(lax.stop_gradient(logits)), class_mask, None)
+    x = lax.optimization_barrier(lax.stop_gradient(logits.values))
+    x = Logits(x, logits.exist).wide()
     if device.is_whole():
         found = jnp.argmax(x, axis=-1).astype(jnp.int32)
         top = entry(x, found)
@@ -29,7 +30,7 @@ def highest(logits: Array, class_mask: Array | None, start: Any) -> tuple[Array,
 
 
 def class_of(top: Array, found: Array, vocab_axes: Axes) -> Array:
-    """The prediction from what ``highest`` gives on each device; -1: see ``prediction``."""
+    """The prediction from what ``argmax`` gives on each device; -1: see ``prediction``."""
     if vocab_axes:
         here, top = top, mesh.largest(top, vocab_axes)
         found = jnp.where(here == top, found, jnp.iinfo(jnp.int32).max)
@@ -37,13 +38,13 @@ def class_of(top: Array, found: Array, vocab_axes: Axes) -> Array:
     return jnp.where(jnp.isinf(top), -1, found)
 
 
-def prediction(logits: Array, class_mask: Array | None, start: Any, vocab_axes: Axes) -> Array:
+def prediction(logits: Logits, start: Any, vocab_axes: Axes) -> Array:
     """The first class at the row's maximum; -1 in a row that holds NaN or +inf, or nothing but
     -inf: the first of its classes may be masked. int32."""
-    return class_of(*highest(logits, class_mask, start), vocab_axes)
+    return class_of(*argmax(logits, start), vocab_axes)
 
 
-def ahead(x: Array, of_label: Array, label: Array) -> Array:
+def count_ahead(x: Array, of_label: Array, label: Array) -> Array:
     """How many of the classes are predicted before the label's: those of larger logits, and of
     equal ones those of lower index. int32.
 
@@ -67,28 +68,29 @@ def ahead(x: Array, of_label: Array, label: Array) -> Array:
     return jnp.sum(jnp.minimum(first, jnp.minimum(jnp.abs(below), one)), axis=-1).astype(jnp.int32)
 
 
-def rank(
-    logits: Array, class_mask: Array | None, kept: Array, start: Any, vocab_axes: Axes
-) -> Array:
-    """The label's place in the order of predictions, 0 for the first; -1: it has none. int32."""
-    x = lax.stop_gradient(logits)
-    if class_mask is not None:
-        x = widen(lax.optimization_barrier(x), class_mask, None)
-    of_label = widened(entry(lax.optimization_barrier(x), kept))
-    of_label = jnp.where(kept < x.shape[-1], of_label, 0)
-    label, of_label, found = found_label(kept, of_label, x.shape[-1], start, vocab_axes)
-    before = ahead(*apart(x, of_label), label - start)
+def rank(logits: Logits, label: Array, start: Any, vocab_axes: Axes) -> Array:
+    """The label's place in the order of predictions, 0 for the first; -1: it has none. int32.
+
+    ``label``: its column, from the class ``start`` on; past the end: it is not here.
+    """
+    x = lax.stop_gradient(logits.values)
+    if logits.exist is not None:
+        x = Logits(lax.optimization_barrier(x), logits.exist).wide()
+    of_label = widened(entry(lax.optimization_barrier(x), label))
+    of_label = jnp.where(label < x.shape[-1], of_label, 0)
+    label, of_label, found = label_over_mesh(label, of_label, x.shape[-1], start, vocab_axes)
+    before = count_ahead(*apart(x, of_label), label - start)
     return jnp.where(found, lax.psum(before, vocab_axes) if vocab_axes else before, -1)
 
 
-def found_label(kept: Array, of_label: Array, size: int, start: Any, vocab_axes: Axes):
+def label_over_mesh(column: Array, of_label: Array, size: int, start: Any, vocab_axes: Axes):
     """(the label's class, its logit, whether it is one of the classes) from what each device has.
 
-    ``kept`` is its column of the ``size`` here, from the class ``start`` on; ``of_label`` its
+    ``column`` is that of the ``size`` here, from the class ``start`` on; ``of_label`` its
     logit, 0 where it is not here.
     """
-    here = kept < size
-    label = jnp.where(here, kept + start, 0)
+    here = column < size
+    label = jnp.where(here, column + start, 0)
     if vocab_axes:
         label, of_label, here = lax.psum((label, of_label, here.astype(jnp.int32)), vocab_axes)
         here = here > 0

@@ -15,24 +15,24 @@ The softmax is ``p_j = exp(x_j - m) / (1 + t)``, and what the gradient needs at 
 ``p_k - 1 = -s / (1 + t)``: the same number as ``expm1(-loss)``, without the loss's own rounding.
 """
 
+from dataclasses import replace
 from functools import reduce
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jaxloss._numerics.logits import Scaling, exponentials, scaled, scaling_slope, widen
-from jaxloss._numerics.parts import RowPart, Rows, at_top, distance, merge_shards, row_part
+from jaxloss._numerics.logits import Logits
+from jaxloss._numerics.parts import RowPart, Rows, distance, merge_shards, row_part
 from jaxloss._numerics.passes import (
+    gradient_pass,
     other_exponentials,
-    slope_pass,
     sum_of_others,
     writes_out,
 )
 from jaxloss._types import Axes
 from jaxloss._xla import device, mesh
-from jaxloss._xla.derivatives import asked_for, sum_to, with_forward_mode
+from jaxloss._xla.derivatives import asked_for, differentiable, sum_to
 from jaxloss._xla.dtypes import accumulator_dtype, narrowed, widened
 from jaxloss._xla.fusion import apart
 from jaxloss._xla.indexing import elsewhere, entry, is_kept, of_rank, put_at
@@ -68,28 +68,27 @@ class RowState(NamedTuple):
     spread: Any  # entropy - r
 
 
-def finish(
-    part: RowPart, want: tuple[str, ...], scaling: Scaling | None = None
-) -> tuple[RowLosses, RowState]:
+def finalize(part: RowPart, outputs: tuple[str, ...]) -> tuple[RowLosses, RowState]:
     """What the part of all classes gives."""
     m = finite(part.m)
-    d = scaled(m - part.x_kept, scaling)
+    d = part.nats(m - part.x_kept)
     t = part.s + expm1(-d)
     r = of_all = log1p(t)
     if part.low is not None:
         # A label below the maximum leaves the maximum's 1 in s, and t no more than its rounding.
-        # Less than 1/2: one entry is at the maximum, and t is what lies below it.
-        # Its derivative is that of t: low has none of the entry at the maximum.
+        # If t < 1/2 exactly one entry is at the maximum, so ``low``, the sum of those below it, is
+        # t without t's rounding. The derivative is that of t, because ``low`` has none of the entry
+        # at the maximum.
         low = lax.stop_gradient(part.low) + (t - lax.stop_gradient(t))
         of_all = log1p(jnp.where(jnp.abs(t) < 0.5, low, t))
     spread = None if part.spread is None else part.spread / (1 + t)
     losses = RowLosses(
-        nll=d + r if "nll" in want else None,
+        nll=d + r if "nll" in outputs else None,
         soft=None if part.mass is None else part.below + part.mass * r,
-        logsumexp=scaled(m, scaling) + r if "logsumexp" in want else None,
+        logsumexp=part.nats(m) + r if "logsumexp" in outputs else None,
         entropy=None if spread is None else spread + of_all,
-        confidence=_confidence(t) if "confidence" in want else None,
-        above=r if "above" in want else None,
+        confidence=_confidence(t) if "confidence" in outputs else None,
+        above=r if "above" in outputs else None,
     )
     return losses, RowState(m, part.s, d, t, part.kept, part.mass, part.other_mass, spread)
 
@@ -99,34 +98,27 @@ def _confidence(t: Array) -> Array:
     return jnp.where(t > -1, 1 / (1 + jnp.maximum(t, 0)), jnp.nan)
 
 
-def row_gradient(
-    rows: Rows,
-    state: RowState,
-    scaling: Scaling | None,
-    ct: RowLosses,
-    dtype: Any = None,
-    kernel_bytes: int = 2,
-) -> Array:
-    """d(sum of ct * losses) / d(logits), in the accumulator's dtype or narrowed to ``dtype``.
-
-    ``kernel_bytes``: see ``dispatch.row_sums``.
-    """
-    dtype = dtype or accumulator_dtype(rows.logits.dtype)
-    dx = _dense_gradient(rows, state, scaling, ct, dtype, kernel_bytes)
-    if rows.top is None:
+def row_gradient(rows: Rows, state: RowState, ct: RowLosses, dtype: Any = None) -> Array:
+    """d(sum of ct * losses) / d(logits), in the accumulator's dtype or narrowed to ``dtype``."""
+    dtype = dtype or accumulator_dtype(rows.logits.values.dtype)
+    dx = _dense_gradient(rows, state, ct, dtype)
+    if rows.sparse is None:
         return dx
     # At the k classes again, with what is asked of them, and put in place.
-    index, _ = rows.top
+    index, _ = rows.sparse
     k = index.shape[-1]
-    few = at_top(rows)
+    few = rows.at_sparse()
+    few = few._replace(logits=replace(few.logits, kernel_bytes=0))
     place = lax.broadcasted_iota(jnp.int32, index.shape, index.ndim - 1)
     place = jnp.min(jnp.where(index == state.kept[..., None], place, k), axis=-1, initial=k)
     state = state._replace(kept=place)
-    return put_at(dx, index, _dense_gradient(few, state, scaling, ct, dtype, 0))
+    return put_at(dx, index, _dense_gradient(few, state, ct, dtype))
 
 
-def slope_rows(state: RowState, ct: RowLosses) -> tuple[Array, Array, Array, Array, Array]:
-    """``(m, kept, scale, at_kept, active)`` of ``passes.slope_pass``.
+def gradient_coefficients(
+    state: RowState, ct: RowLosses
+) -> tuple[Array, Array, Array, Array, Array]:
+    """``(m, kept, scale, at_kept, active)`` of ``passes.gradient_pass``.
 
     With ``p`` the softmax, ``q`` the soft targets of mass ``Q``, ``H`` the entropy:
     ``d nll = p - [j = k]``, ``d soft = Q p - q``, ``d logsumexp = p``,
@@ -162,23 +154,17 @@ def slope_rows(state: RowState, ct: RowLosses) -> tuple[Array, Array, Array, Arr
     return m, kept, k * of_p, at_kept, active
 
 
-def _dense_gradient(
-    rows: Rows,
-    state: RowState,
-    scaling: Scaling | None,
-    ct: RowLosses,
-    dtype: Any,
-    kernel_bytes: int,
-) -> Array:
-    """:func:`row_gradient` as if there were no ``top``, in one pass."""
-    given = rows.logits, *slope_rows(state, ct)
+def _dense_gradient(rows: Rows, state: RowState, ct: RowLosses, dtype: Any) -> Array:
+    """:func:`row_gradient` as if there were no ``sparse``, in one pass."""
+    logits = rows.logits
+    given = gradient_coefficients(state, ct)
     soft = None if ct.soft is None or rows.soft is None else (ct.soft, rows.soft)
     entropy = None if ct.entropy is None else (ct.entropy / (1 + state.t), state.spread)
-    others = soft, entropy, rows.mask, scaling
-    same = dtype == rows.logits.dtype and rows.logits.dtype.itemsize <= kernel_bytes
-    if all(other is None for other in others) and same:
-        return slope_pass(of_entries, *given)
-    return of_entries(*given, *others, dtype)
+    own = logits.values.dtype
+    same = dtype == own and own.itemsize <= logits.kernel_bytes
+    if soft is None and entropy is None and logits.plain and same:
+        return gradient_pass(plain_gradient, logits.values, *given)
+    return logits_gradient(logits, *given, soft, entropy, dtype)
 
 
 def _sound(state: RowState) -> Array:
@@ -187,201 +173,188 @@ def _sound(state: RowState) -> Array:
     return reduce(jnp.logical_and, (jnp.isfinite(x) for x in numbers if x is not None))
 
 
-def of_entries(
-    logits,
-    m,
-    kept,
-    scale,
-    at_kept,
-    active,
-    soft=None,
-    entropy=None,
-    class_mask=None,
-    scaling=None,
-    dtype=None,
-):
+def plain_gradient(x: Array, *coefficients: Array) -> Array:
+    """:func:`logits_gradient` of logits that are read as they are, in their dtype."""
+    return logits_gradient(Logits(x), *coefficients)
+
+
+def logits_gradient(
+    logits: Logits,
+    m: Array,
+    kept: Array,
+    scale: Array,
+    at_kept: Array,
+    active: Array,
+    soft: Any = None,
+    entropy: Any = None,
+    dtype: Any = None,
+) -> Array:
     """``scale exp(x_j - m)``, ``at_kept`` where j is kept, and 0 in a row that is not active.
 
     ``soft`` is ``(ct, q)`` and takes ``ct q_j`` away; ``entropy`` is ``(ct, H - r)`` and adds
     ``ct exp(x_j - m) ((m - x_j) - (H - r))``. Then the chain rule of the scaling, and the mask.
     """
-    x = widen(logits, class_mask, scaling)
+    wide = logits.as_read()
+    x = wide.values
     # Where the forward pass wrote its summand out, this is it.
-    if writes_out(logits):
-        e = other_exponentials(x, m, kept, scaling)
-    else:
-        e = exponentials(x, m, scaling)
+    held = writes_out(logits.values)
+    e = other_exponentials(wide, m, kept) if held else wide.exp(x, m)
     dx = e * scale[..., None]
     if entropy is not None:
         ct, spread = entropy
-        below = scaled(m[..., None] - jnp.where(e > 0, x, 0), scaling)
+        below = logits.nats(m[..., None] - jnp.where(e > 0, x, 0))
         dx += jnp.where(e > 0, e * ct[..., None] * (below - spread[..., None]), 0)
     if soft is not None:
         ct, soft_targets = soft
         dx -= ct[..., None] * soft_targets.astype(x.dtype)
     dx = jnp.where(is_kept(x, kept) | ~active[..., None], at_kept[..., None], dx)
-    if scaling is not None:
-        existing = logits if class_mask is None else jnp.where(class_mask, logits, 0)
-        dx = jnp.where(active[..., None], dx * scaling_slope(existing, scaling), 0)
-    dx = dx if class_mask is None else jnp.where(class_mask, dx, 0)
-    return narrowed(dx, dtype or logits.dtype)
+    if logits.scaling is not None:
+        dx = jnp.where(active[..., None], dx * logits.slope(), 0)
+    dx = dx if logits.exist is None else jnp.where(logits.exist, dx, 0)
+    return narrowed(dx, dtype or logits.values.dtype)
 
 
-def soft_gradient(rows: Rows, state: RowState, scaling: Scaling | None) -> Array:
-    """d(soft) / d(soft targets): -log p, and 0 for a class at -inf that has no mass, or at top."""
-    x = widen(rows.logits, rows.mask, scaling)
+def soft_gradient(rows: Rows, state: RowState) -> Array:
+    """d(soft) / d(soft targets): -log p, and 0 for a class at -inf that has no mass, or of
+    ``sparse``."""
+    logits = rows.logits
+    x = logits.wide()
     impossible = (x == -jnp.inf) & (rows.soft == 0)
-    if rows.mask is not None:
-        impossible |= ~rows.mask
-    if rows.top is not None:
-        impossible |= ~elsewhere(x, rows.top[0])
+    if logits.exist is not None:
+        impossible |= ~logits.exist
+    if rows.sparse is not None:
+        impossible |= ~elsewhere(x, rows.sparse[0])
     r = log1p(state.t)[..., None]
-    below = scaled(state.m[..., None] - jnp.where(impossible, 0, x), scaling)
+    below = logits.nats(state.m[..., None] - jnp.where(impossible, 0, x))
     return jnp.where(impossible, 0, below + r)
 
 
-def top_gradient(rows: Rows, state: RowState, scaling: Scaling | None) -> Array:
-    """d(soft) / d(the soft targets at top): the same at each index, and 0 past the end."""
-    index, extra = rows.top
-    few = at_top(rows)
-    x, nowhere = widen(few.logits, few.mask, scaling), index >= rows.logits.shape[-1]
+def sparse_gradient(rows: Rows, state: RowState) -> Array:
+    """d(soft) / d(the soft targets of ``sparse``): -log p at each index, and 0 past the end."""
+    index, extra = rows.sparse
+    few = rows.at_sparse().logits
+    x, nowhere = few.wide(), index >= rows.logits.size
     unless = nowhere | ((x == -jnp.inf) & (extra == 0))
-    below = scaled(distance(x, state.m, unless), scaling)
+    below = few.nats(distance(x, state.m, unless))
     return jnp.where(unless, 0, below + log1p(state.t)[..., None])
 
 
 def row_tangents(
     rows: Rows,
     state: RowState,
-    scaling: Scaling | None,
-    want: tuple[str, ...],
+    outputs: tuple[str, ...],
     d_logits: Any,
-    d_soft: Any,
-    d_extra: Any,
+    d_soft: Any = None,
+    d_extra: Any = None,
 ) -> RowLosses:
     """Rows do not mix: the derivative of one number is the gradient at its unit cotangent.
 
-    The tangents are of the logits, the soft targets and those at top; None: there is none.
+    The tangents are of the logits, the soft targets and those of ``sparse``; None: there is none.
     """
     out: dict[str, Any] = {}
 
     def along(slope, d):
         return jnp.sum(slope * d.astype(slope.dtype), axis=-1)
 
-    moving = [name for name in want if name not in CONSTANTS]
-    if rows.soft is not None or rows.top is not None:
+    moving = [name for name in outputs if name not in CONSTANTS]
+    if rows.soft is not None or rows.sparse is not None:
         moving.append("soft")
     for name in moving:
         out[name] = jnp.zeros_like(state.m)
         if d_logits is not None:
             ct = RowLosses(**{name: jnp.ones_like(state.m)})
-            out[name] += along(row_gradient(rows, state, scaling, ct), d_logits)
+            out[name] += along(row_gradient(rows, state, ct), d_logits)
     if d_soft is not None:
-        out["soft"] += along(soft_gradient(rows, state, scaling), d_soft)
+        out["soft"] += along(soft_gradient(rows, state), d_soft)
     if d_extra is not None:
-        out["soft"] += along(top_gradient(rows, state, scaling), d_extra)
+        out["soft"] += along(sparse_gradient(rows, state), d_extra)
     return RowLosses(**out)
 
 
-def row_losses(
-    logits: Array,
-    kept: Array | None,
-    soft_targets: Array | None = None,
-    class_mask: Array | None = None,
-    *,
-    top: tuple[Array, Array] | None = None,
-    scaling: Scaling | None = None,
-    want: tuple[str, ...] = ("nll",),
-    vocab_axes: Axes = (),
-    kernel_bytes: int = 2,
-) -> RowLosses:
-    """The losses of ``logits[..., C]`` over the last axis, one number a row.
+def row_losses(rows: Rows, outputs: tuple[str, ...] = ("nll",), vocab_axes: Axes = ()) -> RowLosses:
+    """The losses of ``rows`` over the last axis of their logits, one number a row.
 
-    ``kept[...]`` (int32) is the label, or C for a row without one, whose results are NaN; None
-    keeps the first entry at the maximum out instead. ``soft_targets`` and ``class_mask`` broadcast
-    to ``logits``; ``top``, an index[..., k] and what is there, stands in the soft targets' place.
-    Differentiable in ``logits`` and both kinds of soft targets, in every mode.
+    A row whose ``kept`` is C has no label, and its results are NaN; where ``kept`` is None, the
+    first entry at the maximum is kept out instead. Differentiable in the logits and in both kinds
+    of soft targets, in every mode.
 
     ``vocab_axes``: the mesh axes over which the rows are split. C is then what stands here, as are
-    ``soft_targets`` and ``class_mask``; a label has index C where another device holds it.
-
-    ``kernel_bytes``: see ``dispatch.row_sums``.
+    the soft targets and the mask; a label has index C where another device holds it.
     """
 
-    def nested(logits, soft, extra, kept, mask, index):
-        return Rows(logits, kept, soft, mask, None if extra is None else (index, extra))
-
     def part_of(rows, backward_follows=False):
-        part = row_part(
-            rows, scaling, want, backward_follows=backward_follows, kernel_bytes=kernel_bytes
-        )
-        labelled = rows.kept is not None
-        return merge_shards(part, vocab_axes, labelled, rows.logits.shape[-1], scaling)
+        part = row_part(rows, outputs, backward_follows=backward_follows)
+        return merge_shards(part, vocab_axes, rows.logits.size)
 
-    def losses(*args):
-        return finish(part_of(nested(*args)), want, scaling)[0]
+    def value(rows):
+        return finalize(part_of(rows), outputs)[0]
 
-    def forward(*args):
-        rows = nested(*args)
-        out, state = finish(part_of(rows, backward_follows=True), want, scaling)
+    def forward(rows):
+        out, state = finalize(part_of(rows, backward_follows=True), outputs)
         return out, (rows._replace(kept=None), state)  # it is in the state
 
     def backward(residuals, ct):
         rows, state = residuals
-        if not writes_out(rows.logits):
+        logits = rows.logits
+        if not writes_out(logits.values):
             # Without the barrier XLA:CPU shares the widened logits (and the broadcast of m) with
             # the forward pass, and holds them: a float32 copy of the logits.
-            logits, scalars = apart(rows.logits, state._replace(kept=None))
-            rows, state = rows._replace(logits=logits), scalars._replace(kept=state.kept)
-        dx = row_gradient(rows, state, scaling, ct, rows.logits.dtype, kernel_bytes)
-        d_soft = d_extra = None
+            x, scalars = apart(logits.values, state._replace(kept=None))
+            rows = rows._replace(logits=replace(logits, values=x))
+            state = scalars._replace(kept=state.kept)
+        dx = row_gradient(rows, state, ct, logits.values.dtype)
+        d_soft = d_sparse = None
         if rows.soft is not None and ct.soft is not None:
-            d_soft = sum_to(asked_for(ct.soft, soft_gradient(rows, state, scaling)), rows.soft)
-        if rows.top is not None and ct.soft is not None:
-            slope = top_gradient(rows, state, scaling)
-            d_extra = asked_for(ct.soft, slope).astype(rows.top[1].dtype)
-        return dx, d_soft, d_extra, None, None, None
+            d_soft = sum_to(asked_for(ct.soft, soft_gradient(rows, state)), rows.soft)
+        if rows.sparse is not None and ct.soft is not None:
+            slope = asked_for(ct.soft, sparse_gradient(rows, state))
+            d_sparse = None, slope.astype(rows.sparse[1].dtype)
+        logits = replace(logits, values=dx, exist=None)
+        return (rows._replace(logits=logits, kept=None, soft=d_soft, sparse=d_sparse),)
 
     def tangent(residuals, tangents):
         rows, state = residuals
-        moved = row_tangents(rows, state, scaling, want, *tangents[:3])
+        (d_rows,) = tangents
+        d_extra = None if rows.sparse is None else d_rows.sparse[1]
+        given = d_rows.logits.values, d_rows.soft, d_extra
+        moved = row_tangents(rows, state, outputs, *given)
         return mesh.sums(moved, vocab_axes) if vocab_axes else moved
 
-    index, extra = (None, None) if top is None else top
-    mask = of_rank(class_mask, logits.ndim)
-    given = (of_rank(soft_targets, logits.ndim), extra, kept, mask, index)
-    rule = jax.custom_vjp(losses)
-    rule.defvjp(forward, backward)
-    return with_forward_mode(rule, tangent)(*mesh.together(logits, *given))
+    logits = rows.logits
+    rank = logits.values.ndim
+    logits = replace(logits, exist=of_rank(logits.exist, rank))
+    rows = rows._replace(logits=logits, soft=of_rank(rows.soft, rank))
+    rule = differentiable(value, forward, backward, tangent)
+    return rule(*mesh.together(rows))
 
 
-def row_log_softmax(logits: Array, class_mask: Array | None = None) -> Array:
-    """log_softmax of ``logits[..., C]`` over the last axis, in the logits' dtype."""
+def row_log_softmax(logits: Logits) -> Array:
+    """log_softmax over the last axis of logits without a scaling, in their dtype."""
+    dtype = logits.values.dtype
 
-    def forward(logits, class_mask):
-        _, state = finish(row_part(Rows(logits, mask=class_mask), None, ()), ())
-        wide = accumulator_dtype(logits.dtype)
+    def forward(logits):
+        _, state = finalize(row_part(Rows(logits), ()), ())
         # Apart, or XLA:CPU holds the difference from the sum's pass on: another array.
-        given, (m, r) = apart(logits, (state.m, log1p(state.t)))
-        out = (widen(given, class_mask, None) - m[..., None]) - r[..., None]
-        if class_mask is not None:  # of no class at all it would be inf - inf
-            out = jnp.where(class_mask, out, -jnp.inf)
-        out = narrowed(out, logits.dtype)
+        given, (m, r) = apart(logits.values, (state.m, log1p(state.t)))
+        out = (replace(logits, values=given).wide() - m[..., None]) - r[..., None]
+        if logits.exist is not None:  # of no class at all it would be inf - inf
+            out = jnp.where(logits.exist, out, -jnp.inf)
+        out = narrowed(out, dtype)
         # Narrow results have too few digits to be read again, in place of the logits.
-        held = (out, None, None) if logits.dtype == wide else (logits, state.m, r)
-        return out, (held, state, class_mask)
+        wide = dtype == accumulator_dtype(dtype)
+        held = (out, None, None) if wide else (logits.values, state.m, r)
+        return out, (held, state, logits.exist)
 
-    def probabilities(held, class_mask):
+    def probabilities(held, exist):
         x, m, r = held
-        x = widen(x, class_mask, None)
+        x = Logits(x, exist).wide()
         return exp_of_nonpositive(x if m is None else (x - m[..., None]) - r[..., None])
 
-    def backward(residuals, g):
+    def backward(saved, g):
         # g_j - p_j G, and at the kept entry (1 - p_k) g_k - p_k (G - g_k): no 1 - p_k forms.
-        held, state, class_mask = residuals
-        dtype = g.dtype
-        if class_mask is not None:
-            g = jnp.where(class_mask, g, 0)
+        held, state, exist = saved
+        if exist is not None:
+            g = jnp.where(exist, g, 0)
         wide, kept = widened(g), state.kept
         own = widened(entry(lax.optimization_barrier(g), kept))
         # Not total - g_k, which has nothing left where the cotangent is nearly all at k.
@@ -391,29 +364,29 @@ def row_log_softmax(logits: Array, class_mask: Array | None = None) -> Array:
         # A row that is asked for nothing gets 0, whatever its logits hold.
         asked = (total != 0) | _sound(state)
         at_kept = jnp.where(asked | (own != 0), at_kept, 0)
-        dx = wide - probabilities(held, class_mask) * total[..., None]
+        dx = wide - probabilities(held, exist) * total[..., None]
         dx = jnp.where(asked[..., None] | (wide != 0), dx, 0)
-        if class_mask is not None:
-            dx = jnp.where(class_mask, dx, 0)
-        if not device.on_one_device():  # a scatter would gather classes that are split
-            dx = jnp.where(is_kept(dx, kept), at_kept[..., None], dx)
-            return narrowed(dx, dtype), None
-        at_kept = narrowed(at_kept, dtype)[..., None]
-        return put_at(narrowed(dx, dtype), kept[..., None], at_kept), None
+        if exist is not None:
+            dx = jnp.where(exist, dx, 0)
+        if device.on_one_device():
+            at_kept = narrowed(at_kept, dtype)[..., None]
+            dx = put_at(narrowed(dx, dtype), kept[..., None], at_kept)
+        else:  # a scatter would gather classes that are split
+            dx = narrowed(jnp.where(is_kept(dx, kept), at_kept[..., None], dx), dtype)
+        return (Logits(dx),)
 
-    def tangent(residuals, tangents):
+    def tangent(saved, tangents):
         # (dx_j - dx_k) - sum_i p_i (dx_i - dx_k): the kept entry's 1 - p_k never forms.
-        held, state, class_mask = residuals
-        dx = tangents[0].astype(state.m.dtype)
-        if class_mask is not None:
-            dx = jnp.where(class_mask, dx, 0)
+        held, state, exist = saved
+        dx = tangents[0].values.astype(state.m.dtype)
+        if exist is not None:
+            dx = jnp.where(exist, dx, 0)
         dx -= jnp.where(state.kept < dx.shape[-1], entry(dx, state.kept), 0)[..., None]
-        p = jnp.where(is_kept(dx, state.kept), 0, probabilities(held, class_mask))
+        p = jnp.where(is_kept(dx, state.kept), 0, probabilities(held, exist))
         dy = dx - jnp.sum(p * dx, axis=-1, keepdims=True)
-        if class_mask is not None:
-            dy = jnp.where(class_mask, dy, 0)
-        return dy.astype(tangents[0].dtype)
+        if exist is not None:
+            dy = jnp.where(exist, dy, 0)
+        return dy.astype(dtype)
 
-    rule = jax.custom_vjp(lambda *args: forward(*args)[0])
-    rule.defvjp(forward, backward)
-    return with_forward_mode(rule, tangent)(logits, class_mask)
+    rule = differentiable(lambda logits: forward(logits)[0], forward, backward, tangent)
+    return rule(logits)

@@ -1,38 +1,40 @@
 """Labels whose rest is a class: the loss over k + 1 classes."""
 
+from dataclasses import replace
 from functools import partial
 from typing import cast
 
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jaxloss._numerics import logits, passes
-from jaxloss._numerics import rows as _rows
+from jaxloss._numerics import passes
+from jaxloss._numerics.logits import Logits
+from jaxloss._numerics.parts import Rows
+from jaxloss._numerics.rows import RowLosses, row_losses
 from jaxloss._tokens.targets import Targets
 from jaxloss._xla import indexing, mesh
 from jaxloss._xla.math import finite
 
 
-def bucket_rows(
-    x: Array, targets: Targets, scaling: logits.Scaling | None, outputs: tuple[str, ...]
-) -> _rows.RowLosses:
+def bucket_rows(logits: Logits, targets: Targets, outputs: tuple[str, ...]) -> RowLosses:
     """The loss over k + 1 classes: those named, and one of all others, whose logit is their lse.
 
     Each logit has its gradient from one of them, so that nothing narrow is added up.
     """
     column, extra = cast(tuple[Array, Array], targets.sparse)
-    axes, mask = targets.classes.axes, targets.existing(x.ndim)
-    here = column < x.shape[-1]
+    x, exist, axes = logits.values, logits.exist, targets.classes.axes
+    logits = replace(logits, kernel_bytes=2)
+    here = column < logits.size
     others = indexing.elsewhere(x, column)
-    others = others if mask is None else others & mask
-    losses = partial(_rows.row_losses, x, None, scaling=scaling, vocab_axes=axes)
-    rest = losses(None, others, want=("logsumexp", "above"))
+    others = replace(logits, exist=others if exist is None else others & exist)
+    losses = partial(row_losses, vocab_axes=axes)
+    rest = losses(Rows(others), ("logsumexp", "above"))
     # A soft cap's slope at NaN is NaN, and 0 times that is NaN again.
     named, exists = jnp.where(targets.valid[..., None], indexing.entries(x, column), 0), None
-    if mask is not None:
-        exists = indexing.entries(jnp.broadcast_to(mask, x.shape), column)
+    if exist is not None:
+        exists = indexing.entries(jnp.broadcast_to(exist, x.shape), column)
         named = jnp.where(exists, named, 0)
-    named = logits.widen(named, exists, scaling)
+    named = replace(logits, values=named, exist=exists).wide()
     if axes:
         held = lax.psum(here.astype(jnp.int32), axes) > 0
         named = jnp.where(held, lax.psum(jnp.where(here, named, 0), axes), -jnp.inf)
@@ -40,25 +42,25 @@ def bucket_rows(
         named = jnp.where(here, named, -jnp.inf)
     # Relative to the maximum: a log-sum-exp is rounded where the logits lie, and not where they
     # differ. Adding 0 gives it its derivative.
-    of_others = mesh.largest(passes.row_max(x, others, scaling), axes)
+    of_others = mesh.largest(passes.row_max(others), axes)
     of_named = jnp.max(lax.stop_gradient(named), axis=-1, initial=-jnp.inf)
     m = finite(jnp.maximum(of_others, of_named))
     rounded = lax.stop_gradient(rest.logsumexp)
-    lse = logits.scaled(of_others - m, scaling) + lax.stop_gradient(rest.above)
+    lse = logits.nats(of_others - m) + lax.stop_gradient(rest.above)
     lse += rest.logsumexp - rounded
     # Of no other class there is no derivative; of no class at all it is NaN.
     of_none = jnp.where(of_named == -jnp.inf, rest.logsumexp, -jnp.inf)
     lse = jnp.where(rounded == -jnp.inf, of_none, lse)
-    named = logits.scaled(named - m[..., None], scaling)
+    named = logits.nats(named - m[..., None])
     few = jnp.concatenate([named, lse[..., None]], axis=-1)
     asked = jnp.concatenate([extra, cast(Array, targets.others)[..., None]], axis=-1)
     # What is impossible and has a probability of 0 is no class, for derivatives too.
     some = (few != -jnp.inf) | (asked != 0)
     some |= jnp.all(few == -jnp.inf, axis=-1, keepdims=True)  # of nothing the gradient is NaN
-    rows = _rows.row_losses(few, None, asked, some, want=tuple({"logsumexp"} & {*outputs}))
+    rows = row_losses(Rows(Logits(few, some), soft=asked), tuple({"logsumexp"} & {*outputs}))
     if rows.logsumexp is not None:
-        rows = rows._replace(logsumexp=rows.logsumexp + logits.scaled(m, scaling))
+        rows = rows._replace(logsumexp=rows.logsumexp + logits.nats(m))
     if "entropy" in outputs:
-        stats = losses(None, mask, want=("entropy", "confidence"))
+        stats = losses(Rows(logits), ("entropy", "confidence"))
         rows = rows._replace(entropy=stats.entropy, confidence=stats.confidence)
     return rows

@@ -1,17 +1,19 @@
 """From rows to tokens: each token's loss and statistics, however its row was read."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, cast
 
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jaxloss._numerics import logits, ranking
-from jaxloss._numerics import rows as _rows
-from jaxloss._numerics.rows import RowLosses
+from jaxloss._numerics import ranking
+from jaxloss._numerics.logits import Logits
+from jaxloss._numerics.parts import Rows
+from jaxloss._numerics.rows import RowLosses, row_losses
 from jaxloss._tokens.bucket import bucket_rows
 from jaxloss._tokens.targets import Targets, is_zero, make_targets
-from jaxloss._types import LossOptions, Scalars, TokenArrays, TokenStats
+from jaxloss._types import Axes, LossOptions, Scalars, TokenArrays, TokenStats
 from jaxloss._xla import mesh
 from jaxloss._xla.dtypes import accumulator_dtype
 
@@ -21,59 +23,49 @@ RowsOf = Callable[[Targets, tuple[str, ...]], RowLosses]
 RANKS = ("prediction", "rank")  # the integers among the outputs
 
 
-def rows_of_logits(
-    x: Array, scaling: logits.Scaling | None, temperature: Any = 1.0, *, kernel_bytes: int
-) -> RowsOf:
-    """Of logits ``x[..., columns]`` that are there.
+def rows_of_logits(logits: Logits, temperature: Any = 1.0) -> RowsOf:
+    """Of logits that are there; ``targets`` say which of them exist.
 
-    ``temperature``: an array divides the logits; a number is in ``scaling``. ``kernel_bytes``: see
-    ``dispatch.row_sums``.
+    ``temperature``: an array divides the logits; a number is in their scaling.
     """
 
     def rows_of(targets: Targets, outputs: tuple[str, ...]) -> RowLosses:
-        mask, axes = targets.existing(x.ndim), targets.classes.axes
+        classes = targets.classes
+        own = replace(logits, exist=targets.existing(logits.values.ndim))
         of_row = tuple(name for name in outputs if name not in RANKS)
         if isinstance(temperature, Array):
-            y, m = _divided(x, mask, scaling, temperature, axes)
-            rows = rows_of_logits(y, None, kernel_bytes=0)(targets, of_row)
+            divided, m = _divided(own, temperature, classes.axes)
+            rows = rows_of_logits(divided)(targets, of_row)
             if rows.logsumexp is not None:
                 rows = rows._replace(logsumexp=rows.logsumexp + m)
         elif targets.others is not None:
-            rows = bucket_rows(x, targets, scaling, of_row)
+            rows = bucket_rows(own, targets, of_row)
         else:
-            rows = _rows.row_losses(
-                x,
-                targets.label,
-                targets.soft_targets(accumulator_dtype(x.dtype)),
-                mask,
-                top=targets.sparse,
-                want=of_row,
-                scaling=scaling,
-                vocab_axes=axes,
-                kernel_bytes=kernel_bytes,
-            )
-        start = targets.classes.start
+            soft = targets.soft_targets(accumulator_dtype(own.values.dtype))
+            rows = Rows(own, targets.label, soft, targets.sparse)
+            rows = row_losses(rows, of_row, classes.axes)
         if "prediction" in outputs:
-            rows = rows._replace(prediction=ranking.prediction(x, mask, start, axes))
+            found = ranking.prediction(own, classes.start, classes.axes)
+            rows = rows._replace(prediction=found)
         if "rank" in outputs:
-            rows = rows._replace(
-                rank=ranking.rank(x, mask, cast(Array, targets.label), start, axes)
-            )
+            label = cast(Array, targets.label)
+            found = ranking.rank(own, label, classes.start, classes.axes)
+            rows = rows._replace(rank=found)
         return rows
 
     return rows_of
 
 
-def _divided(x, mask, scaling, temperature, axes) -> tuple[Array, Array]:
+def _divided(logits: Logits, temperature: Array, axes: Axes) -> tuple[Logits, Array]:
     """``((x - m) / temperature, m / temperature)`` of the capped logits and their maximum m.
 
     The difference comes first: it is exact whatever offset the logits share.
     """
-    y = logits.widen(x, mask, scaling)
-    m = mesh.largest(jnp.max(y, axis=-1), axes)
+    x = logits.wide()
+    m = mesh.largest(jnp.max(x, axis=-1), axes)
     m = jnp.where(jnp.isfinite(m), m, 0)
-    unit = 1.0 if scaling is None else scaling.unit
-    return (y - m[..., None]) * unit / temperature, m * unit / temperature
+    divided = logits.nats(x - m[..., None]) / temperature
+    return Logits(divided, kernel_bytes=0), logits.nats(m) / temperature
 
 
 def token_losses(

@@ -56,7 +56,78 @@ def jvp_of_moving(function, primals, tangents, has_aux=False):
     return jax.jvp(of_moving, some, along, has_aux=has_aux)
 
 
-def with_forward_mode(rule, tangent, whole=True):
+def differentiable(
+    value: Callable,
+    forward: Callable,
+    backward: Callable,
+    tangent: Callable,
+    *,
+    asks: bool = False,
+    whole: bool = True,
+) -> Callable:
+    """``value(*trees)`` with a derivative of its own, in both modes.
+
+    ``forward(*trees)`` returns the value and what is saved; ``backward(saved, ct)`` a tree for each
+    argument, in which None stands for whatever part has no gradient; ``tangent(saved, tangents)``
+    and ``whole`` are those of :func:`_with_forward_mode`, the tangents being trees with None for
+    what is constant.
+
+    ``asks``: ``forward(active, *trees)`` and ``backward(active, saved, ct)`` are told which leaves
+    are differentiated, in trees of booleans.
+    """
+
+    def call(*trees):
+        leaves, structure = tree.flatten(trees, is_leaf=_is_none)
+        of_leaves = structure.unflatten
+
+        def flat(gradients):
+            out = []
+
+            def put(gradient, x):
+                missing = len(tree.leaves(x, is_leaf=_is_none))
+                out.extend([None] * missing if gradient is None else [gradient])
+
+            tree.map(put, tuple(gradients), trees_of_flags, is_leaf=_is_none)
+            return tuple(out)
+
+        # The rule outlives this trace, and must not refer to its arrays.
+        trees_of_flags = of_leaves([False] * len(leaves))
+
+        def forward_of_leaves(*leaves):
+            if not asks:
+                return forward(*of_leaves(leaves))
+            # A flag must be static to choose the products: () and None have no leaves.
+            flags = tuple(() if x is not None and x.perturbed else None for x in leaves)
+            values = [None if x is None else x.value for x in leaves]
+            out, saved = forward(_active(of_leaves, flags), *of_leaves(values))
+            return out, (saved, flags)
+
+        def backward_of_leaves(residuals, ct):
+            if not asks:
+                return flat(backward(residuals, ct))
+            saved, flags = residuals
+            return flat(backward(_active(of_leaves, flags), saved, ct))
+
+        def tangent_of_leaves(residuals, tangents):
+            saved = residuals[0] if asks else residuals
+            return tangent(saved, of_leaves(tangents))
+
+        rule = jax.custom_vjp(lambda *leaves: value(*of_leaves(leaves)))
+        rule.defvjp(forward_of_leaves, backward_of_leaves, symbolic_zeros=asks)
+        return _with_forward_mode(rule, tangent_of_leaves, whole)(*leaves)
+
+    return call
+
+
+def _is_none(x: Any) -> bool:
+    return x is None
+
+
+def _active(of_leaves: Callable, flags: tuple) -> Any:
+    return of_leaves([flag is not None for flag in flags])
+
+
+def _with_forward_mode(rule, tangent, whole=True):
     """``rule``, a custom_vjp function of arrays (and None), that also has a forward mode.
 
     ``tangent(residuals, tangents)`` takes what the rule's forward pass saved and one tangent an

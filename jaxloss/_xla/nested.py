@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
 from jaxloss._xla import mesh
-from jaxloss._xla.derivatives import moving_of, with_forward_mode
+from jaxloss._xla.derivatives import _with_forward_mode, moving_of
 
 
 def shard_map(function: Callable, in_specs: Sequence, out_specs: Any) -> Callable:
@@ -98,5 +98,5 @@ def _differentiable(function: Callable, specs: list, of_outs: tuple, count: int)
 
     rule = jax.custom_vjp(_mapped(function, specs, of_outs))
     rule.defvjp(forward, backward, symbolic_zeros=True)
-    differentiable = with_forward_mode(rule, tangent)
+    differentiable = _with_forward_mode(rule, tangent)
     return differentiable
