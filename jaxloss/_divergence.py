@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -12,7 +13,8 @@ from jax.typing import ArrayLike
 
 from jaxloss._checks import arguments as _arguments
 from jaxloss._checks import explicit_mesh, messages
-from jaxloss._linear import budget, product, token_chunks, token_rules
+from jaxloss._linear import budget, token_chunks, token_rules
+from jaxloss._linear.product import Product, Sweep
 from jaxloss._numerics.divergence import accumulator_of, row_divergences
 from jaxloss._tokens import targets as _targets
 from jaxloss._tokens.classes import classes_here
@@ -297,42 +299,37 @@ def linear_kl_divergence(
         mask=class_mask is not None,
     )
     default = budget.default_chunk(most, max(columns, its_columns), rows=rows)
-    geometry = product.Geometry(
-        vocab_axis,
-        classes,
+    sweep = Sweep(
         _arguments.chunk_size(call, chunk_size, default, most),
-        _arguments.precision(call, precision),
-        teacher_axis=its_axis,
         token_axes=token_axes if reduction != "none" else (),
     )
+    of_product = classes, _arguments.precision(call, precision)
     empty_mean = _arguments.check_empty_mean(call, empty_mean)
     arrays = TokenArrays(None, None, sample_weight, class_mask, token_mask)
-    options = LossOptions(
-        axes, classes, None, reduction, empty_mean, False, (), geometry.token_axes
-    )
+    options = LossOptions(axes, classes, None, reduction, empty_mean, False, (), sweep.token_axes)
     return _linear_kl_divergence(
-        (hidden, kernel, bias),
-        (teacher_hidden, teacher_kernel, teacher_bias),
+        Product(hidden, kernel, bias, vocab_axis, *of_product),
+        Product(teacher_hidden, teacher_kernel, teacher_bias, its_axis, *of_product),
         arrays,
         scalars,
-        geometry=geometry,
+        sweep=sweep,
         options=options,
         kind=kind,
     )
 
 
 @jit
-def _linear_kl_divergence(student, teacher, arrays, scalars, *, geometry, options, kind):
-    (hidden, kernel, bias), (teacher_hidden, *of_teacher) = student, teacher
-    lead, tokens = hidden.shape[:-1], math.prod(hidden.shape[:-1])
-    classes = classes_here(geometry.num_classes)
+def _linear_kl_divergence(student, teacher, arrays, scalars, *, sweep, options, kind):
+    lead = student.hidden.shape[:-1]
     _, _, sample_weight, class_mask, token_mask = arrays
+    classes = classes_here(options.num_classes)
     token_mask = _targets.tokens_with_classes(class_mask, token_mask, lead, classes)
     mask_rows, mask_index = rows_of_mask(class_mask, lead)
     numbers, of_scalars = jax.tree.flatten(scalars)
 
-    def rows(x):
-        return x.reshape(tokens, x.shape[-1])
+    def flat(product):
+        hidden = product.hidden
+        return replace(product, hidden=hidden.reshape(math.prod(lead), hidden.shape[-1]))
 
     def loss_fn(x, per_token, shared):
         (t, index), (mask, *numbers) = per_token, shared
@@ -343,15 +340,10 @@ def _linear_kl_divergence(student, teacher, arrays, scalars, *, geometry, option
 
     valid = counted(sample_weight, token_mask)
     valid = jnp.ones(lead, bool) if valid is None else valid
-    wide = accumulator_of(hidden, teacher_hidden)
-    weights = normalised_weights(TokenWeights(valid, sample_weight), options, wide)
+    dtype = accumulator_of(student.hidden, teacher.hidden)
+    weights = normalised_weights(TokenWeights(valid, sample_weight), options, dtype)
     operands = token_chunks.Operands(
-        rows(hidden),
-        kernel,
-        bias,
-        (mask_index,),
-        (mask_rows, *numbers),
-        (rows(teacher_hidden), *of_teacher),
+        flat(student), (mask_index,), (mask_rows, *numbers), flat(teacher)
     )
     scalar = options.reduction != "none"
-    return token_rules.reduced(loss_fn, geometry, operands, valid, weights, scalar)[0]
+    return token_rules.reduced(loss_fn, sweep, operands, valid, weights, scalar)[0]

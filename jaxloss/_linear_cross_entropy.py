@@ -13,7 +13,7 @@ from jaxloss._checks import arguments as _arguments
 from jaxloss._checks import explicit_mesh, messages
 from jaxloss._linear import plan as _plan
 from jaxloss._linear.cross_entropy import by_token_chunks, by_vocab_blocks
-from jaxloss._linear.product import Geometry
+from jaxloss._linear.product import Product, Sweep
 from jaxloss._types import AxisName, Implementation, Reduction, TokenStats, TopKLabels
 from jaxloss._xla import device
 from jaxloss._xla import mesh as _mesh
@@ -376,18 +376,11 @@ def _losses(
         scalars,
         whole=whole,
     )
-    geometry = Geometry(
-        vocab_axis,
-        local,
-        chosen.chunk,
-        precision,
-        vocab_axes=options.vocab_axes,
-        token_axes=options.token_axes,
-        gathered=gathered,
-    )
+    product = Product(hidden, kernel, bias, vocab_axis, local, precision, gathered)
     compute = by_token_chunks if chosen.by_tokens else by_vocab_blocks
-    given = hidden, kernel, bias, arrays, scalars
-    static = {"geometry": geometry, "options": options, "fused": chosen.fused}
+    given = product, arrays, scalars
+    sweep = Sweep(chosen.chunk, options.vocab_axes, options.token_axes)
+    static = {"sweep": sweep, "options": options, "fused": chosen.fused}
     if layout is None:
         return compute(*given, **static)
     return explicit_mesh.over_mesh(*given, schedule=compute, layout=layout, **static)

@@ -13,7 +13,8 @@ from jax.typing import ArrayLike
 
 from jaxloss._checks import arguments as _arguments
 from jaxloss._checks import explicit_mesh, messages
-from jaxloss._linear import budget, product, token_chunks, token_rules
+from jaxloss._linear import budget, token_chunks, token_rules
+from jaxloss._linear.product import Product, Sweep
 from jaxloss._tokens.reduction import TokenWeights, normalised_weights
 from jaxloss._types import LossOptions, Reduction
 from jaxloss._xla import mesh
@@ -140,21 +141,18 @@ def linear_loss(
     empty_mean = _arguments.check_empty_mean(call, empty_mean)
     options = LossOptions((len(lead),), columns, None, reduction, empty_mean, False, (), ())
     weights = normalised_weights(TokenWeights(valid, sample_weight), options, wide)
-    geometry = product.Geometry(vocab_axis, columns, chunk, _arguments.precision(call, precision))
-    operands = token_chunks.Operands(
-        hidden.reshape(tokens, hidden.shape[-1]),
-        kernel,
-        bias,
-        tuple(arrays),
-        closed_over,
-    )
+    precision = _arguments.precision(call, precision)
+    rows = hidden.reshape(tokens, hidden.shape[-1])
+    product = Product(rows, kernel, bias, vocab_axis, columns, precision)
+    operands = token_chunks.Operands(product, tuple(arrays), closed_over)
+    sweep = Sweep(chunk)
     scalar = reduction != "none"
 
     # One program, which goes with this call. Of loops that run one by one outside of jit JAX keeps
     # thousands, and their compiled programs.
     @jax.jit
     def reduced(operands, valid, weights):
-        return token_rules.reduced(chunk_losses, geometry, operands, valid, weights, scalar)[0]
+        return token_rules.reduced(chunk_losses, sweep, operands, valid, weights, scalar)[0]
 
     return reduced(operands, valid, weights)
 

@@ -6,6 +6,7 @@ cotangent is split otherwise than its primal. So the arguments of a call are fir
 
 import math
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -203,29 +204,28 @@ def _placed(xs: Any, mesh: Any, specs: Any) -> Any:
 # Under jit, so that what is called eagerly is compiled once.
 @jit
 def over_mesh(
-    hidden: Array,
-    kernel: Array,
-    bias: Array | None,
+    product: Any,
     arrays: TokenArrays,
     scalars: Scalars,
     *,
     schedule: Callable,
     layout: Layout,
-    geometry: Any,
+    sweep: Any,
     options: LossOptions,
     fused: bool,
 ) -> Any:
     """``schedule`` of these inside ``shard_map``, arrays split as the layout says."""
     labels, class_mask = arrays.labels, arrays.class_mask
     tokens, vocab = layout.tokens, layout.vocab_axes or None
+    columns = product.kernel.shape[layout.vocab_axis]
 
     def padded(x):  # the kernel's columns divide among the devices, the classes need not
-        width = kernel.shape[layout.vocab_axis] - x.shape[-1]
+        width = columns - x.shape[-1]
         if width:
             x = _resharded(x, layout.mesh, (*_spec(x)[:-1], None))
         return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, width)])
 
-    probabilities = not isinstance(labels, TopKLabels) and labels.ndim == hidden.ndim
+    probabilities = not isinstance(labels, TopKLabels) and labels.ndim == product.hidden.ndim
     if probabilities:
         labels = padded(labels)
     if class_mask is not None and class_mask.shape[-1] > 1:
@@ -238,17 +238,15 @@ def over_mesh(
     rows = P(*tokens)
     of_labels = P(*tokens, vocab) if probabilities else rows
     specs = (
-        P(*tokens, None),
-        P(*layout.kernel),
-        P(vocab),
+        replace(product, hidden=P(*tokens, None), kernel=P(*layout.kernel), bias=P(vocab)),
         TokenArrays(of_labels, P(), rows, of_mask, rows),
         P(),
     )
-    given = hidden, kernel, bias, arrays, scalars
+    given = product, arrays, scalars
     given = tuple(_placed(x, layout.mesh, spec) for x, spec in zip(given, specs, strict=True))
     out = rows if options.reduction == "none" else P()
     out = (out, rows) if options.with_stats else out
-    schedule = partial(schedule, geometry=geometry, options=options, fused=fused)
+    schedule = partial(schedule, sweep=sweep, options=options, fused=fused)
     if not _mesh.manual_axes():
         return jax.shard_map(schedule, mesh=layout.mesh, in_specs=specs, out_specs=out)(*given)
     # The axes that the surrounding shard_map leaves out.

@@ -1,6 +1,7 @@
 """linear_cross_entropy by its two schedules: from checked arguments to the loss."""
 
 import math
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -22,9 +23,9 @@ from jaxloss._xla.dtypes import accumulator_dtype
 
 
 @jit
-def by_token_chunks(hidden, kernel, bias, arrays, scalars, *, geometry, options, fused):
-    classes_of = partial(classes_here, options.num_classes, vocab_axes=geometry.vocab_axes)
-    classes = classes_of(geometry.num_classes)
+def by_token_chunks(product, arrays, scalars, *, sweep, options, fused):
+    classes_of = partial(classes_here, options.num_classes, vocab_axes=sweep.vocab_axes)
+    hidden, classes = product.hidden, classes_of(product.num_classes)
     lead, dtype = hidden.shape[:-1], accumulator_dtype(hidden.dtype)
     # A chunk has none of the tokens that are left no class: its mask may be as it is.
     token_mask = _targets.tokens_with_classes(arrays.class_mask, arrays.token_mask, lead, classes)
@@ -64,27 +65,26 @@ def by_token_chunks(hidden, kernel, bias, arrays, scalars, *, geometry, options,
         labels, _ = (_packing.taken(x, packing.order) for x in operands.per_token)
 
         def rows_of(targets, outputs):
-            hidden = _packing.taken(operands.hidden, packing.order)
-            of_rows = operands._replace(hidden=hidden), targets.label, packing.size
-            return product_kernel.row_losses(geometry, *of_rows, outputs)
+            some = operands.student
+            some = replace(some, hidden=_packing.taken(some.hidden, packing.order))
+            of_rows = targets.label, packing.size, outputs, sweep.vocab_axes
+            return product_kernel.row_losses(some, *of_rows)
 
         weight, _, *numbers = operands.shared
         losses, _ = token_losses(
-            rows_of, *of_chunk([labels], weight, None, numbers, geometry.num_classes)
+            rows_of, *of_chunk([labels], weight, None, numbers, product.num_classes)
         )
         blank = mesh.varying(jnp.zeros(tokens, dtype), mesh.varies_over(losses))
         return (_packing.put_back(packing.order, blank, losses),), ()
 
     tokens, (labels, tree) = math.prod(lead), flat_labels(arrays.labels, lead)
     operands = token_chunks.Operands(
-        hidden.reshape(tokens, hidden.shape[-1]),
-        kernel,
-        bias,
+        replace(product, hidden=hidden.reshape(tokens, hidden.shape[-1])),
         (*labels, mask_index),
         (arrays.weight, mask_rows, *numbers),
     )
     weights = normalised_weights(targets.weights, options, dtype)
-    given = geometry, operands, targets.valid, weights, scalar
+    given = sweep, operands, targets.valid, weights, scalar
     loss, stats = token_rules.reduced(loss_fn, *given, value if fused else None)
     if not with_stats:
         return loss
@@ -94,9 +94,9 @@ def by_token_chunks(hidden, kernel, bias, arrays, scalars, *, geometry, options,
 
 
 @jit
-def by_vocab_blocks(hidden, kernel, bias, arrays, scalars, *, geometry, options, fused):
-    axes = geometry.vocab_axes
-    classes = classes_here(options.num_classes, geometry.num_classes, axes, geometry.chunk)
+def by_vocab_blocks(product, arrays, scalars, *, sweep, options, fused):
+    hidden, axes = product.hidden, sweep.vocab_axes
+    classes = classes_here(options.num_classes, product.num_classes, axes, sweep.chunk)
     lead, dtype = hidden.shape[:-1], accumulator_dtype(hidden.dtype)
     tokens = math.prod(lead)
     token_mask = _targets.tokens_with_classes(arrays.class_mask, arrays.token_mask, lead, classes)
@@ -116,7 +116,7 @@ def by_vocab_blocks(hidden, kernel, bias, arrays, scalars, *, geometry, options,
 
     def rows_of(targets, outputs):
         # Gradients of what no token owns are summed over the devices after the loop, not in it.
-        varies = mesh.varies_over((rows, kernel, bias, labels))
+        varies = mesh.varies_over((product, labels))
         weight = weight_here(targets.weight, classes)
         weight, label = mesh.varying((weight, targets.label), varies)
         valid = targets.valid if fused and not all_count else None
@@ -128,12 +128,10 @@ def by_vocab_blocks(hidden, kernel, bias, arrays, scalars, *, geometry, options,
                 probabilities = probabilities.astype(dtype) * (1 - smoothing)
             smoothing = 0.0
         return vocab_blocks.row_losses_by_block(
-            vocab_blocks.Options(geometry, smoothing, scaling, outputs, dtype, fused),
+            vocab_blocks.Options(sweep, smoothing, scaling, outputs, dtype, fused),
             vocab_blocks.Operands(
                 # 0 * NaN is NaN: a token that does not count must not reach d_kernel.
-                jnp.where(targets.valid[:, None], rows, 0),
-                kernel,
-                bias,
+                replace(product, hidden=jnp.where(targets.valid[:, None], rows, 0)),
                 probabilities,
                 weight,
                 mesh.varying(indexing.of_rank(targets.uniform, 2), {*varies, *axes}),

@@ -140,7 +140,7 @@ def put_back(at: Array, x: Array, rows: Array) -> Array:
     return x.at[at].set(_as_held(rows, x), mode="drop")
 
 
-def sweep(packing: Packing, chunk: int, part, update, blank, finish, dynamic: bool):
+def over_chunks(packing: Packing, chunk: int, part, update, blank, finish, dynamic: bool):
     """``update(state, at, part(at))`` for each chunk's tokens ``at``, from ``blank()`` on; the last
     state finished.
 

@@ -10,23 +10,17 @@ Letters: N tokens, n of them in a chunk, D features, V columns of the kernel, C 
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxloss._linear.budget import FROZEN_KERNEL_MIB, value_chunk
-from jaxloss._linear.packing import Packing, filled, moves_bits, put_back, sweep, taken
-from jaxloss._linear.product import (
-    Geometry,
-    gathered,
-    of_teacher,
-    product,
-    product_gradients,
-    scattered,
-)
+from jaxloss._linear.packing import Packing, filled, moves_bits, over_chunks, put_back, taken
+from jaxloss._linear.product import Product, Sweep, complete_over, padded
 from jaxloss._xla import mesh
 from jaxloss._xla.dtypes import accumulator_dtype, held_dtype
 
@@ -39,19 +33,21 @@ LossFn = Callable[[Array, tuple, tuple], tuple[tuple, tuple]]
 class Operands(NamedTuple):
     """The operands, None where there is none; or something for each of them."""
 
-    hidden: Any  # [N, D]
-    kernel: Any  # [D, V], or [V, D] for vocab_axis 0
-    bias: Any  # [V]
+    student: Product  # of N tokens
     per_token: tuple  # [N, ...] each
     shared: tuple  # what no token owns
-    teacher: tuple = ()  # (hidden, kernel, bias) of the second product
+    teacher: Product | None = None
 
 
 def _of_tokens(operands: Operands) -> Operands:
     """Which have a row a token; to the gradient of any other each chunk adds a part."""
+
+    def of(product):
+        return product and replace(product, hidden=True, kernel=False, bias=False)
+
     tokens, shared = len(operands.per_token), len(operands.shared)
-    teacher = (True, False, False)[: len(operands.teacher)]
-    return Operands(True, False, False, (True,) * tokens, (False,) * shared, teacher)
+    student, teacher = of(operands.student), of(operands.teacher)
+    return Operands(student, (True,) * tokens, (False,) * shared, teacher)
 
 
 def map_operands(function: Callable, first: Operands, *rest: Operands) -> Operands:
@@ -63,41 +59,42 @@ def map_operands(function: Callable, first: Operands, *rest: Operands) -> Operan
     return jax.tree.map(one, first, *rest, is_leaf=lambda x: x is None)
 
 
-def _teacher_logits(operands: Operands, at: Array, geometry: Geometry, packing: Packing) -> tuple:
+def _at(product: Product, at: Array, packing: Packing) -> Product:
+    """The product of the tokens ``at`` alone."""
+    return replace(product, hidden=filled(product.hidden, at, packing))
+
+
+def _teacher_logits(operands: Operands, at: Array, packing: Packing) -> tuple:
     """Those of the tokens, where there is a teacher."""
-    if not operands.teacher:
+    if operands.teacher is None:
         return ()
-    hidden, kernel, bias = operands.teacher
-    return (product(filled(hidden, at, packing), kernel, bias, of_teacher(geometry)),)
+    return (_at(operands.teacher, at, packing).logits(),)
 
 
-def _columns(kernel: Array, operands: Operands, geometry: Geometry) -> int:
+def _columns(operands: Operands) -> int:
     """Logits a token has here, the teacher's too."""
-    columns = kernel.shape[geometry.vocab_axis]
-    if operands.teacher:
-        columns += operands.teacher[1].shape[geometry.teacher_axis]
-    return columns
+    return sum(p.columns for p in (operands.student, operands.teacher) if p is not None)
 
 
-def losses(loss_fn: LossFn, geometry: Geometry, dynamic: bool, operands: Operands, packing):
+def losses(loss_fn: LossFn, sweep: Sweep, dynamic: bool, operands: Operands, packing: Packing):
     """(losses, others), each [N], 0 where a token does not count. One product."""
-    operands = operands._replace(kernel=gathered(operands.kernel, geometry))
+    operands = operands._replace(student=operands.student.whole())
     operands = mesh.varying(operands, mesh.varies_over(packing.size))
-    hidden, kernel, bias, per_token, shared, _ = operands
 
     def part(at):
-        x = product(filled(hidden, at, packing), kernel, bias, geometry)
-        y = _teacher_logits(operands, at, geometry, packing)
-        return loss_fn(x, (*y, *(filled(a, at, packing) for a in per_token)), shared)
+        x = _at(operands.student, at, packing).logits()
+        y = _teacher_logits(operands, at, packing)
+        own = (filled(a, at, packing) for a in operands.per_token)
+        return loss_fn(x, (*y, *own), operands.shared)
 
     def update(state, at, values):
         return jax.tree.map(partial(put_back, at), state, values)
 
     part = jax.jit(part, inline=True)  # traced once, for all steps of the sweep
-    chunk = value_chunk(geometry.chunk, _columns(kernel, operands, geometry))
+    chunk = value_chunk(sweep.chunk, _columns(operands))
     like = jax.eval_shape(part, packing.order[:chunk])
-    blank = partial(_blank_rows, hidden.shape[0], like)
-    return sweep(packing, chunk, part, update, blank, lambda state: state, dynamic)
+    blank = partial(_blank_rows, operands.student.hidden.shape[0], like)
+    return over_chunks(packing, chunk, part, update, blank, lambda state: state, dynamic)
 
 
 def _blank_rows(size: int, like):
@@ -106,7 +103,7 @@ def _blank_rows(size: int, like):
 
 def gradients(
     loss_fn: LossFn,
-    geometry: Geometry,
+    sweep: Sweep,
     active: Operands,
     dynamic: bool,
     operands: Operands,
@@ -118,23 +115,21 @@ def gradients(
     One product for the logits, one for d_hidden, one for d_kernel; as many for a teacher's. On a
     mesh, the gradients are this device's part.
     """
-    kernel = gathered(operands.kernel, geometry)
-    size = operands.hidden.shape[0]
+    student = operands.student
     # A gradient of what no token owns is summed over the devices after the loop, not in it.
-    over = mesh.varies_over(operands.hidden) | mesh.varies_over(packing.order)
-    given = mesh.varying(operands._replace(kernel=kernel), over)
+    over = mesh.varies_over(student.hidden) | mesh.varies_over(packing.order)
+    whole = student.whole()
+    given = mesh.varying(operands._replace(student=whole), over)
     cts = mesh.varying(cts, mesh.varies_over(packing.size))
     of_tokens = over | mesh.varies_over(operands.per_token)
-
-    def complete(kernel):  # no other device has a part of its gradient
-        return not of_tokens - mesh.varies_over(kernel) - {*geometry.vocab_axes}
-
-    alone = not geometry.gathered and complete(kernel), *map(complete, operands.teacher[1:2])
-    part = partial(_chunk_gradients, loss_fn, geometry, active, alone, given, packing, cts)
+    complete = tuple(
+        p is not None and complete_over(p, of_tokens, sweep) for p in (whole, operands.teacher)
+    )
+    part = partial(_chunk_gradients, loss_fn, active, complete, given, packing, cts)
     part = jax.jit(part, inline=True)  # traced once, for all steps of the sweep
-    chunk = geometry.chunk
-    if not active.kernel:
-        chunk = value_chunk(chunk, _columns(kernel, operands, geometry), FROZEN_KERNEL_MIB)
+    chunk = sweep.chunk
+    if not active.student.kernel:
+        chunk = value_chunk(chunk, _columns(given), FROZEN_KERNEL_MIB)
     *like, gradient = jax.eval_shape(part, packing.order[:chunk])
     rows = _of_tokens(operands)
 
@@ -151,7 +146,9 @@ def gradients(
         return mesh.blank(g, dtype=accumulator_dtype(x.dtype))  # a sum, never narrower
 
     def blank():
-        return *_blank_rows(size, like), map_operands(blank_of, gradient, operands, rows)
+        return *_blank_rows(student.hidden.shape[0], like), map_operands(
+            blank_of, gradient, operands, rows
+        )
 
     def narrowed(g, x):
         return g if g.dtype == jnp.uint16 else g.astype(narrow(g, x))
@@ -159,14 +156,15 @@ def gradients(
     def finish(state):
         *each, total = state
         final = map_operands(narrowed, total, operands)
-        if geometry.gathered:  # it is summed when it is scattered
-            final = final._replace(kernel=total.kernel)
+        if student.gathered:  # it is summed when it is scattered
+            own = replace(final.student, kernel=total.student.kernel)
+            final = final._replace(student=own)
         return *each, final
 
-    losses, others, total = sweep(
+    losses, others, total = over_chunks(
         packing, chunk, part, partial(_with_chunk, rows), blank, finish, dynamic
     )
-    total = total._replace(kernel=scattered(total.kernel, geometry))
+    total = total._replace(student=total.student.scattered())
     # Here, and not in a branch of the loop: what comes next reads the bits as floats in passing.
     total = map_operands(_floats, total, operands)
     return losses, others, total
@@ -178,27 +176,26 @@ def _floats(g: Array, x: Array) -> Array:
 
 def _chunk_gradients(
     loss_fn: LossFn,
-    geometry: Geometry,
     active: Operands,
-    alone: tuple[bool, ...],
+    complete: tuple[bool, bool],
     operands: Operands,
     packing: Packing,
     cts: tuple,
     at: Array,
 ):
-    """The same of the tokens ``at`` alone.
+    """What :func:`gradients` returns, of the tokens ``at`` alone.
 
-    ``alone``: no other device has a part of the gradient of the kernel, of a teacher's.
+    ``complete``: whether no other device has a part of the gradient of the kernel, of a teacher's.
     """
-    hidden, kernel, bias, per_token, shared, teacher = operands
-    whole = at.dtype == bool
-    alone = tuple(whole and one for one in alone)
-    h, real = filled(hidden, at, packing), at if whole else at < hidden.shape[0]
-    x = product(h, kernel, bias, geometry)
+    at_once = at.dtype == bool
+    student, teacher = _at(operands.student, at, packing), operands.teacher
+    shared, real = operands.shared, at if at_once else at < operands.student.hidden.shape[0]
+    x = student.logits()
     # A teacher's logits go the way of what the tokens own, and then on to its operands.
-    y = _teacher_logits(operands, at, geometry, packing)
-    tokens = (*y, *(filled(a, at, packing) for a in per_token))
-    active_tokens = (*(any(active.teacher) for _ in y), *active.per_token)
+    y = _teacher_logits(operands, at, packing)
+    tokens = (*y, *(filled(a, at, packing) for a in operands.per_token))
+    of_teacher = jax.tree.leaves(active.teacher)
+    active_tokens = (*(any(of_teacher) for _ in y), *active.per_token)
 
     def of_active(x, some_tokens, some_shared):
         return loss_fn(x, _completed(some_tokens, tokens), _completed(some_shared, shared))
@@ -212,18 +209,22 @@ def _chunk_gradients(
         for c, loss in zip(cts, losses, strict=True)
     )
     dx, d_tokens, d_shared = pullback(ct)
-    # A step that only other devices have tokens for: there was no token to fill it with.
+    # Devices on a mesh take equally many steps. In a step in which this one has no valid token, its
+    # shared gradients are of padding: they are set to 0.
     here = jnp.any(real)
     d_shared = tuple(None if d is None else jnp.where(here, d, 0) for d in d_shared)
     dy, d_tokens = d_tokens[: len(y)], d_tokens[len(y) :]
-    d_teacher = (None,) * len(teacher)
-    if any(active.teacher):
-        h_teacher, k_teacher = filled(teacher[0], at, packing), teacher[1]
-        d_teacher = product_gradients(
-            dy[0], real, h_teacher, k_teacher, active.teacher, of_teacher(geometry), alone[1]
-        )
-    of_product = product_gradients(dx, real, h, kernel, active[:3], geometry, alone[0])
-    return losses, others, Operands(*of_product, d_tokens, d_shared, d_teacher)
+
+    def of_product(product, dx, active, complete):
+        # No token, no gradient: a loss that is not finite at hidden = 0 must not leak.
+        dx = padded(jnp.where(real[:, None], dx, 0), product)
+        return product.gradients(dx, active, complete=at_once and complete, held=True)
+
+    d_teacher = None if teacher is None else replace(teacher, hidden=None, kernel=None, bias=None)
+    if teacher is not None and any(of_teacher):
+        d_teacher = of_product(_at(teacher, at, packing), dy[0], active.teacher, complete[1])
+    d_student = of_product(student, dx, active.student, complete[0])
+    return losses, others, Operands(d_student, d_tokens, d_shared, d_teacher)
 
 
 def _those(flags: tuple, every: tuple) -> tuple:

@@ -17,7 +17,7 @@ from jax import Array, lax
 
 from jaxloss._linear import token_chunks as _token_chunks
 from jaxloss._linear.packing import Packing, pack
-from jaxloss._linear.product import Geometry
+from jaxloss._linear.product import Sweep
 from jaxloss._linear.token_chunks import LossFn, Operands, map_operands
 from jaxloss._types import Axes
 from jaxloss._xla import mesh
@@ -41,27 +41,27 @@ def _settled(grads: Operands, operands: Operands, keep=frozenset()) -> Operands:
 
 
 def losses_by_token(
-    loss_fn: LossFn, geometry: Geometry, operands: Operands, packing: Packing, value: Any = None
+    loss_fn: LossFn, sweep: Sweep, operands: Operands, packing: Packing, value: Any = None
 ) -> tuple[tuple, tuple]:
     """``(losses, others)``, tuples of [N]. The backward pass computes the logits again.
 
     ``value(operands, packing)`` computes them where nothing is differentiated; None: chunk by chunk
     too.
     """
-    function = _by_loops(partial(_token_chunks.losses, loss_fn, geometry), value)
+    function = _by_loops(partial(_token_chunks.losses, loss_fn, sweep), value)
 
     def forward(_, operands, packing):
         return function(operands, packing), (operands, packing)
 
     def backward(active, saved, ct):
         operands, packing = saved
-        gradients = _by_loops(partial(_token_chunks.gradients, loss_fn, geometry, active[0]))
+        gradients = _by_loops(partial(_token_chunks.gradients, loss_fn, sweep, active[0]))
         *_, grads = gradients(operands, packing, ct[0])
         settled = _settled(grads, operands)
         return map_operands(lambda g, x: g.astype(x.dtype), settled, operands), None
 
     def tangent(saved, tangents):
-        static = partial(_token_chunks.losses, loss_fn, geometry, False)
+        static = partial(_token_chunks.losses, loss_fn, sweep, False)
         return jvp_of_moving(static, saved, tangents)[1]
 
     rule = differentiable(function, forward, backward, tangent, asks=True, whole=False)
@@ -73,7 +73,8 @@ def _scale_of(weight: Array, operands: Operands, axes: Axes) -> Array | None:
 
     One number for all the devices along ``axes``, whose gradients are summed before it is undone.
     """
-    if not any(x.dtype == jnp.float16 for x in (operands.hidden, *operands.teacher[:1])):
+    hidden = [p.hidden for p in (operands.student, operands.teacher) if p is not None]
+    if not any(x.dtype == jnp.float16 for x in hidden):
         return None
     # To at most 64: probabilities of 1e-9 are not lost, nor slopes of a thousand.
     largest = mesh.largest(jnp.max(jnp.abs(weight), initial=0), axes)
@@ -82,7 +83,7 @@ def _scale_of(weight: Array, operands: Operands, axes: Axes) -> Array | None:
 
 def weighted_sum(
     loss_fn: LossFn,
-    geometry: Geometry,
+    sweep: Sweep,
     weight: Array,
     operands: Operands,
     packing: Packing,
@@ -92,17 +93,17 @@ def weighted_sum(
 
     ``loss_fn`` has one loss; ``weight[N]`` is 0 where a token does not count; ``value`` as above.
     """
-    compute = _by_loops(partial(_token_chunks.losses, loss_fn, geometry), value)
+    compute = _by_loops(partial(_token_chunks.losses, loss_fn, sweep), value)
     wide = weight.dtype
     differentiated = weight, operands
     # The rule outlives this trace: of the arrays it knows types alone.
     homes = jax.tree.map(lambda x: (mesh.varies_over(x), x.dtype), differentiated)
-    summed = {*geometry.vocab_axes, *geometry.token_axes}
+    summed = {*sweep.vocab_axes, *sweep.token_axes}
     varies = mesh.varies_over((differentiated, packing)) - summed
 
     def total(weight, losses):
         here = jnp.sum(jnp.where(weight == 0, 0, weight * losses))
-        here = lax.psum(here, geometry.token_axes) if geometry.token_axes else here
+        here = lax.psum(here, sweep.token_axes) if sweep.token_axes else here
         return mesh.varying(here, varies)
 
     def function(weight, operands, packing):
@@ -111,8 +112,8 @@ def weighted_sum(
 
     def forward(active, weight, operands, packing):
         of_weight, of_operands, _ = active
-        gradients = _by_loops(partial(_token_chunks.gradients, loss_fn, geometry, of_operands))
-        scale = _scale_of(weight, operands, geometry.token_axes)
+        gradients = _by_loops(partial(_token_chunks.gradients, loss_fn, sweep, of_operands))
+        scale = _scale_of(weight, operands, sweep.token_axes)
         cts = weight if scale is None else weight / scale
         (losses,), others, grads = gradients(operands, packing, (cts,))
         if scale is not None:
@@ -145,7 +146,7 @@ def weighted_sum(
 
 def reduced(
     loss_fn: LossFn,
-    geometry: Geometry,
+    sweep: Sweep,
     operands: Operands,
     counts: Array,
     weights: tuple[Array, Array],
@@ -158,11 +159,11 @@ def reduced(
     """
     each, offset = weights
     # Devices that communicate within a loop must take as many steps.
-    packing = pack(counts.reshape(-1), geometry.chunk, in_step=bool(geometry.vocab_axes))
+    packing = pack(counts.reshape(-1), sweep.chunk, in_step=bool(sweep.vocab_axes))
     if scalar:
-        given = geometry, each.reshape(-1), operands, packing
+        given = sweep, each.reshape(-1), operands, packing
         total, others = weighted_sum(loss_fn, *given, value)
         # Added, not selected: a select's gradient scales d_kernel by 1, in a pass of its own.
         return total + offset.astype(total.dtype), others
-    (losses, *rest), others = losses_by_token(loss_fn, geometry, operands, packing, value)
+    (losses, *rest), others = losses_by_token(loss_fn, sweep, operands, packing, value)
     return jnp.where(counts, each * losses.reshape(counts.shape), 0), (*rest, *others)

@@ -14,11 +14,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.experimental.layout import Layout, with_layout_constraint
 
 from jaxloss._kernels import dispatch
 from jaxloss._linear import packing, product_kernel
-from jaxloss._linear import product as _product
+from jaxloss._linear.product import Product, Sweep, in_rows
 from jaxloss._numerics import parts, ranking
 from jaxloss._numerics import rows as _rows
 from jaxloss._numerics.logits import Logits, Scaling
@@ -32,37 +31,35 @@ from jaxloss._xla.derivatives import (
     with_derivative_of,
 )
 
-_ROWS = Layout(major_to_minor=(0, 1))
-
 
 class Operands(NamedTuple):
     """What is differentiated, None where there is none; or something for each of them."""
 
-    hidden: Any  # [N, D]
-    kernel: Any  # [D, V], or [V, D] for vocab_axis 0
-    bias: Any  # [V]
-    probabilities: Any  # [N, C]
-    weight: Any  # [C]
-    uniform: Any  # [1, 1] or [N, 1], of every class
-    extra: Any  # [N, k]
+    product: Product  # of N tokens
+    probabilities: Any = None  # [N, C]
+    weight: Any = None  # [C]
+    uniform: Any = None  # [1, 1] or [N, 1], of every class
+    extra: Any = None  # [N, k]
 
 
 class Constants(NamedTuple):
     """What is not."""
 
     label: Any  # [N], C: no such class; None: probabilities
-    mask: Any  # [R, C], the classes that exist, one row for all tokens or
-    mask_row: Any  # [N], each token's row of the mask
-    index: Any  # [N, k], of extra
-    valid: Any  # [N], the tokens that count, which the kernel alone skips; None: it computes all
+    mask: Any = None  # [R, C], the classes that exist, one row for all tokens or
+    mask_row: Any = None  # [N], each token's row of the mask
+    index: Any = None  # [N, k], of extra
+    valid: Any = (
+        None  # [N], the tokens that count, which the kernel alone skips; None: it computes all
+    )
     some: Any = None  # [R], the mask's rows that have a class; in the others all classes are taken
     asked: Any = None  # [N], the tokens whose probabilities are read: of the others 0; None: all
 
 
 class Options(NamedTuple):
-    """What is static. ``geometry.chunk`` is B."""
+    """What is static."""
 
-    geometry: _product.Geometry
+    sweep: Sweep  # of B columns a step
     label_smoothing: float
     scaling: Scaling | None
     outputs: tuple[str, ...]  # of RowLosses
@@ -101,7 +98,6 @@ def _cut(x: Any, start, size: int, axis: int = -1) -> Any:
 def _block(
     options: Options, operands: Operands, constants: Constants, start, size: int
 ) -> parts.Rows:
-    geometry = options.geometry
     kept = constants.label
     if kept is not None:
         kept = indexing.within(kept, start, size)
@@ -110,12 +106,7 @@ def _block(
         mask |= ~constants.some[:, None]
     if mask is not None and constants.mask_row is not None:
         mask = mask[constants.mask_row]
-    x = _product.product(
-        operands.hidden,
-        _cut(operands.kernel, start, size, geometry.vocab_axis),
-        _cut(operands.bias, start, size),
-        geometry._replace(num_classes=size),
-    )
+    x = operands.product.block(start, size).logits()
     some = (_cut(operands.probabilities, start, size), _cut(operands.weight, start, size))
     sparse = None
     if operands.extra is not None:
@@ -159,31 +150,27 @@ def _swept(options: Options, operands: Operands, constants: Constants):
             of_label += new_of_label
         return parts.merge(part, new_part), best, of_label
 
-    geometry = options.geometry
-    part, best, of_label = _over_blocks(geometry.num_classes, geometry.chunk, step, combine)
+    size, chunk = operands.product.num_classes, options.sweep.chunk
+    part, best, of_label = _over_blocks(size, chunk, step, combine)
     return replace(part, kept=constants.label) if labelled else part, best, of_label
 
 
 def _fused(options: Options, operands: Operands, constants: Constants) -> parts.RowPart:
     """The RowPart alone, of labels, by the kernel."""
 
-    def swept(hidden, kernel, bias, kept, _):
-        some = Operands(hidden, kernel, bias, None, None, None, None)
-        part, *_ = _swept(options, some, Constants(kept, None, None, None, None))
+    def swept(product, label, _):
+        part, *_ = _swept(options, Operands(product), Constants(label))
         return part.m, part.s, part.x_kept
 
-    kept = constants.label
-    by_kernel = partial(product_kernel.row_part, options.geometry)
-    part = with_derivative_of(swept, by_kernel)
-    m, s, x_kept = part(*operands[:3], kept, constants.valid)
-    return parts.RowPart(m, s, x_kept, kept)
+    part = with_derivative_of(swept, product_kernel.row_part)
+    m, s, x_kept = part(operands.product, constants.label, constants.valid)
+    return parts.RowPart(m, s, x_kept, constants.label)
 
 
 def _forward(options: Options, operands: Operands, constants: Constants):
     """(RowLosses, RowState). One product, and one for the rank."""
-    geometry = options.geometry
-    operands = operands._replace(kernel=_product.gathered(operands.kernel, geometry))
-    classes, axes = geometry.num_classes, geometry.vocab_axes
+    operands = operands._replace(product=operands.product.whole())
+    classes, axes = operands.product.num_classes, options.sweep.vocab_axes
     best = of_label = None
     if options.fused:
         part = _fused(options, operands, constants)
@@ -208,18 +195,17 @@ def _uncapped(b: parts.Rows) -> Array:
 def _rank(options: Options, operands: Operands, constants: Constants, of_label: Array) -> Array:
     """The labels' ranks, from a sweep of its own: which logits are larger is known only once all
     blocks have been searched for the label. Where nobody reads it, XLA leaves the sweep out."""
-    geometry = options.geometry
-    axes = geometry.vocab_axes
-    first = mesh.first(geometry.num_classes, axes)
+    axes, classes = options.sweep.vocab_axes, operands.product.num_classes
+    first = mesh.first(classes, axes)
     label, of_label, found = ranking.label_over_mesh(
-        constants.label, of_label, geometry.num_classes, first, axes
+        constants.label, of_label, classes, first, axes
     )
 
     def step(start, size):
         b = _block(options, operands, constants, start, size)
         return ranking.count_ahead(_uncapped(b), of_label, label - first - start)
 
-    before = _over_blocks(geometry.num_classes, geometry.chunk, step, jnp.add)
+    before = _over_blocks(classes, options.sweep.chunk, step, jnp.add)
     return jnp.where(found, lax.psum(before, axes) if axes else before, -1)
 
 
@@ -236,45 +222,49 @@ def _gradients(
     ct: _rows.RowLosses,
 ) -> Operands:
     """The gradients of ``sum(ct * losses)`` for the ``active`` operands. Three products."""
-    geometry = options.geometry
-    whole = operands._replace(kernel=_product.gathered(operands.kernel, geometry))
+    whole = operands._replace(product=operands.product.whole())
     sweep = partial(_swept_gradients, options, active)
     if constants.valid is None:
         total = sweep(whole, constants, state, ct)
     else:
-        total = _of_those_that_count(sweep, whole, constants, state, ct)
-    kernel = _product.scattered(total.kernel, geometry)
+        total = _of_valid(sweep, whole, constants, state, ct)
+    total = total._replace(product=total.product.scattered())
 
     def settled(g, x):
         return None if g is None else mesh.sum_except(g, mesh.varies_over(x)).astype(x.dtype)
 
-    return Operands(*map(settled, total._replace(kernel=kernel), operands))
+    return jax.tree.map(settled, total, operands, is_leaf=lambda x: x is None)
 
 
-def _of_those_that_count(sweep, operands: Operands, constants: Constants, state, ct) -> Operands:
-    """The sweep over a quarter, a half or all of the tokens, the fewest that hold those that count.
+def _of_valid(sweep, operands: Operands, constants: Constants, state, ct) -> Operands:
+    """The sweep over a quarter, a half or all of the tokens, the fewest that hold the valid ones.
 
     An array's size is static: each is a program of its own.
     """
-    counts, tokens = constants.valid, constants.valid.size
-    order, places = packing.counted_first(counts), packing.places(counts)
+    valid, tokens = constants.valid, constants.valid.size
+    order, places = packing.counted_first(valid), packing.places(valid)
     sizes = sorted({-(-tokens // 4), -(-tokens // 2), tokens})
 
-    def of(size):
+    def with_hidden(operands, hidden):
+        return operands._replace(product=replace(operands.product, hidden=hidden))
+
+    def of(size, operands, constants, state, ct):
         if size == tokens:
             return sweep(operands, constants, state, ct)
-        own = operands.hidden, constants.label, state, ct
+        own = operands.product.hidden, constants.label, state, ct
         first = partial(packing.in_order, order=order[:size])
-        hidden, kept, *rows = jax.tree.map(first, own)
-        total = sweep(operands._replace(hidden=hidden), constants._replace(label=kept), *rows)
-        return total._replace(hidden=packing.taken(total.hidden, places))
+        hidden, label, *rows = jax.tree.map(first, own)
+        some = with_hidden(operands, hidden), constants._replace(label=label), *rows
+        total = sweep(*some)
+        hidden = total.product.hidden
+        return with_hidden(total, packing.taken(hidden, places))
 
     # Nothing in a sweep communicates: each device of a mesh has a size of its own.
-    number = jnp.sum(counts, dtype=jnp.int32)
+    number = jnp.sum(valid, dtype=jnp.int32)
     given = operands, constants, state, ct
-    operands, constants, state, ct = mesh.varying(given, mesh.varies_over(number))
+    given = mesh.varying(given, mesh.varies_over(number))
     which = sum((number > size).astype(jnp.int32) for size in sizes[:-1])
-    return lax.switch(which, [partial(of, size) for size in sizes])
+    return lax.switch(which, [lambda size=size: of(size, *given) for size in sizes])
 
 
 def _swept_gradients(
@@ -286,7 +276,6 @@ def _swept_gradients(
     ct: _rows.RowLosses,
 ) -> Operands:
     """This device's part, float32 where it is a sum over blocks."""
-    geometry = options.geometry
 
     def step(start, size):
         given = operands, constants, _at_block(state, start, size), ct
@@ -300,10 +289,15 @@ def _swept_gradients(
                 return None
             return lax.dynamic_update_slice_in_dim(x, g.astype(x.dtype), start, axis)
 
+        own, of_block = total.product, new.product
+        product = replace(
+            own,
+            hidden=parts.added(own.hidden, of_block.hidden),
+            kernel=put(own.kernel, of_block.kernel, own.vocab_axis),
+            bias=put(own.bias, of_block.bias),
+        )
         return Operands(
-            parts.added(total.hidden, new.hidden),
-            put(total.kernel, new.kernel, geometry.vocab_axis),
-            put(total.bias, new.bias),
+            product,
             put(total.probabilities, new.probabilities),
             put(total.weight, new.weight),
             parts.added(total.uniform, new.uniform),
@@ -313,13 +307,15 @@ def _swept_gradients(
     def begin(first):
         _, new = first
         # Of these there is a sum over blocks; of the others each block has its own.
-        own = new._replace(hidden=None, uniform=None, extra=None)
-        blank = (
-            None if g is None else jnp.zeros_like(x) for g, x in zip(own, operands, strict=True)
-        )
-        return combine(Operands(*blank), first)
+        own = new._replace(product=replace(new.product, hidden=None), uniform=None, extra=None)
 
-    return _over_blocks(geometry.num_classes, geometry.chunk, step, combine, begin)
+        def blank(g, x):
+            return None if g is None else jnp.zeros_like(x)
+
+        return combine(jax.tree.map(blank, own, operands, is_leaf=lambda x: x is None), first)
+
+    size, chunk = operands.product.num_classes, options.sweep.chunk
+    return _over_blocks(size, chunk, step, combine, begin)
 
 
 def _block_gradients(
@@ -333,26 +329,18 @@ def _block_gradients(
     size: int,
 ) -> Operands:
     """Of the block's own columns of what has them; ``state`` is the block's."""
-    geometry, hidden = options.geometry, operands.hidden
     b = _block(options, operands, constants, start, size)
-    kernel = _cut(operands.kernel, start, size, geometry.vocab_axis)
-    if options.fused and dispatch.product_gradient() and not active.bias:
-        bias = _cut(operands.bias, start, size)
-        columns = geometry._replace(num_classes=size)
-        dx = product_kernel.slope(
-            columns, hidden, kernel, bias, _rows.gradient_coefficients(state, ct)
-        )
+    product = operands.product.block(start, size)
+    if options.fused and dispatch.product_gradient() and not active.product.bias:
+        dx = product_kernel.slope(product, _rows.gradient_coefficients(state, ct))
     else:
         dx = _rows.row_gradient(b, state, ct)
-    d_bias = jnp.sum(dx, axis=0) if active.bias else None
-    # Formed in float32, narrowed once: the products take the operands' dtype.
-    dx = dx.astype(hidden.dtype)
-    d_hidden = _product.d_hidden(dx, kernel, geometry) if active.hidden else None
-    d_kernel = _product.d_kernel(dx, hidden, geometry) if active.kernel else None
-    if d_kernel is not None and jax.default_backend() == "tpu":
-        # XLA:TPU may hold all of d_kernel transposed in the loop otherwise, and copy it after.
-        # There alone: a program with a layout in it is exported only where that is allowed.
-        d_kernel = with_layout_constraint(d_kernel.astype(kernel.dtype), _ROWS)
+    of_product = product.gradients(dx, active.product)
+    d_kernel = of_product.kernel
+    if d_kernel is not None:
+        d_kernel = in_rows(d_kernel, product.kernel.dtype)
+    all_classes = operands.product.num_classes
+    of_product = replace(of_product, kernel=d_kernel, num_classes=all_classes)
     d_probabilities = d_weight = d_uniform = d_extra = None
     if ct.soft is not None and active.extra:
         slope = _rows.sparse_gradient(b, state)
@@ -368,17 +356,16 @@ def _block_gradients(
             operands.uniform,
         )
         d_probabilities, d_weight, d_uniform = pullback(sum_to(slope, soft_b))
-    return Operands(d_hidden, d_kernel, d_bias, d_probabilities, d_weight, d_uniform, d_extra)
+    return Operands(of_product, d_probabilities, d_weight, d_uniform, d_extra)
 
 
 def _tangents(options: Options, residuals, tangents) -> _rows.RowLosses:
     operands, constants, state = residuals
-    geometry = options.geometry
 
     def step(start, size):
         def of_operands(*args):
             full = Operands(*args)
-            full = full._replace(kernel=_product.gathered(full.kernel, geometry))
+            full = full._replace(product=full.product.whole())
             b = _block(options, full, constants, start, size)
             return (b.logits.values, b.soft, b.sparse and b.sparse[1]), (b.logits.exist, b.sparse)
 
@@ -391,8 +378,9 @@ def _tangents(options: Options, residuals, tangents) -> _rows.RowLosses:
         return _rows.row_tangents(rows, here, options.outputs, dx, d_soft, d_extra)
 
     combine = partial(jax.tree.map, jnp.add)
-    total = _over_blocks(geometry.num_classes, geometry.chunk, step, combine)
-    return mesh.sums(total, geometry.vocab_axes) if geometry.vocab_axes else total
+    axes = options.sweep.vocab_axes
+    total = _over_blocks(operands.product.num_classes, options.sweep.chunk, step, combine)
+    return mesh.sums(total, axes) if axes else total
 
 
 def row_losses_by_block(
