@@ -17,7 +17,6 @@ from jax.sharding import PartitionSpec as P
 
 import jaxloss
 from jaxloss._kernels import linear_tpu
-from jaxloss._linear import product as _product
 from jaxloss._linear import product_kernel, vocab_blocks
 from jaxloss._numerics import parts
 from jaxloss._numerics.logits import Logits
@@ -384,9 +383,8 @@ def test_devices_with_numbers_of_their_own(tpu, monkeypatch):
     The interpreter does not run inside of shard_map: what the kernel computes is XLA's here.
     """
 
-    def computed(geometry, hidden, kernel, bias, kept, count):
-        logits = _product.product(hidden, kernel, bias, geometry)
-        part = parts.row_part(parts.Rows(Logits(logits), kept), ())
+    def computed(product, kept, count):
+        part = parts.row_part(parts.Rows(Logits(product.logits()), kept), ())
         past = jnp.arange(kept.size, dtype=jnp.int32) >= count
         some = (jnp.where(past, jnp.nan, x) for x in (part.m, part.s, part.x_kept))
         return parts.RowPart(*some, kept)

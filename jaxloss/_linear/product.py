@@ -83,12 +83,10 @@ class Product:
     def scattered(self) -> "Product":
         """The transpose of :meth:`whole`, of a product's gradients."""
         g = self.kernel
+        if g is None:
+            return self
         for axis, names in self.gathered[::-1]:
-            g = (
-                None
-                if g is None
-                else lax.psum_scatter(g, names, scatter_dimension=axis, tiled=True)
-            )
+            g = lax.psum_scatter(g, names, scatter_dimension=axis, tiled=True)
         return replace(self, kernel=g)
 
     def gradients(

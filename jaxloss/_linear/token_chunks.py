@@ -146,9 +146,8 @@ def gradients(
         return mesh.blank(g, dtype=accumulator_dtype(x.dtype))  # a sum, never narrower
 
     def blank():
-        return *_blank_rows(student.hidden.shape[0], like), map_operands(
-            blank_of, gradient, operands, rows
-        )
+        each = _blank_rows(student.hidden.shape[0], like)
+        return *each, map_operands(blank_of, gradient, operands, rows)
 
     def narrowed(g, x):
         return g if g.dtype == jnp.uint16 else g.astype(narrow(g, x))
@@ -177,7 +176,7 @@ def _floats(g: Array, x: Array) -> Array:
 def _chunk_gradients(
     loss_fn: LossFn,
     active: Operands,
-    complete: tuple[bool, bool],
+    complete: tuple[bool, ...],
     operands: Operands,
     packing: Packing,
     cts: tuple,

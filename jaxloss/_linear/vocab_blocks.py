@@ -49,9 +49,7 @@ class Constants(NamedTuple):
     mask: Any = None  # [R, C], the classes that exist, one row for all tokens or
     mask_row: Any = None  # [N], each token's row of the mask
     index: Any = None  # [N, k], of extra
-    valid: Any = (
-        None  # [N], the tokens that count, which the kernel alone skips; None: it computes all
-    )
+    valid: Any = None  # [N], valid tokens, which the kernel alone skips; None: it computes all
     some: Any = None  # [R], the mask's rows that have a class; in the others all classes are taken
     asked: Any = None  # [N], the tokens whose probabilities are read: of the others 0; None: all
 
