@@ -1,5 +1,6 @@
 """The hand-written kernels, interpreted on a CPU: against float64, and against XLA's schedule."""
 
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 
@@ -18,6 +19,7 @@ from jax.sharding import PartitionSpec as P
 import jaxloss
 from jaxloss._kernels import linear_tpu
 from jaxloss._linear import product_kernel, vocab_blocks
+from jaxloss._linear.product import Product
 from jaxloss._numerics import parts
 from jaxloss._numerics.logits import Logits
 from jaxloss._xla import device as _device
@@ -314,24 +316,23 @@ def test_a_bias_whose_exponential_overflows(tpu, number):
     ("number", "computed"), [(0, 3), (3, 3), (4, 5), (5, 5), (6, 10), (10, 10)]
 )
 def test_the_gradients_of_few_tokens_are_those_of_a_smaller_program(number, computed):
-    counts = jnp.asarray(np.random.default_rng(0).permutation(10) < number)
+    valid = jnp.asarray(np.random.default_rng(0).permutation(10) < number)
     hidden = jnp.arange(1.0, 11.0)[:, None]
 
     def sweep(operands, constants, factor, nothing):
         del nothing
-        size = operands.hidden.shape[0]
-        total = (operands.hidden + constants.kept[:, None]) * factor[:, None]
-        return operands._replace(hidden=total, kernel=jnp.full(2, size))
+        own = operands.product
+        total = (own.hidden + constants.label[:, None]) * factor[:, None]
+        size = jnp.full(2, own.hidden.shape[0])
+        return operands._replace(product=replace(own, hidden=total, kernel=size))
 
-    operands = vocab_blocks.Operands(hidden, jnp.zeros(2), *[None] * 5)
-    constants = vocab_blocks.Constants(jnp.arange(10.0), None, None, None, counts)
-    factor = jnp.where(counts, jnp.arange(10.0), 0)
-    total = jax.jit(partial(vocab_blocks._of_those_that_count, sweep))(
-        operands, constants, factor, None
-    )
-    np.testing.assert_array_equal(total.kernel, computed)
+    operands = vocab_blocks.Operands(Product(hidden, jnp.zeros(2), None, 1, 2))
+    constants = vocab_blocks.Constants(jnp.arange(10.0), valid=valid)
+    factor = jnp.where(valid, jnp.arange(10.0), 0)
+    total = jax.jit(partial(vocab_blocks._of_valid, sweep))(operands, constants, factor, None)
+    np.testing.assert_array_equal(total.product.kernel, computed)
     truth = (hidden[:, 0] + jnp.arange(10.0)) * factor
-    np.testing.assert_array_equal(total.hidden[:, 0], truth)
+    np.testing.assert_array_equal(total.product.hidden[:, 0], truth)
 
 
 @pytest.mark.parametrize(("options", "may_be_few"), [({}, True), (ALL_COUNT, False)], ids=str)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxloss._kernels import dispatch
-from jaxloss._numerics.logits import Logits, Scaling
+from jaxloss._numerics.logits import Logits, Scaling, in_nats
 from jaxloss._xla import device, mesh
 from jaxloss._xla.derivatives import with_derivative_of
 from jaxloss._xla.dtypes import accumulator_dtype, widened
@@ -139,14 +139,14 @@ def _merged(x: Array, kept: Array, scaling: Scaling | None = None) -> Any:
         (m, s), (n, t) = a, b
         m, n = lax.stop_gradient((m, n))
         # Equal first: -inf less -inf is NaN. In lax, which is traced in a third of jnp's time.
-        lower = read.nats(-lax.abs(m - n))
+        lower = in_nats(-lax.abs(m - n), scaling)
         scale = lax.select(lax.eq(m, n), lax.full_like(m, 1), exp_of_nonpositive(lower))
         return lax.max(m, n), lax.select(lax.ge(m, n), s + t * scale, t + s * scale)
 
-    x, read = widened(x), Logits(x, scaling=scaling)
+    x = widened(x)
     # 1, but NaN for +inf as exp(x_j - m) is there, with the derivative of exp(x_j - m): JAX loses
     # the rule below where it differentiates twice through jax.checkpoint within shard_map.
-    one = 1 + read.nats(x - lax.stop_gradient(x))
+    one = 1 + in_nats(x - lax.stop_gradient(x), scaling)
     others = jnp.where(is_kept(x, kept) | (x == -jnp.inf), 0, one)
     nothing = jnp.array(-jnp.inf, x.dtype), jnp.zeros((), x.dtype)
     nothing = tuple(mesh.varying(v, mesh.varies_over(x)) for v in nothing)
