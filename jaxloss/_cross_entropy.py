@@ -8,13 +8,11 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from jaxloss._checks import arguments as _arguments
-from jaxloss._checks import explicit_mesh, messages
-from jaxloss._kernels import dispatch
+from jaxloss._checks import arguments, explicit_mesh, messages
 from jaxloss._numerics import one_pass, rows
 from jaxloss._numerics.logits import Logits, scaling_of
-from jaxloss._tokens import targets as _targets
-from jaxloss._tokens.classes import classes_here
+from jaxloss._pallas import dispatch
+from jaxloss._tokens.classes import local_classes
 from jaxloss._tokens.losses import combined, rows_of_logits, token_losses
 from jaxloss._tokens.reduction import normalised_weights, reduce_losses
 from jaxloss._tokens.shapes import (
@@ -23,6 +21,7 @@ from jaxloss._tokens.shapes import (
     classes_last,
     mask_classes_last,
 )
+from jaxloss._tokens.targets import make_targets, without_empty_rows
 from jaxloss._types import AxisName, Reduction, TokenStats, TopKLabels
 from jaxloss._xla import indexing
 from jaxloss._xla.derivatives import differentiable
@@ -73,7 +72,7 @@ def log_softmax(
     call = "log_softmax"
     logits = messages.floating(call, "logits", logits)
     axes = messages.class_axes(call, logits, "logits", axis)
-    mask = _arguments.class_mask(call, "logits", where, logits)
+    mask = arguments.class_mask(call, "logits", where, logits)
     if logits.size == 0:
         return logits
     return _log_softmax(logits, mask, axes=axes)
@@ -136,7 +135,7 @@ def nll_loss(
     if isinstance(labels, TopKLabels):
         rule = "labels must be class indices or class probabilities"
         messages.fail(call, rule, "TopKLabels", "cross_entropy takes them.", TypeError)
-    arrays, options = _arguments.token_loss(
+    arrays, options = arguments.token_loss(
         call,
         name,
         log_probs,
@@ -156,19 +155,19 @@ def nll_loss(
 def _nll_loss(log_probs, arrays, *, options):
     log_probs, arrays = explicit_mesh.aligned_tokens(log_probs, options.axes, arrays)
     x, arrays = all_classes_last(log_probs, arrays, options.axes)
-    classes = classes_here(options.num_classes)
-    arrays = _targets.without_empty_rows(arrays, x.shape[:-1], classes)
+    classes = local_classes(options.num_classes)
+    arrays = without_empty_rows(arrays, x.shape[:-1], classes)
     class_mask = arrays.class_mask
     x = Logits(x, class_mask).wide()
     whole = arrays._replace(class_mask=None)  # nothing is asked of how many classes exist
-    targets = _targets.make_targets(whole, classes, x.dtype, options.ignore_index)
+    targets = make_targets(whole, classes, x.dtype, options.ignore_index)
     # What does not count is selected away before it is multiplied: 0 * NaN would return in the
     # gradients.
     nll, soft, valid = None, None, targets.valid
     if targets.label is not None:
         # 0 - x, since -0 is no loss.
         outside = targets.label >= options.num_classes
-        log_prob = _nan_where(outside, indexing.entry(x, targets.label))
+        log_prob = _nan_where(outside, indexing.gather_class(x, targets.label))
         nll = jnp.where(valid, 0 - log_prob, 0)
     else:
         asked = valid[..., None] if class_mask is None else valid[..., None] & class_mask
@@ -341,7 +340,7 @@ def cross_entropy(
     """
     call = "cross_entropy"
     logits = messages.floating(call, "logits", logits, order="logits, labels")
-    arrays, options = _arguments.token_loss(
+    arrays, options = arguments.token_loss(
         call,
         "logits",
         logits,
@@ -354,26 +353,26 @@ def cross_entropy(
         sample_weight=sample_weight,
         empty_mean=empty_mean,
         num_classes=num_classes,
-        vocab_axes=_arguments.mesh_axes(call, "vocab_axis_name", vocab_axis_name),
-        token_axes=_arguments.mesh_axes(call, "token_axis_name", token_axis_name),
+        vocab_axes=arguments.mesh_axes(call, "vocab_axis_name", vocab_axis_name),
+        token_axes=arguments.mesh_axes(call, "token_axis_name", token_axis_name),
         return_stats=return_stats,
     )
-    scalars = _arguments.scalars(
+    scalars = arguments.scalars(
         call,
         accumulator_dtype(logits.dtype),
         label_smoothing=label_smoothing,
         z_loss=z_loss,
         logit_softcap=logit_softcap,
     )
-    _arguments.check_split(
+    arguments.check_split(
         call,
         "logits",
         logits,
-        _arguments.of_tokens(arrays),
+        arguments.of_tokens(arrays),
         vocab_axes=options.vocab_axes,
         token_axes=options.token_axes,
     )
-    _arguments.check_bucket(call, arrays, scalars)
+    arguments.check_bucket(call, arrays, scalars)
     return _cross_entropy(logits, arrays, scalars, options=options)
 
 
@@ -443,7 +442,7 @@ def token_stats(
     """
     call = "token_stats"
     logits = messages.floating(call, "logits", logits, order="logits, labels")
-    arrays, options = _arguments.token_loss(
+    arrays, options = arguments.token_loss(
         call,
         "logits",
         logits,
@@ -453,16 +452,16 @@ def token_stats(
         where=where,
         reduction="none",
         num_classes=num_classes,
-        vocab_axes=_arguments.mesh_axes(call, "vocab_axis_name", vocab_axis_name),
+        vocab_axes=arguments.mesh_axes(call, "vocab_axis_name", vocab_axis_name),
         return_stats=True,
     )
     dtype = accumulator_dtype(logits.dtype)
-    scalars = _arguments.scalars(call, dtype, logit_softcap=logit_softcap, temperature=temperature)
-    _arguments.check_split(
+    scalars = arguments.scalars(call, dtype, logit_softcap=logit_softcap, temperature=temperature)
+    arguments.check_split(
         call,
         "logits",
         logits,
-        _arguments.of_tokens(arrays),
+        arguments.of_tokens(arrays),
         vocab_axes=options.vocab_axes,
         token_axes=options.token_axes,
     )
@@ -474,18 +473,16 @@ def _cross_entropy(logits, arrays, scalars, *, options):
     in_one_piece = options.axes == (logits.ndim - 1,)
     logits, arrays = explicit_mesh.aligned_tokens(logits, options.axes, arrays)
     x, arrays = all_classes_last(logits, arrays, options.axes)
-    classes = classes_here(options.num_classes, x.shape[-1], options.vocab_axes)
-    arrays = _targets.without_empty_rows(arrays, x.shape[:-1], classes)
+    classes = local_classes(options.num_classes, x.shape[-1], options.vocab_axes)
+    arrays = without_empty_rows(arrays, x.shape[:-1], classes)
     dtype = accumulator_dtype(x.dtype)
-    targets = _targets.make_targets(
-        arrays, classes, dtype, options.ignore_index, scalars.label_smoothing
-    )
+    targets = make_targets(arrays, classes, dtype, options.ignore_index, scalars.label_smoothing)
     plain = targets.plain and scalars.plain and not options.with_stats
     if plain and options.reduction != "none" and in_one_piece and dispatch.one_pass_takes(x):
         weights = normalised_weights(targets.weights, options, dtype)
         return one_pass.reduced(x, cast(Array, targets.label), *weights, options.token_axes)
     scaling = scaling_of(scalars.softcap, scalars.temperature)
-    read = Logits(x, scaling=scaling, kernel_bytes=2 if in_one_piece else 0)
+    read = Logits(x, scaling=scaling, pallas_bytes=2 if in_one_piece else 0)
     rows_of = rows_of_logits(read, scalars.temperature)
     losses, stats = token_losses(rows_of, targets, arrays, options, scalars, dtype)
     loss = reduce_losses(losses, targets.weights, options)

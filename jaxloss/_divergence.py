@@ -11,16 +11,14 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from jaxloss._checks import arguments as _arguments
-from jaxloss._checks import explicit_mesh, messages
+from jaxloss._checks import arguments, explicit_mesh, messages
 from jaxloss._linear import budget, token_chunks, token_rules
 from jaxloss._linear.product import Product, Sweep
 from jaxloss._numerics.divergence import accumulator_of, row_divergences
-from jaxloss._tokens import targets as _targets
-from jaxloss._tokens.classes import classes_here
+from jaxloss._tokens.classes import local_classes
 from jaxloss._tokens.reduction import TokenWeights, normalised_weights, reduce_losses
 from jaxloss._tokens.shapes import classes_last, mask_classes_last, rows_of_mask
-from jaxloss._tokens.targets import counted
+from jaxloss._tokens.targets import tokens_with_classes, valid_tokens, without_empty_rows
 from jaxloss._types import (
     DIVERGENCES,
     AxisName,
@@ -40,7 +38,7 @@ def _kind(call: str, divergence: Any, beta: Any, temperature: Any, dtype) -> tup
         way_out = "At its ends the divergences are 'forward' and 'reverse', times 0."
         messages.fail(call, "beta must be in (0, 1)", repr(beta), way_out)
     static = (("divergence", divergence), ("beta", float(beta)))
-    return static, Scalars(temperature=_arguments.temperature(call, temperature, dtype))
+    return static, Scalars(temperature=arguments.temperature(call, temperature, dtype))
 
 
 def kl_divergence(
@@ -125,13 +123,13 @@ def kl_divergence(
     messages.shape(call, "teacher_logits", teacher_logits, logits.shape, rule)
     wide = accumulator_of(logits, teacher_logits)
     kind, scalars = _kind(call, divergence, beta, temperature, wide)
-    _arguments.check_reduction(call, reduction)
+    arguments.check_reduction(call, reduction)
     batch = messages.batch_shape(logits, axes)
-    sample_weight = _arguments.check_sample_weight(call, sample_weight, batch)
-    class_mask, token_mask = _arguments.masks(call, name, where, logits, axes)
+    sample_weight = arguments.check_sample_weight(call, sample_weight, batch)
+    class_mask, token_mask = arguments.masks(call, name, where, logits, axes)
     arrays = TokenArrays(None, None, sample_weight, class_mask, token_mask)
     classes = messages.num_classes(logits, axes)
-    empty_mean = _arguments.check_empty_mean(call, empty_mean)
+    empty_mean = arguments.check_empty_mean(call, empty_mean)
     options = LossOptions(axes, classes, None, reduction, empty_mean, False, (), ())
     return _kl_divergence(logits, teacher_logits, arrays, scalars, options=options, kind=kind)
 
@@ -151,8 +149,8 @@ def _kl_divergence(logits, teacher_logits, arrays, scalars, *, options, kind):
     mask = mask_classes_last(class_mask, logits, axes)
     x, t = classes_last(logits, axes), classes_last(teacher_logits, axes)
     arrays = TokenArrays(None, None, sample_weight, mask, token_mask)
-    arrays = _targets.without_empty_rows(arrays, x.shape[:-1], classes_here(options.num_classes))
-    valid = counted(sample_weight, arrays.token_mask)
+    arrays = without_empty_rows(arrays, x.shape[:-1], local_classes(options.num_classes))
+    valid = valid_tokens(sample_weight, arrays.token_mask)
     temperature = scalars.temperature
     losses = row_divergences(x, t, arrays.class_mask, valid, temperature=temperature, **dict(kind))
     valid = jnp.ones_like(losses, bool) if valid is None else valid
@@ -245,12 +243,12 @@ def linear_kl_divergence(
     "Liger Kernel", 2024) for the teacher's own product.
     """
     call = "linear_kl_divergence"
-    token_axes = _arguments.mesh_axes(call, "token_axis_name", token_axis_name)
-    hidden, kernel, bias, vocab_axis = _arguments.product_operands(
+    token_axes = arguments.mesh_axes(call, "token_axis_name", token_axis_name)
+    hidden, kernel, bias, vocab_axis = arguments.product_operands(
         call, hidden, kernel, bias, vocab_axis
     )
     its_axis = vocab_axis if teacher_vocab_axis is None else teacher_vocab_axis
-    teacher_hidden, teacher_kernel, teacher_bias, its_axis = _arguments.product_operands(
+    teacher_hidden, teacher_kernel, teacher_bias, its_axis = arguments.product_operands(
         call, teacher_hidden, teacher_kernel, teacher_bias, its_axis, of="teacher_"
     )
     lead = hidden.shape[:-1]
@@ -268,11 +266,11 @@ def linear_kl_divergence(
     classes = messages.integer(call, "num_classes", num_classes, 0, few, default=columns)
     wide = accumulator_of(hidden, teacher_hidden)
     kind, scalars = _kind(call, divergence, beta, temperature, wide)
-    _arguments.check_reduction(call, reduction)
-    sample_weight = _arguments.check_sample_weight(call, sample_weight, lead)
+    arguments.check_reduction(call, reduction)
+    sample_weight = arguments.check_sample_weight(call, sample_weight, lead)
     logits = jax.ShapeDtypeStruct((*lead, classes), hidden.dtype)
     axes = (len(lead),)
-    class_mask, token_mask = _arguments.masks(call, "hidden @ kernel", where, logits, axes)
+    class_mask, token_mask = arguments.masks(call, "hidden @ kernel", where, logits, axes)
     explicit_mesh.refuse(
         call,
         hidden=hidden,
@@ -290,7 +288,7 @@ def linear_kl_divergence(
         "sample_weight": sample_weight,
         "where": token_mask,
     }
-    _arguments.check_split(call, "kernel", kernel, of_tokens, token_axes=token_axes)
+    arguments.check_split(call, "kernel", kernel, of_tokens, token_axes=token_axes)
     most = budget.size_to_plan_for(math.prod(lead))
     rows = budget.rows_held(
         hidden.dtype,
@@ -300,11 +298,11 @@ def linear_kl_divergence(
     )
     default = budget.default_chunk(most, max(columns, its_columns), rows=rows)
     sweep = Sweep(
-        _arguments.chunk_size(call, chunk_size, default, most),
+        arguments.chunk_size(call, chunk_size, default, most),
         token_axes=token_axes if reduction != "none" else (),
     )
-    of_product = classes, _arguments.precision(call, precision)
-    empty_mean = _arguments.check_empty_mean(call, empty_mean)
+    of_product = classes, arguments.precision(call, precision)
+    empty_mean = arguments.check_empty_mean(call, empty_mean)
     arrays = TokenArrays(None, None, sample_weight, class_mask, token_mask)
     options = LossOptions(axes, classes, None, reduction, empty_mean, False, (), sweep.token_axes)
     return _linear_kl_divergence(
@@ -322,8 +320,8 @@ def linear_kl_divergence(
 def _linear_kl_divergence(student, teacher, arrays, scalars, *, sweep, options, kind):
     lead = student.hidden.shape[:-1]
     _, _, sample_weight, class_mask, token_mask = arrays
-    classes = classes_here(options.num_classes)
-    token_mask = _targets.tokens_with_classes(class_mask, token_mask, lead, classes)
+    classes = local_classes(options.num_classes)
+    token_mask = tokens_with_classes(class_mask, token_mask, lead, classes)
     mask_rows, mask_index = rows_of_mask(class_mask, lead)
     numbers, of_scalars = jax.tree.flatten(scalars)
 
@@ -338,7 +336,7 @@ def _linear_kl_divergence(student, teacher, arrays, scalars, *, sweep, options, 
         losses = row_divergences(x, t, mask, temperature=temperature, **dict(kind))
         return (losses,), ()
 
-    valid = counted(sample_weight, token_mask)
+    valid = valid_tokens(sample_weight, token_mask)
     valid = jnp.ones(lead, bool) if valid is None else valid
     dtype = accumulator_of(student.hidden, teacher.hidden)
     weights = normalised_weights(TokenWeights(valid, sample_weight), options, dtype)

@@ -6,19 +6,18 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from jaxloss._checks import arguments as _arguments
-from jaxloss._checks import explicit_mesh, messages
-from jaxloss._numerics import rows as _rows
+from jaxloss._checks import arguments, explicit_mesh, messages
 from jaxloss._numerics.focal import modulated
 from jaxloss._numerics.logits import Logits
-from jaxloss._tokens import targets as _targets
-from jaxloss._tokens.classes import classes_here
+from jaxloss._numerics.rows import RowLosses, row_log_softmax
+from jaxloss._tokens.classes import local_classes
 from jaxloss._tokens.losses import combined, rows_of_logits, token_losses
 from jaxloss._tokens.reduction import reduce_losses
 from jaxloss._tokens.shapes import all_classes_last
+from jaxloss._tokens.targets import make_targets, without_empty_rows
 from jaxloss._types import Reduction, Scalars, TokenArrays, TopKLabels
 from jaxloss._xla.device import jit
-from jaxloss._xla.dtypes import accumulator_dtype, widened
+from jaxloss._xla.dtypes import accumulator_dtype, upcast
 from jaxloss._xla.indexing import of_rank
 
 
@@ -89,8 +88,8 @@ def focal_loss(
     """
     call = "focal_loss"
     logits = messages.floating(call, "logits", logits)
-    gamma = _arguments.gamma(call, gamma)
-    arrays, options = _arguments.token_loss(
+    gamma = arguments.gamma(call, gamma)
+    arrays, options = arguments.token_loss(
         call,
         "logits",
         logits,
@@ -107,21 +106,19 @@ def focal_loss(
         rule = "labels must be class indices or class probabilities"
         messages.fail(call, rule, "TopKLabels", "cross_entropy takes them.", TypeError)
     dtype = accumulator_dtype(logits.dtype)
-    scalars = _arguments.scalars(call, dtype, label_smoothing=label_smoothing)
+    scalars = arguments.scalars(call, dtype, label_smoothing=label_smoothing)
     return _focal_loss(logits, arrays, scalars, gamma=gamma, options=options)
 
 
 @jit
 def _focal_loss(logits, arrays, scalars, *, gamma, options):
-    kernel_bytes = 2 if options.axes == (logits.ndim - 1,) else 0
+    pallas_bytes = 2 if options.axes == (logits.ndim - 1,) else 0
     logits, arrays = explicit_mesh.aligned_tokens(logits, options.axes, arrays)
-    dtype, classes = accumulator_dtype(logits.dtype), classes_here(options.num_classes)
+    dtype, classes = accumulator_dtype(logits.dtype), local_classes(options.num_classes)
     x, arrays = all_classes_last(logits, arrays, options.axes)
-    arrays = _targets.without_empty_rows(arrays, x.shape[:-1], classes)
+    arrays = without_empty_rows(arrays, x.shape[:-1], classes)
     mask = arrays.class_mask
-    targets = _targets.make_targets(
-        arrays, classes, dtype, options.ignore_index, scalars.label_smoothing
-    )
+    targets = make_targets(arrays, classes, dtype, options.ignore_index, scalars.label_smoothing)
     valid = targets.valid
 
     def factor(nll):
@@ -130,17 +127,17 @@ def _focal_loss(logits, arrays, scalars, *, gamma, options):
     nll = soft = None
     if targets.label is not None:
         own = TokenArrays(arrays.labels, sample_weight=valid, class_mask=mask)
-        of_label = _targets.make_targets(own, classes, dtype, options.ignore_index)
-        rows_of = rows_of_logits(Logits(x, kernel_bytes=kernel_bytes))
+        of_label = make_targets(own, classes, dtype, options.ignore_index)
+        rows_of = rows_of_logits(Logits(x, pallas_bytes=pallas_bytes))
         losses, _ = token_losses(rows_of, of_label, own, options, Scalars(), dtype)
         nll = factor(jnp.where(valid, losses, 0))
     if targets.soft:
         q = of_rank(targets.soft_targets(dtype).astype(dtype), x.ndim)
-        log_p = _rows.row_log_softmax(Logits(widened(x), mask))
+        log_p = row_log_softmax(Logits(upcast(x), mask))
         # Selected before anything multiplies them: 0 * inf, and NaN of rows that do not count.
         asked = valid[..., None] & (q != 0)
         asked = asked if mask is None else asked & mask
         each = factor(jnp.where(asked, 0 - log_p, 0))
         soft = jnp.sum(jnp.where(asked, q * each, 0), axis=-1)
-    losses = combined(_rows.RowLosses(nll, soft), targets)
+    losses = combined(RowLosses(nll, soft), targets)
     return reduce_losses(losses, targets.weights, options)

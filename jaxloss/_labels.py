@@ -14,9 +14,9 @@ from jax.experimental import checkify
 from jax.typing import ArrayLike
 
 from jaxloss._checks import arguments, explicit_mesh, messages
-from jaxloss._tokens import targets as _targets
-from jaxloss._tokens.classes import class_indices, classes_here, is_indices, is_probabilities
+from jaxloss._tokens.classes import class_indices, is_indices, is_probabilities, local_classes
 from jaxloss._tokens.reduction import weights_and_divisors
+from jaxloss._tokens.targets import make_targets
 from jaxloss._types import AxisName, TokenArrays, TopKLabels
 from jaxloss._xla.device import jit
 from jaxloss._xla.dtypes import accumulator_dtype
@@ -77,8 +77,8 @@ def check_labels(labels: ArrayLike, num_classes: int, ignore_index: int | None =
 @partial(jax.jit, static_argnums=(1, 2))
 def _first_wrong(labels, num_classes, ignore_index):
     """(whether a label is wrong, the first such, its flat index)"""
-    kept, not_ignored = class_indices(labels, num_classes, ignore_index)
-    wrong = (kept == num_classes) & not_ignored
+    index, not_ignored = class_indices(labels, num_classes, ignore_index)
+    wrong = (index == num_classes) & not_ignored
     # Not by argmax and an index, which JAX refuses where an explicit mesh splits the labels.
     flat = jnp.arange(labels.size, dtype=jnp.int32).reshape(labels.shape)
     first = jnp.min(jnp.where(wrong, flat, labels.size))
@@ -187,7 +187,7 @@ def _total_weight(
     dtype = accumulator_dtype(jnp.float64 if jnp.dtype("float64") in dtypes else jnp.float32)
     labels = jnp.zeros(batch, jnp.int32) if labels is None else labels
     arrays = TokenArrays(labels, weight, sample_weight, token_mask=token_mask)
-    targets = _targets.make_targets(arrays, classes_here(num_classes), dtype, ignore_index)
+    targets = make_targets(arrays, local_classes(num_classes), dtype, ignore_index)
     _, divisor = weights_and_divisors(targets.weights, dtype)
     total = jnp.sum(divisor)
     return lax.psum(total, token_axes) if token_axes else total

@@ -9,14 +9,12 @@ import jax
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from jaxloss._checks import arguments as _arguments
-from jaxloss._checks import explicit_mesh, messages
-from jaxloss._linear import plan as _plan
+from jaxloss._checks import arguments, explicit_mesh, messages
+from jaxloss._linear import plan
 from jaxloss._linear.cross_entropy import by_token_chunks, by_vocab_blocks
 from jaxloss._linear.product import Product, Sweep
 from jaxloss._types import AxisName, Implementation, Reduction, TokenStats, TopKLabels
-from jaxloss._xla import device
-from jaxloss._xla import mesh as _mesh
+from jaxloss._xla import device, mesh
 from jaxloss._xla.dtypes import accumulator_dtype
 
 
@@ -322,9 +320,9 @@ def _losses(
     ``operands``: hidden, kernel, bias. ``numbers`` and ``of_tokens`` are what ``scalars`` and
     ``token_loss`` of the checks take.
     """
-    vocab_axes = _arguments.mesh_axes(call, "vocab_axis_name", vocab_axis_name)
-    token_axes = _arguments.mesh_axes(call, "token_axis_name", token_axis_name)
-    hidden, kernel, bias, vocab_axis = _arguments.product_operands(
+    vocab_axes = arguments.mesh_axes(call, "vocab_axis_name", vocab_axis_name)
+    token_axes = arguments.mesh_axes(call, "token_axis_name", token_axis_name)
+    hidden, kernel, bias, vocab_axis = arguments.product_operands(
         call, *operands, vocab_axis=vocab_axis
     )
     columns = kernel.shape[vocab_axis]
@@ -332,7 +330,7 @@ def _losses(
         local = columns  # padding is masked: which device holds it is not static
     else:
         local = messages.integer(call, "num_classes", num_classes, 0, columns, default=columns)
-    arrays, options = _arguments.token_loss(
+    arrays, options = arguments.token_loss(
         call,
         "hidden @ kernel",
         jax.ShapeDtypeStruct((*hidden.shape[:-1], local), hidden.dtype),
@@ -343,16 +341,16 @@ def _losses(
         token_axes=token_axes,
         **of_tokens,
     )
-    scalars = _arguments.scalars(call, accumulator_dtype(hidden.dtype), **numbers)
-    _arguments.check_bucket(call, arrays, scalars)
-    tokens = {"hidden": hidden, **_arguments.of_tokens(arrays)}
-    _arguments.check_split(
+    scalars = arguments.scalars(call, accumulator_dtype(hidden.dtype), **numbers)
+    arguments.check_bucket(call, arrays, scalars)
+    tokens = {"hidden": hidden, **arguments.of_tokens(arrays)}
+    arguments.check_split(
         call, "kernel", kernel, tokens, vocab_axes=vocab_axes, token_axes=token_axes
     )
-    precision = _arguments.precision(call, precision)
+    precision = arguments.precision(call, precision)
 
     layout = explicit_mesh.of_types(call, hidden, kernel, vocab_axis, bias, arrays)
-    tokens, shards, gathered = math.prod(hidden.shape[:-1]), _mesh.size(vocab_axes), ()
+    tokens, shards, gathered = math.prod(hidden.shape[:-1]), mesh.size(vocab_axes), ()
     if layout is not None:
         tokens //= layout.devices(layout.token_axes)
         shards *= layout.devices(layout.vocab_axes)
@@ -361,11 +359,11 @@ def _losses(
         # Inside of shard_map over other axes: what those split, the layout's axes split further.
         summed = (*token_axes, *layout.token_axes) if options.reduction != "none" else ()
         options = options._replace(vocab_axes=(*vocab_axes, *layout.vocab_axes), token_axes=summed)
-    size = _plan.Size(
+    size = plan.ProblemSize(
         tokens, hidden.shape[-1], columns, local, options.num_classes != local * shards
     )
     whole = layout is not None or device.is_whole()
-    chosen = _plan.choose(
+    chosen = plan.choose(
         call,
         implementation,
         chunk_size,

@@ -11,15 +11,14 @@ from jax import Array, lax
 from jax.core import eval_jaxpr
 from jax.typing import ArrayLike
 
-from jaxloss._checks import arguments as _arguments
-from jaxloss._checks import explicit_mesh, messages
+from jaxloss._checks import arguments, explicit_mesh, messages
 from jaxloss._linear import budget, token_chunks, token_rules
 from jaxloss._linear.product import Product, Sweep
 from jaxloss._tokens.reduction import TokenWeights, normalised_weights
 from jaxloss._types import LossOptions, Reduction
 from jaxloss._xla import mesh
-from jaxloss._xla import programs as _programs
 from jaxloss._xla.dtypes import accumulator_dtype
+from jaxloss._xla.programs import run
 
 
 def linear_loss(
@@ -91,7 +90,7 @@ def linear_loss(
     call = "linear_loss"
     if not callable(loss_fn):
         messages.fail(call, "loss_fn must be a function", type(loss_fn).__name__, kind=TypeError)
-    hidden, kernel, bias, vocab_axis = _arguments.product_operands(
+    hidden, kernel, bias, vocab_axis = arguments.product_operands(
         call, hidden, kernel, bias, vocab_axis
     )
     columns = kernel.shape[vocab_axis]
@@ -104,16 +103,16 @@ def linear_loss(
             rule = f"per_token[{i}] must have hidden's leading shape, {lead}"
             messages.fail(call, rule, f"{messages.describe(x)}, hidden {messages.describe(hidden)}")
         arrays.append(x.reshape(tokens, *x.shape[len(lead) :]))
-    sample_weight = _arguments.check_sample_weight(call, sample_weight, lead)
+    sample_weight = arguments.check_sample_weight(call, sample_weight, lead)
     named = {f"per_token[{i}]": x for i, x in enumerate(arrays)}
     explicit_mesh.refuse(
         call, hidden=hidden, kernel=kernel, bias=bias, sample_weight=sample_weight, **named
     )
-    _arguments.check_reduction(call, reduction)
+    arguments.check_reduction(call, reduction)
     own = sum(math.prod(x.shape[1:]) * x.dtype.itemsize for x in arrays) / (4 * max(1, columns))
     rows = budget.rows_held(hidden.dtype, none=reduction == "none", own=own)
     default = budget.default_chunk(most, columns, rows=rows)
-    chunk = _arguments.chunk_size(call, chunk_size, default, most)
+    chunk = arguments.chunk_size(call, chunk_size, default, most)
 
     wide = accumulator_dtype(hidden.dtype)
 
@@ -138,10 +137,10 @@ def linear_loss(
         return (pure(x, per_token, shared).astype(wide),), ()
 
     valid = jnp.ones(lead, bool) if sample_weight is None else sample_weight.astype(bool)
-    empty_mean = _arguments.check_empty_mean(call, empty_mean)
+    empty_mean = arguments.check_empty_mean(call, empty_mean)
     options = LossOptions((len(lead),), columns, None, reduction, empty_mean, False, (), ())
     weights = normalised_weights(TokenWeights(valid, sample_weight), options, wide)
-    precision = _arguments.precision(call, precision)
+    precision = arguments.precision(call, precision)
     rows = hidden.reshape(tokens, hidden.shape[-1])
     product = Product(rows, kernel, bias, vocab_axis, columns, precision)
     operands = token_chunks.Operands(product, tuple(arrays), closed_over)
@@ -181,6 +180,6 @@ def _converted(
             return eval_jaxpr(programs[n], consts, x, *per_token)[0]
         # On a mesh what is closed over comes varying: its gradient is summed after the sweep.
         args = mesh.varying((x, *per_token), axes)
-        return _programs.run(programs[n], consts, axes, *args)[0]
+        return run(programs[n], consts, axes, *args)[0]
 
     return pure, tuple(jnp.asarray(x) for x in closed_over.values())

@@ -19,7 +19,7 @@ from jaxloss._tokens.reduction import mean_of
 from jaxloss._types import AxisName, TokenStats
 from jaxloss._xla.device import jit
 from jaxloss._xla.dtypes import accumulator_dtype
-from jaxloss._xla.math import exp
+from jaxloss._xla.elementary import exp
 
 
 @partial(
@@ -225,10 +225,10 @@ def _metric_sums(stats, sample_weight, *, top_k, bins, token_axes):
     stats = stats._replace(log_prob=log_prob, entropy=entropy, confidence=confidence, rank=rank)
     dtype = accumulator_dtype(stats.log_prob.dtype)
     confidence = stats.confidence.astype(dtype)
-    counts = confidence != 0  # that of a prediction is at least 1 / C, or NaN
+    valid = confidence != 0  # that of a prediction is at least 1 / C, or NaN
     weight = jnp.ones_like(confidence)
     if sample_weight is not None:
-        counts &= sample_weight.astype(bool)
+        valid &= sample_weight.astype(bool)
         if sample_weight.dtype != jnp.bool_:
             weight = sample_weight.astype(dtype)
     # A row of nothing but -inf has a rank, for its entries are all at the maximum.
@@ -236,12 +236,12 @@ def _metric_sums(stats, sample_weight, *, top_k, bins, token_axes):
 
     def weighted(x):
         # Selected twice: the NaN of a token that does not count would reach the weights' gradient.
-        return jnp.where(counts, weight * jnp.where(counts, x.astype(dtype), 0), 0)
+        return jnp.where(valid, weight * jnp.where(valid, x.astype(dtype), 0), 0)
 
     def hits(k):
         return weighted(jnp.where(ranked, (stats.rank < k).astype(dtype), jnp.nan))
 
-    of_tokens = [jnp.where(counts, weight, 0), weighted(-stats.log_prob), weighted(stats.entropy)]
+    of_tokens = [jnp.where(valid, weight, 0), weighted(-stats.log_prob), weighted(stats.entropy)]
     of_tokens = jnp.stack([*of_tokens, *map(hits, top_k)])
     tokens = tuple(range(1, of_tokens.ndim))
     sums = _in_two(jnp.sum(of_tokens, axis=tokens))

@@ -10,9 +10,9 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 
 from jaxloss._checks import arguments, explicit_mesh, messages
-from jaxloss._tokens import targets as _targets
-from jaxloss._tokens.classes import class_indices, classes_here
+from jaxloss._tokens.classes import class_indices, local_classes
 from jaxloss._tokens.reduction import weights_and_divisors
+from jaxloss._tokens.targets import make_targets
 from jaxloss._types import TokenArrays
 from jaxloss._xla.device import jit
 from jaxloss._xla.dtypes import accumulator_dtype
@@ -218,7 +218,7 @@ def _sequence_weight(labels, segment_ids, sample_weight, *, num_segments, ignore
     dtype = accumulator_dtype(jnp.float32 if sample_weight is None else sample_weight.dtype)
     any_class = jnp.iinfo(jnp.int32).max
     arrays = TokenArrays(labels, sample_weight=sample_weight)
-    targets = _targets.make_targets(arrays, classes_here(any_class), dtype, ignore_index)
+    targets = make_targets(arrays, local_classes(any_class), dtype, ignore_index)
     weight, _ = weights_and_divisors(targets.weights, dtype)
     if segment_ids is None:
         return _shares(weight, jnp.sum(weight, axis=-1, keepdims=True), targets.valid)
@@ -231,9 +231,9 @@ def _sequence_weight(labels, segment_ids, sample_weight, *, num_segments, ignore
     return jnp.where(targets.valid & ~exists, jnp.nan, share)
 
 
-def _shares(weight: Array, total: Array, counts: Array) -> Array:
+def _shares(weight: Array, total: Array, valid: Array) -> Array:
     # The constant in place of a 0 keeps 0 / 0 out of the gradients.
-    return jnp.where(counts, weight / jnp.where(counts, total, 1), 0)
+    return jnp.where(valid, weight / jnp.where(valid, total, 1), 0)
 
 
 def _totals(weight: Array, segment: Array, num_segments: int) -> Array:

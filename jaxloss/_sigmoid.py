@@ -14,16 +14,15 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from jaxloss._checks import arguments as _arguments
-from jaxloss._checks import explicit_mesh, messages
+from jaxloss._checks import arguments, explicit_mesh, messages
 from jaxloss._numerics.binary import focal_half, softplus
 from jaxloss._tokens import targets
 from jaxloss._tokens.classes import class_indices
 from jaxloss._tokens.reduction import mean_of
-from jaxloss._tokens.targets import counted
+from jaxloss._tokens.targets import valid_tokens
 from jaxloss._types import Reduction, Scalars
 from jaxloss._xla.device import jit
-from jaxloss._xla.dtypes import accumulator_dtype, widened
+from jaxloss._xla.dtypes import accumulator_dtype, upcast
 from jaxloss._xla.indexing import of_rank
 
 
@@ -36,8 +35,8 @@ def _targets_of(labels: Array, ignore_index: int | None, dtype) -> tuple[Array, 
     """Returns (the positive class's probability, NaN where a label is none; counts)."""
     if not jnp.issubdtype(labels.dtype, jnp.integer):
         return labels.astype(dtype), jnp.ones_like(labels, bool)
-    index, counts = class_indices(labels, 2, ignore_index)
-    return jnp.where(index < 2, index.astype(dtype), jnp.nan), counts
+    index, valid = class_indices(labels, 2, ignore_index)
+    return jnp.where(index < 2, index.astype(dtype), jnp.nan), valid
 
 
 @jit
@@ -68,12 +67,12 @@ def _losses(
     # a dozen arrays of the logits' size, in float32 whatever their dtype.
     @jax.checkpoint
     def terms(logits, labels, weight, pos_weight, sample_weight, where):
-        y, counts = _targets_of(labels, ignore_index, dtype)
-        some = counted(sample_weight, where)
+        y, valid = _targets_of(labels, ignore_index, dtype)
+        some = valid_tokens(sample_weight, where)
         if some is not None:
-            counts &= some
+            valid &= some
         # Selected away before anything multiplies them, and once more behind it.
-        x, y = jnp.where(counts, widened(logits), 0), jnp.where(counts, y, 0)
+        x, y = jnp.where(valid, upcast(logits), 0), jnp.where(valid, y, 0)
         z = 1 - y
         if not targets.is_zero(label_smoothing):
             # As z (1 - eps) + eps / 2, XLA adds a small eps / 2 to the 1 of 1 - y, and loses it.
@@ -93,14 +92,14 @@ def _losses(
             w = of_rank(weight.astype(dtype), rank)
             a, b = a * w, b * w
         losses = _asked(a, down) + _asked(b, up)
-        losses = jnp.where(counts, losses, 0)
+        losses = jnp.where(valid, losses, 0)
         divisor = jnp.ones_like(losses)
         if sample_weight is not None and sample_weight.dtype != jnp.bool_:
             divisor = sample_weight.astype(dtype)
-            losses = jnp.where(counts, divisor * losses, 0)
+            losses = jnp.where(valid, divisor * losses, 0)
         if reduction == "none":
             return losses, None
-        return jnp.sum(losses), jnp.sum(jnp.where(counts, divisor, 0))
+        return jnp.sum(losses), jnp.sum(jnp.where(valid, divisor, 0))
 
     losses, divisor = terms(logits, labels, weight, pos_weight, sample_weight, where)
     return losses if reduction != "mean" else mean_of(losses, divisor, empty_mean)
@@ -128,9 +127,9 @@ def _entry_weight(function: str, name: str, given: Any, logits: Array) -> Any:
     if given is None:
         return None
     weight = messages.floating(function, name, given)
-    if not _arguments.fits(weight, logits.shape):
+    if not arguments.fits(weight, logits.shape):
         rule = f"{name} must broadcast to the shape of logits, {logits.shape}"
-        way_out = _arguments.broadcast(name, given, weight, logits.shape)
+        way_out = arguments.broadcast(name, given, weight, logits.shape)
         messages.fail(function, rule, messages.describe(weight), way_out)
     return weight
 
@@ -170,13 +169,13 @@ def _loss_of(
     labels = _labels(function, labels, logits)
     weight = _entry_weight(function, "weight", weight, logits)
     pos_weight = _pos_weight(function, pos_weight, logits)
-    sample_weight = _arguments.check_sample_weight(function, sample_weight, logits.shape)
+    sample_weight = arguments.check_sample_weight(function, sample_weight, logits.shape)
     if where is not None:
-        mask = _arguments.boolean(function, where)
-        way_out = _arguments.broadcast("where", where, mask, logits.shape)
+        mask = arguments.boolean(function, where)
+        way_out = arguments.broadcast("where", where, mask, logits.shape)
         messages.shape(function, "where", mask, logits.shape, "the shape of logits", way_out)
         where = mask
-    _arguments.check_reduction(function, reduction)
+    arguments.check_reduction(function, reduction)
     return _losses(
         logits,
         labels,
@@ -184,12 +183,12 @@ def _loss_of(
         pos_weight,
         sample_weight,
         where,
-        Scalars(_arguments.smoothing(function, label_smoothing, accumulator_dtype(logits.dtype))),
-        ignore_index=_arguments.ignored(function, ignore_index, labels),
+        Scalars(arguments.smoothing(function, label_smoothing, accumulator_dtype(logits.dtype))),
+        ignore_index=arguments.ignored(function, ignore_index, labels),
         alpha=_alpha(function, alpha),
-        gamma=_arguments.gamma(function, gamma),
+        gamma=arguments.gamma(function, gamma),
         reduction=reduction,
-        empty_mean=_arguments.check_empty_mean(function, empty_mean),
+        empty_mean=arguments.check_empty_mean(function, empty_mean),
     )
 
 

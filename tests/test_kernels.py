@@ -17,8 +17,8 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import jaxloss
-from jaxloss._kernels import linear_tpu
-from jaxloss._linear import product_kernel, vocab_blocks
+from jaxloss._pallas import linear_tpu
+from jaxloss._linear import pallas_rows, vocab_blocks
 from jaxloss._linear.product import Product
 from jaxloss._numerics import parts
 from jaxloss._numerics.logits import Logits
@@ -390,8 +390,8 @@ def test_devices_with_numbers_of_their_own(tpu, monkeypatch):
         some = (jnp.where(past, jnp.nan, x) for x in (part.m, part.s, part.x_kept))
         return parts.RowPart(*some, kept)
 
-    monkeypatch.setattr(product_kernel, "_computed", computed)
-    monkeypatch.setattr(product_kernel, "slope", product_kernel._slope_by_xla)
+    monkeypatch.setattr(pallas_rows, "_computed", computed)
+    monkeypatch.setattr(pallas_rows, "slope", pallas_rows._slope_by_xla)
     mesh = jax.make_mesh((2, 2), ("data", "vocab"), axis_types=(AxisType.Auto,) * 2)
     hidden, kernel, labels, bias = problem(48, 16, 1100)
     labels, bias = labels.at[3:24].set(-100), bias.at[7].set(100)

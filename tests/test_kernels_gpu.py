@@ -13,7 +13,7 @@ from helpers import EPS, product_of_bfloat16, wide
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 import jaxloss
-from jaxloss._kernels import linear_gpu, rows_gpu
+from jaxloss._pallas import linear_gpu, rows_gpu
 from jaxloss._numerics import passes
 from jaxloss._xla import device
 from jaxloss._xla.dtypes import accumulator_dtype

@@ -18,7 +18,7 @@ from test_kernels_gpu import ON_GPU, interpreted, program
 from test_kernels_gpu import rows as rows_of
 
 import jaxloss
-from jaxloss._kernels import dispatch, one_pass_gpu, one_pass_tpu
+from jaxloss._pallas import dispatch, one_pass_gpu, one_pass_tpu
 from jaxloss._numerics import one_pass
 from jaxloss._xla import device
 

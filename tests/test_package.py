@@ -25,7 +25,7 @@ FILES = {
     for path in sorted(PACKAGE.glob("**/*.py"))
     if path.stem != "__init__"
 }
-MODULES = [name for name in FILES if "._kernels." not in name]
+MODULES = [name for name in FILES if "._pallas." not in name]
 
 
 def test_import_is_light():
@@ -188,11 +188,11 @@ def test_overloads_have_the_options_of_the_function(name):
 MAY_IMPORT = {
     "_types": "",
     "_xla": "_types",
-    "_kernels": "_types _xla",
+    "_pallas": "_types _xla",
     "_checks": "_types _xla",
-    "_numerics": "_types _kernels _xla",
+    "_numerics": "_types _pallas _xla",
     "_tokens": "_types _numerics _xla",
-    "_linear": "_types _checks _tokens _numerics _kernels _xla",
+    "_linear": "_types _checks _tokens _numerics _pallas _xla",
 }
 
 

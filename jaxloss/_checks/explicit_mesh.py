@@ -17,9 +17,9 @@ from jax.sharding import PartitionSpec as P
 
 from jaxloss._checks import messages
 from jaxloss._types import Axes, LossOptions, Scalars, TokenArrays, TopKLabels
-from jaxloss._xla import mesh as _mesh
 from jaxloss._xla import nested
 from jaxloss._xla.device import jit
+from jaxloss._xla.mesh import manual_axes
 
 
 class Layout(NamedTuple):
@@ -186,7 +186,7 @@ def refuse(call: str, **arrays: Any) -> None:
     found = [f"{name} {jax.typeof(x)}" for name, x in arrays.items() if is_split(x)]
     if found:
         way_out = "Call it inside of shard_map: jax.shard_map(loss, in_specs=..., out_specs=...)."
-        if manual := _mesh.manual_axes():
+        if manual := manual_axes():
             way_out = f"Name these axes too in the shard_map around it, which is over {manual}."
         rule = "operands of an explicit mesh must not be sharded"
         messages.fail(call, rule, ", ".join(found), way_out)
@@ -247,7 +247,7 @@ def over_mesh(
     out = rows if options.reduction == "none" else P()
     out = (out, rows) if options.with_stats else out
     schedule = partial(schedule, sweep=sweep, options=options, fused=fused)
-    if not _mesh.manual_axes():
+    if not manual_axes():
         return jax.shard_map(schedule, mesh=layout.mesh, in_specs=specs, out_specs=out)(*given)
     # The axes that the surrounding shard_map leaves out.
     return nested.shard_map(schedule, specs, out)(*given)

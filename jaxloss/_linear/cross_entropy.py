@@ -8,14 +8,14 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jaxloss._linear import packing as _packing
-from jaxloss._linear import product_kernel, token_chunks, token_rules, vocab_blocks
+from jaxloss._linear import pallas_rows, token_chunks, token_rules, vocab_blocks
+from jaxloss._linear.packing import gather_rows, scatter_rows
 from jaxloss._numerics.logits import Logits, scaling_of
-from jaxloss._tokens import targets as _targets
-from jaxloss._tokens.classes import classes_here, existing, weight_here
+from jaxloss._tokens.classes import existing, local_classes, local_weight
 from jaxloss._tokens.losses import RANKS, rows_of_logits, token_losses
 from jaxloss._tokens.reduction import normalised_weights, reduce_losses
 from jaxloss._tokens.shapes import flat_labels, rows_of_mask
+from jaxloss._tokens.targets import make_targets, rows_with_classes, tokens_with_classes
 from jaxloss._types import TokenArrays, TokenStats
 from jaxloss._xla import indexing, mesh
 from jaxloss._xla.device import jit
@@ -24,13 +24,13 @@ from jaxloss._xla.dtypes import accumulator_dtype
 
 @jit
 def by_token_chunks(product, arrays, scalars, *, sweep, options, fused):
-    classes_of = partial(classes_here, options.num_classes, vocab_axes=sweep.vocab_axes)
+    classes_of = partial(local_classes, options.num_classes, vocab_axes=sweep.vocab_axes)
     hidden, classes = product.hidden, classes_of(product.num_classes)
     lead, dtype = hidden.shape[:-1], accumulator_dtype(hidden.dtype)
     # A chunk has none of the tokens that are left no class: its mask may be as it is.
-    token_mask = _targets.tokens_with_classes(arrays.class_mask, arrays.token_mask, lead, classes)
+    token_mask = tokens_with_classes(arrays.class_mask, arrays.token_mask, lead, classes)
     of_all = arrays._replace(class_mask=None, token_mask=token_mask)
-    targets = _targets.make_targets(of_all, classes, dtype, options.ignore_index)
+    targets = make_targets(of_all, classes, dtype, options.ignore_index)
     mask_rows, mask_index = rows_of_mask(arrays.class_mask, lead)
     scalar, with_stats = options.reduction != "none", options.with_stats
     # A loop's rule outlives this trace: what it reads of ``scalars`` comes with its operands.
@@ -43,7 +43,7 @@ def by_token_chunks(product, arrays, scalars, *, sweep, options, fused):
         smoothing = scalars.label_smoothing
         # Counted anew: traced values must not leak into the loop that this runs in.
         classes = classes_of(columns)
-        targets = _targets.make_targets(arrays, classes, dtype, options.ignore_index, smoothing)
+        targets = make_targets(arrays, classes, dtype, options.ignore_index, smoothing)
         return targets, arrays, options, scalars, dtype
 
     def loss_fn(x, per_token, shared):
@@ -53,7 +53,7 @@ def by_token_chunks(product, arrays, scalars, *, sweep, options, fused):
         given = of_chunk(labels, weight, mask, numbers, x.shape[-1])
         scalars = given[3]
         scaling = scaling_of(scalars.softcap, scalars.temperature)
-        logits = Logits(x, scaling=scaling, kernel_bytes=4)
+        logits = Logits(x, scaling=scaling, pallas_bytes=4)
         rows_of = rows_of_logits(logits, scalars.temperature)
         losses, stats = token_losses(rows_of, *given)
         if stats is None:
@@ -62,20 +62,20 @@ def by_token_chunks(product, arrays, scalars, *, sweep, options, fused):
 
     def value(operands, packing):
         # Where nothing is differentiated: all chunks' tokens at once, their logits held nowhere.
-        labels, _ = (_packing.taken(x, packing.order) for x in operands.per_token)
+        labels, _ = (gather_rows(x, packing.order) for x in operands.per_token)
 
         def rows_of(targets, outputs):
             some = operands.student
-            some = replace(some, hidden=_packing.taken(some.hidden, packing.order))
+            some = replace(some, hidden=gather_rows(some.hidden, packing.order))
             of_rows = targets.label, packing.size, outputs, sweep.vocab_axes
-            return product_kernel.row_losses(some, *of_rows)
+            return pallas_rows.row_losses(some, *of_rows)
 
         weight, _, *numbers = operands.shared
         losses, _ = token_losses(
             rows_of, *of_chunk([labels], weight, None, numbers, product.num_classes)
         )
         blank = mesh.varying(jnp.zeros(tokens, dtype), mesh.varies_over(losses))
-        return (_packing.put_back(packing.order, blank, losses),), ()
+        return (scatter_rows(packing.order, blank, losses),), ()
 
     tokens, (labels, tree) = math.prod(lead), flat_labels(arrays.labels, lead)
     operands = token_chunks.Operands(
@@ -96,12 +96,12 @@ def by_token_chunks(product, arrays, scalars, *, sweep, options, fused):
 @jit
 def by_vocab_blocks(product, arrays, scalars, *, sweep, options, fused):
     hidden, axes = product.hidden, sweep.vocab_axes
-    classes = classes_here(options.num_classes, product.num_classes, axes, sweep.chunk)
+    classes = local_classes(options.num_classes, product.num_classes, axes, sweep.chunk)
     lead, dtype = hidden.shape[:-1], accumulator_dtype(hidden.dtype)
     tokens = math.prod(lead)
-    token_mask = _targets.tokens_with_classes(arrays.class_mask, arrays.token_mask, lead, classes)
+    token_mask = tokens_with_classes(arrays.class_mask, arrays.token_mask, lead, classes)
     mask, mask_row = rows_of_mask(arrays.class_mask, lead)
-    some = None if mask is None else _targets.rows_with_classes(mask, classes)
+    some = None if mask is None else rows_with_classes(mask, classes)
     if mask is not None:
         mask = jnp.broadcast_to(mask, (mask.shape[0], classes.size))
     labels, tree = flat_labels(arrays.labels, lead)
@@ -111,15 +111,15 @@ def by_vocab_blocks(product, arrays, scalars, *, sweep, options, fused):
     rows = hidden.reshape(tokens, hidden.shape[-1])
     exists = existing(mask, classes, 2)
     masked = sample_weight is not None or token_mask is not None
-    all_count = options.ignore_index is None and not masked
+    all_valid = options.ignore_index is None and not masked
     scaling = scaling_of(scalars.softcap, scalars.temperature)
 
     def rows_of(targets, outputs):
         # Gradients of what no token owns are summed over the devices after the loop, not in it.
         varies = mesh.varies_over((product, labels))
-        weight = weight_here(targets.weight, classes)
+        weight = local_weight(targets.weight, classes)
         weight, label = mesh.varying((weight, targets.label), varies)
-        valid = targets.valid if fused and not all_count else None
+        valid = targets.valid if fused and not all_valid else None
         probabilities, smoothing = targets.probabilities, targets.label_smoothing
         weighed = probabilities is not None and weight is not None
         asked = targets.valid if masked and weighed else None
@@ -147,9 +147,7 @@ def by_vocab_blocks(product, arrays, scalars, *, sweep, options, fused):
         mask if mask is None or mask_row is None else mask[mask_row],
         token_mask,
     )
-    targets = _targets.make_targets(
-        of_rows, classes, dtype, options.ignore_index, scalars.label_smoothing
-    )
+    targets = make_targets(of_rows, classes, dtype, options.ignore_index, scalars.label_smoothing)
     losses, stats = token_losses(rows_of, targets, of_rows, options, scalars, dtype)
     loss = reduce_losses(losses, targets.weights, options)
     loss = loss.reshape(lead) if options.reduction == "none" else loss

@@ -22,7 +22,7 @@ class Packing(NamedTuple):
 
     order: Array  # [chunks * n] int32, those that count first; N: no token
     size: Array  # how many count; on a mesh whose devices go in step, on the one of most
-    counts: Array  # [N] bool, which
+    valid: Array  # [N] bool, which
 
 
 def step_sizes(chunk: int) -> tuple[int, ...]:
@@ -30,39 +30,39 @@ def step_sizes(chunk: int) -> tuple[int, ...]:
     return (chunk, chunk // 4) if chunk % 4 == 0 else (chunk,)
 
 
-def counted_first(counts: Array) -> Array:
+def valid_first(valid: Array) -> Array:
     """The tokens [N], those that count before the others."""
-    order = jnp.argsort(~counts, stable=True).astype(jnp.int32)
-    return mesh.varying(order, mesh.varies_over(counts))  # as JAX does not say
+    order = jnp.argsort(~valid, stable=True).astype(jnp.int32)
+    return mesh.varying(order, mesh.varies_over(valid))  # as JAX does not say
 
 
 def in_order(x: Array, order: Array) -> Array:
     return x.at[order].get(mode="promise_in_bounds")
 
 
-def places(counts: Array) -> Array:
-    """Where :func:`counted_first` puts each token [N]; N: one that does not count."""
-    return jnp.where(counts, jnp.cumsum(counts, dtype=jnp.int32) - 1, counts.size)
+def positions(valid: Array) -> Array:
+    """Where :func:`valid_first` puts each token [N]; N: one that does not count."""
+    return jnp.where(valid, jnp.cumsum(valid, dtype=jnp.int32) - 1, valid.size)
 
 
-def pack(counts: Array, chunk: int, in_step: bool = False) -> Packing:
+def pack(valid: Array, chunk: int, in_step: bool = False) -> Packing:
     """``in_step``: the devices of a mesh take as many steps, the longest's."""
-    tokens = counts.shape[0]
-    own = size = jnp.sum(counts, dtype=jnp.int32)
+    tokens = valid.shape[0]
+    own = size = jnp.sum(valid, dtype=jnp.int32)
     if in_step and mesh.varies_over(size):
         size = lax.pmax(size, tuple(sorted(mesh.varies_over(size))))
-    order = counted_first(counts)
+    order = valid_first(valid)
     # One that does not count is not named: its hidden may hold NaN, and NaN * 0 is NaN.
     order = jnp.where(jnp.arange(tokens, dtype=jnp.int32) < own, order, tokens)
     room = (-(-tokens // chunk) or 1) * chunk - tokens
-    return Packing(jnp.pad(order, (0, room), constant_values=tokens), size, counts)
+    return Packing(jnp.pad(order, (0, room), constant_values=tokens), size, valid)
 
 
 def _each(mask: Array, rows: Array) -> Array:
     return mask.reshape(-1, *(1,) * (rows.ndim - 1))
 
 
-def taken(x: Any, at: Array) -> Any:
+def gather_rows(x: Any, at: Array) -> Any:
     """The tokens ``at``: an index[n], past the end for none; or which of all, as they stand. In
     place of none there is 0."""
     if x is None:
@@ -88,7 +88,7 @@ def moves_bits(x: Any) -> bool:
 
 def _bits_at(x: Array, at: Array) -> Array:
     """:func:`_rows_at`, a row at a time: the bits of all rows would be an array of their own."""
-    whole, at = mesh.together(x, at)
+    whole, at = mesh.varying_alike(x, at)
 
     def row(i):
         # Or XLA:CPU widens all of x before the loop, as it widens the row in it.
@@ -112,7 +112,7 @@ def _long_rows_at_jvp(args, tangents):
 _long_rows_at.defjvp(_long_rows_at_jvp, symbolic_zeros=True)
 
 
-def filled(x: Any, at: Array, packing: Packing) -> Any:
+def gather_rows_or_first(x: Any, at: Array, packing: Packing) -> Any:
     """The same, but the first token that counts wherever there is none.
 
     A function of zeros may have no derivative, and 0 * NaN would join the gradient of what no token
@@ -122,8 +122,8 @@ def filled(x: Any, at: Array, packing: Packing) -> Any:
         return None
     first = packing.order[:1]  # past the end where no token counts
     if at.dtype == bool:
-        return jnp.where(_each(at, x), x, taken(x, first))
-    return taken(x, jnp.where(at < x.shape[0], at, first))
+        return jnp.where(_each(at, x), x, gather_rows(x, first))
+    return gather_rows(x, jnp.where(at < x.shape[0], at, first))
 
 
 def _as_held(rows: Array, x: Array) -> Array:
@@ -132,7 +132,7 @@ def _as_held(rows: Array, x: Array) -> Array:
     return rows.astype(x.dtype)
 
 
-def put_back(at: Array, x: Array, rows: Array) -> Array:
+def scatter_rows(at: Array, x: Array, rows: Array) -> Array:
     if x.shape[0] == 0:
         return x
     if at.dtype == bool:
@@ -172,10 +172,10 @@ def over_chunks(packing: Packing, chunk: int, part, update, blank, finish, dynam
         some = lambda i, state: from_place(state, start + i * quarter, quarter)  # noqa: E731
         return lax.fori_loop(0, trips, some, state)
 
-    if chunk == packing.counts.shape[0]:
+    if chunk == packing.valid.shape[0]:
         # Inside of the branch XLA sees that nothing was there before and nothing comes after: sums
         # are written where they would be added to, and narrow. No token is moved.
-        at_once = lambda: finish(step(blank(), packing.counts))  # noqa: E731
+        at_once = lambda: finish(step(blank(), packing.valid))  # noqa: E731
         return lax.cond(whole > 0, at_once, lambda: finish(rest(blank())))
     # The first chunk has a branch of its own: its sums are written, and not added to zeros.
     state = lax.cond(whole > 0, lambda: from_place(blank(), 0, chunk), blank)

@@ -3,8 +3,8 @@
 from typing import Any, NamedTuple
 
 from jaxloss._checks import arguments, messages
-from jaxloss._kernels import dispatch
 from jaxloss._linear import budget
+from jaxloss._pallas import dispatch
 from jaxloss._tokens import targets
 from jaxloss._tokens.classes import is_indices, is_probabilities
 from jaxloss._types import IMPLEMENTATIONS, LossOptions, Scalars, TokenArrays, TopKLabels
@@ -12,7 +12,7 @@ from jaxloss._types import IMPLEMENTATIONS, LossOptions, Scalars, TokenArrays, T
 FEW = 16  # tokens a chunk, too few for products that read the whole kernel
 
 
-class Size(NamedTuple):
+class ProblemSize(NamedTuple):
     """What one device has of the product."""
 
     tokens: Any  # jax.export may leave it open
@@ -22,7 +22,7 @@ class Size(NamedTuple):
     padded: bool  # which of these are no classes is not static: it depends on the device
 
 
-class Choice(NamedTuple):
+class Plan(NamedTuple):
     by_tokens: bool
     chunk: int  # tokens, or classes
     fused: bool
@@ -32,14 +32,14 @@ def choose(
     call: str,
     implementation: Any,
     chunk_size: Any,
-    size: Size,
+    size: ProblemSize,
     dtype: Any,
     arrays: TokenArrays,
     options: LossOptions,
     scalars: Scalars,
     *,
     whole: bool,
-) -> Choice:
+) -> Plan:
     """Checked. ``whole``: no partitioner may split arrays."""
     bucket = getattr(arrays.labels, "rest", None) == "bucket"
     asked = arrays, options, scalars
@@ -76,7 +76,7 @@ def choose(
         default = budget.default_chunk(tokens, size.columns, size.features, rows)
     else:
         most, default = size.columns, budget.default_block(tokens, size.columns)
-    return Choice(by_tokens, arguments.chunk_size(call, chunk_size, default, most), fused)
+    return Plan(by_tokens, arguments.chunk_size(call, chunk_size, default, most), fused)
 
 
 def _rows(dtype: Any, arrays: TokenArrays, options: LossOptions, scalars: Scalars) -> float:

@@ -16,7 +16,7 @@ from jax.experimental.layout import Layout, with_layout_constraint
 
 from jaxloss._types import Axes
 from jaxloss._xla import mesh
-from jaxloss._xla.dtypes import accumulator_dtype, held_dtype
+from jaxloss._xla.dtypes import accumulator_dtype, gradient_dtype
 
 _ROWS = Layout(major_to_minor=(0, 1))
 
@@ -106,7 +106,7 @@ class Product:
         # On a GPU alone the product is asked for narrow sums (it adds in float32 all the same):
         # there XLA would narrow them in a pass of its own, elsewhere it needs no asking.
         narrow = complete and jax.default_backend() == "gpu"
-        out = held_dtype(self.kernel.dtype) if narrow else None
+        out = gradient_dtype(self.kernel.dtype) if narrow else None
         return replace(
             self,
             hidden=self._dot(dx, self.kernel, 1, self.vocab_axis) if active.hidden else None,

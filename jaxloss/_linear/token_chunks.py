@@ -19,10 +19,17 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxloss._linear.budget import FROZEN_KERNEL_MIB, value_chunk
-from jaxloss._linear.packing import Packing, filled, moves_bits, over_chunks, put_back, taken
+from jaxloss._linear.packing import (
+    Packing,
+    gather_rows,
+    gather_rows_or_first,
+    moves_bits,
+    over_chunks,
+    scatter_rows,
+)
 from jaxloss._linear.product import Product, Sweep, complete_over, padded
 from jaxloss._xla import mesh
-from jaxloss._xla.dtypes import accumulator_dtype, held_dtype
+from jaxloss._xla.dtypes import accumulator_dtype, gradient_dtype
 
 # loss_fn(logits[n, C], per_token, shared) -> (losses to differentiate, others), tuples of [n].
 # ``per_token`` are arrays [n, ...], ``shared`` arrays that no token owns. Where there is a teacher,
@@ -61,7 +68,7 @@ def map_operands(function: Callable, first: Operands, *rest: Operands) -> Operan
 
 def _at(product: Product, at: Array, packing: Packing) -> Product:
     """The product of the tokens ``at`` alone."""
-    return replace(product, hidden=filled(product.hidden, at, packing))
+    return replace(product, hidden=gather_rows_or_first(product.hidden, at, packing))
 
 
 def _teacher_logits(operands: Operands, at: Array, packing: Packing) -> tuple:
@@ -84,11 +91,11 @@ def losses(loss_fn: LossFn, sweep: Sweep, dynamic: bool, operands: Operands, pac
     def part(at):
         x = _at(operands.student, at, packing).logits()
         y = _teacher_logits(operands, at, packing)
-        own = (filled(a, at, packing) for a in operands.per_token)
+        own = (gather_rows_or_first(a, at, packing) for a in operands.per_token)
         return loss_fn(x, (*y, *own), operands.shared)
 
     def update(state, at, values):
-        return jax.tree.map(partial(put_back, at), state, values)
+        return jax.tree.map(partial(scatter_rows, at), state, values)
 
     part = jax.jit(part, inline=True)  # traced once, for all steps of the sweep
     chunk = value_chunk(sweep.chunk, _columns(operands))
@@ -136,7 +143,7 @@ def gradients(
     def narrow(g, x):
         # Parts of a sum over devices are not narrowed before it.
         summed = mesh.varies_over(g) - mesh.varies_over(x)
-        return accumulator_dtype(x.dtype) if summed else held_dtype(x.dtype)
+        return accumulator_dtype(x.dtype) if summed else gradient_dtype(x.dtype)
 
     def blank_of(g, x, of_tokens):
         if of_tokens:
@@ -149,12 +156,12 @@ def gradients(
         each = _blank_rows(student.hidden.shape[0], like)
         return *each, map_operands(blank_of, gradient, operands, rows)
 
-    def narrowed(g, x):
+    def downcast(g, x):
         return g if g.dtype == jnp.uint16 else g.astype(narrow(g, x))
 
     def finish(state):
         *each, total = state
-        final = map_operands(narrowed, total, operands)
+        final = map_operands(downcast, total, operands)
         if student.gathered:  # it is summed when it is scattered
             own = replace(final.student, kernel=total.student.kernel)
             final = final._replace(student=own)
@@ -192,7 +199,7 @@ def _chunk_gradients(
     x = student.logits()
     # A teacher's logits go the way of what the tokens own, and then on to its operands.
     y = _teacher_logits(operands, at, packing)
-    tokens = (*y, *(filled(a, at, packing) for a in operands.per_token))
+    tokens = (*y, *(gather_rows_or_first(a, at, packing) for a in operands.per_token))
     of_teacher = jax.tree.leaves(active.teacher)
     active_tokens = (*(any(of_teacher) for _ in y), *active.per_token)
 
@@ -204,7 +211,7 @@ def _chunk_gradients(
     ct = tuple(
         jnp.zeros_like(loss)
         if c is None
-        else mesh.varying(taken(c, at).astype(loss.dtype), mesh.varies_over(loss))
+        else mesh.varying(gather_rows(c, at).astype(loss.dtype), mesh.varies_over(loss))
         for c, loss in zip(cts, losses, strict=True)
     )
     dx, d_tokens, d_shared = pullback(ct)
@@ -239,9 +246,9 @@ def _with_chunk(rows: Operands, state: tuple, at: Array, values: tuple) -> tuple
     """The state of a sweep over gradients and what the tokens ``at`` give; ``rows``: of_tokens."""
 
     def with_part(total, x, of_tokens):
-        return put_back(at, total, x) if of_tokens else total + x.astype(total.dtype)
+        return scatter_rows(at, total, x) if of_tokens else total + x.astype(total.dtype)
 
     *each, total = state
     *new, part = values
-    each = jax.tree.map(partial(put_back, at), each, new)
+    each = jax.tree.map(partial(scatter_rows, at), each, new)
     return *each, map_operands(with_part, total, part, rows)

@@ -15,14 +15,14 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jaxloss._linear import token_chunks as _token_chunks
+from jaxloss._linear import token_chunks
 from jaxloss._linear.packing import Packing, pack
 from jaxloss._linear.product import Sweep
 from jaxloss._linear.token_chunks import LossFn, Operands, map_operands
 from jaxloss._types import Axes
 from jaxloss._xla import mesh
 from jaxloss._xla.derivatives import differentiable, jvp_of_moving
-from jaxloss._xla.dtypes import held_dtype
+from jaxloss._xla.dtypes import gradient_dtype
 
 
 def _by_loops(compute: Callable, value: Callable | None = None) -> Callable:
@@ -35,7 +35,7 @@ def _by_loops(compute: Callable, value: Callable | None = None) -> Callable:
 
 def _settled(grads: Operands, operands: Operands, keep=frozenset()) -> Operands:
     def settled(g, x):
-        return mesh.sum_except(g, mesh.varies_over(x) | keep).astype(held_dtype(x.dtype))
+        return mesh.sum_except(g, mesh.varies_over(x) | keep).astype(gradient_dtype(x.dtype))
 
     return map_operands(settled, grads, operands)
 
@@ -48,20 +48,20 @@ def losses_by_token(
     ``value(operands, packing)`` computes them where nothing is differentiated; None: chunk by chunk
     too.
     """
-    function = _by_loops(partial(_token_chunks.losses, loss_fn, sweep), value)
+    function = _by_loops(partial(token_chunks.losses, loss_fn, sweep), value)
 
     def forward(_, operands, packing):
         return function(operands, packing), (operands, packing)
 
     def backward(active, saved, ct):
         operands, packing = saved
-        gradients = _by_loops(partial(_token_chunks.gradients, loss_fn, sweep, active[0]))
+        gradients = _by_loops(partial(token_chunks.gradients, loss_fn, sweep, active[0]))
         *_, grads = gradients(operands, packing, ct[0])
         settled = _settled(grads, operands)
         return map_operands(lambda g, x: g.astype(x.dtype), settled, operands), None
 
     def tangent(saved, tangents):
-        static = partial(_token_chunks.losses, loss_fn, sweep, False)
+        static = partial(token_chunks.losses, loss_fn, sweep, False)
         return jvp_of_moving(static, saved, tangents)[1]
 
     rule = differentiable(function, forward, backward, tangent, asks=True, whole=False)
@@ -93,7 +93,7 @@ def weighted_sum(
 
     ``loss_fn`` has one loss; ``weight[N]`` is 0 where a token does not count; ``value`` as above.
     """
-    compute = _by_loops(partial(_token_chunks.losses, loss_fn, sweep), value)
+    compute = _by_loops(partial(token_chunks.losses, loss_fn, sweep), value)
     wide = weight.dtype
     differentiated = weight, operands
     # The rule outlives this trace: of the arrays it knows types alone.
@@ -112,7 +112,7 @@ def weighted_sum(
 
     def forward(active, weight, operands, packing):
         of_weight, of_operands, _ = active
-        gradients = _by_loops(partial(_token_chunks.gradients, loss_fn, sweep, of_operands))
+        gradients = _by_loops(partial(token_chunks.gradients, loss_fn, sweep, of_operands))
         scale = _scale_of(weight, operands, sweep.token_axes)
         cts = weight if scale is None else weight / scale
         (losses,), others, grads = gradients(operands, packing, (cts,))
@@ -148,22 +148,22 @@ def reduced(
     loss_fn: LossFn,
     sweep: Sweep,
     operands: Operands,
-    counts: Array,
+    valid: Array,
     weights: tuple[Array, Array],
     scalar: bool,
     value: Any = None,
 ) -> tuple[Array, tuple]:
-    """``(loss, the losses past the first and the others)``, of ``counts[...]``' shape or a scalar.
+    """``(loss, the losses past the first and the others)``, of ``valid[...]``' shape or a scalar.
 
     ``weights`` are from ``_targets.token_weights``; ``value`` as above.
     """
     each, offset = weights
     # Devices that communicate within a loop must take as many steps.
-    packing = pack(counts.reshape(-1), sweep.chunk, in_step=bool(sweep.vocab_axes))
+    packing = pack(valid.reshape(-1), sweep.chunk, in_step=bool(sweep.vocab_axes))
     if scalar:
         given = sweep, each.reshape(-1), operands, packing
         total, others = weighted_sum(loss_fn, *given, value)
         # Added, not selected: a select's gradient scales d_kernel by 1, in a pass of its own.
         return total + offset.astype(total.dtype), others
     (losses, *rest), others = losses_by_token(loss_fn, sweep, operands, packing, value)
-    return jnp.where(counts, each * losses.reshape(counts.shape), 0), (*rest, *others)
+    return jnp.where(valid, each * losses.reshape(valid.shape), 0), (*rest, *others)

@@ -15,19 +15,28 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jaxloss._kernels import dispatch
-from jaxloss._linear import packing, product_kernel
+from jaxloss._linear import packing, pallas_rows
 from jaxloss._linear.product import Product, Sweep, in_rows
 from jaxloss._numerics import parts, ranking
-from jaxloss._numerics import rows as _rows
 from jaxloss._numerics.logits import Logits, Scaling
+from jaxloss._numerics.rows import (
+    RowLosses,
+    RowState,
+    finalize,
+    gradient_coefficients,
+    row_gradient,
+    row_tangents,
+    soft_gradient,
+    sparse_gradient,
+)
+from jaxloss._pallas import dispatch
 from jaxloss._tokens import targets
 from jaxloss._xla import indexing, mesh
 from jaxloss._xla.derivatives import (
-    asked_for,
     differentiable,
     jvp_of_moving,
-    sum_to,
+    scale_rows,
+    unbroadcast,
     with_derivative_of,
 )
 
@@ -96,9 +105,9 @@ def _cut(x: Any, start, size: int, axis: int = -1) -> Any:
 def _block(
     options: Options, operands: Operands, constants: Constants, start, size: int
 ) -> parts.Rows:
-    kept = constants.label
-    if kept is not None:
-        kept = indexing.within(kept, start, size)
+    omitted = constants.label
+    if omitted is not None:
+        omitted = indexing.local_index(omitted, start, size)
     mask = _cut(constants.mask, start, size)
     if mask is not None and constants.some is not None:
         mask |= ~constants.some[:, None]
@@ -108,10 +117,10 @@ def _block(
     some = (_cut(operands.probabilities, start, size), _cut(operands.weight, start, size))
     sparse = None
     if operands.extra is not None:
-        sparse = (indexing.within(constants.index, start, size), operands.extra)
+        sparse = (indexing.local_index(constants.index, start, size), operands.extra)
     soft = _soft(options, mask, constants.asked, size, *some, operands.uniform)
-    logits = Logits(x, mask, options.scaling, kernel_bytes=4)
-    return parts.Rows(logits, kept, soft, sparse)
+    logits = Logits(x, mask, options.scaling, pallas_bytes=4)
+    return parts.Rows(logits, omitted, soft, sparse)
 
 
 def _soft(options: Options, mask, asked, size: int, probabilities, weight, uniform) -> Any:
@@ -135,9 +144,9 @@ def _swept(options: Options, operands: Operands, constants: Constants):
         if "prediction" in options.outputs:
             best = ranking.argmax(b.logits, start)
             if labelled:
-                of_label = indexing.entry(_uncapped(b), b.kept)
-                of_label = jnp.where(b.kept < size, of_label, 0)
-        return replace(part, kept=part.kept + start), best, of_label
+                of_label = indexing.gather_class(_uncapped(b), b.omitted)
+                of_label = jnp.where(b.omitted < size, of_label, 0)
+        return replace(part, omitted=part.omitted + start), best, of_label
 
     def combine(state, new):
         (part, best, of_label), (new_part, new_best, new_of_label) = state, new
@@ -150,7 +159,7 @@ def _swept(options: Options, operands: Operands, constants: Constants):
 
     size, chunk = operands.product.num_classes, options.sweep.chunk
     part, best, of_label = _over_blocks(size, chunk, step, combine)
-    return replace(part, kept=constants.label) if labelled else part, best, of_label
+    return replace(part, omitted=constants.label) if labelled else part, best, of_label
 
 
 def _fused(options: Options, operands: Operands, constants: Constants) -> parts.RowPart:
@@ -158,11 +167,11 @@ def _fused(options: Options, operands: Operands, constants: Constants) -> parts.
 
     def swept(product, label, _):
         part, *_ = _swept(options, Operands(product), Constants(label))
-        return part.m, part.s, part.x_kept
+        return part.m, part.s, part.x_omitted
 
-    part = with_derivative_of(swept, product_kernel.row_part)
-    m, s, x_kept = part(operands.product, constants.label, constants.valid)
-    return parts.RowPart(m, s, x_kept, constants.label)
+    part = with_derivative_of(swept, pallas_rows.row_part)
+    m, s, x_omitted = part(operands.product, constants.label, constants.valid)
+    return parts.RowPart(m, s, x_omitted, constants.label)
 
 
 def _forward(options: Options, operands: Operands, constants: Constants):
@@ -175,7 +184,7 @@ def _forward(options: Options, operands: Operands, constants: Constants):
     else:
         part, best, of_label = _sealed(partial(_swept, options))(operands, constants)
     part = parts.merge_shards(part, axes, classes)
-    losses, state = _rows.finalize(part, options.outputs)
+    losses, state = finalize(part, options.outputs)
     if best is not None:
         first = mesh.first(classes, axes)
         losses = losses._replace(prediction=ranking.class_of(best[0], best[1] + first, axes))
@@ -207,8 +216,8 @@ def _rank(options: Options, operands: Operands, constants: Constants, of_label: 
     return jnp.where(found, lax.psum(before, axes) if axes else before, -1)
 
 
-def _at_block(state: _rows.RowState, start, size: int) -> _rows.RowState:
-    return state._replace(kept=indexing.within(state.kept, start, size))
+def _at_block(state: RowState, start, size: int) -> RowState:
+    return state._replace(omitted=indexing.local_index(state.omitted, start, size))
 
 
 def _gradients(
@@ -216,8 +225,8 @@ def _gradients(
     active: Operands,
     operands: Operands,
     constants: Constants,
-    state: _rows.RowState,
-    ct: _rows.RowLosses,
+    state: RowState,
+    ct: RowLosses,
 ) -> Operands:
     """The gradients of ``sum(ct * losses)`` for the ``active`` operands. Three products."""
     whole = operands._replace(product=operands.product.whole())
@@ -240,7 +249,7 @@ def _of_valid(sweep, operands: Operands, constants: Constants, state, ct) -> Ope
     An array's size is static: each is a program of its own.
     """
     valid, tokens = constants.valid, constants.valid.size
-    order, places = packing.counted_first(valid), packing.places(valid)
+    order, positions = packing.valid_first(valid), packing.positions(valid)
     sizes = sorted({-(-tokens // 4), -(-tokens // 2), tokens})
 
     def with_hidden(operands, hidden):
@@ -255,7 +264,7 @@ def _of_valid(sweep, operands: Operands, constants: Constants, state, ct) -> Ope
         some = with_hidden(operands, hidden), constants._replace(label=label), *rows
         total = sweep(*some)
         hidden = total.product.hidden
-        return with_hidden(total, packing.taken(hidden, places))
+        return with_hidden(total, packing.gather_rows(hidden, positions))
 
     # Nothing in a sweep communicates: each device of a mesh has a size of its own.
     number = jnp.sum(valid, dtype=jnp.int32)
@@ -270,8 +279,8 @@ def _swept_gradients(
     active: Operands,
     operands: Operands,
     constants: Constants,
-    state: _rows.RowState,
-    ct: _rows.RowLosses,
+    state: RowState,
+    ct: RowLosses,
 ) -> Operands:
     """This device's part, float32 where it is a sum over blocks."""
 
@@ -290,7 +299,7 @@ def _swept_gradients(
         own, of_block = total.product, new.product
         product = replace(
             own,
-            hidden=parts.added(own.hidden, of_block.hidden),
+            hidden=parts.add(own.hidden, of_block.hidden),
             kernel=put(own.kernel, of_block.kernel, own.vocab_axis),
             bias=put(own.bias, of_block.bias),
         )
@@ -298,8 +307,8 @@ def _swept_gradients(
             product,
             put(total.probabilities, new.probabilities),
             put(total.weight, new.weight),
-            parts.added(total.uniform, new.uniform),
-            parts.added(total.extra, new.extra),
+            parts.add(total.uniform, new.uniform),
+            parts.add(total.extra, new.extra),
         )
 
     def begin(first):
@@ -321,8 +330,8 @@ def _block_gradients(
     active: Operands,
     operands: Operands,
     constants: Constants,
-    state: _rows.RowState,
-    ct: _rows.RowLosses,
+    state: RowState,
+    ct: RowLosses,
     start,
     size: int,
 ) -> Operands:
@@ -330,9 +339,9 @@ def _block_gradients(
     b = _block(options, operands, constants, start, size)
     product = operands.product.block(start, size)
     if options.fused and dispatch.product_gradient() and not active.product.bias:
-        dx = product_kernel.slope(product, _rows.gradient_coefficients(state, ct))
+        dx = pallas_rows.slope(product, gradient_coefficients(state, ct))
     else:
-        dx = _rows.row_gradient(b, state, ct)
+        dx = row_gradient(b, state, ct)
     of_product = product.gradients(dx, active.product)
     d_kernel = of_product.kernel
     if d_kernel is not None:
@@ -341,23 +350,23 @@ def _block_gradients(
     of_product = replace(of_product, kernel=d_kernel, num_classes=all_classes)
     d_probabilities = d_weight = d_uniform = d_extra = None
     if ct.soft is not None and active.extra:
-        slope = _rows.sparse_gradient(b, state)
-        d_extra = asked_for(ct.soft, slope)
+        slope = sparse_gradient(b, state)
+        d_extra = scale_rows(ct.soft, slope)
     dense = active.probabilities or active.weight or active.uniform
     if ct.soft is not None and b.soft is not None and dense:
-        slope = _rows.soft_gradient(b, state)
-        slope = asked_for(ct.soft, slope)
+        slope = soft_gradient(b, state)
+        slope = scale_rows(ct.soft, slope)
         soft_b, pullback = jax.vjp(
             partial(_soft, options, b.logits.exist, constants.asked, size),
             _cut(operands.probabilities, start, size),
             _cut(operands.weight, start, size),
             operands.uniform,
         )
-        d_probabilities, d_weight, d_uniform = pullback(sum_to(slope, soft_b))
+        d_probabilities, d_weight, d_uniform = pullback(unbroadcast(slope, soft_b))
     return Operands(of_product, d_probabilities, d_weight, d_uniform, d_extra)
 
 
-def _tangents(options: Options, residuals, tangents) -> _rows.RowLosses:
+def _tangents(options: Options, residuals, tangents) -> RowLosses:
     operands, constants, state = residuals
 
     def step(start, size):
@@ -369,11 +378,11 @@ def _tangents(options: Options, residuals, tangents) -> _rows.RowLosses:
 
         out, moved, (exist, sparse) = jvp_of_moving(of_operands, operands, tangents, has_aux=True)
         x, soft, _ = out
-        logits = Logits(x, exist, options.scaling, kernel_bytes=4)
+        logits = Logits(x, exist, options.scaling, pallas_bytes=4)
         rows = parts.Rows(logits, soft=soft, sparse=sparse)
         here = _at_block(state, start, size)
         dx, d_soft, d_extra = moved
-        return _rows.row_tangents(rows, here, options.outputs, dx, d_soft, d_extra)
+        return row_tangents(rows, here, options.outputs, dx, d_soft, d_extra)
 
     combine = partial(jax.tree.map, jnp.add)
     axes = options.sweep.vocab_axes
@@ -381,9 +390,7 @@ def _tangents(options: Options, residuals, tangents) -> _rows.RowLosses:
     return mesh.sums(total, axes) if axes else total
 
 
-def row_losses_by_block(
-    options: Options, operands: Operands, constants: Constants
-) -> _rows.RowLosses:
+def row_losses_by_block(options: Options, operands: Operands, constants: Constants) -> RowLosses:
     """``RowLosses``, [N] each, as ``rows.row_losses`` of the logits and ``ranking`` have them."""
 
     def value(operands, constants):

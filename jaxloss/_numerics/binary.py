@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.custom_derivatives import SymbolicZero
 
-from jaxloss._xla.math import exp, exp_of_nonpositive, log, log1p
+from jaxloss._xla.elementary import exp, exp_of_nonpositive, log, log1p
 
 
 @jax.custom_jvp

@@ -31,11 +31,11 @@ from jax.custom_derivatives import SymbolicZero
 from jaxloss._numerics.logits import Logits
 from jaxloss._numerics.passes import near_max
 from jaxloss._xla import mesh
-from jaxloss._xla.derivatives import asked_for, differentiable
-from jaxloss._xla.dtypes import accumulator_dtype, narrowed, widened
-from jaxloss._xla.fusion import apart
-from jaxloss._xla.indexing import is_kept
-from jaxloss._xla.math import exp_of_nonpositive, finite, log, log1p
+from jaxloss._xla.derivatives import differentiable, scale_rows
+from jaxloss._xla.dtypes import accumulator_dtype, downcast, upcast
+from jaxloss._xla.elementary import exp_of_nonpositive, finite, log, log1p
+from jaxloss._xla.fusion import reread
+from jaxloss._xla.indexing import is_at
 
 NEAR = 2.0  # the distance below which the series serves
 
@@ -158,12 +158,12 @@ def _difference(x: Array, y: Array) -> tuple[Array, Array]:
     return s, lax.stop_gradient(jnp.where(jnp.abs(s) < jnp.inf, e, 0))
 
 
-def _prepared(x: Array, mask: Array | None, counts: Array | None, dtype) -> Array:
-    x = widened(x).astype(dtype)
+def _prepared(x: Array, mask: Array | None, valid: Array | None, dtype) -> Array:
+    x = upcast(x).astype(dtype)
     if mask is not None:
         x = jnp.where(mask, x, -jnp.inf)
     # A row that does not count may hold NaN, which would return from behind any later select.
-    return x if counts is None else jnp.where(counts[..., None], x, 0)
+    return x if valid is None else jnp.where(valid[..., None], x, 0)
 
 
 def _distances(x: Array, t: Array, x_max: Array, t_max: Array, temperature: Any) -> Array:
@@ -187,9 +187,9 @@ def _row(x: Array, t: Array, temperature: Any) -> Row:
     e_x, e_t = _exponentials(x, x_max, temperature), _exponentials(t, t_max, temperature)
     x_sum, t_sum = jnp.sum(e_x, axis=-1), jnp.sum(e_t, axis=-1)
     distances = _distances(x, t, x_max, t_max, temperature)
-    apart = jnp.sum(_p_minus_q(Pair(e_t, e_x, distances)), axis=-1) / x_sum
+    reread = jnp.sum(_p_minus_q(Pair(e_t, e_x, distances)), axis=-1) / x_sum
     # The sums' rounding is all there is to log(t_sum / x_sum) where they are nearly equal.
-    shift = jnp.where(jnp.abs(apart) < 0.5, log1p(apart), log(t_sum / x_sum))
+    shift = jnp.where(jnp.abs(reread) < 0.5, log1p(reread), log(t_sum / x_sum))
     return Row(x_max, t_max, x_sum, t_sum, shift, None, None)
 
 
@@ -234,7 +234,7 @@ def _below_max(x: Array, x_max: Array) -> Array:
 def _log_tangent(p: Array, x: Array, x_max: Array, dx: Array) -> Array:
     """``dx_j - sum_i p_i dx_i``, of differences with the entry at the maximum: as a difference of
     two numbers of the tangent's size, that entry's, which is all that the others lack, is lost."""
-    at_max = is_kept(x, near_max(Logits(x), x_max))
+    at_max = is_at(x, near_max(Logits(x), x_max))
     dx = dx - jnp.sum(jnp.where(at_max, dx, 0), axis=-1, keepdims=True)
     return dx - jnp.sum(p * dx, axis=-1, keepdims=True)
 
@@ -252,8 +252,8 @@ def _mixture(pair: Pair, beta: float) -> Mixture:
     # Both selected: 1 - 0.99 is 0.01 to six digits.
     of_b, of_s = jnp.where(more, beta, 1 - beta), jnp.where(more, 1 - beta, beta)
     # Written out: XLA:CPU would compute the gap's series twice in the logarithm's pass.
-    gap, (s, b, d) = apart(_gap(s, b, d), (s, b, d))
-    above, below = apart(*_logs_by_mixture(s, b, d, gap, of_s, of_b))
+    gap, (s, b, d) = reread(_gap(s, b, d), (s, b, d))
+    above, below = reread(*_logs_by_mixture(s, b, d, gap, of_s, of_b))
     return Mixture(of_b * b + of_s * s, above, below)
 
 
@@ -364,7 +364,7 @@ def row_divergences(
     logits: Array,
     teacher_logits: Array,
     class_mask: Array | None = None,
-    counts: Array | None = None,
+    valid: Array | None = None,
     *,
     divergence: str,
     beta: float,
@@ -372,30 +372,30 @@ def row_divergences(
 ) -> Array:
     """The divergences of rows ``[..., C]``, one number a row; 0 for one that does not count.
 
-    ``class_mask`` broadcasts to the logits, ``counts`` has one entry a row. Differentiable in both
+    ``class_mask`` broadcasts to the logits, ``valid`` has one entry a row. Differentiable in both
     logits, and in a temperature that is an array, in every mode.
     """
     wide = accumulator_of(logits, teacher_logits)
     if logits.shape[-1] == 0:
         nan = jnp.full(logits.shape[:-1], jnp.nan, wide)
-        return nan if counts is None else jnp.where(counts, nan, 0)
+        return nan if valid is None else jnp.where(valid, nan, 0)
 
-    def both(logits, teacher_logits, mask, counts):
-        x, t = (_prepared(v, mask, counts, wide) for v in (logits, teacher_logits))
+    def both(logits, teacher_logits, mask, valid):
+        x, t = (_prepared(v, mask, valid, wide) for v in (logits, teacher_logits))
         return x, t
 
     traced = temperature if isinstance(temperature, Array) else None
     # A rule refers to no array: a traced temperature is an argument.
     static = None if isinstance(temperature, Array) else temperature
 
-    def forward(logits, teacher_logits, mask, counts, traced):
-        x, t = both(logits, teacher_logits, mask, counts)
+    def forward(logits, teacher_logits, mask, valid, traced):
+        x, t = both(logits, teacher_logits, mask, valid)
         temperature = static if traced is None else traced
         row = _row(x, t, temperature)
         pair = _pair(x, t, row, temperature)
         of_teacher, of_student = _divergences(pair, divergence, beta)
         row = row._replace(of_teacher=of_teacher, of_student=of_student)
-        return _loss(row, divergence, beta), (logits, teacher_logits, mask, counts, traced, row)
+        return _loss(row, divergence, beta), (logits, teacher_logits, mask, valid, traced, row)
 
     def slopes(residuals) -> tuple[tuple, Any]:
         *given, traced, row = residuals
@@ -414,12 +414,12 @@ def row_divergences(
 
     def backward(residuals, ct):
         each, temperature = slopes(residuals)
-        moved = (asked_for(ct / temperature, slope) for slope in each)
-        narrow = (narrowed(g, x.dtype) for g, x in zip(moved, residuals, strict=False))
+        moved = (scale_rows(ct / temperature, slope) for slope in each)
+        narrow = (downcast(g, x.dtype) for g, x in zip(moved, residuals, strict=False))
         if residuals[4] is None:
             return (*narrow, None, None, None)
         slope = by_temperature(residuals, each, temperature)
-        return (*narrow, None, None, jnp.sum(asked_for(ct, slope[..., None])))
+        return (*narrow, None, None, jnp.sum(scale_rows(ct, slope[..., None])))
 
     def tangent(residuals, tangents):
         # Rows do not mix: the derivative of one number is the gradient at its unit cotangent.
@@ -433,4 +433,4 @@ def row_divergences(
         return sum(moved[1:], start=moved[0])
 
     rule = differentiable(lambda *args: forward(*args)[0], forward, backward, tangent)
-    return rule(*mesh.together(logits, teacher_logits, class_mask, counts, traced))
+    return rule(*mesh.varying_alike(logits, teacher_logits, class_mask, valid, traced))

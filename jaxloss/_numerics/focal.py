@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jaxloss._xla.math import exp, expm1, log
+from jaxloss._xla.elementary import exp, expm1, log
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(1,))

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxloss._types import with_static_numbers
-from jaxloss._xla.dtypes import accumulator_dtype, widened
-from jaxloss._xla.fusion import behind_barrier
-from jaxloss._xla.indexing import entries, entry
-from jaxloss._xla.math import exp_of_nonpositive, tanh
+from jaxloss._xla.dtypes import accumulator_dtype, upcast
+from jaxloss._xla.elementary import exp_of_nonpositive, tanh
+from jaxloss._xla.fusion import opaque
+from jaxloss._xla.indexing import gather_class, gather_classes
 
 
 @with_static_numbers
@@ -40,7 +40,7 @@ def in_nats(x: Array, scaling: Scaling | None) -> Array:
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=("values", "exist", "scaling"),
-    meta_fields=("kernel_bytes",),
+    meta_fields=("pallas_bytes",),
 )
 @dataclass(frozen=True)
 class Logits:
@@ -55,7 +55,7 @@ class Logits:
     values: Any  # [..., C]
     exist: Any = None  # bool, broadcastable to the values; None: all of them
     scaling: Scaling | None = None
-    kernel_bytes: int = 2  # see ``dispatch.row_sums``
+    pallas_bytes: int = 2  # see ``dispatch.row_sums``
 
     @property
     def size(self) -> int:
@@ -78,7 +78,7 @@ class Logits:
 
         The cap comes first: a class that is masked has -inf, and tanh(-inf) is -1.
         """
-        x = widened(self.values)
+        x = upcast(self.values)
         if self.cap is not None and self.exist is not None:
             # 0 times the slope of a NaN is NaN, in second derivatives.
             x = jnp.where(self.exist, x, 0)
@@ -113,23 +113,23 @@ class Logits:
         x = self.values.astype(accumulator_dtype(self.values.dtype))
         if self.cap is None:
             return x
-        _, steep = behind_barrier(m, 1 / self.cap)
+        _, steep = opaque(m, 1 / self.cap)
         return tanh(x * steep)
 
     def nats(self, x: Array) -> Array:
         """Of what was read, or of its differences."""
         return in_nats(x, self.scaling)
 
-    def above(self, x: Array, m: Array) -> Array:
+    def difference(self, x: Array, m: Array) -> Array:
         """x_j - m in nats, of what was read."""
         if self.scaling is None:
             return x - m[..., None]
-        m, unit = behind_barrier(m, self.scaling.unit)
+        m, unit = opaque(m, self.scaling.unit)
         return (x - m[..., None]) * unit
 
     def exp(self, x: Array, m: Array) -> Array:
         """exp(x_j - m), of what was read."""
-        return exp_of_nonpositive(self.above(x, m))
+        return exp_of_nonpositive(self.difference(x, m))
 
     def slope(self) -> Any:
         """The derivative of the scaled logits by the values."""
@@ -140,16 +140,16 @@ class Logits:
             return unit
         x = self.values if self.exist is None else jnp.where(self.exist, self.values, 0)
         # sech^2, not 1 - tanh^2: the latter is 0 past |x| = 9 cap where the slope is still 6e-8.
-        e = exp_of_nonpositive(-2 * jnp.abs(widened(x) / cap))
+        e = exp_of_nonpositive(-2 * jnp.abs(upcast(x) / cap))
         return 4 * e / (1 + e) ** 2 * (unit / cap)
 
     def at(self, index: Array) -> "Logits":
         """The classes at ``index[..., k]``, the last one where it is past the end."""
-        return self._gathered(entries, index)
+        return self._gathered(gather_classes, index)
 
     def at_class(self, index: Array) -> "Logits":
         """The one class at ``index[...]``: values [...]."""
-        return self._gathered(entry, index)
+        return self._gathered(gather_class, index)
 
     def _gathered(self, gather: Any, index: Array) -> "Logits":
         x, exist = self.values, self.exist

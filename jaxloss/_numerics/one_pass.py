@@ -14,48 +14,50 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jaxloss._kernels import dispatch
 from jaxloss._numerics import parts
-from jaxloss._numerics import rows as _rows
 from jaxloss._numerics.logits import Logits
+from jaxloss._numerics.rows import RowLosses, finalize, row_gradient, row_losses, row_tangents
+from jaxloss._pallas import dispatch
 from jaxloss._types import Axes
 from jaxloss._xla import mesh
 from jaxloss._xla.derivatives import differentiable, with_derivative_of
-from jaxloss._xla.dtypes import widened
-from jaxloss._xla.indexing import entry
+from jaxloss._xla.dtypes import upcast
+from jaxloss._xla.indexing import gather_class
 
 
-def _by_xla(logits: Array, kept: Array, weight: Array) -> tuple[Array, Array, Array, Array]:
-    rows = parts.Rows(Logits(logits), kept)
+def _by_xla(logits: Array, omitted: Array, weight: Array) -> tuple[Array, Array, Array, Array]:
+    rows = parts.Rows(Logits(logits), omitted)
     part = parts.row_part(rows, ("nll",))
-    _, state = _rows.finalize(part, ())
-    dx = _rows.row_gradient(rows, state, _rows.RowLosses(nll=weight), logits.dtype)
-    return part.m, part.s, part.x_kept, dx
+    _, state = finalize(part, ())
+    dx = row_gradient(rows, state, RowLosses(nll=weight), logits.dtype)
+    return part.m, part.s, part.x_omitted, dx
 
 
-def _kept_logit(logits: Array, kept: Array, weight: Array) -> Array:
-    """The logit at ``kept``. Rows of weight 0 read class 0, which makes the gather depend on the
+def _omitted_logit(logits: Array, omitted: Array, weight: Array) -> Array:
+    """The logit at ``omitted``. Rows of weight 0 read class 0, which makes the gather depend on the
     weights: otherwise XLA:GPU fuses the gather into the weights' sum, which one block computes."""
-    kept = jnp.where(weight == 0, 0, kept)
-    return jnp.where(kept < logits.shape[-1], widened(entry(logits, kept)), jnp.nan)
+    omitted = jnp.where(weight == 0, 0, omitted)
+    return jnp.where(omitted < logits.shape[-1], upcast(gather_class(logits, omitted)), jnp.nan)
 
 
-def _by_kernel(logits: Array, kept: Array, weight: Array) -> tuple[Array, Array, Array, Array]:
+def _by_kernel(logits: Array, omitted: Array, weight: Array) -> tuple[Array, Array, Array, Array]:
     kernels, _ = dispatch.one_pass()
-    x_kept = _kept_logit(logits, kept, weight)
-    m, s, dx = kernels.sums_and_gradient(logits, kept, x_kept, weight)
-    return m, s, x_kept, dx
+    x_omitted = _omitted_logit(logits, omitted, weight)
+    m, s, dx = kernels.sums_and_gradient(logits, omitted, x_omitted, weight)
+    return m, s, x_omitted, dx
 
 
-def _with_gradient(logits: Array, kept: Array, weight: Array) -> tuple[Array, Array, Array, Array]:
-    """``(m, s, x_kept)`` of ``parts.RowPart``, and the gradient of ``sum(weight * nll)``."""
+def _with_gradient(
+    logits: Array, omitted: Array, weight: Array
+) -> tuple[Array, Array, Array, Array]:
+    """``(m, s, x_omitted)`` of ``parts.RowPart``, and the gradient of ``sum(weight * nll)``."""
     _, platform = dispatch.one_pass()
     forms: dict[str, Any] = {platform: with_derivative_of(_by_xla, _by_kernel)}
-    return lax.platform_dependent(logits, kept, weight, **forms, default=_by_xla)
+    return lax.platform_dependent(logits, omitted, weight, **forms, default=_by_xla)
 
 
-def weighted_sum(logits: Array, kept: Array, weight: Array) -> Array:
-    """``sum(weight * nll)`` of ``logits[..., C]``; ``kept`` and ``weight[...]`` as in ``rows``.
+def weighted_sum(logits: Array, omitted: Array, weight: Array) -> Array:
+    """``sum(weight * nll)`` of ``logits[..., C]``; ``omitted`` and ``weight[...]`` as in ``rows``.
 
     A row of weight 0 adds nothing, whatever it holds. Differentiable in the logits and the weights,
     in every mode.
@@ -64,22 +66,20 @@ def weighted_sum(logits: Array, kept: Array, weight: Array) -> Array:
     def asked(weight, x):
         return jnp.where(weight == 0, 0, x)
 
-    def value(logits, kept, weight):
-        return jnp.sum(
-            weight * asked(weight, _rows.row_losses(parts.Rows(Logits(logits), kept)).nll)
-        )
+    def value(logits, omitted, weight):
+        return jnp.sum(weight * asked(weight, row_losses(parts.Rows(Logits(logits), omitted)).nll))
 
-    def forward(logits, kept, weight):
+    def forward(logits, omitted, weight):
         # The same operations as the backward pass's, or XLA would not see that they are the same.
         weights = asked(weight, weight * jnp.ones_like(weight))
-        m, s, x_kept, _ = _with_gradient(logits, kept, weights)
-        losses, state = _rows.finalize(parts.RowPart(m, s, x_kept, kept), ("nll",))
+        m, s, x_omitted, _ = _with_gradient(logits, omitted, weights)
+        losses, state = finalize(parts.RowPart(m, s, x_omitted, omitted), ("nll",))
         nll = asked(weight, losses.nll)
         return jnp.sum(weight * nll), (logits, weight, nll, state)
 
     def backward(residuals, ct):
         logits, weight, nll, state = residuals
-        *_, dx = _with_gradient(logits, state.kept, asked(weight, weight * ct))
+        *_, dx = _with_gradient(logits, state.omitted, asked(weight, weight * ct))
         return dx, None, ct * nll
 
     def tangent(residuals, tangents):
@@ -88,20 +88,20 @@ def weighted_sum(logits: Array, kept: Array, weight: Array) -> Array:
         out = jnp.zeros((), weight.dtype)
         if d_logits is not None:
             rows = parts.Rows(Logits(logits))
-            moved = _rows.row_tangents(rows, state, ("nll",), d_logits)
+            moved = row_tangents(rows, state, ("nll",), d_logits)
             out += jnp.sum(weight * asked(weight, moved.nll))
         if d_weight is not None:
             out += jnp.sum(d_weight * nll)
         return out
 
     rule = differentiable(value, forward, backward, tangent)
-    return rule(*mesh.together(logits, kept, weight))
+    return rule(*mesh.varying_alike(logits, omitted, weight))
 
 
-def reduced(logits: Array, kept: Array, weight: Array, offset: Array, token_axes: Axes) -> Array:
+def reduced(logits: Array, omitted: Array, weight: Array, offset: Array, token_axes: Axes) -> Array:
     """Their sum, over the devices along ``token_axes`` too; the weights and the offset are from
     ``_targets.token_weights``."""
-    total = weighted_sum(logits, kept, weight)
+    total = weighted_sum(logits, omitted, weight)
     total = lax.psum(total, token_axes) if token_axes else total
     # Added, not selected: a select's cotangent is no constant 1, and the kernel would run twice.
     return total + offset

@@ -9,91 +9,91 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jaxloss._kernels import dispatch
 from jaxloss._numerics.logits import Logits, Scaling, in_nats
+from jaxloss._pallas import dispatch
 from jaxloss._xla import device, mesh
 from jaxloss._xla.derivatives import with_derivative_of
-from jaxloss._xla.dtypes import accumulator_dtype, widened
-from jaxloss._xla.fusion import apart, behind_barrier, class_index, index_is_exact, lies_below
-from jaxloss._xla.indexing import entries, has_open_size, is_kept
-from jaxloss._xla.math import exp_of_nonpositive, finite
+from jaxloss._xla.dtypes import accumulator_dtype, upcast
+from jaxloss._xla.elementary import exp_of_nonpositive, finite
+from jaxloss._xla.fusion import class_index, index_is_exact, lies_below, opaque, reread
+from jaxloss._xla.indexing import gather_classes, has_open_size, is_at
 
 
-def _selected_exponentials(logits: Logits, m: Array, kept: Array) -> Array:
-    """exp(x_j - m), and 0 at the kept entry, of what was read."""
+def _selected_exponentials(logits: Logits, m: Array, omitted: Array) -> Array:
+    """exp(x_j - m), and 0 at the omitted entry, of what was read."""
     x = logits.values
-    return jnp.where(is_kept(x, kept), 0, logits.exp(x, m))
+    return jnp.where(is_at(x, omitted), 0, logits.exp(x, m))
 
 
-def other_exponentials(logits: Logits, m: Array, kept: Array) -> Array:
-    """exp(x_j - m), and 0 at the kept entry, in the form that is best where it is written out."""
+def other_exponentials(logits: Logits, m: Array, omitted: Array) -> Array:
+    """exp(x_j - m), and 0 at the omitted entry, in the form that is best to be written out."""
 
-    def overwritten(logits, m, kept):
-        e, at = logits.exp(logits.values, m), kept[..., None]
+    def overwritten(logits, m, omitted):
+        e, at = logits.exp(logits.values, m), omitted[..., None]
         return jnp.put_along_axis(e, at, 0, axis=-1, inplace=False, mode="drop")
 
     x = logits.values
     # The select costs XLA:CPU up to a quarter of the loss's time, the scatter 10 ns a row.
     if logits.size < 256 or has_open_size(x) or not device.on_one_device():
-        return _selected_exponentials(logits, m, kept)
+        return _selected_exponentials(logits, m, omitted)
     forms = {"cpu": overwritten, "default": _selected_exponentials}
-    return lax.platform_dependent(logits, m, kept, **forms)
+    return lax.platform_dependent(logits, m, omitted, **forms)
 
 
-def _sum_of_others(logits: Logits, m: Array, kept: Array) -> Array:
+def _sum_of_others(logits: Logits, m: Array, omitted: Array) -> Array:
     """sum_{j != k} exp(x_j - m), in one pass that holds no array of the logits' size.
 
-    min(|j - k|, 1) is 0 at the kept entry and 1 elsewhere. XLA:CPU fuses it into the vectorised
+    min(|j - k|, 1) is 0 at the omitted entry and 1 elsewhere. XLA:CPU fuses it into the vectorised
     sum; with a select (or an iota, or an integer comparison) it writes the summand out first,
     three times slower.
     """
     x = logits.read(m)
     if not index_is_exact(x):
-        return jnp.sum(_selected_exponentials(replace(logits, values=x), m, kept), axis=-1)
-    return jnp.sum(_is_other(x, kept, m) * logits.exp(x, m), axis=-1)
+        return jnp.sum(_selected_exponentials(replace(logits, values=x), m, omitted), axis=-1)
+    return jnp.sum(_is_other(x, omitted, m) * logits.exp(x, m), axis=-1)
 
 
-def _is_other(x: Array, kept: Array, m: Array) -> Array:
-    """min(|j - k|, 1): 0 at the kept entry, 1 elsewhere, for a factor. ``m``: a number a row."""
-    _, one = behind_barrier(m, 1)  # or XLA:CPU writes out its broadcast, which two passes share
-    return jnp.minimum(jnp.abs(class_index(x) - kept.astype(x.dtype)[..., None]), one)
+def _is_other(x: Array, omitted: Array, m: Array) -> Array:
+    """min(|j - k|, 1): 0 at the omitted entry, 1 elsewhere, for a factor. ``m``: a number a row."""
+    _, one = opaque(m, 1)  # or XLA:CPU writes out its broadcast, which two passes share
+    return jnp.minimum(jnp.abs(class_index(x) - omitted.astype(x.dtype)[..., None]), one)
 
 
-def sum_of_others(x: Array, kept: Array, own: Array) -> Array:
+def sum_of_others(x: Array, omitted: Array, own: Array) -> Array:
     """sum_{j != k} x_j of each row, of finite entries; ``x`` broadcasts to the rows.
 
     ``own``: x_k, in the dtype of the sum.
     """
     wide = x.astype(own.dtype)
     if not index_is_exact(x):
-        wide = jnp.broadcast_to(wide, (*kept.shape, x.shape[-1]))
-        return jnp.sum(jnp.where(is_kept(wide, kept), 0, wide), axis=-1)
-    return jnp.sum(_is_other(wide, kept, own) * wide, axis=-1)
+        wide = jnp.broadcast_to(wide, (*omitted.shape, x.shape[-1]))
+        return jnp.sum(jnp.where(is_at(wide, omitted), 0, wide), axis=-1)
+    return jnp.sum(_is_other(wide, omitted, own) * wide, axis=-1)
 
 
-def _sum_of_others_in_blocks(logits: Logits, m: Array, kept: Array) -> Array:
+def _sum_of_others_in_blocks(logits: Logits, m: Array, omitted: Array) -> Array:
     """``_sum_of_others`` of long rows: C classes are taken as C / block rows, each in cache.
 
     On long rows XLA:CPU's sum materialises its summand after all, 8 to 16 times slower. The
     barriers keep the reshapes, which are free, from hiding the operands from its fusion.
 
-    Only the block of the kept entry looks for that entry, and is summed once more for it, because
-    the search takes a quarter of the sum's time.
+    Only the block of the omitted entry looks for that entry, and is summed once more for it,
+    because the search takes a quarter of the sum's time.
     """
     x, block = logits.values, _block_size(logits.size)
     count = logits.size // block
     spread = (*m.shape, count)
-    every, m_of_block = apart(
+    every, m_of_block = reread(
         x.reshape(-1, block), jnp.broadcast_to(m[..., None], spread).reshape(-1)
     )
     read = replace(logits, values=every).read(m_of_block)
     sums = jnp.sum(logits.exp(read, m_of_block), axis=-1)
-    sums, own = sums.reshape(spread), jnp.minimum(kept // block, count - 1)
+    sums, own = sums.reshape(spread), jnp.minimum(omitted // block, count - 1)
     few = lax.optimization_barrier(x).reshape(*spread, block)
     few = jnp.take_along_axis(few, own[..., None, None], axis=-2, mode="promise_in_bounds")
     few = replace(logits, values=few[..., 0, :])
-    of_own = _sum_of_others(few, m, kept - block * own)
-    return jnp.sum(jnp.where(is_kept(sums, own), 0, sums), axis=-1) + of_own
+    of_own = _sum_of_others(few, m, omitted - block * own)
+    return jnp.sum(jnp.where(is_at(sums, own), 0, sums), axis=-1) + of_own
 
 
 def _block_size(size: int) -> int:
@@ -105,15 +105,15 @@ def _block_size(size: int) -> int:
     return next((b for b in sizes if size % b == 0), size)
 
 
-def sum_exponentials(logits: Logits, m: Array, kept: Array) -> Array:
+def sum_exponentials(logits: Logits, m: Array, omitted: Array) -> Array:
     """sum_{j != k} exp(x_j - m) of ``Logits.for_passes``."""
     if _block_size(logits.size) == logits.size or not device.on_one_device():
-        return _sum_of_others(logits, m, kept)
+        return _sum_of_others(logits, m, omitted)
     forms = {"cpu": _sum_of_others_in_blocks, "default": _sum_of_others}
-    return lax.platform_dependent(logits, m, kept, **forms)
+    return lax.platform_dependent(logits, m, omitted, **forms)
 
 
-def writes_out(logits: Array) -> bool:
+def keeps_exponentials(logits: Array) -> bool:
     """Whether to hold the exponentials: a wide copy of narrow logits only where it is small."""
     wide = accumulator_dtype(logits.dtype)
     if logits.dtype == wide:
@@ -122,16 +122,16 @@ def writes_out(logits: Array) -> bool:
     return known and logits.shape[-1] < 256 and logits.size * wide.itemsize <= 2**20
 
 
-def row_sum(logits: Logits, m: Array, kept: Array, written: bool) -> Array:
+def row_sum(logits: Logits, m: Array, omitted: Array, written: bool) -> Array:
     """sum_{j != k} exp(x_j - m). ``written``: the backward pass finds the summand held."""
     if written:
         # Written out once, to where the gradient will stand, and scaled there by the backward
         # pass: one exponential an entry instead of two.
-        return jnp.sum(other_exponentials(logits.as_read(), m, kept), axis=-1)
-    return sum_exponentials(logits.for_passes(), m, kept)
+        return jnp.sum(other_exponentials(logits.as_read(), m, omitted), axis=-1)
+    return sum_exponentials(logits.for_passes(), m, omitted)
 
 
-def _merged(x: Array, kept: Array, scaling: Scaling | None = None) -> Any:
+def _merged(x: Array, omitted: Array, scaling: Scaling | None = None) -> Any:
     """A class is a part of its row, and parts merge: the larger maximum stays, the other's sum is
     scaled to it."""
 
@@ -143,11 +143,11 @@ def _merged(x: Array, kept: Array, scaling: Scaling | None = None) -> Any:
         scale = lax.select(lax.eq(m, n), lax.full_like(m, 1), exp_of_nonpositive(lower))
         return lax.max(m, n), lax.select(lax.ge(m, n), s + t * scale, t + s * scale)
 
-    x = widened(x)
+    x = upcast(x)
     # 1, but NaN for +inf as exp(x_j - m) is there, with the derivative of exp(x_j - m): JAX loses
     # the rule below where it differentiates twice through jax.checkpoint within shard_map.
     one = 1 + in_nats(x - lax.stop_gradient(x), scaling)
-    others = jnp.where(is_kept(x, kept) | (x == -jnp.inf), 0, one)
+    others = jnp.where(is_at(x, omitted) | (x == -jnp.inf), 0, one)
     nothing = jnp.array(-jnp.inf, x.dtype), jnp.zeros((), x.dtype)
     nothing = tuple(mesh.varying(v, mesh.varies_over(x)) for v in nothing)
     return lax.reduce((x, others), nothing, merged, (x.ndim - 1,))
@@ -155,50 +155,49 @@ def _merged(x: Array, kept: Array, scaling: Scaling | None = None) -> Any:
 
 @partial(jax.custom_jvp, nondiff_argnums=(2, 3))
 def max_and_sum_in_one(
-    x: Array, kept: Array, compute: Callable = _merged, scaling: Scaling | None = None
+    x: Array, omitted: Array, compute: Callable = _merged, scaling: Scaling | None = None
 ) -> Any:
     """(max_j x_j, sum_{j != k} exp(x_j - max)) in one reduction, which reads ``x`` once."""
-    return compute(x, kept)
+    return compute(x, omitted)
 
 
 @max_and_sum_in_one.defjvp
 def _(compute, scaling, primals, tangents):
     # The maximum is a number to subtract, as good as any other near it: it has no derivative.
-    x, kept = primals
-    m, s = max_and_sum_in_one(x, kept, compute, scaling)
-    logits = Logits(widened(x), scaling=scaling)
+    x, omitted = primals
+    m, s = max_and_sum_in_one(x, omitted, compute, scaling)
+    logits = Logits(upcast(x), scaling=scaling)
     dx = logits.nats(tangents[0].astype(m.dtype))
-    moved = jnp.sum(_selected_exponentials(logits, finite(m), kept) * dx, axis=-1)
+    moved = jnp.sum(_selected_exponentials(logits, finite(m), omitted) * dx, axis=-1)
     return (m, s), (jnp.zeros_like(m), moved)
 
 
-def max_and_sum(logits: Logits, kept: Array, written: bool) -> tuple[Array, Array]:
+def max_and_sum(logits: Logits, omitted: Array, written: bool) -> tuple[Array, Array]:
     """(the row's maximum, -inf where all are; the sum of the others' exponentials).
 
     In one pass where reading the logits is what takes the time. CPUs vectorise two, not that one.
     """
 
-    def in_two(logits, kept):
+    def in_two(logits, omitted):
         m = row_max(logits)
-        return m, row_sum(logits, finite(m), kept, written)
+        return m, row_sum(logits, finite(m), omitted, written)
 
-    def in_one(logits, kept):
+    def in_one(logits, omitted):
         wide = logits.as_read()
         compute = partial(_merged, scaling=wide.scaling)
-        return max_and_sum_in_one(wide.values, kept, compute, wide.scaling)
+        return max_and_sum_in_one(wide.values, omitted, compute, wide.scaling)
 
     forms = {"cpu": in_two, "default": in_one}
-    by_kernel = dispatch.row_sums(logits.values, logits.plain, logits.kernel_bytes)
+    by_kernel = dispatch.row_sums(logits.values, logits.plain, logits.pallas_bytes)
     if by_kernel is not None:
         kernel = by_kernel(_merged)
-        forms["cuda"] = lambda logits, kept: max_and_sum_in_one(logits.values, kept, kernel)
-    return lax.platform_dependent(logits, kept, **forms)
+        forms["cuda"] = lambda logits, omitted: max_and_sum_in_one(logits.values, omitted, kernel)
+    return lax.platform_dependent(logits, omitted, **forms)
 
 
 def gradient_pass(plain: Callable, logits: Array, *rest: Array) -> Array:
-    """``plain(logits, m, kept, scale, at_kept, active)``: scale exp(x_j - m), at_kept where j is
-    kept, and 0 in a row that is not active, in the logits' dtype; by a kernel where there is one.
-    """
+    """``plain(logits, m, omitted, scale, at_omitted, active)``, which is ``rows.logits_gradient``
+    in the logits' dtype; by a kernel where there is one."""
     by_kernel = dispatch.row_gradient(logits)
     if by_kernel is None:
         return plain(logits, *rest)
@@ -260,10 +259,10 @@ def _max_and_place_of_columns(logits: Logits, count: int) -> tuple[Array, Array]
     column = jnp.where(column < size, column, 0)  # of a row that holds NaN
     row = lax.broadcasted_iota(jnp.int32, (*column.shape, count), column.ndim)
     at = column[..., None] + size * row
-    few = entries(lax.optimization_barrier(logits.values), at)
+    few = gather_classes(lax.optimization_barrier(logits.values), at)
     if logits.exist is not None:
         exist = jnp.broadcast_to(logits.exist, logits.values.shape)
-        few = Logits(few, entries(exist, at)).wide()
+        few = Logits(few, gather_classes(exist, at)).wide()
     place = jnp.argmax(lax.optimization_barrier(few), axis=-1).astype(jnp.int32)
     return m.astype(accumulator_dtype(m.dtype)), place * size + column
 

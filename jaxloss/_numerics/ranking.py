@@ -8,9 +8,9 @@ from jax import Array, lax
 from jaxloss._numerics.logits import Logits
 from jaxloss._types import Axes
 from jaxloss._xla import device, mesh
-from jaxloss._xla.dtypes import accumulator_dtype, widened
-from jaxloss._xla.fusion import apart, behind_barrier, class_index, index_is_exact
-from jaxloss._xla.indexing import entry
+from jaxloss._xla.dtypes import accumulator_dtype, upcast
+from jaxloss._xla.fusion import class_index, index_is_exact, opaque, reread
+from jaxloss._xla.indexing import gather_class
 
 
 def argmax(logits: Logits, start: Any) -> tuple[Array, Array]:
@@ -21,7 +21,7 @@ def argmax(logits: Logits, start: Any) -> tuple[Array, Array]:
     x = Logits(x, logits.exist).wide()
     if device.is_whole():
         found = jnp.argmax(x, axis=-1).astype(jnp.int32)
-        top = entry(x, found)
+        top = gather_class(x, found)
     else:  # of classes split over devices, argmax gathers a pair from each
         top = jnp.max(x, axis=-1)
         index = lax.broadcasted_iota(jnp.int32, x.shape, x.ndim - 1)
@@ -59,7 +59,7 @@ def count_ahead(x: Array, of_label: Array, label: Array) -> Array:
         at = lax.broadcasted_iota(label.dtype, x.shape, x.ndim - 1) - label[..., None]
         larger = (x > of_label) | ((x == of_label) & (at < 0))
         return jnp.sum(larger & (at != 0), axis=-1, dtype=jnp.int32)
-    tiny, (of_label, one) = jnp.finfo(wide).tiny, behind_barrier(of_label, 1)
+    tiny, (of_label, one) = jnp.finfo(wide).tiny, opaque(of_label, 1)
     below = label.astype(wide)[..., None] - class_index(x)
     # 2^30 for a larger logit, 0 for an equal one, below -2^30 for a smaller one.
     larger = jnp.minimum(jnp.maximum((x - of_label) / tiny, -1) / tiny, 2.0**30)
@@ -76,10 +76,10 @@ def rank(logits: Logits, label: Array, start: Any, vocab_axes: Axes) -> Array:
     x = lax.stop_gradient(logits.values)
     if logits.exist is not None:
         x = Logits(lax.optimization_barrier(x), logits.exist).wide()
-    of_label = widened(entry(lax.optimization_barrier(x), label))
+    of_label = upcast(gather_class(lax.optimization_barrier(x), label))
     of_label = jnp.where(label < x.shape[-1], of_label, 0)
     label, of_label, found = label_over_mesh(label, of_label, x.shape[-1], start, vocab_axes)
-    before = count_ahead(*apart(x, of_label), label - start)
+    before = count_ahead(*reread(x, of_label), label - start)
     return jnp.where(found, lax.psum(before, vocab_axes) if vocab_axes else before, -1)
 
 

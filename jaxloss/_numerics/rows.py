@@ -1,17 +1,17 @@
 """The numerics: what one row of logits gives, and its exact gradient.
 
-For a row ``x`` with maximum ``m``, one entry ``x_k`` is kept out of the sum: the label's where
+For a row ``x`` with maximum ``m``, one entry ``x_k`` is left out of the sum: the label's where
 there is a class index, one at the maximum where there is none. Then::
 
     s = sum_{j != k} exp(x_j - m)           the others
-    d = m - x_k                             how far the kept entry lies below the maximum
+    d = m - x_k                             how far the omitted entry lies below the maximum
     t = s + expm1(-d)                       so that sum_j exp(x_j - m) = 1 + t
     r = log1p(t)                            the log-sum-exp above the maximum
 
 ``d + r`` is the loss of class ``k``. Where ``k`` is at the maximum, ``t`` is ``s``: nothing was
 ever added to 1, so a loss of 1e-12 is 1e-12. ``logsumexp - x_k`` gives 0 there.
 
-The softmax is ``p_j = exp(x_j - m) / (1 + t)``, and what the gradient needs at the kept entry is
+The softmax is ``p_j = exp(x_j - m) / (1 + t)``, and what the gradient needs at the omitted entry is
 ``p_k - 1 = -s / (1 + t)``: the same number as ``expm1(-loss)``, without the loss's own rounding.
 """
 
@@ -26,17 +26,17 @@ from jaxloss._numerics.logits import Logits
 from jaxloss._numerics.parts import RowPart, Rows, distance, merge_shards, row_part
 from jaxloss._numerics.passes import (
     gradient_pass,
+    keeps_exponentials,
     other_exponentials,
     sum_of_others,
-    writes_out,
 )
 from jaxloss._types import Axes
 from jaxloss._xla import device, mesh
-from jaxloss._xla.derivatives import asked_for, differentiable, sum_to
-from jaxloss._xla.dtypes import accumulator_dtype, narrowed, widened
-from jaxloss._xla.fusion import apart
-from jaxloss._xla.indexing import elsewhere, entry, is_kept, of_rank, put_at
-from jaxloss._xla.math import exp, exp_of_nonpositive, expm1, finite, log1p
+from jaxloss._xla.derivatives import differentiable, scale_rows, unbroadcast
+from jaxloss._xla.dtypes import accumulator_dtype, downcast, upcast
+from jaxloss._xla.elementary import exp, exp_of_nonpositive, expm1, finite, log1p
+from jaxloss._xla.fusion import reread
+from jaxloss._xla.indexing import gather_class, is_at, is_elsewhere, of_rank, scatter_classes
 
 
 class RowLosses(NamedTuple):
@@ -47,12 +47,12 @@ class RowLosses(NamedTuple):
     logsumexp: Any = None
     entropy: Any = None
     confidence: Any = None  # max_j p_j; without a derivative
-    above: Any = None  # logsumexp(x) - max_j x_j; without a derivative
+    lse_above_max: Any = None  # logsumexp(x) - max_j x_j; without a derivative
     prediction: Any = None  # see ``ranking``; of rows that are read whole, ``ranking`` computes it
     rank: Any = None
 
 
-CONSTANTS = ("confidence", "above", "prediction", "rank")  # without a derivative
+CONSTANTS = ("confidence", "lse_above_max", "prediction", "rank")  # without a derivative
 
 
 class RowState(NamedTuple):
@@ -62,35 +62,35 @@ class RowState(NamedTuple):
     s: Array
     d: Array
     t: Array
-    kept: Array  # index of the entry that is kept out; the number of classes: there is none
+    omitted: Array  # index of the entry that is left out; the number of classes: there is none
     mass: Any  # sum_j q_j
     other_mass: Any  # sum_{j != k} q_j
-    spread: Any  # entropy - r
+    entropy_rest: Any  # entropy - r
 
 
 def finalize(part: RowPart, outputs: tuple[str, ...]) -> tuple[RowLosses, RowState]:
     """What the part of all classes gives."""
     m = finite(part.m)
-    d = part.nats(m - part.x_kept)
+    d = part.nats(m - part.x_omitted)
     t = part.s + expm1(-d)
     r = of_all = log1p(t)
-    if part.low is not None:
+    if part.sum_below_max is not None:
         # A label below the maximum leaves the maximum's 1 in s, and t no more than its rounding.
-        # If t < 1/2 exactly one entry is at the maximum, so ``low``, the sum of those below it, is
-        # t without t's rounding. The derivative is that of t, because ``low`` has none of the entry
-        # at the maximum.
-        low = lax.stop_gradient(part.low) + (t - lax.stop_gradient(t))
-        of_all = log1p(jnp.where(jnp.abs(t) < 0.5, low, t))
-    spread = None if part.spread is None else part.spread / (1 + t)
+        # If t < 1/2 exactly one entry is at the maximum, so the sum of those below it is t without
+        # t's rounding. The derivative is that of t, because that sum has none of the entry at the
+        # maximum.
+        sum_below_max = lax.stop_gradient(part.sum_below_max) + (t - lax.stop_gradient(t))
+        of_all = log1p(jnp.where(jnp.abs(t) < 0.5, sum_below_max, t))
+    entropy_rest = None if part.entropy_sum is None else part.entropy_sum / (1 + t)
     losses = RowLosses(
         nll=d + r if "nll" in outputs else None,
         soft=None if part.mass is None else part.below + part.mass * r,
         logsumexp=part.nats(m) + r if "logsumexp" in outputs else None,
-        entropy=None if spread is None else spread + of_all,
+        entropy=None if entropy_rest is None else entropy_rest + of_all,
         confidence=_confidence(t) if "confidence" in outputs else None,
-        above=r if "above" in outputs else None,
+        lse_above_max=r if "lse_above_max" in outputs else None,
     )
-    return losses, RowState(m, part.s, d, t, part.kept, part.mass, part.other_mass, spread)
+    return losses, RowState(m, part.s, d, t, part.omitted, part.mass, part.other_mass, entropy_rest)
 
 
 def _confidence(t: Array) -> Array:
@@ -108,50 +108,52 @@ def row_gradient(rows: Rows, state: RowState, ct: RowLosses, dtype: Any = None) 
     index, _ = rows.sparse
     k = index.shape[-1]
     few = rows.at_sparse()
-    few = few._replace(logits=replace(few.logits, kernel_bytes=0))
+    few = few._replace(logits=replace(few.logits, pallas_bytes=0))
     place = lax.broadcasted_iota(jnp.int32, index.shape, index.ndim - 1)
-    place = jnp.min(jnp.where(index == state.kept[..., None], place, k), axis=-1, initial=k)
-    state = state._replace(kept=place)
-    return put_at(dx, index, _dense_gradient(few, state, ct, dtype))
+    place = jnp.min(jnp.where(index == state.omitted[..., None], place, k), axis=-1, initial=k)
+    state = state._replace(omitted=place)
+    return scatter_classes(dx, index, _dense_gradient(few, state, ct, dtype))
 
 
 def gradient_coefficients(
     state: RowState, ct: RowLosses
 ) -> tuple[Array, Array, Array, Array, Array]:
-    """``(m, kept, scale, at_kept, active)`` of ``passes.gradient_pass``.
+    """``(m, omitted, scale, at_omitted, active)`` of ``passes.gradient_pass``.
 
     With ``p`` the softmax, ``q`` the soft targets of mass ``Q``, ``H`` the entropy:
     ``d nll = p - [j = k]``, ``d soft = Q p - q``, ``d logsumexp = p``,
     ``d entropy = -p (log p + H) = p ((m - x_j) - (H - r))``.
     """
-    m, s, d, t, kept, mass, other_mass, spread = state
+    m, s, d, t, omitted, mass, other_mass, entropy_rest = state
     k = 1 / (1 + t)
-    kept_minus_1 = -s * k
-    p_kept = exp(-d) * k
+    p_omitted_minus_1 = -s * k
+    p_omitted = exp(-d) * k
     zero = jnp.zeros_like(m)
-    of_p, at_kept, asked = zero, zero, zero != 0
+    of_p, at_omitted, asked = zero, zero, zero != 0
     if ct.nll is not None:
-        of_p, at_kept, asked = ct.nll, ct.nll * kept_minus_1, ct.nll != 0
+        of_p, at_omitted, asked = ct.nll, ct.nll * p_omitted_minus_1, ct.nll != 0
     if ct.logsumexp is not None:
-        of_p, at_kept = of_p + ct.logsumexp, at_kept + ct.logsumexp * p_kept
+        of_p, at_omitted = of_p + ct.logsumexp, at_omitted + ct.logsumexp * p_omitted
         asked |= ct.logsumexp != 0
     if ct.soft is not None:
         # Q p_k - q_k; where p_k is near 1, Q is taken out of both: exact for a confident one-hot.
         of_p = of_p + ct.soft * mass
-        soft_at_kept = mass * kept_minus_1 + other_mass
-        soft_at_kept = jnp.where(p_kept < 0.5, mass * p_kept - (mass - other_mass), soft_at_kept)
-        at_kept = at_kept + ct.soft * soft_at_kept
+        soft_at_omitted = mass * p_omitted_minus_1 + other_mass
+        soft_at_omitted = jnp.where(
+            p_omitted < 0.5, mass * p_omitted - (mass - other_mass), soft_at_omitted
+        )
+        at_omitted = at_omitted + ct.soft * soft_at_omitted
         asked |= ct.soft != 0
     if ct.entropy is not None:
         # A label at -inf: p (log p + H) is 0 there, and not 0 * inf.
-        at_kept += ct.entropy * p_kept * jnp.where(p_kept > 0, d - spread, 0)
+        at_omitted += ct.entropy * p_omitted * jnp.where(p_omitted > 0, d - entropy_rest, 0)
         asked |= ct.entropy != 0
 
     # A row that is asked for nothing gets 0, whatever its logits hold: 0 * NaN would be NaN. Where
     # nothing is NaN it is 0 times its slope: selected, that 0 would not have this derivative.
     active = asked | _sound(state)
-    at_kept = jnp.where(active, at_kept, 0)
-    return m, kept, k * of_p, at_kept, active
+    at_omitted = jnp.where(active, at_omitted, 0)
+    return m, omitted, k * of_p, at_omitted, active
 
 
 def _dense_gradient(rows: Rows, state: RowState, ct: RowLosses, dtype: Any) -> Array:
@@ -159,9 +161,9 @@ def _dense_gradient(rows: Rows, state: RowState, ct: RowLosses, dtype: Any) -> A
     logits = rows.logits
     given = gradient_coefficients(state, ct)
     soft = None if ct.soft is None or rows.soft is None else (ct.soft, rows.soft)
-    entropy = None if ct.entropy is None else (ct.entropy / (1 + state.t), state.spread)
+    entropy = None if ct.entropy is None else (ct.entropy / (1 + state.t), state.entropy_rest)
     own = logits.values.dtype
-    same = dtype == own and own.itemsize <= logits.kernel_bytes
+    same = dtype == own and own.itemsize <= logits.pallas_bytes
     if soft is None and entropy is None and logits.plain and same:
         return gradient_pass(plain_gradient, logits.values, *given)
     return logits_gradient(logits, *given, soft, entropy, dtype)
@@ -169,7 +171,7 @@ def _dense_gradient(rows: Rows, state: RowState, ct: RowLosses, dtype: Any) -> A
 
 def _sound(state: RowState) -> Array:
     """The rows that have a distribution, and targets that are numbers."""
-    numbers = (state.m, 1 / (1 + state.t), state.mass, state.spread)
+    numbers = (state.m, 1 / (1 + state.t), state.mass, state.entropy_rest)
     return reduce(jnp.logical_and, (jnp.isfinite(x) for x in numbers if x is not None))
 
 
@@ -181,15 +183,15 @@ def plain_gradient(x: Array, *coefficients: Array) -> Array:
 def logits_gradient(
     logits: Logits,
     m: Array,
-    kept: Array,
+    omitted: Array,
     scale: Array,
-    at_kept: Array,
+    at_omitted: Array,
     active: Array,
     soft: Any = None,
     entropy: Any = None,
     dtype: Any = None,
 ) -> Array:
-    """``scale exp(x_j - m)``, ``at_kept`` where j is kept, and 0 in a row that is not active.
+    """``scale exp(x_j - m)``, at the omitted entry ``at_omitted``, in a row that is not active 0.
 
     ``soft`` is ``(ct, q)`` and takes ``ct q_j`` away; ``entropy`` is ``(ct, H - r)`` and adds
     ``ct exp(x_j - m) ((m - x_j) - (H - r))``. Then the chain rule of the scaling, and the mask.
@@ -197,21 +199,21 @@ def logits_gradient(
     wide = logits.as_read()
     x = wide.values
     # Where the forward pass wrote its summand out, this is it.
-    held = writes_out(logits.values)
-    e = other_exponentials(wide, m, kept) if held else wide.exp(x, m)
+    held = keeps_exponentials(logits.values)
+    e = other_exponentials(wide, m, omitted) if held else wide.exp(x, m)
     dx = e * scale[..., None]
     if entropy is not None:
-        ct, spread = entropy
+        ct, entropy_rest = entropy
         below = logits.nats(m[..., None] - jnp.where(e > 0, x, 0))
-        dx += jnp.where(e > 0, e * ct[..., None] * (below - spread[..., None]), 0)
+        dx += jnp.where(e > 0, e * ct[..., None] * (below - entropy_rest[..., None]), 0)
     if soft is not None:
         ct, soft_targets = soft
         dx -= ct[..., None] * soft_targets.astype(x.dtype)
-    dx = jnp.where(is_kept(x, kept) | ~active[..., None], at_kept[..., None], dx)
+    dx = jnp.where(is_at(x, omitted) | ~active[..., None], at_omitted[..., None], dx)
     if logits.scaling is not None:
         dx = jnp.where(active[..., None], dx * logits.slope(), 0)
     dx = dx if logits.exist is None else jnp.where(logits.exist, dx, 0)
-    return narrowed(dx, dtype or logits.values.dtype)
+    return downcast(dx, dtype or logits.values.dtype)
 
 
 def soft_gradient(rows: Rows, state: RowState) -> Array:
@@ -223,7 +225,7 @@ def soft_gradient(rows: Rows, state: RowState) -> Array:
     if logits.exist is not None:
         impossible |= ~logits.exist
     if rows.sparse is not None:
-        impossible |= ~elsewhere(x, rows.sparse[0])
+        impossible |= ~is_elsewhere(x, rows.sparse[0])
     r = log1p(state.t)[..., None]
     below = logits.nats(state.m[..., None] - jnp.where(impossible, 0, x))
     return jnp.where(impossible, 0, below + r)
@@ -274,9 +276,9 @@ def row_tangents(
 def row_losses(rows: Rows, outputs: tuple[str, ...] = ("nll",), vocab_axes: Axes = ()) -> RowLosses:
     """The losses of ``rows`` over the last axis of their logits, one number a row.
 
-    A row whose ``kept`` is C has no label, and its results are NaN; where ``kept`` is None, the
-    first entry at the maximum is kept out instead. Differentiable in the logits and in both kinds
-    of soft targets, in every mode.
+    A row whose ``omitted`` is C has no label, and its results are NaN; where ``omitted`` is None,
+    the first entry at the maximum is left out instead. Differentiable in the logits and in both
+    kinds of soft targets, in every mode.
 
     ``vocab_axes``: the mesh axes over which the rows are split. C is then what stands here, as are
     the soft targets and the mask; a label has index C where another device holds it.
@@ -291,26 +293,26 @@ def row_losses(rows: Rows, outputs: tuple[str, ...] = ("nll",), vocab_axes: Axes
 
     def forward(rows):
         out, state = finalize(part_of(rows, backward_follows=True), outputs)
-        return out, (rows._replace(kept=None), state)  # it is in the state
+        return out, (rows._replace(omitted=None), state)  # it is in the state
 
     def backward(residuals, ct):
         rows, state = residuals
         logits = rows.logits
-        if not writes_out(logits.values):
+        if not keeps_exponentials(logits.values):
             # Without the barrier XLA:CPU shares the widened logits (and the broadcast of m) with
             # the forward pass, and holds them: a float32 copy of the logits.
-            x, scalars = apart(logits.values, state._replace(kept=None))
+            x, scalars = reread(logits.values, state._replace(omitted=None))
             rows = rows._replace(logits=replace(logits, values=x))
-            state = scalars._replace(kept=state.kept)
+            state = scalars._replace(omitted=state.omitted)
         dx = row_gradient(rows, state, ct, logits.values.dtype)
         d_soft = d_sparse = None
         if rows.soft is not None and ct.soft is not None:
-            d_soft = sum_to(asked_for(ct.soft, soft_gradient(rows, state)), rows.soft)
+            d_soft = unbroadcast(scale_rows(ct.soft, soft_gradient(rows, state)), rows.soft)
         if rows.sparse is not None and ct.soft is not None:
-            slope = asked_for(ct.soft, sparse_gradient(rows, state))
+            slope = scale_rows(ct.soft, sparse_gradient(rows, state))
             d_sparse = None, slope.astype(rows.sparse[1].dtype)
         logits = replace(logits, values=dx, exist=None)
-        return (rows._replace(logits=logits, kept=None, soft=d_soft, sparse=d_sparse),)
+        return (rows._replace(logits=logits, omitted=None, soft=d_soft, sparse=d_sparse),)
 
     def tangent(residuals, tangents):
         rows, state = residuals
@@ -325,7 +327,7 @@ def row_losses(rows: Rows, outputs: tuple[str, ...] = ("nll",), vocab_axes: Axes
     logits = replace(logits, exist=of_rank(logits.exist, rank))
     rows = rows._replace(logits=logits, soft=of_rank(rows.soft, rank))
     rule = differentiable(value, forward, backward, tangent)
-    return rule(*mesh.together(rows))
+    return rule(*mesh.varying_alike(rows))
 
 
 def row_log_softmax(logits: Logits) -> Array:
@@ -335,11 +337,11 @@ def row_log_softmax(logits: Logits) -> Array:
     def forward(logits):
         _, state = finalize(row_part(Rows(logits), ()), ())
         # Apart, or XLA:CPU holds the difference from the sum's pass on: another array.
-        given, (m, r) = apart(logits.values, (state.m, log1p(state.t)))
+        given, (m, r) = reread(logits.values, (state.m, log1p(state.t)))
         out = (replace(logits, values=given).wide() - m[..., None]) - r[..., None]
         if logits.exist is not None:  # of no class at all it would be inf - inf
             out = jnp.where(logits.exist, out, -jnp.inf)
-        out = narrowed(out, dtype)
+        out = downcast(out, dtype)
         # Narrow results have too few digits to be read again, in place of the logits.
         wide = dtype == accumulator_dtype(dtype)
         held = (out, None, None) if wide else (logits.values, state.m, r)
@@ -351,38 +353,38 @@ def row_log_softmax(logits: Logits) -> Array:
         return exp_of_nonpositive(x if m is None else (x - m[..., None]) - r[..., None])
 
     def backward(saved, g):
-        # g_j - p_j G, and at the kept entry (1 - p_k) g_k - p_k (G - g_k): no 1 - p_k forms.
+        # g_j - p_j G, and at the omitted entry (1 - p_k) g_k - p_k (G - g_k): no 1 - p_k forms.
         held, state, exist = saved
         if exist is not None:
             g = jnp.where(exist, g, 0)
-        wide, kept = widened(g), state.kept
-        own = widened(entry(lax.optimization_barrier(g), kept))
+        wide, omitted = upcast(g), state.omitted
+        own = upcast(gather_class(lax.optimization_barrier(g), omitted))
         # Not total - g_k, which has nothing left where the cotangent is nearly all at k.
-        others = sum_of_others(g, kept, own)
-        total = others + jnp.where(kept < g.shape[-1], own, 0)
-        at_kept = (own * state.s - others * exp(-state.d)) / (1 + state.t)
+        others = sum_of_others(g, omitted, own)
+        total = others + jnp.where(omitted < g.shape[-1], own, 0)
+        at_omitted = (own * state.s - others * exp(-state.d)) / (1 + state.t)
         # A row that is asked for nothing gets 0, whatever its logits hold.
         asked = (total != 0) | _sound(state)
-        at_kept = jnp.where(asked | (own != 0), at_kept, 0)
+        at_omitted = jnp.where(asked | (own != 0), at_omitted, 0)
         dx = wide - probabilities(held, exist) * total[..., None]
         dx = jnp.where(asked[..., None] | (wide != 0), dx, 0)
         if exist is not None:
             dx = jnp.where(exist, dx, 0)
         if device.on_one_device():
-            at_kept = narrowed(at_kept, dtype)[..., None]
-            dx = put_at(narrowed(dx, dtype), kept[..., None], at_kept)
+            at_omitted = downcast(at_omitted, dtype)[..., None]
+            dx = scatter_classes(downcast(dx, dtype), omitted[..., None], at_omitted)
         else:  # a scatter would gather classes that are split
-            dx = narrowed(jnp.where(is_kept(dx, kept), at_kept[..., None], dx), dtype)
+            dx = downcast(jnp.where(is_at(dx, omitted), at_omitted[..., None], dx), dtype)
         return (Logits(dx),)
 
     def tangent(saved, tangents):
-        # (dx_j - dx_k) - sum_i p_i (dx_i - dx_k): the kept entry's 1 - p_k never forms.
+        # (dx_j - dx_k) - sum_i p_i (dx_i - dx_k): the omitted entry's 1 - p_k never forms.
         held, state, exist = saved
         dx = tangents[0].values.astype(state.m.dtype)
         if exist is not None:
             dx = jnp.where(exist, dx, 0)
-        dx -= jnp.where(state.kept < dx.shape[-1], entry(dx, state.kept), 0)[..., None]
-        p = jnp.where(is_kept(dx, state.kept), 0, probabilities(held, exist))
+        dx -= jnp.where(state.omitted < dx.shape[-1], gather_class(dx, state.omitted), 0)[..., None]
+        p = jnp.where(is_at(dx, state.omitted), 0, probabilities(held, exist))
         dy = dx - jnp.sum(p * dx, axis=-1, keepdims=True)
         if exist is not None:
             dy = jnp.where(exist, dy, 0)

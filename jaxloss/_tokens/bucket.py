@@ -13,7 +13,7 @@ from jaxloss._numerics.parts import Rows
 from jaxloss._numerics.rows import RowLosses, row_losses
 from jaxloss._tokens.targets import Targets
 from jaxloss._xla import indexing, mesh
-from jaxloss._xla.math import finite
+from jaxloss._xla.elementary import finite
 
 
 def bucket_rows(logits: Logits, targets: Targets, outputs: tuple[str, ...]) -> RowLosses:
@@ -23,16 +23,16 @@ def bucket_rows(logits: Logits, targets: Targets, outputs: tuple[str, ...]) -> R
     """
     column, extra = cast(tuple[Array, Array], targets.sparse)
     x, exist, axes = logits.values, logits.exist, targets.classes.axes
-    logits = replace(logits, kernel_bytes=2)
+    logits = replace(logits, pallas_bytes=2)
     here = column < logits.size
-    others = indexing.elsewhere(x, column)
+    others = indexing.is_elsewhere(x, column)
     others = replace(logits, exist=others if exist is None else others & exist)
     losses = partial(row_losses, vocab_axes=axes)
-    rest = losses(Rows(others), ("logsumexp", "above"))
+    rest = losses(Rows(others), ("logsumexp", "lse_above_max"))
     # A soft cap's slope at NaN is NaN, and 0 times that is NaN again.
-    named, exists = jnp.where(targets.valid[..., None], indexing.entries(x, column), 0), None
+    named, exists = jnp.where(targets.valid[..., None], indexing.gather_classes(x, column), 0), None
     if exist is not None:
-        exists = indexing.entries(jnp.broadcast_to(exist, x.shape), column)
+        exists = indexing.gather_classes(jnp.broadcast_to(exist, x.shape), column)
         named = jnp.where(exists, named, 0)
     named = replace(logits, values=named, exist=exists).wide()
     if axes:
@@ -46,7 +46,7 @@ def bucket_rows(logits: Logits, targets: Targets, outputs: tuple[str, ...]) -> R
     of_named = jnp.max(lax.stop_gradient(named), axis=-1, initial=-jnp.inf)
     m = finite(jnp.maximum(of_others, of_named))
     rounded = lax.stop_gradient(rest.logsumexp)
-    lse = logits.nats(of_others - m) + lax.stop_gradient(rest.above)
+    lse = logits.nats(of_others - m) + lax.stop_gradient(rest.lse_above_max)
     lse += rest.logsumexp - rounded
     # Of no other class there is no derivative; of no class at all it is NaN.
     of_none = jnp.where(of_named == -jnp.inf, rest.logsumexp, -jnp.inf)

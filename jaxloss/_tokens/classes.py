@@ -7,7 +7,7 @@ from jax import Array, lax
 
 from jaxloss._types import Axes, TopKLabels
 from jaxloss._xla import mesh
-from jaxloss._xla.indexing import looked_up, of_rank, within
+from jaxloss._xla.indexing import local_index, looked_up, of_rank
 
 
 class Classes(NamedTuple):
@@ -20,7 +20,7 @@ class Classes(NamedTuple):
     block: int = 0  # so many columns may be read at a time; 0: all of them
 
 
-def classes_here(
+def local_classes(
     total: int, size: int | None = None, vocab_axes: Axes = (), block: int = 0
 ) -> Classes:
     """``size``: by default all are here."""
@@ -102,7 +102,7 @@ def weight_of(index: Array, weight: Array, classes: Classes, dtype) -> Array:
 def column_of(index: Array, classes: Classes) -> Array:
     if not classes.axes and classes.total == classes.size:
         return index
-    column = within(index, classes.start, classes.size)
+    column = local_index(index, classes.start, classes.size)
     return jnp.where(index < classes.total, column, classes.size)
 
 
@@ -112,7 +112,7 @@ def anywhere(here: Array, axes: Axes) -> Array:
     return lax.psum(mesh.varying(here.astype(jnp.int32), axes), axes) > 0
 
 
-def weight_here(weight: Array | None, classes: Classes) -> Array | None:
+def local_weight(weight: Array | None, classes: Classes) -> Array | None:
     columns = classes.size * mesh.size(classes.axes)
     if weight is None or columns == classes.size == classes.total:
         return weight

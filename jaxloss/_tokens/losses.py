@@ -65,7 +65,7 @@ def _divided(logits: Logits, temperature: Array, axes: Axes) -> tuple[Logits, Ar
     m = mesh.largest(jnp.max(x, axis=-1), axes)
     m = jnp.where(jnp.isfinite(m), m, 0)
     divided = logits.nats(x - m[..., None]) / temperature
-    return Logits(divided, kernel_bytes=0), logits.nats(m) / temperature
+    return Logits(divided, pallas_bytes=0), logits.nats(m) / temperature
 
 
 def token_losses(

@@ -23,13 +23,13 @@ from jaxloss._tokens.classes import (
     column_of,
     existing,
     existing_columns,
+    local_weight,
     number_of_classes,
-    weight_here,
     weight_of,
 )
 from jaxloss._tokens.reduction import TokenWeights
 from jaxloss._types import TokenArrays, TopKLabels
-from jaxloss._xla.indexing import entries, of_rank
+from jaxloss._xla.indexing import gather_classes, of_rank
 
 
 class Targets(NamedTuple):
@@ -92,7 +92,7 @@ class Targets(NamedTuple):
             self.probabilities,
             self.uniform,
             self.existing(self.valid.ndim + 1),
-            weight_here(self.weight, self.classes),
+            local_weight(self.weight, self.classes),
             self.label_smoothing,
             self.classes.size,
             dtype,
@@ -169,7 +169,7 @@ def make_targets(
     ``weight[C]`` and indices speak of all classes, ``class_mask`` of the columns here.
     """
     labels, weight, sample_weight, class_mask, token_mask = arrays
-    uniform, some = None, counted(sample_weight, token_mask)
+    uniform, some = None, valid_tokens(sample_weight, token_mask)
     if not is_zero(label_smoothing) and classes.total:
         uniform = label_smoothing / jnp.maximum(number_of_classes(classes, class_mask, dtype), 1)
     if isinstance(labels, TopKLabels):
@@ -228,7 +228,7 @@ def _of_top_k(
     if class_mask is not None and classes.total:
         mask = existing_columns(class_mask, classes)
         mask = jnp.broadcast_to(mask, (*column.shape[:-1], classes.size))
-        exists, here = entries(mask, column), column < classes.size
+        exists, here = gather_classes(mask, column), column < classes.size
         left_out = here & ~exists
         if uniform is not None or labels.rest != "drop":
             real &= anywhere(here & exists, classes.axes)
@@ -259,7 +259,7 @@ def is_zero(x: Any) -> bool:
     return not isinstance(x, Array) and x == 0
 
 
-def counted(sample_weight: Array | None, token_mask: Array | None) -> Array | None:
+def valid_tokens(sample_weight: Array | None, token_mask: Array | None) -> Array | None:
     """The tokens that have a weight and are not masked; None: all of them."""
     if sample_weight is None:
         return token_mask

@@ -336,7 +336,7 @@ def with_derivative_of(plain: Callable, kernel: Callable) -> Callable:
     return rule
 
 
-def sum_to(x: Array, like: Array) -> Array:
+def unbroadcast(x: Array, like: Array) -> Array:
     """The cotangent of ``like``, which was broadcast, from what it was broadcast to."""
     spread = tuple(i for i, n in enumerate(like.shape) if n != x.shape[i])
     x = jnp.sum(x, axis=spread, keepdims=True).astype(like.dtype)
@@ -344,7 +344,7 @@ def sum_to(x: Array, like: Array) -> Array:
     return x if jax.typeof(x).sharding == home else jax.sharding.reshard(x, home)
 
 
-def asked_for(ct: Array, slope: Array) -> Array:
+def scale_rows(ct: Array, slope: Array) -> Array:
     """``ct[..., None] * slope``. A row that is asked for nothing gets 0 of a slope that is NaN or
     inf too."""
     ct = ct[..., None]

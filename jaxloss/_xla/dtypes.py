@@ -10,14 +10,14 @@ def accumulator_dtype(dtype) -> jnp.dtype:
     return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
 
 
-def held_dtype(dtype) -> jnp.dtype:
+def gradient_dtype(dtype) -> jnp.dtype:
     """Of a gradient that has yet to be scaled. float16 has no room for it: the sum over a batch
     overflows, and 1 / N of one token underflows before a loss scale could lift it."""
     return jnp.dtype(jnp.float32) if dtype == jnp.float16 else dtype
 
 
 @jax.custom_jvp
-def _widen_bfloat16(x: Array) -> Array:
+def _upcast_bfloat16(x: Array) -> Array:
     """float32 of bfloat16, by a shift on CPU: XLA's conversion takes longer there than the exp."""
 
     def shifted(x):
@@ -27,14 +27,14 @@ def _widen_bfloat16(x: Array) -> Array:
     return lax.platform_dependent(x, cpu=shifted, default=lambda x: x.astype(jnp.float32))
 
 
-@_widen_bfloat16.defjvp
-def _widen_bfloat16_jvp(primals, tangents):
+@_upcast_bfloat16.defjvp
+def _upcast_bfloat16_jvp(primals, tangents):
     # A bitcast has no derivative, and as a tangent's conversion no transpose.
-    return _widen_bfloat16(*primals), tangents[0].astype(jnp.float32)
+    return _upcast_bfloat16(*primals), tangents[0].astype(jnp.float32)
 
 
 @jax.custom_jvp
-def _narrow_bfloat16(x: Array) -> Array:
+def _downcast_bfloat16(x: Array) -> Array:
     """bfloat16 of float32, to nearest, ties to even: in integers on CPU, as the above."""
 
     def rounded(x):
@@ -47,15 +47,15 @@ def _narrow_bfloat16(x: Array) -> Array:
     return lax.platform_dependent(x, cpu=rounded, default=lambda x: x.astype(jnp.bfloat16))
 
 
-@_narrow_bfloat16.defjvp
-def _narrow_bfloat16_jvp(primals, tangents):
-    return _narrow_bfloat16(*primals), tangents[0].astype(jnp.bfloat16)
+@_downcast_bfloat16.defjvp
+def _downcast_bfloat16_jvp(primals, tangents):
+    return _downcast_bfloat16(*primals), tangents[0].astype(jnp.bfloat16)
 
 
-def widened(x: Array) -> Array:
-    return _widen_bfloat16(x) if x.dtype == jnp.bfloat16 else x.astype(accumulator_dtype(x.dtype))
+def upcast(x: Array) -> Array:
+    return _upcast_bfloat16(x) if x.dtype == jnp.bfloat16 else x.astype(accumulator_dtype(x.dtype))
 
 
-def narrowed(x: Array, dtype) -> Array:
+def downcast(x: Array, dtype) -> Array:
     both = x.dtype == jnp.float32 and dtype == jnp.bfloat16
-    return _narrow_bfloat16(x) if both else x.astype(dtype)
+    return _downcast_bfloat16(x) if both else x.astype(dtype)

@@ -12,7 +12,7 @@ from jaxloss._xla import mesh
 from jaxloss._xla.dtypes import accumulator_dtype
 
 
-def behind_barrier(m: Array, *numbers: ArrayLike) -> tuple[Array, ...]:
+def opaque(m: Array, *numbers: ArrayLike) -> tuple[Array, ...]:
     """``m[...]``, whose derivative stops here, and constants.
 
     XLA:CPU writes out the broadcast of what several passes share, of a constant too, but not of
@@ -23,17 +23,17 @@ def behind_barrier(m: Array, *numbers: ArrayLike) -> tuple[Array, ...]:
 
 
 @jax.custom_jvp
-def apart(x: Array, with_it: Any) -> tuple[Array, Any]:
+def reread(x: Array, with_it: Any) -> tuple[Array, Any]:
     """Both, for one more pass over ``x``: XLA:CPU would merge its conversion with another pass's,
     and write a float32 copy out for the two. Barriers of the same operands would be merged too."""
     return lax.optimization_barrier((x, with_it))
 
 
-@apart.defjvp
+@reread.defjvp
 def _(primals, tangents):
     # JAX 0.11 and 0.12 cannot transpose a barrier of which one operand alone has a tangent; 0.10
     # takes all of its results as differing over whatever axes of a mesh any operand differs over.
-    out = apart(*primals)
+    out = reread(*primals)
     return out, jax.tree.map(lambda t, x: mesh.varying(t, mesh.varies_over(x)), tangents, out)
 
 
@@ -43,7 +43,7 @@ def lies_below(x: Array, m: Array, value: float) -> Array:
     info = jnp.finfo(x.dtype)
     # No less than the smallest float: -inf lies below that too, and -inf less -inf is NaN.
     bound = jnp.maximum(m - 4 * info.eps * jnp.abs(m) - info.tiny, info.min)
-    bound, steep, zero, most = behind_barrier(bound, 1 / info.tiny, 0, value)
+    bound, steep, zero, most = opaque(bound, 1 / info.tiny, 0, value)
     # The maximum stands between the factors, or XLA folds them to inf (0 * inf is NaN); right under
     # the minimum it would make a clamp of both, which XLA:CPU writes out.
     difference = lax.stop_gradient(bound[..., None] - x)  # a step has no slope

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.sharding import PartitionSpec as P
 
-from jaxloss._xla import mesh as _mesh
+from jaxloss._xla import mesh
 
 
 def of_rank(x: Any, rank: int) -> Any:
@@ -15,15 +15,15 @@ def of_rank(x: Any, rank: int) -> Any:
     return None if x is None else x.reshape((1,) * (rank - x.ndim) + x.shape)
 
 
-def within(index: Array, start: Any, size: int) -> Array:
+def local_index(index: Array, start: Any, size: int) -> Array:
     """The class's place among the ``size`` from ``start`` on; ``size``: it is not among them."""
     return jnp.where((index >= start) & (index < start + size), index - start, size)
 
 
-def is_kept(x: Array, kept: Array) -> Array:
+def is_at(x: Array, omitted: Array) -> Array:
     split = jax.typeof(x).sharding if classes_are_split(x) else None
     iota = lax.broadcasted_iota(jnp.int32, x.shape, x.ndim - 1, out_sharding=split)
-    return iota == kept[..., None]
+    return iota == omitted[..., None]
 
 
 def classes_are_split(x: Array) -> bool:
@@ -34,7 +34,7 @@ def classes_are_split(x: Array) -> bool:
 
 def is_split(x: Array) -> bool:
     """Over the devices of an explicit mesh in any axis, where JAX refuses to scatter."""
-    return any(entry is not None for entry in jax.typeof(x).sharding.spec)
+    return any(gather_class is not None for gather_class in jax.typeof(x).sharding.spec)
 
 
 def has_open_size(x: Array) -> bool:
@@ -48,20 +48,20 @@ def _only(here: Array, x: Array, axis: int) -> Array:
     return jnp.any(x, axis=axis) if x.dtype == bool else jnp.sum(x, axis=axis)
 
 
-def entry(x: Array, index: Array) -> Array:
+def gather_class(x: Array, index: Array) -> Array:
     """x[..., index], or the last entry where the index is past the end."""
     index = jnp.minimum(index, x.shape[-1] - 1)
     if classes_are_split(x):
-        return _only(is_kept(x, index), x, -1)
+        return _only(is_at(x, index), x, -1)
     index = index[..., None]
     return jnp.take_along_axis(x, index, axis=-1, mode="promise_in_bounds")[..., 0]
 
 
-def entries(x: Array, index: Array) -> Array:
+def gather_classes(x: Array, index: Array) -> Array:
     """x[..., index[..., k]], the last entry where an index is past the end."""
     index = jnp.minimum(index, x.shape[-1] - 1)
     if classes_are_split(x):
-        return jax.vmap(entry, in_axes=(None, -1), out_axes=-1)(x, index)
+        return jax.vmap(gather_class, in_axes=(None, -1), out_axes=-1)(x, index)
     return jnp.take_along_axis(x, index, axis=-1, mode="promise_in_bounds")
 
 
@@ -69,42 +69,42 @@ def looked_up(table: Array, index: Array) -> Array:
     """table[index[...]], split as the index is."""
     split = jax.typeof(index).sharding
     told = any(split.spec)  # JAX wants to be
-    if not told or not _mesh.manual_axes():
+    if not told or not mesh.manual_axes():
         return table.at[index].get(out_sharding=split if told else None)
     # A gather that is told has no gradient inside of shard_map over other axes.
     split = jax.NamedSharding(split.mesh, P(*split.spec, None))
     shape = (*index.shape, table.shape[0])
     x = lax.broadcast_in_dim(table, shape, (index.ndim,), out_sharding=split)
-    return _only(is_kept(x, index), x, -1)
+    return _only(is_at(x, index), x, -1)
 
 
-def put_at(x: Array, index: Array, values: Array) -> Array:
+def scatter_classes(x: Array, index: Array, values: Array) -> Array:
     """``x`` with ``values[..., k]`` at the distinct ``index[..., k]``; past the end: nowhere."""
     if is_split(x) or has_open_size(x):
-        hit = is_kept(x[..., None, :], index)
+        hit = is_at(x[..., None, :], index)
         return jnp.where(jnp.any(hit, axis=-2), _only(hit, values[..., None], -2), x)
-    return _put_bits(x, index, values) if x.dtype.itemsize == 2 else _put(x, index, values)
+    return _scatter_bits(x, index, values) if x.dtype.itemsize == 2 else _scatter(x, index, values)
 
 
-def _put(x: Array, index: Array, values: Array) -> Array:
+def _scatter(x: Array, index: Array, values: Array) -> Array:
     return jnp.put_along_axis(x, index, values, axis=-1, inplace=False, mode="drop")
 
 
 @jax.custom_jvp
-def _put_bits(x: Array, index: Array, values: Array) -> Array:
+def _scatter_bits(x: Array, index: Array, values: Array) -> Array:
     """Of floats of 16 bits, which XLA:CPU scatters by way of a float32 copy."""
     bits, of_values = (lax.bitcast_convert_type(v, jnp.uint16) for v in (x, values))
-    return lax.bitcast_convert_type(_put(bits, index, of_values), x.dtype)
+    return lax.bitcast_convert_type(_scatter(bits, index, of_values), x.dtype)
 
 
-@_put_bits.defjvp
-def _put_bits_jvp(primals, tangents):
+@_scatter_bits.defjvp
+def _scatter_bits_jvp(primals, tangents):
     # Bits have no derivative. Not _put of the tangents, which JAX cannot transpose.
     (x, index, values), (dx, _, d_values) = primals, tangents
     along = (x, values), (dx, d_values)
-    return _put_bits(*primals), jax.jvp(lambda x, values: _put(x, index, values), *along)[1]
+    return _scatter_bits(*primals), jax.jvp(lambda x, values: _scatter(x, index, values), *along)[1]
 
 
-def elsewhere(x: Array, index: Array) -> Array:
+def is_elsewhere(x: Array, index: Array) -> Array:
     """Which entries of ``x[..., C]`` are at none of ``index[..., k]``."""
-    return put_at(jnp.ones_like(x, bool), index, jnp.zeros_like(index, bool))
+    return scatter_classes(jnp.ones_like(x, bool), index, jnp.zeros_like(index, bool))

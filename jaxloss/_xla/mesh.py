@@ -62,7 +62,7 @@ def varying(xs: Any, axes: Iterable) -> Any:
     return jax.tree.map(one, xs)
 
 
-def together(*xs: Any) -> tuple:
+def varying_alike(*xs: Any) -> tuple:
     """Each ``x`` taken as differing over whatever axes any of them differs over."""
     return varying(xs, varies_over(xs))
 
@@ -75,7 +75,7 @@ def largest(x: Array, axes: Axes) -> Array:
 def sums(xs: Any, axes: Axes) -> Any:
     """The sums over the axes of the leaves of ``xs``, equal in shape: one all-reduce."""
     leaves, tree = jax.tree.flatten(xs)
-    packed = jnp.stack(jnp.broadcast_arrays(*together(*leaves)))
+    packed = jnp.stack(jnp.broadcast_arrays(*varying_alike(*leaves)))
     return jax.tree.unflatten(tree, list(lax.psum(packed, axes)))
 
 

@@ -43,7 +43,7 @@ def _apply(eqn: Any, axes: frozenset, args: list) -> Any:
         # All vary alike: a loop's state must have one type from step to step.
         return _CONTROL[name](params, axes, mesh.varying(args, axes))
     given = eqn.primitive.get_bind_params(params)
-    out = eqn.primitive.bind(*mesh.together(*args), **given)
+    out = eqn.primitive.bind(*mesh.varying_alike(*args), **given)
     return out if eqn.primitive.multiple_results else [out]
 
 

@@ -29,7 +29,7 @@ def per_row(compute: Callable) -> Callable:
     def leading(x, *rest):
         lead = x.shape[:-1]
         flat = (x.reshape(-1, x.shape[-1]), *(v.reshape(-1) for v in rest))
-        out = rows(*mesh.together(*flat))
+        out = rows(*mesh.varying_alike(*flat))
         return jax.tree.map(lambda v: v.reshape(*lead, *v.shape[1:]), out)
 
     return leading

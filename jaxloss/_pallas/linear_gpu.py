@@ -15,7 +15,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jaxloss._kernels.rows_gpu import (
+from jaxloss._pallas.rows_gpu import (
     COLUMN,
     TILE,
     across,
@@ -26,7 +26,7 @@ from jaxloss._kernels.rows_gpu import (
     transforms,
 )
 from jaxloss._xla import mesh
-from jaxloss._xla.math import finite
+from jaxloss._xla.elementary import finite
 
 _CORES = 132  # of an H100 and an H200
 # Of a group's tile, and how many features' are fetched ahead. Of the tiles that fit, measured on an
@@ -49,12 +49,12 @@ def row_part(
     hidden: Array,
     kernel: Array,
     bias: Any,
-    kept: Array,
+    label: Array,
     vocab_axis: int,
     columns: int,
     count: Any = None,
 ):
-    """``(m, s, x_kept)`` of ``parts.RowPart``, [N] each, for labels ``kept[N]`` among C columns.
+    """``(m, s, x_omitted)`` of ``parts.RowPart``, [N] each, of labels ``[N]`` among C columns.
 
     ``count``: the tokens past it may be left out, and are anything.
     """
@@ -63,8 +63,8 @@ def row_part(
     rows, tiles = pl.cdiv(tokens, n), pl.cdiv(columns, v)
     padded = rows * n
     # No label at all, and not the column past the last: the last tile may have one.
-    kept = jnp.where(kept < columns, kept, -1)
-    kept = jnp.pad(kept, (0, padded - tokens), constant_values=-1)
+    label = jnp.where(label < columns, label, -1)
+    label = jnp.pad(label, (0, padded - tokens), constant_values=-1)
     hidden = jnp.pad(hidden, ((0, -tokens % 8), (0, 0)))
     count = jnp.full((1,), tokens, jnp.int32) if count is None else count.reshape(1)
     offset = None
@@ -72,11 +72,11 @@ def row_part(
         offset = jnp.pad(bias[:columns].astype(jnp.float32), (0, tiles * v - columns))
     # Of a group's tokens and a tile's classes: most of the tiles have no label to leave out.
     of_tile = lax.broadcasted_iota(jnp.int32, (padded // _TOKENS, _TOKENS, tiles), 2)
-    has_label = jnp.any((kept // v).reshape(-1, _TOKENS, 1) == of_tile, axis=1).astype(jnp.int32)
+    has_label = jnp.any((label // v).reshape(-1, _TOKENS, 1) == of_tile, axis=1).astype(jnp.int32)
     offset = () if offset is None else (offset,)
-    args = mesh.together(hidden, kernel, kept, has_label, count, *offset)
+    args = mesh.varying_alike(hidden, kernel, label, has_label, count, *offset)
 
-    def jaxloss_linear_row_part(hidden, kernel, kept, has_label, count, *rest):
+    def jaxloss_linear_row_part(hidden, kernel, labels, has_label, count, *rest):
         *offset, m_out, s_out, x_out = rest
         t, accumulator = transforms(hidden.dtype), plgpu.ACC  # pyright: ignore
         of_kernel = plgpu.BlockSpec((_FEATURES, v), lambda k: (k, 0), transforms=t)
@@ -131,7 +131,7 @@ def row_part(
                         return s, none
 
                     def but_label():
-                        label = load(kept.at[here], COLUMN, optimized=False)
+                        label = load(labels.at[here], COLUMN, optimized=False)
                         at_label = column() == across(label - j * v, shape)
                         # Before the others: after them registers are spilled.
                         own = jnp.sum(jnp.where(at_label, x, 0.0), axis=1)
@@ -176,5 +176,5 @@ def row_part(
         thread_name="group",
     )
     m, s, own = (x[:, :tokens] for x in (m, s, own))
-    own = jnp.where(kept[:tokens] < 0, jnp.nan, jnp.sum(own, axis=0))
+    own = jnp.where(label[:tokens] < 0, jnp.nan, jnp.sum(own, axis=0))
     return *merged(m, s), own

@@ -9,32 +9,32 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array
 
-from jaxloss._kernels import dispatch
 from jaxloss._linear import packing
 from jaxloss._linear.product import Product
 from jaxloss._numerics import parts
-from jaxloss._numerics import rows as _rows
+from jaxloss._numerics.rows import RowLosses, finalize, plain_gradient
+from jaxloss._pallas import dispatch
 from jaxloss._types import Axes
 from jaxloss._xla.derivatives import with_derivative_of
-from jaxloss._xla.math import finite
+from jaxloss._xla.elementary import finite
 
 
 def _computed(product: Product, label: Array, count: Any = None) -> parts.RowPart:
     operands = product.hidden, product.kernel, product.bias
     of_classes = product.vocab_axis, product.num_classes
-    m, s, x_kept = dispatch.product_parts()(*operands, label, *of_classes, count)
-    return parts.RowPart(m, s, x_kept, label)
+    m, s, x_omitted = dispatch.product_parts()(*operands, label, *of_classes, count)
+    return parts.RowPart(m, s, x_omitted, label)
 
 
 def row_part(product: Product, label: Array, valid: Any) -> tuple[Array, Array, Array]:
-    """``(m, s, x_kept)`` of ``parts.RowPart``, [N] each, of labels.
+    """``(m, s, x_omitted)`` of ``parts.RowPart``, [N] each, of labels.
 
     ``valid[N]``: which tokens are computed, ``hidden`` being 0 in the others; None: all.
     """
     if valid is None:
         part = _computed(product, label)
-        return part.m, part.s, part.x_kept
-    order, places = packing.counted_first(valid), packing.places(valid)
+        return part.m, part.s, part.x_omitted
+    order, positions = packing.valid_first(valid), packing.positions(valid)
     number = jnp.sum(valid, dtype=jnp.int32)
     hidden, of_order = (packing.in_order(x, order) for x in (product.hidden, label))
     part = _computed(replace(product, hidden=hidden), of_order, number)
@@ -44,15 +44,15 @@ def row_part(product: Product, label: Array, valid: Any) -> tuple[Array, Array, 
     if product.bias is not None:
         high = finite(jnp.max(product.bias[: product.num_classes]).astype(high.dtype))
     own = jnp.where(label < product.num_classes, high, jnp.nan)
-    m, s, x_kept = (
-        jnp.where(valid, packing.taken(x, places), other)
-        for x, other in ((part.m, high), (part.s, 1), (part.x_kept, own))
+    m, s, x_omitted = (
+        jnp.where(valid, packing.gather_rows(x, positions), other)
+        for x, other in ((part.m, high), (part.s, 1), (part.x_omitted, own))
     )
-    return m, s, x_kept
+    return m, s, x_omitted
 
 
 def _slope_by_xla(product: Product, rows: tuple) -> Array:
-    return _rows.plain_gradient(product.logits(), *rows).astype(product.hidden.dtype)
+    return plain_gradient(product.logits(), *rows).astype(product.hidden.dtype)
 
 
 def slope(product: Product, rows: tuple) -> Array:
@@ -67,8 +67,8 @@ def slope(product: Product, rows: tuple) -> Array:
 
 def row_losses(
     product: Product, label: Array, count: Array, outputs: tuple[str, ...], vocab_axes: Axes
-) -> _rows.RowLosses:
+) -> RowLosses:
     """[N] each, of labels, without a derivative; those past ``count`` are anything."""
     part = _computed(product.whole(), label, count)
     part = parts.merge_shards(part, vocab_axes, product.num_classes)
-    return _rows.finalize(part, outputs)[0]
+    return finalize(part, outputs)[0]

@@ -17,9 +17,9 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jaxloss._kernels.per_row import per_row
+from jaxloss._pallas.per_row import per_row
 from jaxloss._xla import mesh
-from jaxloss._xla.math import finite
+from jaxloss._xla.elementary import finite
 
 ROWS = 64  # of a tile: those of the registers' layout, in which four threads share a row
 TILE = plgpu.Layout.WGMMA
@@ -132,17 +132,17 @@ def _padded(x: Array, rows: int, value: Any) -> Array:
 
 
 def max_and_sum(otherwise: Callable) -> Callable:
-    """``(x[..., C], kept[...]) -> (max_j x_j, sum_{j != k} exp(x_j - max))``."""
+    """``(x[..., C], omitted[...]) -> (max_j x_j, sum_{j != k} exp(x_j - max))``."""
 
-    def compute(x: Array, kept: Array):
+    def compute(x: Array, omitted: Array):
         rows, classes = x.shape
         row_tiles, parts, length = _split(x)
 
-        def jaxloss_max_and_sum(x, kept, m_out, s_out, m_core, s_core):
+        def jaxloss_max_and_sum(x, omitted, m_out, s_out, m_core, s_core):
             # Backwards: the pass that follows begins with the rows that are in the cache then.
             i, part = row_tiles - 1 - lax.axis_index("rows"), lax.axis_index("part")
             here = pl.ds(i * ROWS, ROWS)
-            label = load(kept.at[here], COLUMN, optimized=False)
+            label = load(omitted.at[here], COLUMN, optimized=False)
 
             def step(index, tile, carry):
                 m, s = carry
@@ -168,7 +168,7 @@ def max_and_sum(otherwise: Callable) -> Callable:
 
         m, s = call(
             jaxloss_max_and_sum,
-            (x, _padded(kept, row_tiles * ROWS, classes)),
+            (x, _padded(omitted, row_tiles * ROWS, classes)),
             [((parts, row_tiles * ROWS), jnp.float32)] * 2,
             grid=(row_tiles, parts),
             grid_names=("rows", "part"),
@@ -180,17 +180,17 @@ def max_and_sum(otherwise: Callable) -> Callable:
 
 
 def slope(otherwise: Callable) -> Callable:
-    """``(x[..., C], m, kept, scale, at_kept, active)``, the rest ``[...]``: scale exp(x_j - m),
-    at_kept where j is kept, and 0 in a row that is not active, in the dtype of ``x``."""
+    """``(x[..., C], m, omitted, scale, at_omitted, active)``, the rest ``[...]``:
+    ``rows.logits_gradient`` in the dtype of ``x``."""
 
-    def compute(x: Array, m: Array, kept: Array, scale: Array, at_kept: Array, active: Array):
+    def compute(x: Array, m: Array, omitted: Array, scale: Array, at_omitted: Array, active: Array):
         row_tiles, parts, length = _split(x)
 
         def jaxloss_slope(x, *rest):
             *of_rows, out, out_core = rest
             i, part = lax.axis_index("rows"), lax.axis_index("part")
             here = pl.ds(i * ROWS, ROWS)
-            m, label, scale, at_kept, active = (
+            m, label, scale, at_omitted, active = (
                 load(v.at[here], COLUMN, optimized=False) for v in of_rows
             )
 
@@ -201,7 +201,7 @@ def slope(otherwise: Callable) -> Callable:
                 at_label = column == across(label - t * COLUMNS)
                 x = jnp.where(across(active) == 0, -jnp.inf, x)
                 dx = exp(x - across(m)) * across(scale)
-                dx = jnp.where(at_label, across(at_kept), dx)
+                dx = jnp.where(at_label, across(at_omitted), dx)
                 there = out.at[here, pl.ds(t * COLUMNS, COLUMNS)]
                 put(out_core, index[0], dx, there)
 
@@ -212,7 +212,7 @@ def slope(otherwise: Callable) -> Callable:
         m, scale = (jnp.where(active, v, 0) for v in (m, scale))
         of_rows = (
             _padded(v, row_tiles * ROWS, 0)
-            for v in (m, kept, scale, at_kept, active.astype(jnp.int32))
+            for v in (m, omitted, scale, at_omitted, active.astype(jnp.int32))
         )
         held = plgpu.SMEM((2, *_SHAPE), x.dtype, transforms=transforms(x.dtype))
         (dx,) = call(

@@ -15,9 +15,9 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jaxloss._kernels.per_row import per_row
-from jaxloss._kernels.rows_gpu import call, exp, load, put
-from jaxloss._xla.math import finite
+from jaxloss._pallas.per_row import per_row
+from jaxloss._pallas.rows_gpu import call, exp, load, put
+from jaxloss._xla.elementary import finite
 
 _ROWS = 4  # of a tile: a warp each
 _WIDTH = 256  # classes that a warp reads at once: of 16 bits, 16 bytes a lane
@@ -36,7 +36,7 @@ def takes(rows: int, classes: int) -> bool:
     return whole and classes <= _CLASSES and rows >= _SPAN and rows * classes >= 2**24
 
 
-def _of_tile(x: Array, kept: Array, x_kept: Array, weight: Array):
+def _of_tile(x: Array, omitted: Array, x_omitted: Array, weight: Array):
     """``(m, s, gradient)`` of a tile [rows, C / width, width], the rest [rows]."""
     shape = x.shape
 
@@ -52,28 +52,29 @@ def _of_tile(x: Array, kept: Array, x_kept: Array, weight: Array):
     m = over_row(jnp.max, x).astype(jnp.float32)
     high = finite(m)
     e = exp(x.astype(jnp.float32) - across(high))
-    at_label = iota(1) * shape[2] + iota(2) == across(kept)
+    at_label = iota(1) * shape[2] + iota(2) == across(omitted)
     s = over_row(jnp.sum, jnp.where(at_label, 0.0, e))
     # 1 + t of _rows is the sum of all.
-    scale = weight / (s + exp(x_kept - high))
+    scale = weight / (s + exp(x_omitted - high))
     dx = jnp.where(at_label, across(-s * scale), e * across(scale))
     # A row that asks for nothing gets 0, whatever it holds.
     return m, s, jnp.where(across(weight) == 0.0, 0.0, dx)
 
 
 @per_row
-def sums_and_gradient(x: Array, kept: Array, x_kept: Array, weight: Array):
-    """``(x[..., C], kept, x_kept, weight)``, the rest ``[...]``: the row's maximum, ``sum_{j != k}
-    exp(x_j - max)``, and the gradient of ``sum(weight * nll)`` in the 16 bits of ``x``."""
+def sums_and_gradient(x: Array, omitted: Array, x_omitted: Array, weight: Array):
+    """``(x[..., C], omitted, x_omitted, weight)``, the rest ``[...]``: the row's maximum,
+    ``sum_{j != k} exp(x_j - max)``, and the gradient of ``sum(weight * nll)`` in the 16 bits of
+    ``x``."""
     rows, classes = x.shape
     shape = _ROWS, classes // _WIDTH, _WIDTH
 
-    def jaxloss_one_pass(x, kept, x_kept, weight, dx, m, s, *cores):
+    def jaxloss_one_pass(x, omitted, x_omitted, weight, dx, m, s, *cores):
         *of_rows, m_core, s_core, dx_core, barrier = cores
         # The last block begins where it has all of its rows: some are computed twice.
         start = jnp.minimum(lax.axis_index("block") * _SPAN, rows - _SPAN)
         here = pl.ds(start, _SPAN)
-        for v, core in zip((kept, x_kept, weight), of_rows, strict=True):
+        for v, core in zip((omitted, x_omitted, weight), of_rows, strict=True):
             plgpu.copy_gmem_to_smem(v.at[here], core, barrier)
 
         def step(index, tile):
@@ -101,7 +102,7 @@ def sums_and_gradient(x: Array, kept: Array, x_kept: Array, weight: Array):
     number = plgpu.SMEM((_SPAN,), jnp.float32)
     dx, m, s = call(
         jaxloss_one_pass,
-        (x, kept, x_kept, weight),
+        (x, omitted, x_omitted, weight),
         [(x.shape, x.dtype), *[((rows,), jnp.float32)] * 2],
         grid=(pl.cdiv(rows, _SPAN),),
         grid_names=("block",),

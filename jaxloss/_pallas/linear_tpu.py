@@ -19,7 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from jaxloss._xla import mesh
-from jaxloss._xla.math import exp_is_long, finite, short_exp
+from jaxloss._xla.elementary import exp_is_long, finite, short_exp
 
 # Bytes of a core's own that the tiles may take: chips up to v4 have 16 MiB, later ones 64 and more.
 MEMORY = 48 * 2**20
@@ -83,18 +83,18 @@ def _logits(hidden, kernel, bias, vocab_axis: int) -> Array:
 
 
 def _tile(count, label, hidden, kernel, *rest, vocab_axis: int, columns: int):
-    *bias, m_out, s_out, x_kept_out, m, s, x_kept = rest
+    *bias, m_out, s_out, x_omitted_out, m, s, x_omitted = rest
     j, v = pl.program_id(1), kernel.shape[vocab_axis]
 
     @pl.when(j == 0)
     def _():
         m[...] = jnp.full_like(m, -jnp.inf)
         s[...] = jnp.zeros_like(s)
-        x_kept[...] = jnp.full_like(x_kept, -jnp.inf)
+        x_omitted[...] = jnp.full_like(x_omitted, -jnp.inf)
 
     @pl.when(pl.program_id(0) * hidden.shape[0] < count[0])
     def _():
-        arrays = label, hidden, kernel, bias, m, s, x_kept
+        arrays = label, hidden, kernel, bias, m, s, x_omitted
         _merge(*arrays, j * v, vocab_axis=vocab_axis, columns=columns)
 
     @pl.when(j == pl.num_programs(1) - 1)
@@ -102,11 +102,11 @@ def _tile(count, label, hidden, kernel, *rest, vocab_axis: int, columns: int):
         high = jnp.max(m[...], axis=1, keepdims=True)
         m_out[...] = high
         s_out[...] = jnp.sum(s[...] * exp(m[...] - finite(high)), axis=1, keepdims=True)
-        own = jnp.max(x_kept[...], axis=1, keepdims=True)
-        x_kept_out[...] = jnp.where(label[...] < 0, jnp.nan, own)
+        own = jnp.max(x_omitted[...], axis=1, keepdims=True)
+        x_omitted_out[...] = jnp.where(label[...] < 0, jnp.nan, own)
 
 
-def _merge(label, hidden, kernel, bias, m, s, x_kept, first, *, vocab_axis: int, columns: int):
+def _merge(label, hidden, kernel, bias, m, s, x_omitted, first, *, vocab_axis: int, columns: int):
     """Into the parts of n rows go those of the v columns from ``first`` on, as in parts.merge.
 
     Each of a register's lanes has a part of its own, of every 128th column: across lanes a core
@@ -122,11 +122,11 @@ def _merge(label, hidden, kernel, bias, m, s, x_kept, first, *, vocab_axis: int,
     before = m[...]
     m[...] = reduce(jnp.maximum, (x[:, at] for at in some), before)
     high = finite(m[...])
-    total, own = s[...] * exp(before - high), x_kept[...]
+    total, own = s[...] * exp(before - high), x_omitted[...]
     for at in some:
         total = jnp.where(at_label[:, at], total, total + exp(x[:, at] - high))
         own = jnp.where(at_label[:, at], x[:, at], own)
-    s[...], x_kept[...] = total, own
+    s[...], x_omitted[...] = total, own
 
 
 def in_32_bits(call: Callable) -> Callable:
@@ -166,12 +166,12 @@ def row_part(
     hidden: Array,
     kernel: Array,
     bias: Any,
-    kept: Array,
+    label: Array,
     vocab_axis: int,
     columns: int,
     count: Any = None,
 ):
-    """``(m, s, x_kept)`` of ``parts.RowPart``, [N] each, for labels ``kept[N]`` among C columns.
+    """``(m, s, x_omitted)`` of ``parts.RowPart``, [N] each, of labels ``[N]`` among C columns.
 
     ``count``: tiles of tokens past it are left out; those tokens are anything.
     """
@@ -185,9 +185,9 @@ def row_part(
 
     count = jnp.full((1,), tokens, jnp.int32) if count is None else count.reshape(1)
     # No label at all, and not the column past the last: the last tile may have one.
-    of_rows = jnp.where(kept < columns, kept, -1)[:, None]
+    of_rows = jnp.where(label < columns, label, -1)[:, None]
     specs, args = _operands(hidden, kernel, bias, vocab_axis, n, v, of_columns)
-    args = mesh.together(count, of_rows, *args)
+    args = mesh.varying_alike(count, of_rows, *args)
     kind = jax.typeof(args[0]).manual_axis_type
     out = jax.ShapeDtypeStruct((tokens, 1), jnp.float32, manual_axis_type=kind)
     a_row = pl.BlockSpec((n, 1), lambda i, *_: (i, 0))
@@ -208,13 +208,13 @@ def row_part(
     return tuple(x[:, 0] for x in _one_after_the_other(in_32_bits(call))(*args))
 
 
-def _slope_tile(m, kept, scale, at_kept, active, hidden, kernel, *rest, vocab_axis: int):
+def _slope_tile(m, label, scale, at_omitted, active, hidden, kernel, *rest, vocab_axis: int):
     *bias, out = rest
     x = _logits(hidden, kernel, bias, vocab_axis)
     column = lax.broadcasted_iota(jnp.int32, x.shape, 1)
     first = pl.program_id(1) * x.shape[1]
     dx = jnp.where(active[...] != 0, exp(x - m[...]) * scale[...], 0)
-    out[...] = jnp.where(column == kept[...] - first, at_kept[...], dx).astype(out.dtype)
+    out[...] = jnp.where(column == label[...] - first, at_omitted[...], dx).astype(out.dtype)
 
 
 def slope(hidden: Array, kernel: Array, bias: Any, rows: tuple, vocab_axis: int) -> Array:
@@ -226,7 +226,7 @@ def slope(hidden: Array, kernel: Array, bias: Any, rows: tuple, vocab_axis: int)
     specs, args = _operands(hidden, kernel, bias, vocab_axis, n, v, lambda i, j: j)
     m, *others, active = rows
     of_rows = (x[:, None] for x in (m, *others, active.astype(m.dtype)))
-    args = mesh.together(*of_rows, *args)
+    args = mesh.varying_alike(*of_rows, *args)
     kind = jax.typeof(args[0]).manual_axis_type
     call = pl.pallas_call(
         partial(_slope_tile, vocab_axis=vocab_axis),

@@ -17,10 +17,10 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from jaxloss._kernels.linear_tpu import LANES, MEMORY, exp, in_32_bits, params
-from jaxloss._kernels.per_row import per_row
+from jaxloss._pallas.linear_tpu import LANES, MEMORY, exp, in_32_bits, params
+from jaxloss._pallas.per_row import per_row
 from jaxloss._xla import mesh
-from jaxloss._xla.math import finite
+from jaxloss._xla.elementary import finite
 
 _ROWS = 16  # of a group: two registers high in float32, one in bfloat16
 _WIDTH = 1024  # classes of a group that a step of its loops takes: as many registers as rows
@@ -57,9 +57,9 @@ def _group(rows: Any, x: Any, numbers: Any, dx: Any, parts: Any, e: Any) -> None
         v = x[rows, pl.ds(first, width)].astype(jnp.float32)
         return [v[:, at : at + LANES] for at in range(0, width, LANES)]
 
-    kept, x_kept, weight = (numbers[rows, i : i + 1] for i in range(3))
+    omitted, x_omitted, weight = (numbers[rows, i : i + 1] for i in range(3))
     # How far from a lane's first class the label lies: at a class of this lane, or not.
-    place = across(kept.astype(jnp.int32)) - lax.broadcasted_iota(jnp.int32, shape, 1)
+    place = across(omitted.astype(jnp.int32)) - lax.broadcasted_iota(jnp.int32, shape, 1)
 
     def maximum(first, width, m):
         return reduce(jnp.maximum, lanes(first, width), m)
@@ -78,14 +78,14 @@ def _group(rows: Any, x: Any, numbers: Any, dx: Any, parts: Any, e: Any) -> None
 
     s = jnp.sum(_over(classes, others, jnp.zeros(shape, jnp.float32)), axis=1, keepdims=True)
     # 1 + t of _rows is the sum of all.
-    scale = weight / (s + exp(x_kept - finite(m)))
-    at_kept, scale, nothing = across(-s * scale), across(scale), across(weight) == 0
+    scale = weight / (s + exp(x_omitted - finite(m)))
+    at_omitted, scale, nothing = across(-s * scale), across(scale), across(weight) == 0
 
     def slopes(first, width, _):
         some = []
         for i in range(0, width, LANES):
             slope = e[:, pl.ds(first + i, LANES)] * scale
-            slope = jnp.where(place == first + i, at_kept, slope)
+            slope = jnp.where(place == first + i, at_omitted, slope)
             # A row that asks for nothing gets 0, whatever it holds.
             some.append(jnp.where(nothing, 0, slope).astype(dx.dtype))
         dx[rows, pl.ds(first, width)] = jnp.concatenate(some, axis=1)
@@ -102,14 +102,15 @@ def _block(x, numbers, dx, parts, e):
 
 
 @per_row
-def sums_and_gradient(x: Array, kept: Array, x_kept: Array, weight: Array):
-    """``(x[..., C], kept, x_kept, weight)``, the rest ``[...]``: the row's maximum, ``sum_{j != k}
-    exp(x_j - max)``, and the gradient of ``sum(weight * nll)`` in bfloat16, as ``x`` is."""
+def sums_and_gradient(x: Array, omitted: Array, x_omitted: Array, weight: Array):
+    """``(x[..., C], omitted, x_omitted, weight)``, the rest ``[...]``: the row's maximum,
+    ``sum_{j != k} exp(x_j - max)``, and the gradient of ``sum(weight * nll)`` in bfloat16, as ``x``
+    is."""
     rows, classes = x.shape
     n = min(max(_BLOCK // classes // _ROWS, 1), pl.cdiv(rows, _ROWS)) * _ROWS
     # In one array: each would be padded to a register's lanes. A class is exact in float32.
-    numbers = jnp.stack([kept.astype(jnp.float32), x_kept, weight], axis=1)
-    x, numbers = mesh.together(x, numbers)
+    numbers = jnp.stack([omitted.astype(jnp.float32), x_omitted, weight], axis=1)
+    x, numbers = mesh.varying_alike(x, numbers)
     kind = jax.typeof(x).manual_axis_type
     of_rows, of_numbers, of_parts = (
         pl.BlockSpec((n, width), lambda i: (i, 0)) for width in (classes, 3, 2)

@@ -55,16 +55,16 @@ def _have_tiles_on_a_tpu(logits: Array) -> bool:
     )
 
 
-def row_sums(logits: Array, plain: bool, kernel_bytes: int) -> Any:
+def row_sums(logits: Array, plain: bool, pallas_bytes: int) -> Any:
     """``rows_gpu.max_and_sum``, or None. ``plain``: nothing is masked, capped or scaled.
 
-    ``kernel_bytes``: the widest logits that a kernel may read. 4: they are an array whatever reads
+    ``pallas_bytes``: the widest logits that a kernel may read. 4: they are an array whatever reads
     them, as a product is. 2: in float32 they may be narrow ones that were widened. 0: their rows do
     not lie in one piece. What XLA reads as it is, a kernel would have copied first.
     """
-    if not plain or logits.dtype.itemsize > kernel_bytes or not _have_tiles_on_a_gpu(logits):
+    if not plain or logits.dtype.itemsize > pallas_bytes or not _have_tiles_on_a_gpu(logits):
         return None
-    from jaxloss._kernels import rows_gpu
+    from jaxloss._pallas import rows_gpu
 
     return rows_gpu.max_and_sum
 
@@ -73,7 +73,7 @@ def row_gradient(logits: Array) -> Any:
     """``rows_gpu.slope``, or None. In 32 bits XLA reads and writes as fast as the memory allows."""
     if logits.dtype.itemsize != 2 or not _have_tiles_on_a_gpu(logits):
         return None
-    from jaxloss._kernels import rows_gpu
+    from jaxloss._pallas import rows_gpu
 
     return rows_gpu.slope
 
@@ -92,10 +92,10 @@ def one_pass_takes(logits: Array) -> bool:
 def one_pass() -> tuple[Any, str]:
     """The file of the kernels for this backend, and its platform."""
     if jax.default_backend() == "tpu":
-        from jaxloss._kernels import one_pass_tpu
+        from jaxloss._pallas import one_pass_tpu
 
         return one_pass_tpu, "tpu"
-    from jaxloss._kernels import one_pass_gpu
+    from jaxloss._pallas import one_pass_gpu
 
     return one_pass_gpu, "cuda"
 
@@ -127,10 +127,10 @@ def fits_product(name: str, tokens: Any, features: int, vocab: int, columns: int
     if not isinstance(tokens, int) or min(tokens, columns) == 0:
         return False  # a batch that jax.export leaves open has no tiles
     if name == "mosaic_gpu":
-        from jaxloss._kernels import linear_gpu
+        from jaxloss._pallas import linear_gpu
 
         return linear_gpu.takes(tokens, features, vocab)
-    from jaxloss._kernels import linear_tpu
+    from jaxloss._pallas import linear_tpu
 
     return linear_tpu.tiles(tokens, features) is not None
 
@@ -138,10 +138,10 @@ def fits_product(name: str, tokens: Any, features: int, vocab: int, columns: int
 def product_parts() -> Any:
     """``row_part`` of ``hidden @ kernel``, of this backend."""
     if jax.default_backend() == "tpu":
-        from jaxloss._kernels import linear_tpu
+        from jaxloss._pallas import linear_tpu
 
         return linear_tpu.row_part
-    from jaxloss._kernels import linear_gpu
+    from jaxloss._pallas import linear_gpu
 
     return linear_gpu.row_part
 
@@ -150,6 +150,6 @@ def product_gradient() -> Any:
     """``slope`` of a block of ``hidden @ kernel``, or None: on a GPU XLA's form is as fast."""
     if jax.default_backend() != "tpu":
         return None
-    from jaxloss._kernels import linear_tpu
+    from jaxloss._pallas import linear_tpu
 
     return linear_tpu.slope
