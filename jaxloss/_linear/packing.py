@@ -63,8 +63,8 @@ def _each(mask: Array, rows: Array) -> Array:
 
 
 def gather_rows(x: Any, at: Array) -> Any:
-    """The tokens ``at``: an index[n], past the end for none; or which of all, as they stand. In
-    place of none there is 0."""
+    """Rows of ``x`` at the tokens ``at``: an index[n], past the end where there is no token, whose
+    row is 0; or bool[N], which leaves all rows in their places and sets the others to 0."""
     if x is None:
         return None
     if at.dtype == bool:
@@ -113,9 +113,9 @@ _long_rows_at.defjvp(_long_rows_at_jvp, symbolic_zeros=True)
 
 
 def gather_rows_or_first(x: Any, at: Array, packing: Packing) -> Any:
-    """The same, but the first token that counts wherever there is none.
+    """Rows of ``x`` at the tokens ``at``; where ``at`` names no token, the first valid token's row.
 
-    A function of zeros may have no derivative, and 0 * NaN would join the gradient of what no token
+    :func:`gather_rows` has zeros there. A function of zeros may have no derivative, and 0 * NaN would join the gradient of what no token
     owns.
     """
     if x is None:

@@ -91,7 +91,8 @@ def weighted_sum(
 ) -> tuple[Array, tuple]:
     """``(sum(weight * loss), others)``: its gradients are taken along in the forward pass.
 
-    ``loss_fn`` has one loss; ``weight[N]`` is 0 where a token does not count; ``value`` as above.
+    ``loss_fn`` has one loss; ``weight[N]`` is 0 where a token does not count; ``value``
+    is that of :func:`losses_by_token`.
     """
     compute = _by_loops(partial(token_chunks.losses, loss_fn, sweep), value)
     wide = weight.dtype
@@ -155,7 +156,8 @@ def reduced(
 ) -> tuple[Array, tuple]:
     """``(loss, the losses past the first and the others)``, of ``valid[...]``' shape or a scalar.
 
-    ``weights`` are from ``_targets.token_weights``; ``value`` as above.
+    ``weights`` are from ``reduction.normalised_weights``; ``value`` is that of
+    :func:`losses_by_token`.
     """
     each, offset = weights
     # Devices that communicate within a loop must take as many steps.
