@@ -115,8 +115,8 @@ _long_rows_at.defjvp(_long_rows_at_jvp, symbolic_zeros=True)
 def gather_rows_or_first(x: Any, at: Array, packing: Packing) -> Any:
     """Rows of ``x`` at the tokens ``at``; where ``at`` names no token, the first valid token's row.
 
-    :func:`gather_rows` has zeros there. A function of zeros may have no derivative, and 0 * NaN would join the gradient of what no token
-    owns.
+    :func:`gather_rows` has zeros there. A function of zeros may have no derivative, and 0 * NaN
+    would join the gradient of what no token owns.
     """
     if x is None:
         return None

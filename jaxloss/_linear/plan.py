@@ -96,7 +96,7 @@ def _rows(dtype: Any, arrays: TokenArrays, options: LossOptions, scalars: Scalar
 
 def _beyond(arrays: TokenArrays, options: LossOptions, scalars: Scalars) -> dict[str, bool]:
     """What no kernel of a product has a form of, and whether the call asks for that."""
-    # z_loss is all that a kernel's parts are enough for; a number without a name here is refused too.
+    # A kernel's parts are enough for z_loss. A number that has no name here is refused too.
     named = {"label_smoothing": 0.0, "z_loss": 0.0, "softcap": None, "temperature": 1.0}
     return {
         "labels that are no class indices": not is_indices(arrays.labels),

@@ -35,7 +35,7 @@ def _upcast_bfloat16_jvp(primals, tangents):
 
 @jax.custom_jvp
 def _downcast_bfloat16(x: Array) -> Array:
-    """bfloat16 of float32, to nearest, ties to even: in integers on a CPU, whose conversion is slow."""
+    """bfloat16 of float32, to nearest, ties to even: on a CPU in integers, which is faster."""
 
     def rounded(x):
         bits = lax.bitcast_convert_type(x, jnp.uint32)
