@@ -10,15 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from oracle.helpers import (
-    EPS,
-    assert_within,
-    equations,
-    exact_gradient,
-    jit_quickly,
-    relative_budget,
-    two_steps,
-)
+from forms import two_steps
+from oracle.budget import EPS, assert_within, relative_budget
+from oracle.programs import equations, jit_quickly
+from oracle.truth import exact_gradient, exact_losses
 
 import jaxloss
 
@@ -62,13 +57,6 @@ def logsumexp(x):
 def log_softmax(x):
     with np.errstate(all="ignore"):
         return np.asarray(x, np.float32) - logsumexp(x)[..., None]
-
-
-def exact_losses(x, y):
-    rows, x = np.arange(len(y)), np.asarray(x, np.longdouble)
-    others = np.exp(x - x[rows, y][:, None])
-    others[rows, y] = 0
-    return np.log1p(np.sum(others, axis=-1))
 
 
 def losses_and_gradient_of(loss, x, y, **options):

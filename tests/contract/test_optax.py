@@ -12,14 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from oracle.helpers import (
-    classes_last,
-    hurting_logits,
-    jit_quickly,
-    margins,
-    reference,
-    relative_budget,
-)
+from oracle.budget import margins, relative_budget
+from oracle.draw import hurting_logits
+from oracle.programs import jit_quickly
+from oracle.truth import classes_last, reference
 
 import jaxloss
 

@@ -15,7 +15,9 @@ import pytest
 from hypothesis import given
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
-from oracle.helpers import EPS, assert_within, exact_gradient, jit_quickly, margins, relative_budget
+from oracle.budget import EPS, assert_within, margins, relative_budget
+from oracle.programs import jit_quickly
+from oracle.truth import exact_gradient
 
 import jaxloss
 

@@ -6,15 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from oracle.helpers import (
-    EPS,
-    assert_within,
-    differences,
-    hurting_logits,
-    jit_quickly,
-    margins,
-    reference,
-)
+from oracle.budget import EPS, assert_within, margins
+from oracle.draw import hurting_logits
+from oracle.programs import jit_quickly
+from oracle.truth import differences, reference
 
 import jaxloss
 

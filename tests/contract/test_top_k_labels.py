@@ -8,16 +8,10 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from oracle.helpers import (
-    EPS,
-    assert_within,
-    equations,
-    hurting_logits,
-    jit_quickly,
-    margins,
-    products,
-    reference,
-)
+from oracle.budget import EPS, assert_within, margins
+from oracle.draw import hurting_logits
+from oracle.programs import equations, jit_quickly, products
+from oracle.truth import reference
 
 import jaxloss
 from jaxloss import TopKLabels

@@ -13,7 +13,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
-from oracle.helpers import EPS, product_of_bfloat16, wide
+from oracle.budget import EPS
+from oracle.draw import product_of_bfloat16
+from oracle.truth import wide
 
 import jaxloss
 from jaxloss._kernels import linear_tpu

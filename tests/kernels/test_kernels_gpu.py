@@ -10,7 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from oracle.helpers import EPS, product_of_bfloat16, wide
+from oracle.budget import EPS
+from oracle.draw import product_of_bfloat16
+from oracle.truth import wide
 
 import jaxloss
 from jaxloss._kernels import linear_gpu, rows_gpu

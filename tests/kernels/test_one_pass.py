@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from oracle.helpers import EPS, wide
+from oracle.budget import EPS
+from oracle.truth import wide
 
 import jaxloss
 from jaxloss._kernels import dispatch, one_pass_gpu, one_pass_tpu

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from oracle.helpers import equations, jit_quickly, products, temporary_mib
+from oracle.programs import equations, jit_quickly, products, temporary_mib
 
 import jaxloss
 from jaxloss._linear import budget

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from oracle.helpers import jit_quickly, moved_sizes, temporary_mib
+from oracle.programs import jit_quickly, moved_sizes, temporary_mib
 
 import jaxloss
 

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from oracle.helpers import EPS, assert_within, reference, relative_budget
+from oracle.budget import EPS, assert_within, relative_budget
+from oracle.truth import reference
 
 import jaxloss
 from jaxloss import _metrics

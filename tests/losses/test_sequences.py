@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from oracle.helpers import EPS, assert_within, reference
+from oracle.budget import EPS, assert_within
+from oracle.truth import reference
 
 import jaxloss
 

@@ -16,16 +16,10 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from numerics.test_differentiation import TRANSFORMS, check
-from oracle.helpers import (
-    EPS,
-    assert_within,
-    classes_last,
-    differences,
-    hurting_logits,
-    jit_quickly,
-    reference,
-    wide,
-)
+from oracle.budget import EPS, assert_within
+from oracle.draw import hurting_logits
+from oracle.programs import jit_quickly
+from oracle.truth import classes_last, differences, reference, wide
 
 import jaxloss
 

@@ -9,17 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from oracle.helpers import (
-    EPS,
-    assert_within,
-    equations,
-    exact_gradient,
-    hurting_logits,
-    jit_quickly,
-    margins,
-    products,
-    reference,
-)
+from oracle.budget import EPS, assert_within, margins
+from oracle.draw import hurting_logits
+from oracle.programs import equations, jit_quickly, products
+from oracle.truth import exact_gradient, reference
 
 import jaxloss
 from jaxloss import TokenStats

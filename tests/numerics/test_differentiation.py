@@ -13,9 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from forms import two_steps
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from oracle.helpers import jit_quickly, plain, two_steps
+from oracle.plain import cross_entropy as plain
+from oracle.programs import jit_quickly
 
 import jaxloss
 from jaxloss._xla import derivatives, device

@@ -26,6 +26,7 @@ import jax
 import numpy as np
 import pytest
 from hypothesis import given
+from oracle.draw import KINDS
 
 import jaxloss
 from numerics.fuzz.binary import (
@@ -70,7 +71,6 @@ from numerics.fuzz.sums import (
     fuzz_sequence_weight,
     fuzz_total_weight,
 )
-from numerics.fuzz.truth import KINDS
 
 pytestmark = pytest.mark.nan_is_meant
 

@@ -7,16 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from oracle.helpers import (
-    EPS,
-    assert_within,
-    exact_gradient,
-    hurting_logits,
-    margins,
-    reference,
-    relative_budget,
-    two_steps,
-)
+from forms import two_steps
+from oracle.budget import EPS, assert_within, margins, relative_budget
+from oracle.draw import hurting_logits
+from oracle.truth import exact_gradient, exact_losses, reference
 
 import jaxloss
 from jaxloss._numerics import passes
@@ -49,13 +43,6 @@ def at_margins(offset, c=5, position=0):
     # |x_y - m|, on the inputs as they were rounded
     others = np.max(np.where(np.arange(c) == position, -np.inf, x64), axis=-1)
     return x, y, np.abs(x64[:, position] - others)
-
-
-def exact_losses(x, y):
-    x = np.asarray(x, np.longdouble)
-    others = np.arange(x.shape[-1]) != np.asarray(y)[:, None]
-    at_label = x[np.arange(len(x)), y][:, None]
-    return np.log1p(np.sum(np.exp(x - at_label), axis=-1, where=others))
 
 
 @cache

@@ -10,7 +10,7 @@ import pytest
 from jax.experimental import checkify
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from oracle.helpers import EPS
+from oracle.budget import EPS
 
 import jaxloss
 from jaxloss._numerics import logits as _logits

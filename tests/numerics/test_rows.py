@@ -6,7 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from oracle.helpers import EPS, assert_within, exact_gradient, jit_quickly
+from oracle.budget import EPS, assert_within
+from oracle.programs import jit_quickly
+from oracle.truth import exact_gradient
 
 import jaxloss
 from jaxloss._numerics import parts

@@ -23,7 +23,7 @@ from oracle.curvature import (
     softmax_loss,
     statistics,
 )
-from oracle.helpers import jit_quickly
+from oracle.programs import jit_quickly
 
 import jaxloss
 from jaxloss._xla import device

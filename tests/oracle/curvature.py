@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from oracle.helpers import EPS, jit_quickly
+from oracle.budget import EPS
+from oracle.programs import jit_quickly
 
 STEP = Decimal(10) ** -30
 

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from oracle.helpers import jit_quickly, reference
+from oracle.programs import jit_quickly
+from oracle.truth import reference
 
 import jaxloss
 from jaxloss._xla import device

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from oracle.helpers import jit_quickly
+from oracle.programs import jit_quickly
 
 import jaxloss
 from jaxloss._xla import device

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import export
-from oracle.helpers import EPS
+from oracle.budget import EPS
 
 import jaxloss
 from jaxloss._numerics import rows

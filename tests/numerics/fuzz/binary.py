@@ -5,9 +5,11 @@ from functools import lru_cache
 import jax
 import jax.numpy as jnp
 import numpy as np
+from oracle.budget import LD, assert_allowed, precision, rounded
+from oracle.draw import asked_of, rows_of, weights_of
+from oracle.truth import softmax_rows, truth_of, widened
 
 import jaxloss
-from numerics.fuzz.labels import asked_of, truth_of
 from numerics.fuzz.logits import (
     AXES,
     check_dtype,
@@ -17,16 +19,6 @@ from numerics.fuzz.logits import (
     jitted,
     placed,
     random_ct,
-    rounded,
-)
-from numerics.fuzz.truth import (
-    LD,
-    assert_allowed,
-    precision,
-    rows_of,
-    softmax_rows,
-    weights_of,
-    widened,
 )
 
 
@@ -54,14 +46,14 @@ def fuzz_focal_loss(config, rng, kinds):
     n, c = (1 if config["layout"] == "one" else 6), config["c"]
     at, gamma = precision(config["dtype"]), LD(config["gamma"])
     x, mask = rows_of(rng, kinds, n, c, config["dtype"]), exists_of(config, rng, n, c)
-    asked = asked_of(config, rng, mask, at)
+    asked = asked_of(config, rng, mask)
     arrays = {k: placed(config, v, False) if k != "weight" else v for k, v in asked.arrays.items()}
     if config["where"] == "classes":
         arrays["where"] = placed(config, mask, True)
     y = np.where(asked.wrong | ~asked.counts, 0, asked.labels[0].astype(np.int64))
     weight = widened(asked.arrays["weight"]) if config["weight"] else np.ones(c, LD)
     plain = asked._replace(t=np.eye(c, dtype=LD)[y], vague=asked.vague)
-    one = truth_of(widened(x), mask, plain, config, at)
+    one = truth_of(widened(x), mask, plain, at)
     w, nll = weight[y], one.losses
     with np.errstate(all="ignore"):
         u, p = -np.expm1(-nll), np.exp(-nll)

@@ -8,13 +8,13 @@ from functools import lru_cache
 import jax
 import jax.numpy as jnp
 import numpy as np
+from oracle import plain
+from oracle.draw import rows_of, weights_of
 
 import jaxloss
-from numerics.fuzz import plain
 from numerics.fuzz.logits import SOFTMAX, frozen_of, jitted, labels_of, options_of, sanitized
 from numerics.fuzz.product import LINEAR
 from numerics.fuzz.sums import DIVERGENCE, FOCAL, SIGMOID, STATS
-from numerics.fuzz.truth import rows_of, weights_of
 
 N, D = 6, 3
 KINDS = ["plain", "flat", "peaked", "saturated", "tied", "zero"]

@@ -5,13 +5,15 @@ from functools import lru_cache
 import jax
 import jax.numpy as jnp
 import numpy as np
-from losses.test_divergence import exact as exact_divergence
-from losses.test_divergence import known
+from oracle.budget import INF, LD, assert_allowed, precision, rounded
+from oracle.divergence import exact as exact_divergence
+from oracle.divergence import known
+from oracle.draw import rows_of, weights_of
+from oracle.truth import widened
 
 import jaxloss
-from numerics.fuzz.logits import check_dtype, exists_of, frozen_of, jitted, random_ct, rounded
+from numerics.fuzz.logits import check_dtype, exists_of, frozen_of, jitted, random_ct
 from numerics.fuzz.product import product_of
-from numerics.fuzz.truth import INF, LD, assert_allowed, precision, rows_of, weights_of, widened
 
 
 @lru_cache(maxsize=64)

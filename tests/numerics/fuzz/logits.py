@@ -5,11 +5,12 @@ from functools import lru_cache
 import jax
 import jax.numpy as jnp
 import numpy as np
-from oracle.helpers import jit_quickly
+from oracle.budget import LD, assert_allowed, precision, rounded
+from oracle.draw import asked_of, rows_of
+from oracle.programs import jit_quickly
+from oracle.truth import reduced, truth_of, widened
 
 import jaxloss
-from numerics.fuzz.labels import asked_of, reduced, truth_of
-from numerics.fuzz.truth import LD, Precision, assert_allowed, precision, rows_of, widened
 
 # Programs: one a configuration
 
@@ -96,11 +97,6 @@ def exists_of(config, rng, n, c):
     return mask
 
 
-def rounded(allowed, truth, at: Precision):
-    """``allowed``, and to the nearest number of the inputs' dtype."""
-    return allowed + at.half * (np.abs(truth) + allowed) + (at.least if at.half else 0)
-
-
 def fuzz_cross_entropy(config, rng, kinds):
     n, c = (1 if config["layout"] == "one" else 6), config["c"]
     at = precision(config["dtype"])
@@ -111,11 +107,11 @@ def fuzz_cross_entropy(config, rng, kinds):
     if config["logit_softcap"]:
         kinds = [k if k != "inf" else "impossible" for k in kinds]  # caps at the cap
     x, mask = rows_of(rng, kinds, n, c, config["dtype"]), exists_of(config, rng, n, c)
-    asked = asked_of(config, rng, mask, at)
+    asked = asked_of(config, rng, mask)
     arrays = dict(asked.arrays)
     if config["where"] == "classes":
         arrays["where"] = mask
-    truth = truth_of(widened(x), mask, asked, config, at)
+    truth = truth_of(widened(x), mask, asked, at, config["logit_softcap"])
     ct = random_ct(rng, n, config)
     given_arrays = {
         k: placed(config, v, per_class=v.ndim > 1) if k != "weight" else v

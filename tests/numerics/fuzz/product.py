@@ -5,9 +5,11 @@ from functools import lru_cache
 import jax
 import jax.numpy as jnp
 import numpy as np
+from oracle.budget import INF, assert_allowed, precision, rounded
+from oracle.draw import asked_of, rows_of
+from oracle.truth import reduced, truth_of, widened
 
 import jaxloss
-from numerics.fuzz.labels import asked_of, reduced, truth_of
 from numerics.fuzz.logits import (
     PLAIN,
     SOFTMAX,
@@ -18,9 +20,7 @@ from numerics.fuzz.logits import (
     labels_of,
     options_of,
     random_ct,
-    rounded,
 )
-from numerics.fuzz.truth import INF, assert_allowed, precision, rows_of, widened
 
 
 @lru_cache(maxsize=64)
@@ -100,12 +100,12 @@ def fuzz_product(of, config, rng, kinds):
     with np.errstate(invalid="ignore"):
         x = np.where(np.isfinite(widened(hidden)).all(-1)[:, None], x, np.nan)
     off = np.where(np.isnan(x), 0, off)
-    asked = asked_of(config, rng, mask, at)
+    asked = asked_of(config, rng, mask)
     arrays = dict(asked.arrays)
     if config["where"] == "classes":
         arrays["where"] = mask
     blocks = -(-c // (config["chunk_size"] or c))
-    truth = truth_of(x, mask, asked, config, at, off, 2 * blocks)
+    truth = truth_of(x, mask, asked, at, config["logit_softcap"], off, 2 * blocks)
     ct = random_ct(rng, n, config)
     operands = (hidden, kernel.T.copy() if config["vocab_axis"] == 0 else kernel, bias)
     labels = list(asked.labels)

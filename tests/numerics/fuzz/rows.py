@@ -5,9 +5,11 @@ from functools import lru_cache
 import jax
 import jax.numpy as jnp
 import numpy as np
+from oracle.budget import INF, LD, assert_allowed, precision, rounded
+from oracle.draw import FINITE, asked_of, rows_of
+from oracle.truth import Truth, softmax_rows, statistics_of, widened
 
 import jaxloss
-from numerics.fuzz.labels import Truth, asked_of
 from numerics.fuzz.logits import (
     AXES,
     check_dtype,
@@ -18,21 +20,10 @@ from numerics.fuzz.logits import (
     labels_of,
     placed,
     random_ct,
-    rounded,
     sanitized,
     unplaced,
 )
 from numerics.fuzz.product import product_of
-from numerics.fuzz.truth import (
-    FINITE,
-    INF,
-    LD,
-    assert_allowed,
-    precision,
-    rows_of,
-    softmax_rows,
-    widened,
-)
 
 
 def fuzz_log_softmax(config, rng, kinds):
@@ -110,7 +101,7 @@ def fuzz_nll_loss(config, rng, kinds):
     config = sanitized({**config, "where": config["where"] and "tokens", "label_smoothing": 0.0})
     config |= {"z_loss": 0.0, "logit_softcap": None}
     x, mask = rows_of(rng, kinds, n, c, config["dtype"]), np.ones((n, c), bool)
-    asked = asked_of(config, rng, mask, at)
+    asked = asked_of(config, rng, mask)
     ct = random_ct(rng, n, config)
     terms = asked.t * -widened(x)
     bad, zero = asked.wrong, np.zeros((n, c))
@@ -167,34 +158,6 @@ def expected_rank(x, y):
     return int(np.flatnonzero(order == y)[0])
 
 
-def stats_truth(x, mask, asked, config, at, blocks=1):
-    rows = softmax_rows(x, mask, at, config["logit_softcap"], config["temperature"], blocks)
-    with np.errstate(all="ignore"):
-        nll = np.where(asked.t == 0, 0, rows.nll)
-        log_prob = -np.sum(asked.t * nll, axis=-1)
-        mass = asked.t.sum(-1, keepdims=True)
-        down, up = rows.p * (mass - asked.t), asked.t * rows.rest
-        of_p = np.where(rows.p > 0, rows.p * np.where(rows.p > 0, rows.nll, 0), 0)
-        entropy = rows.entropy[:, None]
-    lse_slope, cond = rows.p, rows.condition
-    slopes = [up - down, lse_slope, of_p - rows.p * entropy]
-    sizes = [up + down, lse_slope, of_p + rows.p * entropy]
-    values = [log_prob, rows.lse, rows.entropy]
-    once = rows.scaled + 4 * at.eps if config["labels"] == "index" else 1
-    rooms = [
-        cond * np.abs(log_prob) + asked.t.sum(-1) * rows.scaled * once,
-        rows.lse_error,
-        cond * rows.entropy + at.tiny * at.reach + rows.scaled,
-    ]
-    absolute = [0, 0, rows.p * rows.scaled[:, None]]
-    slopes = [np.where(mask, s * rows.slope, 0) for s in slopes]
-    slope_rooms = [
-        np.where(mask, rows.slope * ((4 * cond[:, None] + rows.slope_error) * s + e), 0)
-        for s, e in zip(sizes, absolute, strict=True)
-    ]
-    return rows, values, rooms, slopes, slope_rooms
-
-
 def fuzz_stats(linear, config, rng, kinds):
     config = {**config, "linear": linear, "weight": False, "sample_weight": None}
     config |= {"label_smoothing": 0.0, "z_loss": 0.0, "reduction": "none"}
@@ -216,7 +179,7 @@ def fuzz_stats(linear, config, rng, kinds):
         xs = rows_of(rng, kinds, n, c, config["dtype"])
         x, operands = widened(xs), (placed(config, xs, True),)
     mask = exists_of(config, rng, n, c)
-    asked = asked_of(config, rng, mask, at)
+    asked = asked_of(config, rng, mask)
     arrays = dict(asked.arrays)
     if config["where"] == "classes":
         arrays["where"] = mask
@@ -229,7 +192,9 @@ def fuzz_stats(linear, config, rng, kinds):
         out, grads = program_of_stats(frozen_of(config))(
             operands, labels, arrays, [placed(config, c, False) for c in cts]
         )
-    rows, values, rooms, slopes, slope_rooms = stats_truth(x, mask, asked, config, at, blocks)
+    rows, values, rooms, slopes, slope_rooms = statistics_of(
+        x, mask, asked, at, config["logit_softcap"], config["temperature"], blocks
+    )
     counts, bad = asked.counts, rows.bad & asked.counts
     got = {name: np.asarray(v).reshape(-1) for name, v in out._asdict().items()}
     empty = np.all(np.where(mask, x, -INF) == -INF, axis=-1)

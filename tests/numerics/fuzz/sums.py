@@ -4,11 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from oracle.budget import assert_allowed, precision
+from oracle.draw import asked_of, weights_of
 
 import jaxloss
-from numerics.fuzz.labels import asked_of
 from numerics.fuzz.logits import SOFTMAX
-from numerics.fuzz.truth import assert_allowed, precision, weights_of
 
 
 def fuzz_metric_sums(config, rng, kinds):
@@ -145,7 +145,7 @@ def fuzz_total_weight(config, rng, kinds):
         **config,
         "labels": "index" if config["labels"] != "probabilities" else "probabilities",
     }
-    asked = asked_of(config, rng, np.ones((n, c), bool), at)
+    asked = asked_of(config, rng, np.ones((n, c), bool))
     counts = asked.counts
     got = jaxloss.total_weight(asked.labels[0], ignore_index=config["ignore_index"], **asked.arrays)
     if config["labels"] != "index":

@@ -1,6 +1,7 @@
 """Every loss as one would write it in jnp, for JAX to differentiate in float64.
 
 Of a configuration, the operands that are differentiated and the other arrays (``data``): a number.
+``cross_entropy`` is the same for tests, with the library's own arguments.
 """
 
 import jax
@@ -74,7 +75,8 @@ def curved_statistics(config, operands, data):
     return of_statistics(statistics(config, operands, data), data)
 
 
-def softmax_loss(config, operands, data):
+def softmax_losses(config, operands, data):
+    """(losses of all tokens, what each adds to the mean's denominator)."""
     x, exists, c = rows_of_logits(config, operands, data), data["exists"], config["c"]
     nll = surprises(x, exists)
     t, bucket = asked(config, operands, data)
@@ -92,7 +94,11 @@ def softmax_loss(config, operands, data):
     if config["of"] == "nll_loss":
         losses = -jnp.einsum("nc,c,nc->n", t, w, x)
     losses += label_weight * config["z_loss"] * jax.nn.logsumexp(x, axis=-1, where=exists) ** 2
-    share = 1.0 if config["of"] == "linear_loss" else label_weight
+    return losses, 1.0 if config["of"] == "linear_loss" else label_weight
+
+
+def softmax_loss(config, operands, data):
+    losses, share = softmax_losses(config, operands, data)
     total = total_of(config, losses, operands, data, share)
     if config["stats"]:
         total += of_statistics(statistics(config, operands, data), data)
@@ -100,10 +106,15 @@ def softmax_loss(config, operands, data):
 
 
 def total_of(config, losses, operands, data, share=1.0):
+    out = reduced(config, losses, operands, data, share)
+    return jnp.sum(data["ct"] * out) if config["reduction"] == "none" else out
+
+
+def reduced(config, losses, operands, data, share=1.0):
     s = operands["sample_weight"] if config["sample_weight"] == "float" else 1.0
     losses = jnp.where(data["counts"], s * losses, 0)
     if config["reduction"] == "none":
-        return jnp.sum(data["ct"] * losses)
+        return losses
     share = jnp.sum(jnp.where(data["counts"], s * share, 0)) if config["reduction"] == "mean" else 1
     return jnp.sum(losses) / share
 
@@ -145,3 +156,39 @@ def divergence(config, operands, data):
         terms = beta * p * (log_p - log_m) + (1 - beta) * q * (log_q - log_m)
         losses = jnp.sum(terms, axis=-1)
     return total_of(config, losses, operands, data)
+
+
+def cross_entropy(
+    logits,
+    labels,
+    *,
+    weight=None,
+    ignore_index=-100,
+    label_smoothing=0.0,
+    z_loss=0.0,
+    logit_softcap=None,
+    sample_weight=None,
+    reduction="mean",
+):
+    """Over the last axis."""
+    *batch, c = logits.shape
+    operands, counts = {"logits": logits.reshape(-1, c)}, jnp.ones(batch, bool)
+    index = jnp.issubdtype(labels.dtype, jnp.integer)
+    if index and ignore_index is not None:
+        counts = labels != ignore_index
+    data = {"counts": counts.reshape(-1), "exists": jnp.ones(operands["logits"].shape, bool)}
+    (data if index else operands)["labels"] = labels.reshape(-1) if index else labels.reshape(-1, c)
+    if weight is not None:
+        operands["weight"] = weight
+    if sample_weight is not None:
+        operands["sample_weight"] = sample_weight.reshape(-1)
+    config = {
+        "of": "cross_entropy", "linear": False, "c": c, "temperature": 1.0, "stats": False,
+        "labels": "index" if index else "probabilities", "label_smoothing": label_smoothing,
+        "z_loss": z_loss, "logit_softcap": logit_softcap, "reduction": reduction,
+        "weight": weight is not None, "sample_weight": sample_weight is not None and "float",
+    }  # fmt: skip
+    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+        losses, share = softmax_losses(config, operands, data)
+        out = reduced(config, losses, operands, data, share)
+    return out.reshape(batch) if reduction == "none" else out
