@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from forms import WHOLE
 from oracle.budget import margins, relative_budget
 from oracle.draw import hurting_logits
 from oracle.programs import jit_quickly
@@ -226,23 +227,15 @@ SOFT_LABELS = {
         for rest in ("drop", "uniform", "bucket")
     },
 }
-WHERE_FORMS = {
-    "logits": lambda h, k, y, **options: jaxloss.cross_entropy(h @ k, y, **options),
-    **{
-        schedule: partial(jaxloss.linear_cross_entropy, implementation=schedule, chunk_size=2)
-        for schedule in ("token_chunks", "vocab_blocks")
-    },
-}
 
 
 @pytest.mark.parametrize("labels", SOFT_LABELS)
-@pytest.mark.parametrize("form", WHERE_FORMS)
 def test_a_row_without_classes_does_not_count(form, labels):
     """Its loss was NaN, and a probability asked of a class that where leaves out made the loss inf.
 
     The same rows without the empty ones, and without what is asked of such classes, are the truth.
     """
-    if (form, labels) == ("vocab_blocks", "bucket"):
+    if (form.schedule, labels) == ("vocab_blocks", "bucket"):
         pytest.skip("chunks alone take it")
     rng = np.random.default_rng(0)
     h, k = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((6, 3), (3, 5)))
@@ -259,7 +252,7 @@ def test_a_row_without_classes_does_not_count(form, labels):
 
     def of(form, rows, h, k, q, reduction):
         own = SOFT_LABELS[labels](y[rows], q[rows], index[rows])
-        call = partial(WHERE_FORMS[form], h[rows], k, own, where=jnp.asarray(mask)[rows])
+        call = partial(form.of_product, h[rows], k, own, where=jnp.asarray(mask)[rows])
         out, stats = call(reduction=reduction, return_stats=True, **options)
         return jnp.sum(jnp.sin(out)), (out, stats)
 
@@ -271,7 +264,7 @@ def test_a_row_without_classes_does_not_count(form, labels):
         return both
 
     every = np.arange(6)
-    got, expected = jit_quickly(lambda *a: (run(form, every, *a), run("logits", live, *a)))(h, k, q)
+    got, expected = jit_quickly(lambda *a: (run(form, every, *a), run(WHOLE, live, *a)))(h, k, q)
     for ((_, (out, stats)), grads), ((_, (out_e, stats_e)), grads_e) in zip(
         got, expected, strict=True
     ):
@@ -291,7 +284,7 @@ def test_a_row_without_classes_does_not_count(form, labels):
         np.put_along_axis(
             dense, np.asarray(index), np.take_along_axis(np.asarray(q), index, -1), -1
         )
-        call = partial(WHERE_FORMS[form], h, k, where=jnp.asarray(mask), reduction="none")
+        call = partial(form.of_product, h, k, where=jnp.asarray(mask), reduction="none")
         top = SOFT_LABELS[labels](y, q, index)
         np.testing.assert_allclose(call(top), call(jnp.asarray(dense)), rtol=1e-5)
         assert not np.all(asked)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from forms import FORMS, SCHEDULES
 from oracle.budget import EPS, assert_within, margins
 from oracle.draw import hurting_logits
 from oracle.programs import jit_quickly
@@ -466,14 +467,6 @@ def test_smoothing_over_a_mask_of_size_one():
 
 # Numbers that may be traced, and what may be None.
 
-FORMS = {
-    "logits": lambda h, k, y, **options: jaxloss.cross_entropy(h @ k, y, **options),
-    **{
-        schedule: partial(jaxloss.linear_cross_entropy, implementation=schedule, chunk_size=2)
-        for schedule in ("token_chunks", "vocab_blocks")
-    },
-}
-
 
 def small_product():
     rng = np.random.default_rng(0)
@@ -485,7 +478,6 @@ def small_product():
 
 
 @pytest.mark.parametrize("labels", ["indices", "probabilities", "top k"])
-@pytest.mark.parametrize("form", FORMS)
 def test_traced_smoothing_and_z_loss(form, labels):
     """A schedule's numbers under jit, with derivatives; 0 and 1 need no program of their own."""
     h, k, every = small_product()
@@ -493,7 +485,7 @@ def test_traced_smoothing_and_z_loss(form, labels):
 
     def loss(h, k, weight, smoothing, z):
         options = {"label_smoothing": smoothing, "z_loss": z, "weight": weight}
-        return FORMS[form](h, k, y, **options)
+        return form.of_product(h, k, y, **options)
 
     @jit_quickly
     def run(h, k, weight, numbers):
@@ -514,10 +506,10 @@ def test_traced_smoothing_and_z_loss(form, labels):
             np.testing.assert_allclose(g[i], e, rtol=1e-4, atol=1e-6)
     # The loss is linear in both numbers.
     smooth, z = (
-        FORMS[form](h, k, y, weight=weight, **options)
+        form.of_product(h, k, y, weight=weight, **options)
         for options in ({"label_smoothing": 1.0}, {"z_loss": 1.0})
     )
-    plain = FORMS[form](h, k, y, weight=weight)
+    plain = form.of_product(h, k, y, weight=weight)
     np.testing.assert_allclose(grads[4][1], z - plain, rtol=1e-4)
     np.testing.assert_allclose(grads[3][1], smooth - plain, rtol=1e-4)
 
@@ -614,8 +606,7 @@ def means_of_nothing():
         "linear_loss": lambda x, **o: jaxloss.linear_loss(
             first, x, eye, y, sample_weight=nobody, **o
         ),
-        "token_chunks": lambda x, **o: FORMS["token_chunks"](x, eye, ignored, **o),
-        "vocab_blocks": lambda x, **o: FORMS["vocab_blocks"](x, eye, ignored, **o),
+        **{name: partial(FORMS[name], labels=ignored) for name in SCHEDULES},
         "sigmoid": lambda x, **o: jaxloss.sigmoid_cross_entropy(x, labels, where=none > 0, **o),
         "sigmoid focal": lambda x, **o: jaxloss.sigmoid_focal_loss(
             x, labels, sample_weight=none, **o
@@ -639,8 +630,8 @@ def test_the_mean_over_nothing(name):
     assert loss(jnp.ones((4, 3)), empty_mean=np.float32(1.0), reduction="sum") == 0
 
 
-def test_empty_mean_changes_no_other_mean():
+def test_empty_mean_changes_no_other_mean(form):
     h, k, every = small_product()
-    for form in FORMS.values():
-        y = every["indices"]
-        np.testing.assert_array_equal(form(h, k, y, empty_mean=7.0), form(h, k, y))
+    y = every["indices"]
+    given = form.of_product(h, k, y, empty_mean=7.0)
+    np.testing.assert_array_equal(given, form.of_product(h, k, y))

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from forms import FORMS
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from oracle.budget import EPS, assert_within, margins
@@ -18,7 +19,6 @@ from jaxloss import TopKLabels
 
 N, C, K = 7, 11, 3
 RESTS = ["drop", "uniform", "bucket"]
-SCHEDULES = ["token_chunks", "vocab_blocks"]
 
 
 def case(dtype=jnp.float32, seed=0):
@@ -104,33 +104,23 @@ def test_the_statistics_of_dense_targets(rest):
     assert_within(got.confidence, np.where(counts, p, 0), budget)
 
 
-def losses_of(rest, schedule, index):
-    if schedule is None:
-        return lambda x, q, **o: jaxloss.cross_entropy(x, TopKLabels(index, q, rest), **o)
-    eye = jnp.eye(C)
-
-    def linear(x, q, **options):
-        return jaxloss.linear_cross_entropy(
-            x, eye.astype(x.dtype), TopKLabels(index, q, rest),
-            implementation=schedule, chunk_size=4, **options,
-        )  # fmt: skip
-
-    return linear
+def losses_of(rest, form, index):
+    return lambda x, q, **o: form(x, TopKLabels(index, q, rest), chunk_size=4, **o)
 
 
 @pytest.mark.parametrize(
-    ("rest", "schedule"),
+    ("rest", "name"),
     [
-        ("drop", None),
-        ("uniform", None),
-        ("bucket", None),
+        ("drop", "logits"),
+        ("uniform", "logits"),
+        ("bucket", "logits"),
         ("uniform", "token_chunks"),
         ("bucket", "token_chunks"),
         ("drop", "vocab_blocks"),
         ("uniform", "vocab_blocks"),
     ],
 )
-def test_gradients_of_dense_targets(rest, schedule):
+def test_gradients_of_dense_targets(rest, name):
     """In float64, to rounding: of the logits and of the probabilities, in both modes."""
     with jax.enable_x64(True):
         x, index, q = (jnp.asarray(a) for a in case())
@@ -157,7 +147,7 @@ def test_gradients_of_dense_targets(rest, schedule):
             losses = extra - jnp.sum(target * log_p, axis=-1)
             return jnp.sum(jnp.sin(jnp.where(jnp.any(taken, axis=-1), losses, 0)))
 
-        ours_of = losses_of(rest, schedule, index)
+        ours_of = losses_of(rest, FORMS[name], index)
 
         def ours(x, q):
             return jnp.sum(jnp.sin(ours_of(x, q, reduction="none", **options)))
@@ -189,13 +179,12 @@ def test_a_confident_student_keeps_its_loss(rest):
 
 
 @pytest.mark.nan_is_meant
-@pytest.mark.parametrize("schedule", [None, *SCHEDULES])
-def test_the_contract(schedule):
+def test_the_contract(form):
     x, index, q = case()
-    good = losses_of("drop", schedule, index)
+    good = losses_of("drop", form, index)
     assert good(x, q, reduction="none")[4] == 0
     bad = index.at[2, 0].set(C).at[5, 1].set(-1).at[6].set(index[6, 0])
-    loss = losses_of("drop", schedule, bad)
+    loss = losses_of("drop", form, bad)
 
     def total(x):
         losses = loss(x.at[4].set(jnp.nan), q, reduction="none")
@@ -283,7 +272,6 @@ def test_where(rest):
     np.testing.assert_allclose(got, expected, rtol=1e-6)
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("rest", ["drop", "uniform"])
 def test_tokens_that_do_not_count_leave_the_weights_gradient_alone(rest, schedule):
     """What fills a chunk up has no classes of its own: two slots of class 0 would be NaN."""
@@ -305,10 +293,9 @@ def test_tokens_that_do_not_count_leave_the_weights_gradient_alone(rest, schedul
 
 
 @pytest.mark.nan_is_meant
-@pytest.mark.parametrize("schedule", [None, *SCHEDULES])
 @pytest.mark.parametrize("rest", ["drop", "uniform"])
 @pytest.mark.parametrize("by", ["where", "sample_weight", "both"])
-def test_tokens_that_do_not_count_may_name_anything(by, rest, schedule):
+def test_tokens_that_do_not_count_may_name_anything(by, rest, form):
     """Padding names class 0 twice: NaN in its own row, if that counted."""
     index = jnp.array([[0, 1], [0, 0], [0, 9], [1, 2]])
     q = jnp.array([[0.5, 0.3], [0.0, 0.0], [0.5, 0.5], [jnp.nan, 0.1]])
@@ -324,12 +311,7 @@ def test_tokens_that_do_not_count_may_name_anything(by, rest, schedule):
     expected = np.log(3.0) * np.array([0.5, 0.3, others])
 
     def loss(weight):
-        options = {"weight": weight, **each}
-        if schedule is None:
-            return jaxloss.cross_entropy(x, labels, **options)
-        return jaxloss.linear_cross_entropy(
-            x, jnp.zeros((3, 3)), labels, implementation=schedule, **options
-        )
+        return form.of_product(x, jnp.zeros((3, 3)), labels, weight=weight, **each)
 
     value, got = jit_quickly(jax.value_and_grad(loss))(weight)
     np.testing.assert_allclose(got, expected, rtol=1e-6)
@@ -350,7 +332,6 @@ def test_total_weight():
         jaxloss.total_weight(labels, sample_weight=jnp.ones((N, K)))
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
 def test_nothing_dense_is_held(schedule):
     """The largest array of the program is a chunk's or a block's."""
     n, d, v, k = 64, 4, 96, 3
@@ -450,7 +431,6 @@ def test_logits_of_an_explicit_mesh(rest):
 
 
 @pytest.mark.jax_leaks("jit(grad(shard_map))")
-@pytest.mark.parametrize("schedule", SCHEDULES)
 def test_on_an_explicit_mesh(schedule):
     x, index, q = case()
     x, index, q = (jnp.concatenate([a, a[:1]]) for a in (x, index, q))

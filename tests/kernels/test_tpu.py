@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from forms import SCHEDULES
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
@@ -130,7 +131,6 @@ def test_the_kernel_takes_a_batch():
 
 @pytest.mark.parametrize("name", ["v5e", *CHIPS[2:]])
 @pytest.mark.parametrize("options", [{}, {"reduction": "none", "return_stats": True}], ids=str)
-@pytest.mark.parametrize("schedule", ["token_chunks", "vocab_blocks"])
 def test_the_value_alone_fits(name, schedule, options):
     program = compiled(name, linear(schedule, gradients=False, **options), *OPERANDS)
     assert (N, V) not in buffers(program.as_text())
@@ -229,7 +229,6 @@ def test_the_walk_finds_materialised_logits():
     assert program.memory_analysis().peak_memory_in_bytes > 2390 * MIB
 
 
-@pytest.mark.parametrize("schedule", ["token_chunks", "vocab_blocks"])
 def test_products_are_of_bfloat16_into_float32(schedule):
     text = jax.jit(linear(schedule)).lower(*(jax.ShapeDtypeStruct(*s) for s in OPERANDS)).as_text()
     products = re.findall(r"stablehlo\.dot_general.*: \((.*)\) -> (.*)", text)
@@ -295,7 +294,7 @@ def test_the_accurate_exponential_of_a_tpu7x_is_an_instruction(traced_anew):
         *(
             pytest.param(name, schedule, P("data", "vocab"), marks=pytest.mark.soak)
             for name in ("v5p", "tpu7x")
-            for schedule in ("token_chunks", "vocab_blocks")
+            for schedule in SCHEDULES
         ),
     ],
     ids=str,

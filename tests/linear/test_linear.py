@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from forms import SCHEDULES
 from oracle.programs import equations, jit_quickly, products, temporary_mib
 
 import jaxloss
@@ -13,7 +14,6 @@ from jaxloss._linear import budget
 from jaxloss._linear import packing as _packing
 
 A = (0, 1)
-SCHEDULES = ["token_chunks", "vocab_blocks"]
 
 
 def problem(n=7, d=4, v=11, dtype=jnp.float32, seed=0):
@@ -123,7 +123,6 @@ def test_every_option_equals_the_materialised_loss(seed):
         np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5 * scale)
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize(("n", "v", "chunk"), [(1, 1, 1), (1, 7, 4), (13, 17, 4), (13, 17, 100)])
 def test_shapes_that_divide_nothing(n, v, chunk, schedule):
     hidden, kernel, _ = problem(n, 3, v)
@@ -371,7 +370,6 @@ def test_every_mode(schedule, reduction, eager):
 
 @pytest.mark.parametrize("axes", [(0, None, 0), (None, 0, None), (0, 0, 0)])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.parametrize("schedule", SCHEDULES)
 def test_vmap_and_scan(axes, reduction, schedule):
     hidden, kernel, labels = problem()
     stacked = (
@@ -412,7 +410,6 @@ def dtypes_of(f, name, *args):
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.parametrize("schedule", SCHEDULES)
 def test_products_take_bfloat16_and_accumulate_in_float32(reduction, schedule):
     hidden, kernel, labels = problem(dtype=jnp.bfloat16)
 
@@ -445,7 +442,6 @@ def test_on_a_gpu_a_chunk_of_all_tokens_forms_d_kernel_narrow(monkeypatch):
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.parametrize("schedule", SCHEDULES)
 def test_nothing_but_operands_is_narrow(reduction, schedule):
     """softmax - onehot, every sum and every accumulator is float32: XLA:CPU would hide a slip."""
     hidden, kernel, labels = problem(dtype=jnp.bfloat16)
@@ -463,7 +459,6 @@ def test_nothing_but_operands_is_narrow(reduction, schedule):
         assert not narrow, (name, narrow)
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
 def test_bfloat16_gradients_are_no_worse_than_materialised_float32_ones(schedule):
     n, d, v = 2048, 256, 4096
     rng = np.random.default_rng(0)

@@ -77,26 +77,9 @@ def sums_of(x, y, **options):
     return jaxloss.metric_sums(stats, top_k=(1, 3), **options)
 
 
-def of_linear(implementation):
-    def losses(x, y, **options):
-        return jaxloss.linear_cross_entropy(
-            x, jnp.eye(C, dtype=x.dtype), y, implementation=implementation, chunk_size=8, **options
-        )
-
-    return losses
-
-
-LOSSES = {
-    "cross_entropy": jaxloss.cross_entropy,
-    "token_chunks": of_linear("token_chunks"),
-    "vocab_blocks": of_linear("vocab_blocks"),
-}
-
-
-@pytest.mark.parametrize("loss", LOSSES)
-def test_metrics_by_their_definitions(loss):
+def test_metrics_by_their_definitions(form):
     x, y, s = problem()
-    _, stats = jax.jit(partial(LOSSES[loss], return_stats=True))(x, y)
+    _, stats = jax.jit(partial(form, return_stats=True))(x, y)
     mask = s > 0.5
     for given in (None, mask, s):
         weight = None if given is None else jnp.asarray(given)
@@ -183,13 +166,12 @@ def test_what_is_wrong_is_nan_and_does_not_vanish():
 
 
 @pytest.mark.nan_is_meant
-@pytest.mark.parametrize("loss", LOSSES)
-def test_wrong_rows_of_every_implementation(loss):
+def test_wrong_rows_of_every_implementation(form):
     x = np.zeros((4, C), np.float32)
     x[1], x[2] = np.nan, -np.inf
     y = jnp.array([0, -100, 0, -100])
     for rows, bad in (([0, 1], False), ([0, 2], True), ([1, 3], None)):
-        _, stats = LOSSES[loss](x[rows], y[jnp.array(rows)], return_stats=True)
+        _, stats = form(x[rows], y[jnp.array(rows)], return_stats=True)
         got = jaxloss.metrics(jaxloss.metric_sums(stats))
         assert got["weight"] == (0 if bad is None else 1 + bad)
         got.pop("weight")

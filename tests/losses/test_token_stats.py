@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from forms import FORMS
 from oracle.budget import EPS, assert_within, margins
 from oracle.draw import hurting_logits
 from oracle.programs import equations, jit_quickly, products
@@ -18,7 +19,6 @@ import jaxloss
 from jaxloss import TokenStats
 
 FLOATS = TokenStats._fields[:3]  # that have a derivative
-SCHEDULES = ["token_chunks", "vocab_blocks"]
 
 
 def expected_rank(x, labels):
@@ -111,16 +111,7 @@ def split_over_two(x, labels, **options):
     return jax.shard_map(f, mesh=mesh, in_specs=specs, out_specs=specs[1])(x, labels)
 
 
-def by_product(x, labels, **options):
-    return jaxloss.linear_token_stats(x, jnp.eye(x.shape[-1], dtype=x.dtype), labels, **options)
-
-
-HOW = {
-    "logits": jaxloss.token_stats,
-    "token_chunks": partial(by_product, chunk_size=4),
-    "vocab_blocks": partial(by_product, implementation="vocab_blocks", chunk_size=3),
-    "split": split_over_two,
-}
+HOW = {name: form.token_stats for name, form in FORMS.items()} | {"split": split_over_two}
 
 
 @pytest.mark.parametrize("temperature", [0.3, 1e-3])
@@ -194,7 +185,6 @@ def test_of_a_temperature_and_a_cap():
         np.testing.assert_allclose(getattr(got, name), getattr(expected, name), rtol=1e-5)
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_of_a_product(schedule, dtype):
     """Equal to those of the materialised logits; padding and masked classes are not counted."""
@@ -223,7 +213,6 @@ def test_it_is_what_the_loss_returns_beside():
         np.testing.assert_array_equal(got, expected)
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
 def test_products_and_memory_are_those_of_the_losses(schedule):
     n, d, v = 64, 4, 96
     h, k, labels = jnp.ones((n, d)), jnp.ones((d, v)), jnp.zeros(n, jnp.int32)
@@ -288,7 +277,6 @@ def clipped_objective(stats, old, of_reference, advantages, counts):
     )
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
 def test_a_clipped_policy_objective(schedule):
     group, length, d, v, temperature = 4, 6, 5, 17, 0.7
     rng = np.random.default_rng(0)

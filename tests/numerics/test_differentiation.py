@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from forms import two_steps
+from forms import SCHEDULES, two_steps
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from oracle.plain import cross_entropy as plain
@@ -209,7 +209,6 @@ def test_second_derivatives_of_narrow_logits(f):
     chex.assert_trees_all_close(narrow.astype(float), wide, rtol=2**-7, atol=2**-9)
 
 
-@pytest.mark.parametrize("schedule", ["token_chunks", "vocab_blocks"])
 def test_second_derivatives_by_one_operand_alone(schedule, monkeypatch):
     """On one device XLA:CPU fuses sums of products, and takes a constant for the whole operand."""
     monkeypatch.setattr(device, "on_one_device", lambda: True)
@@ -331,7 +330,7 @@ LOSSES_OF_TOKENS = {
     "kl_divergence": lambda x, labels, **options: jaxloss.kl_divergence(
         x, jnp.where(jax.nn.one_hot(labels, C, dtype=bool), 0.0, -jnp.inf), **options
     ),
-    **{how: partial(linear, implementation=how) for how in ("token_chunks", "vocab_blocks")},
+    **{how: partial(linear, implementation=how) for how in SCHEDULES},
 }
 
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from forms import SCHEDULES
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from oracle.programs import jit_quickly
@@ -376,9 +377,6 @@ def manual_linear(mesh, tokens, vocab, options, schedule):
     return local, sharded
 
 
-SCHEDULES = ["token_chunks", "vocab_blocks"]
-
-
 @cache
 def step_of_linear(options, dtype, schedule, mesh=None):
     plain, sharded = manual_linear(*build(mesh or "2x4"), OPTIONS[options], schedule)
@@ -398,7 +396,6 @@ def test_linear_in_shard_map(mesh, options, dtype, schedule):
     assert_close(got, step_of_linear(options, dtype, schedule))
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
 def test_a_batch_of_linear_losses_in_shard_map(schedule):
     """Of different numbers of tokens that count: what a loss branches on is batched too."""
     mesh, *_ = build("8 tokens")
@@ -426,7 +423,6 @@ def test_a_batch_of_linear_losses_in_shard_map(schedule):
     assert_close(*jit_quickly(lambda: (run(on_mesh), run(losses)))())
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
 def test_labels_that_are_the_same_on_all_devices(schedule):
     """As those of contrastive losses, a constant of the program."""
     mesh, *_ = build("8 tokens")
@@ -448,7 +444,6 @@ def test_labels_that_are_the_same_on_all_devices(schedule):
     assert_close(*jit_quickly(lambda: (run(on_mesh), run(each)))())
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
 def test_linear_sums_that_the_caller_takes(schedule):
     """Without token_axis_name each device returns its own sum, whose cotangents may differ."""
     mesh, *_ = build("2x4")
@@ -612,7 +607,6 @@ def test_float16_gradients_of_devices_that_weigh_unlike():
     np.testing.assert_allclose(d_kernel, expected, rtol=0, atol=2**-9 * np.max(np.abs(expected)))
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
 def test_probabilities_and_masks_on_an_explicit_mesh(schedule):
     """Of 27 classes in 32 columns: the last device's are padding but for three."""
     mesh, *_ = build("2x4", AxisType.Explicit)
@@ -640,7 +634,6 @@ def test_probabilities_and_masks_on_an_explicit_mesh(schedule):
 
 @pytest.mark.nan_is_meant
 @pytest.mark.parametrize("labels", ["indices", "top k"])
-@pytest.mark.parametrize("schedule", SCHEDULES)
 def test_tokens_that_do_not_count_on_an_explicit_mesh(schedule, labels):
     """They may hold anything, on a device with none that count beside others that go on too."""
     mesh, *_ = build("2x4", AxisType.Explicit)
@@ -707,7 +700,6 @@ def test_linear_with_a_tied_table_on_an_explicit_mesh():
 D_HIDDEN = ("all-reduce", 8 * 128)  # its sum over the vocabulary
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize(
     ("spec", "wanted"),
     [

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from forms import SCHEDULES
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from oracle.programs import jit_quickly
@@ -164,11 +165,7 @@ def linear(h, k, b, y, s, w=None, **options):
 
 @pytest.mark.parametrize(
     ("name", "schedule", "kind"),
-    [
-        (name, schedule, "explicit")
-        for name in LINEAR
-        for schedule in ("token_chunks", "vocab_blocks")
-    ]
+    [(name, schedule, "explicit") for name in LINEAR for schedule in SCHEDULES]
     + [
         ("mean over both", "token_chunks", "automatic"),
         ("manual vocabulary", "vocab_blocks", "automatic"),
