@@ -1,7 +1,7 @@
 """Against optax: the same numbers, and never further from the truth than optax is.
 
 The truth is ``reference``, in longdouble on the inputs as rounded. Ours may err as much as optax
-does on the same inputs in the same dtype, plus the budget of ``helpers``.
+does on the same inputs in the same dtype, plus that of ``oracle.budget``.
 """
 
 import unittest

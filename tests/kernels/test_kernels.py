@@ -1,15 +1,14 @@
 """The hand-written kernels, interpreted on a CPU: against float64, and against XLA's schedule."""
 
 from functools import partial
-from types import SimpleNamespace
 
 import jax
 import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from chips import kernels_of
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interpreter
-from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
@@ -22,24 +21,15 @@ from jaxloss._kernels import linear_tpu
 from jaxloss._linear import product as _product
 from jaxloss._linear import product_kernel, vocab_blocks
 from jaxloss._numerics import parts
-from jaxloss._xla import device as _device
 
 NAME, SLOPE = "jaxloss_linear_row_part", "jaxloss_linear_slope"
 ALL_COUNT = {"ignore_index": None}
 
 
 @pytest.fixture
-def tpu(monkeypatch):
-    """A TPU by name, whose kernels are interpreted."""
-    interpreted = partial(pl.pallas_call, interpret=True)
-    monkeypatch.setattr(
-        linear_tpu, "pl", SimpleNamespace(**vars(pl) | {"pallas_call": interpreted})
-    )
-    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
-    monkeypatch.setattr(_device, "is_whole", lambda: True)
-    jax.clear_caches()
-    yield
-    jax.clear_caches()
+def tpu():
+    with kernels_of("tpu", devices=1, runs=True):
+        yield
 
 
 def program(*args, **options):
@@ -363,7 +353,7 @@ def test_a_batch_of_losses(tpu):
 def test_a_batch_inside_of_shard_map(tpu):
     """Of counts that differ: a loop over the batch. Traced, as it does not run there."""
     hidden, kernel, labels, _ = problem(64, 16, 600)
-    mesh = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:1])
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,))
     loss = jax.value_and_grad(partial(jaxloss.linear_cross_entropy, implementation="mosaic_tpu"))
 
     def local(hidden, kernel, labels):
@@ -469,30 +459,31 @@ def test_what_none_takes(tpu, options, taken):
     assert (NAME in program(hidden, kernel, labels, **options)) == taken
 
 
-def test_other_dtypes_and_backends_take_chunks(tpu, monkeypatch):
+def test_other_dtypes_and_backends_take_chunks(tpu):
     hidden, kernel, labels, _ = problem(24, 16, 1100)
     narrow = (hidden.astype(jnp.float16), kernel.astype(jnp.float16), labels)
     assert NAME not in program(*narrow, **ALL_COUNT)
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert NAME not in program(hidden, kernel, labels, **ALL_COUNT)
+    with kernels_of("gpu", capability="8.0", devices=1):
+        assert NAME not in program(hidden, kernel, labels, **ALL_COUNT)
 
 
-def test_what_may_be_split_is_left_to_xla_unless_the_kernel_is_named(tpu, monkeypatch):
+def test_what_may_be_split_is_left_to_xla_unless_the_kernel_is_named():
     """JAX refuses to split a kernel over the devices of a mesh."""
-    monkeypatch.setattr(_device, "is_whole", lambda: False)
     hidden, kernel, labels, _ = problem(24, 16, 1100)
-    assert NAME not in program(hidden, kernel, labels, **ALL_COUNT)
-    assert NAME in program(hidden, kernel, labels, implementation="mosaic_tpu")
+    with kernels_of("tpu", devices=8, runs=True):
+        assert NAME not in program(hidden, kernel, labels, **ALL_COUNT)
+        assert NAME in program(hidden, kernel, labels, implementation="mosaic_tpu")
 
 
-def test_chips_of_little_memory(tpu, monkeypatch):
+def test_chips_of_little_memory():
     hidden, kernel, labels, _ = problem(24, 16, 1100)
     for kind, taken in (("TPU v4", False), ("TPU v5 lite", True), ("TPU7x", True)):
-        device = SimpleNamespace(device_kind=kind)
-        monkeypatch.setattr(jax, "devices", lambda device=device: [device])
-        assert (NAME in program(hidden, kernel, labels, **ALL_COUNT)) == taken
-    monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(device_kind="TPU v4")])
-    with pytest.raises(ValueError, match="got a TPU v4"):
+        with kernels_of("tpu", kind=kind, devices=1, runs=True):
+            assert (NAME in program(hidden, kernel, labels, **ALL_COUNT)) == taken
+    with (
+        kernels_of("tpu", kind="TPU v4", devices=1),
+        pytest.raises(ValueError, match="got a TPU v4"),
+    ):
         program(hidden, kernel, labels, implementation="mosaic_tpu")
 
 
@@ -531,12 +522,12 @@ def test_operands_labels_and_backends_that_it_does_not_take():
 
 
 @pytest.mark.parametrize("implementation", ["mosaic_tpu", "vocab_blocks"])
-def test_export_from_a_tpu(monkeypatch, implementation):
+def test_export_from_a_tpu(implementation):
     """A layout is the one thing in it that JAX wants to be allowed."""
-    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
     hidden, kernel, labels, _ = problem(24, 16, 1100)
     loss = partial(jaxloss.linear_cross_entropy, implementation=implementation)
     step = jax.jit(jax.value_and_grad(loss, (0, 1)))
     allowed = [jax.export.DisabledSafetyCheck.custom_call("LayoutConstraint")]
-    make = jax.export.export(step, platforms=("tpu",), disabled_checks=allowed)
-    assert make(hidden, kernel, labels).serialize()
+    with kernels_of("tpu"):
+        make = jax.export.export(step, platforms=("tpu",), disabled_checks=allowed)
+        assert make(hidden, kernel, labels).serialize()

@@ -4,11 +4,13 @@
 """
 
 from functools import partial
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from chips import fresh_programs, kernels_of
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from oracle.budget import EPS
 from oracle.draw import product_of_bfloat16
@@ -35,21 +37,8 @@ def hopper(monkeypatch):
     monkeypatch.setattr(rows_gpu, "_BLOCKS", 6)  # several parts a row
     monkeypatch.setattr(linear_gpu, "_CORES", 2)  # several tiles each
     monkeypatch.setattr(linear_gpu, "LEAST", 0)
-    if not ON_GPU:
-        if hasattr(plgpu, "InterpretGPUParams"):
-            run = partial(plgpu.kernel, interpret=plgpu.InterpretGPUParams())
-            monkeypatch.setattr(plgpu, "kernel", run)
-        monkeypatch.setattr(device, "is_hopper", lambda: True)
-        monkeypatch.setattr(device, "is_whole", lambda: True)
-        monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-
-        def as_on_cuda(*args, default, cuda=None, **_):
-            return (cuda or default)(*args)
-
-        monkeypatch.setattr(jax.lax, "platform_dependent", as_on_cuda)
-    jax.clear_caches()
-    yield
-    jax.clear_caches()
+    with fresh_programs() if ON_GPU else kernels_of("gpu", devices=1, runs=True):
+        yield
 
 
 def never(*_):
@@ -174,7 +163,7 @@ OPTIONS = {
 
 @interpreted
 @pytest.mark.parametrize("name", OPTIONS)
-def test_every_mode_equals_that_without_kernels(hopper, monkeypatch, name):
+def test_every_mode_equals_that_without_kernels(hopper, name):
     x, y = rows(48, 256, jnp.bfloat16, scale=2.0)
     x, y = x.reshape(6, 8, 256), y.reshape(6, 8).at[0, 3].set(-100)
     loss = partial(losses, **OPTIONS[name])
@@ -193,10 +182,9 @@ def test_every_mode_equals_that_without_kernels(hopper, monkeypatch, name):
     assert "jaxloss_max_and_sum" in program(every, x)
     assert "jaxloss_slope" in program(every, x)
     got = jax.jit(every)(x)
-    monkeypatch.setattr(device, "is_hopper", lambda: False)
-    jax.clear_caches()
-    assert "jaxloss_slope" not in program(every, x)
-    expected = jax.jit(every)(x)
+    with kernels_of("gpu", capability="8.0", devices=1):
+        assert "jaxloss_slope" not in program(every, x)
+        expected = jax.jit(every)(x)
     assert jax.tree.map(jnp.result_type, got) == jax.tree.map(jnp.result_type, expected)
     *got, of_squares = jax.tree.leaves(got)
     *expected, _ = jax.tree.leaves(expected)
@@ -265,29 +253,26 @@ def test_around_the_kernels_no_tracer_leaks(hopper, monkeypatch, old_objects_are
         jax.make_jaxpr(jax.vmap(every))(x[None])
 
 
-def test_a_partitioner_is_left_xlas_form(hopper, monkeypatch):
-    monkeypatch.setattr(device, "is_whole", lambda: False)
+def test_a_partitioner_is_left_xlas_form(hopper):
     x, y = rows(8, 256, jnp.bfloat16)
-    assert "jaxloss_" not in program(jax.grad(jaxloss.cross_entropy), x, y)
+    with kernels_of("gpu", devices=8):
+        assert "jaxloss_" not in program(jax.grad(jaxloss.cross_entropy), x, y)
 
 
-def test_other_devices_have_no_kernels(monkeypatch):
-    class Device:
-        compute_capability = "8.0"
-
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    monkeypatch.setattr(jax, "devices", lambda: [Device(), object()])  # the first is the default
-    assert not device.is_hopper()
-    Device.compute_capability = "9.0"
-    assert device.is_hopper()
-    monkeypatch.setattr(jax, "default_backend", lambda: "rocm")
-    assert not device.is_hopper()
+def test_other_devices_have_no_kernels():
+    with kernels_of("gpu", capability="8.0"):
+        assert not device.is_hopper()
+    chips = [SimpleNamespace(compute_capability="9.0"), object()]  # the first is the default
+    with kernels_of("gpu", chips=chips):
+        assert device.is_hopper()
+    with kernels_of("rocm", chips=chips):
+        assert not device.is_hopper()
 
 
 @pytest.mark.parametrize("devices", [1, 2])
 @interpreted
 def test_inside_of_shard_map(hopper, devices):
-    if devices > jax.device_count():
+    if devices > len(jax.local_devices()):
         pytest.skip("wants several devices")
     mesh = jax.make_mesh((devices,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     p = jax.sharding.PartitionSpec("data")
@@ -322,11 +307,8 @@ def of_tokens(x, kernel, y, name=None):
 def test_kernels_have_the_types_of_other_platforms_forms(monkeypatch, function, kernel, batched):
     """Inside of shard_map JAX compares what each platform would run. Traced alone: the interpreter
     keeps types that a kernel does not."""
-    monkeypatch.setattr(device, "is_hopper", lambda: True)
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(rows_gpu, "takes", lambda x: True)
     monkeypatch.setattr(linear_gpu, "LEAST", 0)
-    jax.clear_caches()
 
     def local(x, k, y):
         if batched:
@@ -338,8 +320,8 @@ def test_kernels_have_the_types_of_other_platforms_forms(monkeypatch, function, 
     split, whole = jax.sharding.PartitionSpec("data"), jax.sharding.PartitionSpec()
     call = jax.shard_map(local, mesh=mesh, in_specs=(split, whole, split), out_specs=split)
     x, y = rows(64, 256, jnp.bfloat16)
-    text = program(call, x, jnp.zeros((256, 512), jnp.bfloat16), y)
-    jax.clear_caches()
+    with kernels_of("gpu"):
+        text = program(call, x, jnp.zeros((256, 512), jnp.bfloat16), y)
     assert kernel in text or batched  # the linear one has no name then
 
 

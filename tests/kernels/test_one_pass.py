@@ -5,72 +5,53 @@ they are interpreted on a CPU.
 """
 
 from functools import partial
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu as plgpu
+from chips import fresh_programs, kernels_of
 from oracle.budget import EPS
 from oracle.truth import wide
 
 import jaxloss
-from jaxloss._kernels import dispatch, one_pass_gpu, one_pass_tpu
+from jaxloss._kernels import one_pass_gpu, one_pass_tpu
 from jaxloss._numerics import one_pass
-from jaxloss._xla import device
 from kernels.test_kernels_gpu import ON_GPU, interpreted, program
 from kernels.test_kernels_gpu import rows as rows_of
 
 pytestmark = pytest.mark.jax_leaks("plgpu.kernel")
-PLATFORMS = {"gpu": "cuda", "tpu": "tpu"}
 no_tpu = pytest.mark.skipif(ON_GPU, reason="the other kernels are for a GPU")
 BACKENDS = [pytest.param("gpu", marks=interpreted), pytest.param("tpu", marks=no_tpu)]
 TAKES = {kernels: kernels.takes for kernels in (one_pass_gpu, one_pass_tpu)}
 DTYPES = {"gpu": (jnp.bfloat16, jnp.float16), "tpu": (jnp.bfloat16,)}
 
 
-def as_if_on(backend, monkeypatch):
-    """A device of that name, whose kernels are traced alone."""
-    # Rows however few. A block of the GPU has 32.
+def of_few_rows(monkeypatch):
+    """Rows are taken however few. A block of the GPU has 32."""
     monkeypatch.setattr(one_pass_gpu, "takes", lambda rows, classes: rows % 4 == 0 and rows >= 32)
     monkeypatch.setattr(one_pass_tpu, "takes", lambda rows, classes: classes % 128 == 0)
     monkeypatch.setattr(one_pass_tpu, "_BLOCK", 2**14)  # several blocks
-    if not ON_GPU:
-        monkeypatch.setattr(jax, "default_backend", lambda: backend)
-        monkeypatch.setattr(device, "is_hopper", lambda: backend == "gpu")
+
+
+def there(backend, **options):
+    """On a GPU the device is the one that there is."""
+    return fresh_programs() if ON_GPU else kernels_of(backend, devices=1, **options)
 
 
 @pytest.fixture(params=BACKENDS)
 def backend(request, monkeypatch):
     """The kernels run, as a device of that name would choose them."""
-    as_if_on(request.param, monkeypatch)
-    if not ON_GPU:
-        if request.param == "gpu":
-            run = partial(plgpu.kernel, interpret=plgpu.InterpretGPUParams())
-            monkeypatch.setattr(plgpu, "kernel", run)
-        run = SimpleNamespace(**vars(pl) | {"pallas_call": partial(pl.pallas_call, interpret=True)})
-        monkeypatch.setattr(one_pass_tpu, "pl", run)
-        monkeypatch.setattr(device, "is_whole", lambda: True)
-        platform = PLATFORMS[request.param]
-
-        def as_there(*args, default, **forms):
-            return forms.get(platform, default)(*args)
-
-        monkeypatch.setattr(jax.lax, "platform_dependent", as_there)
-    jax.clear_caches()
-    yield request.param
-    jax.clear_caches()
+    of_few_rows(monkeypatch)
+    with there(request.param, runs=True):
+        yield request.param
 
 
 @pytest.fixture(params=["gpu", "tpu"])
 def traced(request, monkeypatch):
-    as_if_on(request.param, monkeypatch)
-    monkeypatch.setattr(device, "is_whole", lambda: True)
-    jax.clear_caches()
-    yield request.param
-    jax.clear_caches()
+    of_few_rows(monkeypatch)
+    with there(request.param):
+        yield request.param
 
 
 rows = partial(rows_of, dtype=jnp.bfloat16)
@@ -135,7 +116,7 @@ def test_rows_answer_for_themselves(backend):
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_every_mode_equals_that_without_kernels(backend, monkeypatch, reduction):
+def test_every_mode_equals_that_without_kernels(backend, reduction):
     x, y = rows(64, 256, scale=2.0)
     x, y = x.reshape(2, 32, 256), y.reshape(2, 32).at[0, 3].set(-100)
     weight = jnp.resize(jnp.array([0.5, -1.0, 2.0]), 32)
@@ -159,10 +140,10 @@ def test_every_mode_equals_that_without_kernels(backend, monkeypatch, reduction)
 
     assert program(every, x, weight).count("jaxloss_one_pass") > 0
     got = jax.jit(every)(x, weight)
-    monkeypatch.setattr(dispatch, "one_pass_takes", lambda logits: False)
-    jax.clear_caches()
-    assert "jaxloss_one_pass" not in program(every, x, weight)
-    expected = jax.jit(every)(x, weight)
+    older = {"gpu": {"capability": "8.0"}, "tpu": {"kind": "TPU v4"}}[backend]
+    with kernels_of(backend, devices=1, **older):
+        assert "jaxloss_one_pass" not in program(every, x, weight)
+        expected = jax.jit(every)(x, weight)
     assert jax.tree.map(jnp.result_type, got) == jax.tree.map(jnp.result_type, expected)
     got, expected = jax.tree.leaves(got), jax.tree.leaves(expected)
     largest = max(np.max(np.abs(w)) for w in expected if w.dtype == jnp.float32)
@@ -201,7 +182,7 @@ def test_what_it_takes(traced, options, taken):
     assert "jaxloss_one_pass" not in program(loss, x, y)
 
 
-def test_logits_and_devices_that_it_is_not_for(traced, monkeypatch):
+def test_logits_and_devices_that_it_is_not_for(traced):
     x, y = rows(40, 256)
     grad = jax.grad(jaxloss.cross_entropy)
     taken = "jaxloss_one_pass" in program(grad, x, y)
@@ -213,15 +194,10 @@ def test_logits_and_devices_that_it_is_not_for(traced, monkeypatch):
     assert "jaxloss_" not in program(grad, x.astype(jnp.float32), y)
     assert "jaxloss_" not in program(grad, x[:, :100], y)
     assert "jaxloss_" not in program(jax.grad(partial(jaxloss.cross_entropy, axis=0)), x.T, y)
-    monkeypatch.setattr(device, "is_whole", lambda: False)  # a partitioner may split them
-    jax.clear_caches()
-    assert "jaxloss_one_pass" not in program(grad, x, y)
-    monkeypatch.setattr(device, "is_whole", lambda: True)
-    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
-    monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(device_kind="TPU v4")])
-    monkeypatch.setattr(device, "is_hopper", lambda: False)
-    jax.clear_caches()
-    assert "jaxloss_one_pass" not in program(grad, x, y)
+    with kernels_of(traced, devices=8):  # a partitioner may split them
+        assert "jaxloss_one_pass" not in program(grad, x, y)
+    with kernels_of("tpu", kind="TPU v4", devices=1):
+        assert "jaxloss_one_pass" not in program(grad, x, y)
 
 
 @pytest.mark.nan_is_meant

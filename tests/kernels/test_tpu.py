@@ -3,12 +3,12 @@
 import importlib.util
 import re
 from functools import cache, partial
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from chips import kernels_of
 from forms import SCHEDULES
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, SingleDeviceSharding
@@ -46,15 +46,11 @@ def compiled(name, f, *shapes, options=QUICKLY):
     chip = topology(name).devices[0]
     one = SingleDeviceSharding(chip)
     args = [jax.ShapeDtypeStruct(shape, dtype, sharding=one) for shape, dtype in shapes]
-    with (
-        mock.patch.object(jax, "device_count", return_value=1),
-        mock.patch.object(jax, "devices", return_value=[chip]),
-    ):
-        return lowered(f, *args, options=options).compile()
+    return lowered(f, *args, options=options, chips=[chip], devices=1).compile()
 
 
-def lowered(f, *args, options=QUICKLY):
-    with mock.patch.object(jax, "default_backend", return_value="tpu"):  # what chunks go by
+def lowered(f, *args, options=QUICKLY, **there):
+    with kernels_of("tpu", **there):
         return jax.jit(f, compiler_options=options).lower(*args)
 
 
@@ -187,8 +183,7 @@ def test_one_pass_on_four_chips(traced_anew):
     loss = jax.value_and_grad(partial(jaxloss.cross_entropy, token_axis_name="data"))
     specs = {"in_specs": (P("data"), P("data")), "out_specs": (P(), P("data"))}
     split = jax.shard_map(loss, mesh=mesh.abstract_mesh, **specs)
-    with mock.patch.object(jax, "devices", return_value=chips):
-        text = lowered(split, *args).compile().as_text()
+    text = lowered(split, *args, chips=chips).compile().as_text()
     assert text.count(f'"{KERNEL}"') == 1
     assert {kind for kind, *_ in collectives(text)} == {"all-reduce"}
     assert all(elements(shape) <= 2 for _, shape, _ in collectives(text))
@@ -214,8 +209,7 @@ def test_shard_map_over_some_axes_of_four_chips(linear, traced_anew):
     ]
     given = {"mesh": mesh.abstract_mesh, "axis_names": {"d"}, "in_specs": specs}
     split = jax.shard_map(jax.value_and_grad(loss), out_specs=(P(), P("d")), **given)
-    with mock.patch.object(jax, "devices", return_value=chips):
-        assert KERNEL not in lowered(split, *args).compile().as_text()
+    assert KERNEL not in lowered(split, *args, chips=chips).compile().as_text()
 
 
 def test_the_walk_finds_materialised_logits():

@@ -25,6 +25,7 @@ import hypothesis.strategies as st
 import jax
 import numpy as np
 import pytest
+from chips import forms_of
 from hypothesis import given
 from oracle.draw import KINDS
 
@@ -297,8 +298,7 @@ def fresh_programs():
 
 
 def as_on_accelerators(monkeypatch):
-    """What the library gives GPUs and TPUs, where CPUs have a form of their own."""
-    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *args, default, **_: default(*args))
+    monkeypatch.setattr(jax.lax, "platform_dependent", forms_of(None))
 
 
 @pytest.mark.parametrize("name", ["cross_entropy", "linear_cross_entropy", "token_stats"])

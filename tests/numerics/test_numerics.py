@@ -1,12 +1,12 @@
 """How exact: losses, gradients and tangents at every confidence, dtype and row length."""
 
 from functools import cache, partial
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from chips import kernels_of
 from forms import two_steps
 from oracle.budget import EPS, assert_within, margins, relative_budget
 from oracle.draw import hurting_logits
@@ -117,12 +117,9 @@ def test_short_exp_of_nan():
 
 
 @pytest.fixture
-def tpu(monkeypatch):
-    """By name, for what is chosen by it."""
-    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
-    jax.clear_caches()
-    yield
-    jax.clear_caches()
+def tpu():
+    with kernels_of("tpu"):
+        yield
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -137,9 +134,9 @@ def test_every_margin_on_a_tpu(tpu, check, form):
 
 
 @pytest.mark.parametrize(("kind", "short"), [("TPU v6 lite", True), ("TPU7x", False)])
-def test_which_chips_have_no_instruction_for_it(tpu, monkeypatch, kind, short):
-    monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(device_kind=kind)])
-    program = str(jax.make_jaxpr(math.exp_of_nonpositive)(jnp.zeros(3)))
+def test_which_chips_have_no_instruction_for_it(kind, short):
+    with kernels_of("tpu", kind=kind):
+        program = str(jax.make_jaxpr(math.exp_of_nonpositive)(jnp.zeros(3)))
     assert ("shift_left" in program) == short
     assert ("accuracy" in program) != short
 

@@ -2,19 +2,18 @@
 
 import inspect
 from functools import cache, partial, wraps
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from chips import kernels_of
 from forms import SCHEDULES
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from oracle.programs import jit_quickly
 
 import jaxloss
-from jaxloss._xla import device
 from parallel.test_mesh import assert_close, total
 
 pytestmark = pytest.mark.jax_leaks("jit(grad(shard_map))")
@@ -22,15 +21,9 @@ KINDS = {"automatic": AxisType.Auto, "explicit": AxisType.Explicit}
 
 
 @pytest.fixture
-def backend(request, monkeypatch):
-    """Traced as on a device that has kernels."""
-    monkeypatch.setattr(jax, "default_backend", lambda: request.param)
-    monkeypatch.setattr(device, "is_hopper", lambda: request.param == "gpu")
-    chip = SimpleNamespace(device_kind={"gpu": "NVIDIA H200", "tpu": "TPU v5 lite"}[request.param])
-    monkeypatch.setattr(jax, "devices", lambda: [chip])
-    jax.clear_caches()
-    yield request.param
-    jax.clear_caches()
+def backend(request):
+    with kernels_of(request.param):
+        yield request.param
 
 
 N, C = 2**14, 2**12
