@@ -26,6 +26,7 @@ import hypothesis
 import jax
 import numpy as np
 import pytest
+from forms import FORMS, SCHEDULES
 
 import jaxloss
 
@@ -117,6 +118,18 @@ def _leaks(request):
     request.getfixturevalue("old_objects_are_left_alone")
     with jax.check_tracer_leaks(not request.node.get_closest_marker("jax_leaks")):
         yield
+
+
+@pytest.fixture(params=FORMS)
+def form(request):
+    """What holds for each of them is said once: whole rows, and every schedule of a product."""
+    return FORMS[request.param]
+
+
+@pytest.fixture(params=SCHEDULES)
+def schedule(request):
+    """The name of each schedule of a product."""
+    return request.param
 
 
 def guarded(function):

@@ -1,0 +1,325 @@
+"""What the TPU compilers make of the losses, on a machine without one: memory and collectives."""
+
+import importlib.util
+import re
+from functools import cache, partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from chips import kernels_of
+from forms import SCHEDULES
+from jax.experimental import topologies
+from jax.sharding import AxisType, Mesh, NamedSharding, SingleDeviceSharding
+from jax.sharding import PartitionSpec as P
+from parallel.test_mesh import collectives, elements
+
+import jaxloss
+from benchmarks.compiled import TOPOLOGIES, quiet
+
+pytestmark = [
+    pytest.mark.every_case,
+    pytest.mark.skipif(
+        importlib.util.find_spec("libtpu") is None,
+        reason="libtpu is not installed: pip install -e '.[tpu-compile]'",
+    ),
+]
+
+# The compiler searches less, for a fifth of the time: memory is a MiB or two more than by default.
+QUICKLY = {"exec_time_optimization_effort": -1.0}
+N, D, V = 8192, 2048, 128256
+MIB = 2**20
+# The others too by `pytest -m soak tests/kernels/test_tpu.py`: a program takes 5 to 25 s.
+CHIPS = ["v5e", "v6e", *(pytest.param(name, marks=pytest.mark.soak) for name in ("v5p", "tpu7x"))]
+# A tpu7x' compiler lays the kernel out in other tiles first.
+COPIED = {"tpu7x": 2 * D * V}
+
+
+@cache
+def topology(name):
+    quiet()
+    return topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[name])
+
+
+def compiled(name, f, *shapes, options=QUICKLY):
+    chip = topology(name).devices[0]
+    one = SingleDeviceSharding(chip)
+    args = [jax.ShapeDtypeStruct(shape, dtype, sharding=one) for shape, dtype in shapes]
+    return lowered(f, *args, options=options, chips=[chip], devices=1).compile()
+
+
+def lowered(f, *args, options=QUICKLY, **there):
+    with kernels_of("tpu", **there):
+        return jax.jit(f, compiler_options=options).lower(*args)
+
+
+OPERANDS = (((N, D), jnp.bfloat16), ((D, V), jnp.bfloat16), ((N,), jnp.int32))
+
+
+def linear(schedule, gradients=True, **options):
+    loss = partial(jaxloss.linear_cross_entropy, implementation=schedule, **options)
+    return jax.value_and_grad(loss, (0, 1)) if gradients else loss
+
+
+def buffers(text):
+    """The shapes of all arrays of an optimised program, as sorted tuples."""
+    found = re.findall(r"\b[a-z]+\d+\[([\d,]+)\]", text)
+    return {tuple(sorted(map(int, dims.split(",")))) for dims in found}
+
+
+KERNEL = "tpu_custom_call"
+KERNELS = {"jaxloss_linear_row_part", "jaxloss_linear_slope"}
+
+
+def test_value_and_gradients_fit_as_users_compile_them():
+    memory = compiled("v5e", linear(None), *OPERANDS, options={}).memory_analysis()
+    assert memory.peak_memory_in_bytes <= 1250 * MIB
+
+
+@pytest.mark.parametrize("name", CHIPS)
+@pytest.mark.parametrize(
+    ("schedule", "options", "peak"),
+    [
+        ("token_chunks", {}, 2390),
+        ("vocab_blocks", {}, 1250),
+        (None, {}, 1250),  # the kernel, of packed tokens
+        (None, {"ignore_index": None}, 1250),  # every token counts
+    ],
+    ids=str,
+)
+def test_value_and_gradients_fit(name, schedule, options, peak):
+    """The arguments and the gradients alone are 1066 MiB."""
+    program = compiled(name, linear(schedule, **options), *OPERANDS)
+    assert (N, V) not in buffers(program.as_text())
+    found = {kernel for kernel in KERNELS if kernel in program.as_text()}
+    assert found == (set() if schedule else KERNELS)
+    memory = program.memory_analysis()
+    least = memory.argument_size_in_bytes + memory.output_size_in_bytes
+    assert least < memory.peak_memory_in_bytes <= peak * MIB + COPIED.get(name, 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "options"),
+    [
+        *((name, (8192, 2048, 128256), {}) for name in TOPOLOGIES),
+        ("v6e", (4000, 4096, 131072), {"vocab_axis": 0, "num_classes": 131071}),  # over the edges
+        ("tpu7x", (2048, 16384, 32768), {}),  # the largest tiles, the least memory
+    ],
+    ids=str,
+)
+def test_the_kernel_alone_holds_no_block(name, shape, options):
+    """Its results, of one column, are padded to 128 on chips that do not keep them on the core.
+    Hidden is held twice: with 0 where a token does not count, and packed."""
+    n, d, v = shape
+    kernel = (v, d) if options.get("vocab_axis") == 0 else (d, v)
+    shapes = ((n, d), jnp.bfloat16), (kernel, jnp.bfloat16), ((n,), jnp.int32)
+    program = compiled(name, linear("mosaic_tpu", gradients=False, **options), *shapes)
+    assert KERNEL in program.as_text()
+    assert program.memory_analysis().temp_size_in_bytes <= 4 * 4 * 128 * n + MIB + 2 * 2 * n * d
+
+
+def test_the_kernel_takes_a_batch():
+    shapes = ((4, 512, 256), jnp.bfloat16), ((256, 4096), jnp.bfloat16), ((4, 512), jnp.int32)
+    loss = jax.vmap(linear("mosaic_tpu", gradients=False), (0, None, 0))
+    assert KERNEL in compiled("v5e", loss, *shapes).as_text()
+
+
+@pytest.mark.parametrize("name", ["v5e", *CHIPS[2:]])
+@pytest.mark.parametrize("options", [{}, {"reduction": "none", "return_stats": True}], ids=str)
+def test_the_value_alone_fits(name, schedule, options):
+    program = compiled(name, linear(schedule, gradients=False, **options), *OPERANDS)
+    assert (N, V) not in buffers(program.as_text())
+    assert program.memory_analysis().temp_size_in_bytes <= 320 * MIB + COPIED.get(name, 0)
+
+
+@pytest.mark.parametrize("name", list(TOPOLOGIES))
+def test_cross_entropy_fits(name):
+    shapes = ((8192, 16032), jnp.bfloat16), ((8192,), jnp.int32)
+    program = compiled(name, jax.value_and_grad(jaxloss.cross_entropy), *shapes)
+    assert program.memory_analysis().temp_size_in_bytes <= 8 * MIB
+
+
+def multiple(factor):
+    return jax.value_and_grad(lambda x, y: factor * jaxloss.cross_entropy(x, y))
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "classes", "factor"),
+    [
+        *((name, 8192, 16384, 1) for name in TOPOLOGIES),
+        ("v5e", 8176, 1152, 1),  # over the edges of blocks and widths
+        ("v6e", 48, 128256, 1),
+        ("tpu7x", 64, 245760, 1),  # the longest rows, the least memory
+        ("v6e", 1024, 1024, 3),
+    ],
+)
+def test_cross_entropy_takes_one_pass(name, rows, classes, factor):
+    """What the backward pass asks for is what the forward pass asked for, and computed once; of a
+    multiple of the loss it is another gradient. Numbers of a row are padded to 128."""
+    shapes = ((rows, classes), jnp.bfloat16), ((rows,), jnp.int32)
+    program = compiled(name, multiple(factor), *shapes)
+    assert program.as_text().count(f'"{KERNEL}"') == (1 if factor == 1 else 2)
+    gradients = 2 * rows * classes if factor != 1 else 0  # the first of the two is thrown away
+    held = 2 * 4 * 128 * (rows + 128) + gradients + MIB
+    assert program.memory_analysis().temp_size_in_bytes <= held
+
+
+def test_kernels_with_64_bits_elsewhere(traced_anew):
+    shapes = ((512, 256), jnp.bfloat16), ((256, 4096), jnp.bfloat16), ((512,), jnp.int32)
+    with jax.enable_x64(True):
+        assert KERNEL in compiled("v5e", linear(None), *shapes).as_text()
+        shapes = ((1024, 1024), jnp.bfloat16), ((1024,), jnp.int32)
+        assert KERNEL in compiled("v5e", multiple(1), *shapes).as_text()
+
+
+def test_one_pass_on_four_chips(traced_anew):
+    chips = topology("v6e").devices
+    mesh = Mesh(np.array(chips), ("data",), axis_types=(AxisType.Explicit,))
+    args = [
+        jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, P("data")))
+        for shape, dtype in (((8192, 16384), jnp.bfloat16), ((8192,), jnp.int32))
+    ]
+    loss = jax.value_and_grad(partial(jaxloss.cross_entropy, token_axis_name="data"))
+    specs = {"in_specs": (P("data"), P("data")), "out_specs": (P(), P("data"))}
+    split = jax.shard_map(loss, mesh=mesh.abstract_mesh, **specs)
+    text = lowered(split, *args, chips=chips).compile().as_text()
+    assert text.count(f'"{KERNEL}"') == 1
+    assert {kind for kind, *_ in collectives(text)} == {"all-reduce"}
+    assert all(elements(shape) <= 2 for _, shape, _ in collectives(text))
+
+
+@pytest.mark.parametrize("linear", [False, True])
+def test_shard_map_over_some_axes_of_four_chips(linear, traced_anew):
+    """XLA may split along the others, and a kernel it cannot split."""
+    chips = topology("v5e").devices
+    mesh = Mesh(np.array(chips).reshape(2, 2), ("d", "v"), axis_types=(AxisType.Auto,) * 2)
+    shapes = [((2048, 4096), jnp.bfloat16), ((2048,), jnp.int32)]
+    loss, specs = partial(jaxloss.cross_entropy, token_axis_name="d"), (P("d"), P("d"))
+    if linear:
+        shapes = [((2048, 256), jnp.bfloat16), *shapes[1:], ((256, 4096), jnp.bfloat16)]
+        specs = *specs, P()
+
+        def loss(h, y, k):
+            return jaxloss.linear_cross_entropy(h, k, y, token_axis_name="d")
+
+    args = [
+        jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, p))
+        for (shape, dtype), p in zip(shapes, specs, strict=True)
+    ]
+    given = {"mesh": mesh.abstract_mesh, "axis_names": {"d"}, "in_specs": specs}
+    split = jax.shard_map(jax.value_and_grad(loss), out_specs=(P(), P("d")), **given)
+    assert KERNEL not in lowered(split, *args, chips=chips).compile().as_text()
+
+
+def test_the_walk_finds_materialised_logits():
+    """The assertions above must be able to fail."""
+
+    def materialised(h, k, y):
+        return jaxloss.cross_entropy(h @ k, y)
+
+    program = compiled("v5e", jax.value_and_grad(materialised, (0, 1)), *OPERANDS)
+    assert (N, V) in buffers(program.as_text())
+    assert program.memory_analysis().peak_memory_in_bytes > 2390 * MIB
+
+
+def test_products_are_of_bfloat16_into_float32(schedule):
+    text = jax.jit(linear(schedule)).lower(*(jax.ShapeDtypeStruct(*s) for s in OPERANDS)).as_text()
+    products = re.findall(r"stablehlo\.dot_general.*: \((.*)\) -> (.*)", text)
+    assert len(products) >= 3
+    for operands, result in products:
+        assert re.findall(r"x([a-z]\w*)>", operands) == ["bf16", "bf16"]
+        assert re.findall(r"x([a-z]\w*)>", result) == ["f32"]
+
+
+ELEMENTARY = re.compile(r" (exponential|exponential-minus-one|log|log-plus-one|tanh|logistic)\(")
+LARGE = re.compile(r" = f32\[16,256\]\S* exponential\(")
+ROWS, ROW_LABELS = ((16, 256), jnp.float32), ((16,), jnp.int32)
+ACCURATE = {
+    "cross_entropy": (partial(jaxloss.cross_entropy, logit_softcap=30.0), (ROWS, ROW_LABELS)),
+    "token_stats": (lambda x, y: jaxloss.token_stats(x, y).entropy.sum(), (ROWS, ROW_LABELS)),
+    "log_softmax": (lambda x: jaxloss.log_softmax(x)[:, 0].sum(), (ROWS,)),
+    "kl_divergence": (partial(jaxloss.kl_divergence, divergence="jensen_shannon"), (ROWS, ROWS)),
+    "focal_loss": (jaxloss.focal_loss, (ROWS, ROW_LABELS)),
+    "sigmoid_cross_entropy": (jaxloss.sigmoid_cross_entropy, (ROWS, ROWS)),
+    "linear_cross_entropy": (
+        jaxloss.linear_cross_entropy,
+        (((16, 128), jnp.bfloat16), ((128, 256), jnp.bfloat16), ROW_LABELS),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", list(ACCURATE))
+def test_elementary_functions_are_the_accurate_ones(name):
+    """By default a TPU's exp and its relatives are shorter programs of fewer digits."""
+    loss, shapes = ACCURATE[name]
+    lines = compiled("v5e", jax.value_and_grad(loss), *shapes).as_text().splitlines()
+    found = {line for line in lines if ELEMENTARY.search(line)}
+    assert found
+    assert not [line for line in found if "result_accuracy={mode=highest}" not in line]
+    # Of the logits' size they are a shorter program than the compiler's own.
+    assert not [line for line in found if LARGE.search(line)]
+
+
+@pytest.fixture
+def traced_anew():
+    jax.clear_caches()
+    yield
+    jax.clear_caches()
+
+
+def test_the_accurate_exponential_of_a_tpu7x_is_an_instruction(traced_anew):
+    loss, shapes = ACCURATE["cross_entropy"]
+    text = compiled("tpu7x", jax.value_and_grad(loss), *shapes).as_text()
+    found = [line for line in text.splitlines() if LARGE.search(line)]
+    assert found
+    assert all("result_accuracy={mode=highest}" in line for line in found)
+
+
+# Each pair of (chip, schedule), (chip, spec) and (schedule, spec): a program takes 10 to 25 s.
+@pytest.mark.parametrize(
+    ("name", "schedule", "spec"),
+    [
+        ("v5e", "token_chunks", P(None, "vocab")),
+        ("v5e", "vocab_blocks", P("data", "vocab")),
+        ("v6e", "token_chunks", P("data", "vocab")),
+        ("v6e", "vocab_blocks", P(None, "vocab")),
+        ("v6e", "mosaic_tpu", P("data", "vocab")),
+        *(
+            pytest.param(name, schedule, P("data", "vocab"), marks=pytest.mark.soak)
+            for name in ("v5p", "tpu7x")
+            for schedule in SCHEDULES
+        ),
+    ],
+    ids=str,
+)
+def test_on_four_chips(name, schedule, spec):
+    """Temporaries: this chip's float32 d_kernel, its columns of the kernel where they had to be
+    gathered, and of a chunk and of a quarter of one the float32 logits and their narrow gradient;
+    or a block's."""
+    devices = np.array(topology(name).devices).reshape(2, -1)  # a chip of a tpu7x is two devices
+    columns = V // devices.shape[1]
+    mesh = Mesh(devices, ("data", "vocab"), axis_types=(AxisType.Explicit,) * 2)
+    specs = P("data"), spec, P("data")
+    args = [
+        jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, p))
+        for (shape, dtype), p in zip(OPERANDS, specs, strict=True)
+    ]
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        program = lowered(linear(schedule), *args).compile()
+    shard = D * columns
+    gathered = 2 * shard if "data" in spec else 0
+    logits = (1024 + 256) * columns * (4 + 2) if schedule == "token_chunks" else 256 * MIB
+    allowed = 4 * shard + gathered + logits + 72 * MIB + COPIED.get(name, 0) // devices.shape[1]
+    assert program.memory_analysis().temp_size_in_bytes <= allowed
+    text = program.as_text()
+    assert not {(N, V), (N // 2, columns)} & buffers(text)
+    found = collectives(text)
+    large = sorted((kind, elements(shape)) for kind, shape, _ in found if elements(shape) > N * 8)
+    d_hidden = ("all-reduce", N // 2 * D)
+    if spec == P(None, "vocab"):  # each pair of chips holds the same columns: nothing is gathered
+        assert large == sorted([d_hidden, ("all-reduce", shard)]), found
+    else:
+        scattered = ("reduce-scatter", shard // 2)
+        assert large == sorted([d_hidden, ("all-gather", shard), scattered]), found
+    assert not [c for c in found if c[2] and elements(c[1]) > N]

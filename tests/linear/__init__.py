@@ -1,0 +1,1 @@
+"""``hidden @ kernel``, whose logits are never held: the schedules and their memory."""

@@ -1,0 +1,1 @@
+"""The other losses, the statistics of tokens, and what is made of them."""

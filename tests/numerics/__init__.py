@@ -1,0 +1,1 @@
+"""How exact: single passes, rows, every derivative, and random cases against the truth."""

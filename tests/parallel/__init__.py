@@ -1,0 +1,1 @@
+"""Meshes of devices, explicit or by name, and several processes."""

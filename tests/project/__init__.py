@@ -1,0 +1,1 @@
+"""The package as it is shipped: names, README, examples, exports, and what they cost."""

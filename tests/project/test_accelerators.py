@@ -1,0 +1,182 @@
+"""The programs for accelerators run on a CPU too, on small shapes, and say what they should."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+from benchmarks import compiled, gpu, hlo, on_device, report
+
+ROOT = Path(__file__).parents[2]
+NOTEBOOK = ROOT / "benchmarks" / "tpu_benchmark.ipynb"
+
+
+def run(*command):
+    """In a process of its own, as its users have it: one device, JAX's own promotion rules."""
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_NUMPY_", "XLA_FLAGS"))}
+    return subprocess.run(
+        [sys.executable, *command],
+        cwd=ROOT,
+        env={**env, "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+
+
+def test_the_gpu_program_on_small_shapes(tmp_path):
+    options = ("--small", "--seconds", "0.05", "--out", str(tmp_path))
+    done = run("-m", "benchmarks.gpu", *options)
+    assert done.returncode == 0, done.stderr[-2000:]
+    data = report.load(tmp_path, "gpu")
+    assert data["environment"]["device"] == "cpu"
+    assert data["ceilings"].keys() == {"copy_gb_s", "matrix_tflops", "burst_matrix_tflops"}
+    assert [tuple(row["shape"]) for row in data["linear"]] == list(gpu.SMALL.linear)
+    for row in data["linear"]:
+        for part in ("forward_ms", "both_ms", "memory"):
+            assert {"jaxloss", "blocks", "optax"} <= row[part].keys()
+            # Each method is measured, or its refusal is there; bare products hold nothing.
+            assert {*row[part], *row["refused"], on_device.PRODUCTS} == {*gpu.LINEAR}
+            assert (on_device.PRODUCTS in row[part]) == (part != "memory")
+    for ms in data["burst"].values():
+        assert ms.keys() == {"forward", "both"}
+    assert [row["shape"][1] for row in data["logits"]] == list(gpu.SMALL.columns)
+    for row in data["logits"]:
+        assert {*row["ms"], *row["refused"]} == {*gpu.LOGITS}
+        assert row["of_copy"].keys() == row["ms"].keys()
+    assert [row["chunk_size"] for row in data["chunk_size"]] == list(gpu.SMALL.chunks)
+    assert all(isinstance(target["reached"], bool) for target in gpu.targets(data))
+    for table in gpu.tables(data):
+        assert all(len(row) == len(table.header) for row in table.rows)
+    assert "Targets" in done.stdout
+
+
+def test_the_gpu_program_wants_a_gpu(tmp_path):
+    done = run("-m", "benchmarks.gpu", "--out", str(tmp_path))
+    assert done.returncode == 1
+    assert "wants a GPU; got cpu. With --small" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+PROGRAM = """\
+HloModule two_loops
+
+%body.1 (p.1: (s32[], f32[4,8])) -> (s32[], f32[4,8]) {
+  %p.1 = (s32[], f32[4,8]{1,0}) parameter(0)
+  %x.1 = f32[4,8]{1,0} get-tuple-element(%p.1), index=1
+  %k.1 = f32[8,8]{1,0} constant({...})
+  %d.1 = f32[4,8]{1,0} dot(%x.1, %k.1), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  %e.1 = f32[4,8] exponential(%d.1), c={"estimated_cycles":"10","iteration_bounds":["2","3"]}
+  %k.2 = f32[4,8]{1,0} custom-call(%e.1), custom_call_target="tpu_custom_call"
+}
+
+%fixed.1 (p.2: (s32[], f32[4,8])) -> pred[] {
+  %n.1 = s32[] constant(3), metadata={op_name="n"}
+  %i.1 = s32[] get-tuple-element(%p.2), index=0
+  ROOT %c.1 = pred[] compare(%i.1, %n.1), direction=LT
+}
+
+%open.1 (p.3: (s32[], f32[4,8])) -> pred[] {
+  %i.2 = s32[] get-tuple-element(%p.3), index=0
+  %n.2 = s32[] get-tuple-element(%p.3), index=1
+  ROOT %c.2 = pred[] compare(%i.2, %n.2), direction=LT
+}
+
+ENTRY %main.1 (a: f32[4,8]) -> f32[4,8] {
+  %w.1 = (s32[], f32[4,8]{1,0}) while(%t.1), condition=%fixed.1, body=%body.1
+  ROOT %w.2 = (s32[], f32[4,8]{1,0}) while(%w.1), condition=%open.1, body=%body.1
+}
+"""
+
+
+def test_the_cost_of_a_loop_is_that_of_all_its_steps():
+    cost = hlo.cost(PROGRAM, steps=(5,))
+    assert cost.flops == (3 + 5) * 2 * 4 * 8 * 8
+    assert cost.cycles == (3 + 5) * 10
+    assert cost.kernels == 3 + 5
+    assert cost.kernel_cycles == 0
+    assert [loop["steps"] for loop in cost.loops] == [3, 5]
+    with pytest.raises(StopIteration):
+        hlo.cost(PROGRAM)
+    with pytest.raises(ValueError, match="no more loops"):
+        hlo.cost(PROGRAM, steps=(5, 0))
+
+
+@pytest.mark.parametrize(("bundles", "cycles"), [(1, 10), (4, 2 * 3 * 4)])
+def test_the_cost_of_what_was_scheduled(bundles, cycles):
+    """Where it is more than the estimate; of a kernel there is none."""
+    scheduled = hlo.Scheduled({"e.1": bundles, "k.2": 7}, {"k.2": 11})
+    cost = hlo.cost(PROGRAM, (5,), scheduled)
+    assert cost.cycles == (3 + 5) * cycles
+    assert cost.kernel_cycles == (3 + 5) * 7 * 11
+
+
+LIBTPU = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None,
+    reason="libtpu is not installed: pip install -e '.[tpu-compile]'",
+)
+SCHEDULE = """
+import json, pathlib, sys
+from benchmarks import compiled, schedule
+folder = pathlib.Path(sys.argv[1])
+compiled.quiet()
+schedule.dump_to(folder)
+print(json.dumps(compiled.compiled("v6e", "kernel", (2048, 512, 2048), 1024, folder)))
+"""
+
+
+@LIBTPU
+def test_what_a_tpu_is_to_issue(tmp_path):
+    done = run("-c", SCHEDULE, str(tmp_path))
+    assert done.returncode == 0, done.stderr[-2000:]
+    program = json.loads(done.stdout.splitlines()[-1])
+    # A core multiplies 2^18 pairs a cycle; row_part is one product of them all, slope two halves.
+    one = 2048 * 512 * 2048 / 2**18
+    assert program["kernels"] == 3
+    assert 2 * one < program["kernel_cycles"] < 20 * one
+    assert not list(tmp_path.iterdir())
+
+
+@LIBTPU
+@pytest.mark.parametrize(
+    ("name", "chunk", "products"), [("chunks", 32, 3), ("blocks", 256, 4)], ids=str
+)
+def test_the_products_that_a_tpu_is_given(tmp_path, name, chunk, products):
+    compiled.quiet()
+    shape = n, d, v = 128, 128, 1024  # four chunks, four blocks
+    with jax.enable_x64(False):  # a TPU compares 64 bits in halves, and a loop's end is not read
+        program = compiled.compiled("v5e", name, shape, chunk, tmp_path)
+    one = 2 * n * d * v
+    assert program["peak_mib"] > program["arguments_mib"] > 0
+    # The first of the blocks may be multiplied once for both of their sweeps.
+    assert (products - 0.3) * one < program["product_flops"] <= products * one
+    assert program["cycles"] > 0
+
+
+def _cells(kind):
+    return [c for c in json.loads(NOTEBOOK.read_text())["cells"] if c["cell_type"] == kind]
+
+
+def test_the_notebook_runs_from_top_to_bottom(tmp_path):
+    """Its cells as one program: what a notebook's kernel adds is not used."""
+    program = tmp_path / "cells.py"
+    program.write_text("\n\n".join("".join(cell["source"]) for cell in _cells("code")))
+    done = run(str(program))
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "forward and both gradients, ms" in done.stdout
+
+
+def test_the_outputs_of_the_notebook_name_their_device():
+    outputs = [output for cell in _cells("code") for output in cell["outputs"]]
+    assert all(cell["outputs"] for cell in _cells("code")[1:])  # the first finds the folder
+    assert {o["output_type"] for o in outputs} == {"stream", "display_data"}
+    text = ["".join(o["text"]) for o in outputs if o["output_type"] == "stream"]
+    assert "small shapes" in text[0]
+    assert sum("cpu" in part for part in text) == len(text)
+    assert sum("image/png" in o.get("data", {}) for o in outputs) == 3
