@@ -5,9 +5,10 @@ from pathlib import Path
 
 from rich.console import Console
 
-from benchmarks import digits, linear, precision, report, speed
-from benchmarks.environment import describe, environment
-from benchmarks.measure import keep_pages
+from benchmarks.harness import report
+from benchmarks.harness.environment import describe, environment
+from benchmarks.harness.measure import keep_pages
+from benchmarks.parts import digits, linear, precision, speed
 
 PARTS = ("digits", "precision", "speed", "linear")
 

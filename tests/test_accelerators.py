@@ -10,7 +10,10 @@ from pathlib import Path
 import jax
 import pytest
 
-from benchmarks import compiled, gpu, hlo, on_device, report
+from benchmarks.harness import hlo, report
+from benchmarks.methods import linear_case as on_device
+from benchmarks.parts import gpu
+from benchmarks.parts import tpu as compiled
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOK = ROOT / "benchmarks" / "tpu_benchmark.ipynb"
@@ -32,7 +35,7 @@ def run(*command):
 
 def test_the_gpu_program_on_small_shapes(tmp_path):
     options = ("--small", "--seconds", "0.05", "--out", str(tmp_path))
-    done = run("-m", "benchmarks.gpu", *options)
+    done = run("-m", "benchmarks.parts.gpu", *options)
     assert done.returncode == 0, done.stderr[-2000:]
     data = report.load(tmp_path, "gpu")
     assert data["environment"]["device"] == "cpu"
@@ -58,7 +61,7 @@ def test_the_gpu_program_on_small_shapes(tmp_path):
 
 
 def test_the_gpu_program_wants_a_gpu(tmp_path):
-    done = run("-m", "benchmarks.gpu", "--out", str(tmp_path))
+    done = run("-m", "benchmarks.parts.gpu", "--out", str(tmp_path))
     assert done.returncode == 1
     assert "wants a GPU; got cpu. With --small" in done.stderr
     assert not list(tmp_path.iterdir())
@@ -123,7 +126,8 @@ LIBTPU = pytest.mark.skipif(
 )
 SCHEDULE = """
 import json, pathlib, sys
-from benchmarks import compiled, schedule
+from benchmarks.parts import tpu as compiled
+from benchmarks.harness import schedule
 folder = pathlib.Path(sys.argv[1])
 compiled.quiet()
 schedule.dump_to(folder)

@@ -4,7 +4,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from benchmarks import peer_cost, peer_methods, peer_semantics
+from benchmarks.methods import answers as peer_semantics
+from benchmarks.methods import libraries as peer_methods
+from benchmarks.parts import peer_cost
 
 
 @pytest.fixture(autouse=True)

@@ -13,7 +13,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from benchmarks import report
+from benchmarks.harness import report
 
 N, D, V = 4096, 4096, 131072  # N tokens a data shard
 VOCAB = 8  # devices that the vocabulary is split over
@@ -79,7 +79,7 @@ def compiled(devices: int) -> dict[str, Any]:
 
 
 def run() -> dict[str, Any]:
-    from benchmarks.environment import environment
+    from benchmarks.harness.environment import environment
 
     rows = []
     for devices in (*COMPILED, *ON_PAPER):

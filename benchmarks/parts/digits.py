@@ -13,7 +13,7 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
 import jaxloss
-from benchmarks import report
+from benchmarks.harness import report
 
 SEED, EPOCHS, BATCH, HIDDEN, LEARNING_RATE = 0, 30, 128, 128, 3e-3
 

@@ -10,20 +10,12 @@ import re
 import sys
 from pathlib import Path
 
-from benchmarks import (
-    compiled,
-    formulas,
-    gpu,
-    linear,
-    overhead,
-    peers,
-    precision,
-    report,
-    scaling,
-    speed,
-    train_lm,
-)
-from benchmarks.environment import describe
+from benchmarks.harness import report
+from benchmarks.harness.environment import describe
+from benchmarks.parts import formulas, gpu, linear, overhead, peers, precision, speed
+from benchmarks.parts import meshes as scaling
+from benchmarks.parts import tpu as compiled
+from benchmarks.parts import train as train_lm
 
 READMES = (Path("README.md"), Path("benchmarks/README.md"))
 MARKS = re.compile(r"<!-- (\w+)((?: \d+)?): begin -->.*?<!-- \1\2: end -->", re.DOTALL)

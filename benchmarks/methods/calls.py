@@ -10,8 +10,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from benchmarks import measure
-from benchmarks.peer_methods import LOADERS, Peer, jaxloss_schedule
+from benchmarks.harness import measure
+from benchmarks.methods.libraries import LOADERS, Peer, jaxloss_schedule
 
 BATCH = 0.02  # seconds of calls between two waits: a launch takes as long as a small loss
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 
 import jaxloss
-from benchmarks import measure, report
+from benchmarks.harness import measure, report
 
 SHAPES = ((1024, 512, 32000), (2048, 1024, 8192), (512, 512, 128256))
 IGNORED = 0.75  # of the labels, in the case of fine-tuning

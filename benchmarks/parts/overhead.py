@@ -19,9 +19,9 @@ from rich.console import Console
 from rich.progress import track
 
 import jaxloss
-from benchmarks import report
-from benchmarks.environment import describe, environment
-from benchmarks.measure import interleaved, median_ratio
+from benchmarks.harness import report
+from benchmarks.harness.environment import describe, environment
+from benchmarks.harness.measure import interleaved, median_ratio
 
 N, D, C = 4, 8, 10  # small: the arithmetic takes no time worth measuring
 KEYS = jax.random.split(jax.random.key(0), 5)

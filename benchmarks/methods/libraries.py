@@ -19,7 +19,7 @@ import numpy as np
 import optax
 
 import jaxloss
-from benchmarks.environment import environment, installed
+from benchmarks.harness.environment import environment, installed
 
 PACKAGES = ("jaxloss", "jax", "optax", "torch", "tokamax", "jax-cce")
 ROWS = 128  # rows a chunk where torch is told how many; by itself it takes a few

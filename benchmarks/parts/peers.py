@@ -11,9 +11,12 @@ from typing import Any
 
 from rich.console import Console
 
-from benchmarks import peer_cost, peer_methods, peer_semantics, report
-from benchmarks.environment import describe, environment
-from benchmarks.measure import keep_pages
+from benchmarks.harness import report
+from benchmarks.harness.environment import describe, environment
+from benchmarks.harness.measure import keep_pages
+from benchmarks.methods import answers as peer_semantics
+from benchmarks.methods import libraries as peer_methods
+from benchmarks.parts import peer_cost
 
 COLORS = {
     **report.COLORS,

@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 
 import jaxloss
-from benchmarks import calls, measure
-from benchmarks.report import refusal
+from benchmarks.harness import measure
+from benchmarks.harness.report import refusal
+from benchmarks.methods import calls
 
 PRODUCTS = "products"  # by name, beside the methods: bare ones, one or three, nothing computed
 

@@ -18,8 +18,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from benchmarks import calls, measure, on_device, report
-from benchmarks.environment import describe, environment, installed
+from benchmarks.harness import measure, report
+from benchmarks.harness.environment import describe, environment, installed
+from benchmarks.methods import calls
+from benchmarks.methods import linear_case as on_device
 
 PACKAGES = ("jax-cuda13-plugin", "jax-cuda12-plugin", "tokamax", "torch", "liger-kernel")
 PACKAGES = (*PACKAGES, "cut-cross-entropy")

@@ -8,8 +8,9 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import precision, report
-from benchmarks.peer_methods import LOADERS, Peer, answer
+from benchmarks.harness import report
+from benchmarks.methods.libraries import LOADERS, Peer, answer
+from benchmarks.parts import precision
 
 TOLERANCE = 1e-3  # of the truth, or the eps of the dtype that came back where that is more
 C = 128  # more than 100: a label of -100, counted from the end, is a class

@@ -13,8 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import Literal
 
-from benchmarks import linear, measure, report
-from benchmarks.peer_methods import Peer
+from benchmarks.harness import measure, report
+from benchmarks.methods.libraries import Peer
+from benchmarks.parts import linear
 
 SWEEP = tuple((512, 256, v) for v in (2048, 8192, 32768, 131072))
 SHAPES = tuple(sorted((*SWEEP, *linear.SHAPES), key=math.prod))

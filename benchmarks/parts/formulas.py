@@ -20,8 +20,8 @@ from rich.console import Console
 from rich.progress import track
 
 import jaxloss
-from benchmarks import measure, report
-from benchmarks.environment import describe, environment
+from benchmarks.harness import measure, report
+from benchmarks.harness.environment import describe, environment
 
 SHAPES = ((512, 32000), (16384, 1000))
 DTYPES = ("float32", "bfloat16")

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 import jaxloss
-from benchmarks import measure, report
+from benchmarks.harness import measure, report
 
 SHAPES = ((8192, 10), (16384, 1000), (4096, 4096), (1024, 32000), (256, 128256))
 DTYPES = ("float32", "bfloat16")

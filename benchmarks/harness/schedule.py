@@ -8,7 +8,7 @@ import os
 import re
 from pathlib import Path
 
-from benchmarks.hlo import Scheduled
+from benchmarks.harness.hlo import Scheduled
 
 _LENGTH = "final_hlo-static-per-bundle-utilization"
 

@@ -13,8 +13,8 @@ import numpy as np
 from rich.console import Console
 
 import jaxloss
-from benchmarks import report
-from benchmarks.environment import describe, environment
+from benchmarks.harness import report
+from benchmarks.harness.environment import describe, environment
 
 TOKENS, CLASSES, FEATURES, CHECKED = 2**16, 2**18, 16, 64
 LIMIT_GIB = 1.5

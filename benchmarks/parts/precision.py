@@ -11,7 +11,7 @@ import numpy as np
 import optax
 
 import jaxloss
-from benchmarks import report
+from benchmarks.harness import report
 
 DTYPES = ("float32", "bfloat16")
 MARGINS = tuple(range(0, 61, 5))

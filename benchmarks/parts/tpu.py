@@ -18,7 +18,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 from unittest import mock
 
-from benchmarks import hlo, report, schedule
+from benchmarks.harness import hlo, report, schedule
 
 TOPOLOGIES = {"v5e": "v5e:2x2", "v6e": "v6e:2x2", "v5p": "v5p:2x2x1", "tpu7x": "tpu7x:2x2x1"}
 SHAPES = ((8192, 2048, 128256), (4096, 4096, 128256), (8192, 2304, 256000))  # N, D, V
@@ -160,7 +160,7 @@ def compiled(
 
 
 def run(tick: Callable[[str], None], dumps: Path) -> dict[str, Any]:
-    from benchmarks.environment import environment, installed
+    from benchmarks.harness.environment import environment, installed
 
     rows = []
     for chip, shape in CASES:

@@ -23,9 +23,10 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 import jaxloss
-from benchmarks import measure, report, text
-from benchmarks.environment import describe, environment
-from benchmarks.language_model import LanguageModel
+from benchmarks.data import text
+from benchmarks.data.language_model import LanguageModel
+from benchmarks.harness import measure, report
+from benchmarks.harness.environment import describe, environment
 
 STEPS, VOCAB, DIM, BATCH = 40, 32000, 128, 8
 LAYERS, HEAD, LENGTH = 2, 32, 128
