@@ -10,7 +10,7 @@ import numpy as np
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
-from benchmarks import text
+from benchmarks.data import text
 
 BATCH, LENGTH = 128, 64
 

@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 from parallel.test_mesh import collectives, elements
 
 import jaxloss
-from benchmarks.compiled import TOPOLOGIES, quiet
+from benchmarks.parts.tpu import TOPOLOGIES, quiet
 
 pytestmark = [
     pytest.mark.every_case,

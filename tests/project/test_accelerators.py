@@ -10,7 +10,9 @@ from pathlib import Path
 import jax
 import pytest
 
-from benchmarks import compiled, gpu, hlo, on_device, report
+from benchmarks.harness import hlo, report
+from benchmarks.methods.linear_case import PRODUCTS
+from benchmarks.parts import gpu, tpu
 
 ROOT = Path(__file__).parents[2]
 NOTEBOOK = ROOT / "benchmarks" / "tpu_benchmark.ipynb"
@@ -32,7 +34,7 @@ def run(*command):
 
 def test_the_gpu_program_on_small_shapes(tmp_path):
     options = ("--small", "--seconds", "0.05", "--out", str(tmp_path))
-    done = run("-m", "benchmarks.gpu", *options)
+    done = run("-m", "benchmarks", "gpu", *options)
     assert done.returncode == 0, done.stderr[-2000:]
     data = report.load(tmp_path, "gpu")
     assert data["environment"]["device"] == "cpu"
@@ -42,8 +44,8 @@ def test_the_gpu_program_on_small_shapes(tmp_path):
         for part in ("forward_ms", "both_ms", "memory"):
             assert {"jaxloss", "blocks", "optax"} <= row[part].keys()
             # Each method is measured, or its refusal is there; bare products hold nothing.
-            assert {*row[part], *row["refused"], on_device.PRODUCTS} == {*gpu.LINEAR}
-            assert (on_device.PRODUCTS in row[part]) == (part != "memory")
+            assert {*row[part], *row["refused"], PRODUCTS} == {*gpu.LINEAR}
+            assert (PRODUCTS in row[part]) == (part != "memory")
     for ms in data["burst"].values():
         assert ms.keys() == {"forward", "both"}
     assert [row["shape"][1] for row in data["logits"]] == list(gpu.SMALL.columns)
@@ -58,7 +60,7 @@ def test_the_gpu_program_on_small_shapes(tmp_path):
 
 
 def test_the_gpu_program_wants_a_gpu(tmp_path):
-    done = run("-m", "benchmarks.gpu", "--out", str(tmp_path))
+    done = run("-m", "benchmarks", "gpu", "--out", str(tmp_path))
     assert done.returncode == 1
     assert "wants a GPU; got cpu. With --small" in done.stderr
     assert not list(tmp_path.iterdir())
@@ -123,11 +125,12 @@ LIBTPU = pytest.mark.skipif(
 )
 SCHEDULE = """
 import json, pathlib, sys
-from benchmarks import compiled, schedule
+from benchmarks.harness import hlo
+from benchmarks.parts import tpu
 folder = pathlib.Path(sys.argv[1])
-compiled.quiet()
-schedule.dump_to(folder)
-print(json.dumps(compiled.compiled("v6e", "kernel", (2048, 512, 2048), 1024, folder)))
+tpu.quiet()
+hlo.dump_to(folder)
+print(json.dumps(tpu.compiled("v6e", "kernel", (2048, 512, 2048), 1024, folder)))
 """
 
 
@@ -148,10 +151,10 @@ def test_what_a_tpu_is_to_issue(tmp_path):
     ("name", "chunk", "products"), [("chunks", 32, 3), ("blocks", 256, 4)], ids=str
 )
 def test_the_products_that_a_tpu_is_given(tmp_path, name, chunk, products):
-    compiled.quiet()
+    tpu.quiet()
     shape = n, d, v = 128, 128, 1024  # four chunks, four blocks
     with jax.enable_x64(False):  # a TPU compares 64 bits in halves, and a loop's end is not read
-        program = compiled.compiled("v5e", name, shape, chunk, tmp_path)
+        program = tpu.compiled("v5e", name, shape, chunk, tmp_path)
     one = 2 * n * d * v
     assert program["peak_mib"] > program["arguments_mib"] > 0
     # The first of the blocks may be multiplied once for both of their sweeps.

@@ -4,7 +4,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from benchmarks import peer_cost, peer_methods, peer_semantics
+from benchmarks.harness import products
+from benchmarks.methods import answers, calls, libraries
+from benchmarks.parts import peers
 
 
 @pytest.fixture(autouse=True)
@@ -21,10 +23,10 @@ def rows():
         jax.numpy_dtype_promotion("standard"),
         jax.numpy_rank_promotion("allow"),
     ):
-        ours = peer_methods.LOADERS["jaxloss"]()
-        theirs = peer_methods.LOADERS["optax"]()
-        logits = {"jaxloss": peer_methods.Peer(ours.logits), "optax": theirs}
-        return peer_semantics.run(logits)
+        ours = libraries.LOADERS["jaxloss"]()
+        theirs = libraries.LOADERS["optax"]()
+        logits = {"jaxloss": libraries.Peer(ours.logits), "optax": theirs}
+        return answers.run(logits)
 
 
 def wrong(rows, name):
@@ -44,9 +46,9 @@ def test_what_is_wrong_is_seen(rows):
         assert question in {q for q, _ in found}
     assert ("margin 40", "loss") in found
     assert "label C" not in {q for q, _ in found}  # NaN
-    (shown,) = peer_semantics.tables([{**row, "linear": {}} for row in rows])[:1]
+    (shown,) = peers.answers_tables([{**row, "linear": {}} for row in rows])[:1]
     cells = [line[4] for line in shown.rows]
-    assert sum(cell.endswith(peer_semantics.WRONG) for cell in cells) == len(found)
+    assert sum(cell.endswith(peers.WRONG) for cell in cells) == len(found)
     assert "-" in cells  # it has no ignore_index
 
 
@@ -54,12 +56,12 @@ def test_absent_peers_are_listed_with_a_reason(monkeypatch):
     def load():
         raise ModuleNotFoundError("No module named 'cce'\nand more")
 
-    few = {"optax": peer_methods.LOADERS["optax"], "cce": load}
-    monkeypatch.setattr(peer_methods, "LOADERS", few)
-    found, absent = peer_methods.load()
+    few = {"optax": libraries.LOADERS["optax"], "cce": load}
+    monkeypatch.setattr(libraries, "LOADERS", few)
+    found, absent = libraries.load(few)
     assert list(found) == ["optax"]
     assert absent == {"cce": "ModuleNotFoundError: No module named 'cce'"}
-    assert peer_methods.versions()["optax"]
+    assert peers.versions()["optax"]
 
 
 def test_products_are_counted():
@@ -71,17 +73,17 @@ def test_products_are_counted():
         c = jax.lax.fori_loop(0, n, lambda i, c: c + (a @ a.T).sum(), c)
         return jax.lax.cond(n > 5, lambda: c, lambda: c + (a @ a.T).sum())
 
-    assert peer_cost.jax_products(program, (a, n), (4, 5, 4)) == 3 + 2 + 1
+    assert products.jax_products(program, (a, n), (4, 5, 4)) == 3 + 2 + 1
 
 
 def test_a_method_that_is_wrong_is_not_timed(monkeypatch):
-    monkeypatch.setattr(peer_cost, "jax_products", lambda *args: 3)  # it takes seconds
-    optax = peer_methods.LOADERS["optax"]()
-    off = peer_methods.Peer(lambda x, labels: 1.1 * optax.logits(x, labels))
-    peers, one = {"optax": optax, "off": off}, ((8, 4, 16),)
-    data = peer_cost.run(peers, 0.01, lambda share: None, one, ("float32",))
+    monkeypatch.setattr(calls, "jax_products", lambda *args: 3)  # it takes seconds
+    optax = libraries.LOADERS["optax"]()
+    off = libraries.Peer(lambda x, labels: 1.1 * optax.logits(x, labels))
+    both, one = {"optax": optax, "off": off}, ((8, 4, 16),)
+    data = peers.cost(both, 0.01, lambda share: None, one, ("float32",))
     (row,) = data["rows"]
     assert "optax" in row["of_products"]
     assert "off" not in row["median_ms"]
     assert row["left_out"]["off"].startswith("AssertionError")
-    assert peer_cost.tables(data)[-1].rows[0][1] == "off"
+    assert peers.cost_tables(data)[-1].rows[0][1] == "off"

@@ -1,4 +1,4 @@
-"""``python -m benchmarks.formulas``: each function of logits beside its plain formula.
+"""Each function of logits beside its plain formula.
 
 The plain formula is what one writes with jax.numpy and jax.nn, in the logits' own dtype. Value, and
 value with gradient, compiled; the processor time of pairs of neighbours, and the temporary memory
@@ -6,22 +6,17 @@ that XLA plans for each.
 """
 
 import argparse
-import statistics
 import time
 from collections.abc import Callable
 from functools import partial
 from itertools import product
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from rich.console import Console
-from rich.progress import track
 
 import jaxloss
-from benchmarks import measure, report
-from benchmarks.environment import describe, environment
+from benchmarks.harness import measure, report
 
 SHAPES = ((512, 32000), (16384, 1000))
 DTYPES = ("float32", "bfloat16")
@@ -203,10 +198,32 @@ def _measured(case: Case, shape, dtype: str, which: str, seconds: float) -> dict
         "shape": list(shape),
         "pass": which,
         "rounds": len(times["plain"]),
-        "median_ms": {name: statistics.median(t) * 1e3 for name, t in times.items()},
+        "median_ms": measure.medians_ms(times),
         "ratio": measure.median_ratio(times, "jaxloss", "plain"),
         "temp_mib": {name: f.temp_mib for name, f in programs.items()},
     }
+
+
+def options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--seconds", type=float, default=4.0, help="time for each pair (default: %(default)s)")
+    add("--only", nargs="+", help="functions whose names contain one of these")
+    add("--dtypes", nargs="+", default=DTYPES, choices=DTYPES)
+
+
+def prepare(args: argparse.Namespace) -> None:
+    measure.keep_pages()
+
+
+def run(args: argparse.Namespace, tick: Callable[..., None]) -> dict[str, Any]:
+    chosen = [c for c in CASES if not args.only or any(part in c.name for part in args.only)]
+    jobs = list(product(args.dtypes, SHAPES, chosen, PASSES))
+    rows = []
+    for (dtype, shape, case, which), each in report.shares(tick, jobs):
+        each(0, f"{case.name}, {dtype} {report.by(shape)}, {which}")
+        rows.append(_measured(case, shape, dtype, which, args.seconds))
+        jax.clear_caches()
+    return {"seconds_a_pair": args.seconds, "rows": rows}
 
 
 def tables(data: dict[str, Any]) -> list[report.Table]:
@@ -226,34 +243,7 @@ def tables(data: dict[str, Any]) -> list[report.Table]:
                 cells.append(f"{row['ratio']:.2f}{above}")
                 cells += [f"{row['temp_mib'][who]:.0f}" for who in ("jaxloss", "plain")]
             rows.append(cells)
-        title = f"{dtype}, {shape[0]} x {shape[1]}: processor time / the plain formula's, and"
+        title = f"{dtype}, {report.by(shape)}: processor time / the plain formula's, and"
         title += f" temporary MiB (*: above {GOAL})"
         out.append(report.Table(title, header, rows))
     return out
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.formulas", description=__doc__)
-    parser.add_argument("--seconds", type=float, default=4.0, help="of each pair (default 4)")
-    parser.add_argument("--only", nargs="+", help="functions whose names contain one of these")
-    parser.add_argument("--dtypes", nargs="+", default=DTYPES, choices=DTYPES)
-    parser.add_argument("--out", type=Path, default=report.RESULTS, help="folder of the results")
-    args = parser.parse_args()
-    measure.keep_pages()
-    console = Console()
-    env = environment()
-    console.print(describe(env), soft_wrap=True, highlight=False)
-    chosen = [c for c in CASES if not args.only or any(part in c.name for part in args.only)]
-    jobs = list(product(args.dtypes, SHAPES, chosen, PASSES))
-    rows = []
-    for dtype, shape, case, which in track(jobs, "measuring", transient=True):
-        rows.append(_measured(case, shape, dtype, which, args.seconds))
-        jax.clear_caches()
-    data = {"environment": env, "seconds_a_pair": args.seconds, "rows": rows}
-    report.save(args.out, "formulas", data)
-    for table in tables(data):
-        console.print("", report.to_rich(table), sep="\n")
-
-
-if __name__ == "__main__":
-    main()

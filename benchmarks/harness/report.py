@@ -1,7 +1,7 @@
 """Tables for a terminal and for a page, results as JSON, figures as PNG."""
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,10 @@ class Table:
     totals: int = 0  # so many rows at the end stand apart
 
 
+def by(shape: Iterable[int]) -> str:
+    return " x ".join(map(str, shape))
+
+
 def to_rich(table: Table) -> rich.table.Table:
     # Narrow padding: the widest table fits into 80 columns.
     padding, edges = (0, 1, 0, 0), {"box": box.SIMPLE_HEAD, "show_edge": False}
@@ -46,27 +50,35 @@ def to_markdown(table: Table) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
-def refusal(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:300]}"
+def in_turn(console: Console, names: Iterable[str]) -> Iterator[tuple[str, Callable[..., None]]]:
+    """Each name, with its ``tick(share, note)``: a bar shows the share that is done.
 
-
-def in_turn(
-    console: Console, names: Iterable[str]
-) -> Iterator[tuple[str, Callable[[float], None]]]:
-    """Each name, with what is to be told the share of it that is done: a bar each."""
+    The note says what is under way. It stands beside the bar, or where no terminal shows a bar, on
+    a line of its own.
+    """
     columns = (TextColumn("{task.description:>10}"), BarColumn(), TimeElapsedColumn())
+    columns += (TextColumn("{task.fields[note]}"),)
     # No refresh thread: it would take turns with what is being timed.
     with Progress(*columns, console=console, auto_refresh=False, transient=True) as progress:
-        bars = {name: progress.add_task(name, total=1, start=False) for name in names}
+        bars = {name: progress.add_task(name, total=1, start=False, note="") for name in names}
         for name, bar in bars.items():
             progress.start_task(bar)
 
-            def tick(share: float, bar=bar) -> None:
-                progress.update(bar, completed=share, refresh=console.is_terminal)
+            def tick(share: float, *note: str, bar=bar) -> None:
+                shown = {"note": note[0]} if note else {}
+                progress.update(bar, completed=share, refresh=console.is_terminal, **shown)
+                if note and not console.is_terminal:
+                    print(*note, flush=True)
 
             tick(0)
             yield name, tick
+
+
+def shares(tick: Callable[..., None], cases: Sequence) -> Iterator[tuple[Any, Callable]]:
+    """Each case, with a ``tick`` of its own; all cases take the same share of the bar."""
+    for i, case in enumerate(cases):
+        yield case, lambda share, *note, i=i: tick((i + share) / len(cases), *note)
+    tick(1)
 
 
 def save(folder: Path, name: str, data: dict[str, Any]) -> None:
@@ -85,6 +97,11 @@ def axes(columns: int = 1) -> list[Axes]:
         ax.set_axisbelow(True)
         ax.spines[["top", "right"]].set_visible(False)
     return list(grid[0])
+
+
+def legend_below(ax: Axes, columns: int) -> None:
+    where = {"loc": "upper center", "bbox_to_anchor": (0.5, 0), "ncols": columns}
+    ax.get_figure().legend(*ax.get_legend_handles_labels(), **where)  # pyright: ignore
 
 
 def save_figure(ax: Axes, path: Path) -> None:

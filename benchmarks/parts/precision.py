@@ -1,5 +1,6 @@
 """Relative error of the loss and of its gradient at the label, at rising confidence."""
 
+import argparse
 from collections.abc import Callable
 from decimal import Decimal, localcontext
 from pathlib import Path
@@ -11,21 +12,18 @@ import numpy as np
 import optax
 
 import jaxloss
-from benchmarks import report
+from benchmarks.harness import report
+from benchmarks.methods.libraries import two_step
 
 DTYPES = ("float32", "bfloat16")
 MARGINS = tuple(range(0, 61, 5))
 ROWS, CLASSES = 32, 100
 
 
-def _two_step(logits, labels):
-    return -jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], axis=-1)[:, 0]
-
-
 METHODS = {
     "jaxloss": lambda x, y: jaxloss.cross_entropy(x, y, reduction="none"),
     "optax": optax.softmax_cross_entropy_with_integer_labels,
-    "two-step": _two_step,
+    "two-step": two_step,
 }
 
 
@@ -57,7 +55,7 @@ def _worst(got, truth: np.ndarray) -> float:
     return float(np.max(np.abs(np.asarray(got, np.float64) - truth) / np.abs(truth)))
 
 
-def run(tick: Callable[[float], None]) -> dict[str, Any]:
+def run(args: argparse.Namespace, tick: Callable[..., None]) -> dict[str, Any]:
     def both(method):
         @jax.jit
         def f(x, y):
@@ -70,7 +68,7 @@ def run(tick: Callable[[float], None]) -> dict[str, Any]:
     functions = {name: both(method) for name, method in METHODS.items()}
     cases = [(dtype, margin) for dtype in DTYPES for margin in MARGINS]
     rows = []
-    for i, (dtype, margin) in enumerate(cases):
+    for (dtype, margin), each in report.shares(tick, cases):
         logits, labels = _case(margin, dtype)
         losses, slopes = _truth(logits, labels)
         results = {name: f(logits, labels) for name, f in functions.items()}
@@ -83,7 +81,7 @@ def run(tick: Callable[[float], None]) -> dict[str, Any]:
                 "gradient_error": {name: _worst(r[1], slopes) for name, r in results.items()},
             }
         )
-        tick((i + 1) / len(cases))
+        each(1)
     return {"rows_a_case": ROWS, "classes": CLASSES, "rows": rows}
 
 

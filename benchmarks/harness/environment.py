@@ -28,20 +28,22 @@ def _cores() -> int:
 
 
 def installed(name: str) -> str | None:
-    """Its version; None: it is not here."""
+    """The version of a package, or None where it is not installed."""
     try:
         return version(name)
     except PackageNotFoundError:
         return None
 
 
-def environment() -> dict[str, Any]:
+def environment(*packages: str) -> dict[str, Any]:
+    """The machine and the versions; of ``packages`` too, which need not be installed."""
     return {
         "device": jax.devices()[0].device_kind,
         "cpu": _cpu_model(),
         "cores": _cores(),
         "python": platform.python_version(),
         **{name: version(name) for name in PACKAGES},
+        **{name: installed(name) for name in packages},
     }
 
 

@@ -1,29 +1,44 @@
-"""Time and temporary memory of value and gradient under one jit, against optax."""
+"""Time and temporary memory of value and gradient of logits under one jit, against optax."""
 
+import argparse
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 
-import jaxloss
-from benchmarks import measure, report
+from benchmarks.harness import measure, report
+from benchmarks.methods.libraries import LOADERS
 
 SHAPES = ((8192, 10), (16384, 1000), (4096, 4096), (1024, 32000), (256, 128256))
 DTYPES = ("float32", "bfloat16")
+METHODS = ("optax", "jaxloss")
 
 
-def _optax(logits, labels):
-    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+def _shape(text: str) -> tuple[int, int]:
+    try:
+        rows, classes = (int(n) for n in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"N,C is expected, as in 4096,32000; got {text}") from None
+    if rows < 1 or classes < 1:
+        raise argparse.ArgumentTypeError(f"N and C must be positive; got {text}")
+    return rows, classes
 
 
-METHODS = {
-    "optax": jax.value_and_grad(_optax),
-    "jaxloss": jax.value_and_grad(lambda x, y: jaxloss.cross_entropy(x, y)),
-}
+def options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    shapes = "time N rows of C classes instead of the usual shapes; may be repeated"
+    add("--shape", type=_shape, action="append", metavar="N,C", help=shapes)
+    dtypes = "time this dtype instead of float32 and bfloat16; may be repeated"
+    add("--dtype", choices=("float32", "bfloat16", "float16"), action="append", help=dtypes)
+    each = "time for each shape and dtype (default: %(default)s)"
+    add("--seconds", type=float, default=5.0, help=each)
+
+
+def prepare(args: argparse.Namespace) -> None:
+    measure.keep_pages()
 
 
 def _floor(logits, labels):
@@ -35,7 +50,11 @@ def _measure(shape: tuple[int, int], dtype: str, seconds: float, tick) -> dict[s
     keys = jax.random.split(jax.random.key(0))
     logits = jax.random.normal(keys[0], shape, jnp.dtype(dtype))
     args = (logits, jax.random.randint(keys[1], shape[:1], 0, shape[1]))
-    functions = {name: measure.Program(f, *args) for name, f in METHODS.items()}
+    losses = {name: LOADERS[name]().logits for name in METHODS}
+    functions: dict[str, Any] = {
+        name: measure.Program(jax.value_and_grad(loss), *args)  # pyright: ignore
+        for name, loss in losses.items()
+    }
     eps = float(jnp.finfo(dtype).eps)
     results = {name: f(*args) for name, f in functions.items()}
     measure.check_agree(results, eps, f"{dtype} {shape}")
@@ -47,7 +66,7 @@ def _measure(shape: tuple[int, int], dtype: str, seconds: float, tick) -> dict[s
         "dtype": dtype,
         "shape": list(shape),
         "rounds": len(times["optax"]),
-        "median_ms": {name: statistics.median(t) * 1e3 for name, t in times.items()},
+        "median_ms": measure.medians_ms(times),
         "ratio": measure.median_ratio(times, "jaxloss", "optax"),
         "floor_ratio": measure.median_ratio(times, "floor", "optax"),
         "logits_mib": logits.nbytes / measure.MIB,
@@ -56,17 +75,13 @@ def _measure(shape: tuple[int, int], dtype: str, seconds: float, tick) -> dict[s
     }
 
 
-def run(
-    shapes: Sequence[tuple[int, int]],
-    dtypes: Sequence[str],
-    seconds: float,
-    tick: Callable[[float], None],
-) -> dict[str, Any]:
-    cases = [(shape, dtype) for dtype in dtypes for shape in shapes]
-    rows = []
-    for i, (shape, dtype) in enumerate(cases):
-        each = lambda share, i=i: tick((i + share) / len(cases))  # noqa: E731
-        rows.append(_measure(shape, dtype, seconds, each))
+def run(args: argparse.Namespace, tick: Callable[..., None]) -> dict[str, Any]:
+    dtypes = args.dtype or DTYPES
+    cases = [(shape, dtype) for dtype in dtypes for shape in args.shape or SHAPES]
+    rows = [
+        _measure(shape, dtype, args.seconds, each)
+        for (shape, dtype), each in report.shares(tick, cases)
+    ]
     means = {
         dtype: {
             name: statistics.geometric_mean(row[name] for row in rows if row["dtype"] == dtype)
@@ -74,7 +89,7 @@ def run(
         }
         for dtype in dtypes
     }
-    return {"seconds_a_case": seconds, "rows": rows, "geometric_mean": means}
+    return {"seconds_a_case": args.seconds, "rows": rows, "geometric_mean": means}
 
 
 def tables(data: dict[str, Any]) -> list[report.Table]:
@@ -89,7 +104,7 @@ def tables(data: dict[str, Any]) -> list[report.Table]:
                 times = [f"{ms['optax']:.2f}", f"{ms['jaxloss']:.2f}"]
                 ratios = [f"{row['ratio']:.2f}", f"{row['floor_ratio']:.2f}"]
                 sizes = [f"{n:.1f}" for n in (row["logits_mib"], mib["jaxloss"], mib["optax"])]
-                lines.append(["{} x {}".format(*row["shape"]), *times, *ratios, *sizes])
+                lines.append([report.by(row["shape"]), *times, *ratios, *sizes])
         ratios = [f"{mean['ratio']:.2f}", f"{mean['floor_ratio']:.2f}"]
         lines.append(["geometric mean", "", "", *ratios, "", "", ""])
         title = f"{dtype}: value and gradient, temporary MiB (floor: exp alone)"
@@ -99,7 +114,7 @@ def tables(data: dict[str, Any]) -> list[report.Table]:
 
 def plot(data: dict[str, Any], path: Path) -> None:
     columns = report.axes(2)
-    labels = [f"{row['dtype']}\n{row['shape'][0]} x {row['shape'][1]}" for row in data["rows"]]
+    labels = [f"{row['dtype']}\n{report.by(row['shape'])}" for row in data["rows"]]
     at = range(len(labels))
     times, memory = columns
     times.barh(

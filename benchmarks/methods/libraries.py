@@ -6,22 +6,19 @@ users write in a line around the call (a mask, soft-capping) is none of the libr
 """
 
 import inspect
-import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from importlib import import_module
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 import jaxloss
-from benchmarks.environment import environment, installed
+from benchmarks.harness.environment import environment
 
-PACKAGES = ("jaxloss", "jax", "optax", "torch", "tokamax", "jax-cce")
 ROWS = 128  # rows a chunk where torch is told how many; by itself it takes a few
 ALIKE = f"torch {ROWS} rows"  # answers as "torch chunks" does: another setting for the costs
 
@@ -32,7 +29,7 @@ class Peer:
 
     logits: Callable | None = None
     linear: Callable | None = None
-    vocab_first: bool = False  # the kernel of ``linear`` is [V, D]
+    vocab_first: bool = False  # its kernel is [V, D]
     torch: bool = False
 
     def options(self) -> set[str]:
@@ -65,12 +62,13 @@ def _jaxloss(x, labels, *, ignore_index=-100, label_smoothing=0.0, weight=None,
 
 
 def _jaxloss_linear(hidden, kernel, labels, *, ignore_index=-100, label_smoothing=0.0, weight=None,
-                    sample_weight=None, classes=None, logit_softcap=None,
+                    sample_weight=None, classes=None, logit_softcap=None, chunk_size=None,
                     implementation):  # fmt: skip
     return jaxloss.linear_cross_entropy(
         hidden, kernel, labels, ignore_index=ignore_index, label_smoothing=label_smoothing,
         weight=_array(weight, kernel), sample_weight=_array(sample_weight, kernel),
-        num_classes=classes, logit_softcap=logit_softcap, implementation=implementation,
+        num_classes=classes, logit_softcap=logit_softcap, chunk_size=chunk_size,
+        implementation=implementation,
     )  # fmt: skip
 
 
@@ -84,11 +82,15 @@ def _optax(x, labels, *, label_smoothing=0.0, sample_weight=None, classes=None):
     return _weighed(losses, sample_weight)
 
 
+def two_step(x, labels, where=None):
+    """The losses of the rows by what users of JAX alone write."""
+    log_probs = jax.nn.log_softmax(x, where=where)
+    return -jnp.take_along_axis(log_probs, labels[:, None], axis=-1)[:, 0]
+
+
 def _two_step(x, labels, *, sample_weight=None, classes=None):
     where = None if classes is None else jnp.arange(x.shape[1]) < classes
-    log_probs = jax.nn.log_softmax(x, where=where)
-    losses = -jnp.take_along_axis(log_probs, labels[:, None], axis=-1)[:, 0]
-    return _weighed(losses, sample_weight)
+    return _weighed(two_step(x, labels, where), sample_weight)
 
 
 def _load_torch() -> Peer:
@@ -105,7 +107,7 @@ def _load_torch() -> Peer:
         m = torch.tensor(sample_weight, dtype=x.dtype)
         return (cross_entropy(reduction="none") * m).sum() / m.sum()
 
-    return Peer(logits=loss, torch=True)
+    return Peer(logits=loss, vocab_first=True, torch=True)
 
 
 def _load_torch_chunks(rows: int | None = None) -> Peer:
@@ -137,21 +139,34 @@ def _load_tokamax(implementation: str) -> Peer:
 def _load_jax_cce() -> Peer:
     loss_of = import_module("jax_cce").linear_cross_entropy
 
-    def loss(hidden, kernel, labels):
+    def loss(hidden, kernel, labels):  # a peer's options are those of its signature
         return loss_of(hidden, kernel, labels)
 
     return Peer(linear=loss, vocab_first=True)
 
 
-def jaxloss_schedule(name: str | None) -> Callable[[], Peer]:
+def _jaxloss_schedule(name: str | None) -> Callable[[], Peer]:
     linear = partial(_jaxloss_linear, implementation=name)
-    logits = _jaxloss if name in (None, "token_chunks") else None
+    logits = _jaxloss if name is None else None
     return lambda: Peer(logits, linear)
 
 
+def _load_liger() -> Peer:
+    functional = import_module("liger_kernel.transformers.functional")
+    return Peer(linear=functional.liger_fused_linear_cross_entropy, vocab_first=True, torch=True)
+
+
+def _load_cut() -> Peer:
+    loss = import_module("cut_cross_entropy").linear_cross_entropy
+    return Peer(linear=loss, vocab_first=True, torch=True)
+
+
 LOADERS: dict[str, Callable[[], Peer]] = {
-    "jaxloss": jaxloss_schedule("token_chunks"),
-    "blocks": jaxloss_schedule("vocab_blocks"),
+    "jaxloss": _jaxloss_schedule(None),
+    "chunks": _jaxloss_schedule("token_chunks"),
+    "blocks": _jaxloss_schedule("vocab_blocks"),
+    "kernel": _jaxloss_schedule("mosaic_tpu"),
+    "mosaic_gpu": _jaxloss_schedule("mosaic_gpu"),
     "optax": lambda: Peer(_optax),
     "two-step": lambda: Peer(_two_step),
     "torch": _load_torch,
@@ -161,16 +176,20 @@ LOADERS: dict[str, Callable[[], Peer]] = {
     "tokamax chunked_xla": partial(_load_tokamax, "chunked_xla"),
     "tokamax mosaic_tpu": partial(_load_tokamax, "mosaic_tpu"),
     "jax-cce": _load_jax_cce,
+    "Liger": _load_liger,
+    "cut-cross-entropy": _load_cut,
 }
 
 
-def load() -> tuple[dict[str, Peer], dict[str, str]]:
-    """The peers that are here and run here, and why the others do not."""
+def load(
+    names: Iterable[str], try_out: Callable[[Peer], Any] = lambda peer: None
+) -> tuple[dict[str, Peer], dict[str, str]]:
+    """The peers that are here and pass ``try_out``, and why the others do not."""
     peers, absent = {}, {}
-    for name, loader in LOADERS.items():
+    for name in names:
         try:
-            peer = loader()
-            answer(peer, np.zeros((2, 3)), np.array([0, 2]), {}, "float32")
+            peer = LOADERS[name]()
+            try_out(peer)
         except Exception as error:
             absent[name] = f"{type(error).__name__}: {error}".splitlines()[0]
         else:
@@ -178,58 +197,17 @@ def load() -> tuple[dict[str, Peer], dict[str, str]]:
     return peers, absent
 
 
-def versions() -> dict[str, str | None]:
-    return {name: installed(name) for name in PACKAGES}
+def linear_loss(peer: Peer, logits_dtype: Any = None) -> Callable:
+    """``loss(hidden, kernel, labels)``: the peer's own, or its loss of logits, which are all held.
 
+    The logits have the dtype of the operands, or ``logits_dtype``.
+    """
 
-# Logits as a product that changes no bit of them: one row as 1 x row; several as rows x identity,
-# where inf or NaN stays in its row (their gradient is then that of ``hidden``).
+    def of_logits(hidden, kernel, labels):
+        kernel = kernel.T if peer.vocab_first else kernel
+        if logits_dtype is None:
+            return peer.logits(hidden @ kernel, labels)  # pyright: ignore
+        logits = jnp.matmul(hidden, kernel, preferred_element_type=logits_dtype)
+        return peer.logits(logits, labels)  # pyright: ignore
 
-
-def _product(peer: Peer, x, ones: Callable, eye: Callable):
-    flip = (lambda k: k.T) if peer.vocab_first else lambda k: k
-    return (ones(1), flip(x)) if len(x) == 1 else (x, flip(eye(x.shape[1])))
-
-
-@cache
-def _compiled(peer: Peer, of_linear: bool, options: tuple) -> Callable:
-    def loss(x, labels):
-        if not of_linear:
-            return peer.logits(x, labels, **dict(options))  # pyright: ignore
-        ones, eye = partial(jnp.ones, dtype=x.dtype), partial(jnp.eye, dtype=x.dtype)
-        operands = _product(peer, x, lambda n: ones((n, n)), eye)
-        return peer.linear(*operands, labels, **dict(options))  # pyright: ignore
-
-    # Run once on a few numbers: a third of the time of compiling goes.
-    quick = {"xla_backend_optimization_level": 0}
-    return jax.jit(jax.value_and_grad(loss), compiler_options=quick)
-
-
-def _torch_answer(peer: Peer, of_linear: bool, x, labels, options: dict[str, Any], dtype: str):
-    torch = import_module("torch")
-    x = torch.tensor(x, dtype=getattr(torch, dtype), requires_grad=True)
-    labels = torch.tensor(labels, dtype=torch.long)
-    if of_linear:
-        ones = partial(torch.ones, dtype=x.dtype)
-        operands = _product(peer, x, lambda n: ones((n, n)), partial(torch.eye, dtype=x.dtype))
-        loss = peer.linear(*operands, labels, **options)  # pyright: ignore
-    else:
-        loss = peer.logits(x, labels, **options)  # pyright: ignore
-    loss.backward()
-    returned = str(loss.dtype).removeprefix("torch.")
-    return float(loss.detach()), x.grad.to(torch.float64).numpy(), returned
-
-
-def answer(
-    peer: Peer, x: np.ndarray, labels: np.ndarray, options: dict[str, Any], dtype: str,
-    of_linear: bool | None = None,
-) -> tuple[float, np.ndarray, str]:  # fmt: skip
-    """The mean loss of logits ``x``, its gradient by ``x``, and the dtype that it came in."""
-    of_linear = peer.logits is None if of_linear is None else of_linear
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch says so where it takes its other path
-        if peer.torch:
-            return _torch_answer(peer, of_linear, x, labels, options, dtype)
-        compiled = _compiled(peer, of_linear, tuple(options.items()))
-        loss, gradient = compiled(jnp.asarray(x, dtype), jnp.asarray(labels, jnp.int32))
-        return float(loss), np.asarray(gradient, np.float64), str(loss.dtype)
+    return peer.linear or of_logits

@@ -1,4 +1,4 @@
-"""``python -m benchmarks.readme``: copies the tables of the committed results into the READMEs.
+"""``python -m benchmarks.tables``: copies the tables of the committed results into the READMEs.
 
 They stand between ``<!-- gpu: begin -->`` and ``<!-- gpu: end -->``; with ``gpu 3`` the third does.
 No number there is typed by hand. With ``--check`` nothing is written, and a README that differs
@@ -10,36 +10,13 @@ import re
 import sys
 from pathlib import Path
 
-from benchmarks import (
-    compiled,
-    formulas,
-    gpu,
-    linear,
-    overhead,
-    peers,
-    precision,
-    report,
-    scaling,
-    speed,
-    train_lm,
-)
-from benchmarks.environment import describe
+from benchmarks.harness import report
+from benchmarks.harness.environment import describe
+from benchmarks.parts import PARTS, load
 
 READMES = (Path("README.md"), Path("benchmarks/README.md"))
 MARKS = re.compile(r"<!-- (\w+)((?: \d+)?): begin -->.*?<!-- \1\2: end -->", re.DOTALL)
-MODULES = {
-    "train_lm": train_lm,
-    "train_lm_ignore": train_lm,
-    "linear": linear,
-    "precision": precision,
-    "scaling": scaling,
-    "speed": speed,
-    "formulas": formulas,
-    "overhead": overhead,
-    "compiled": compiled,
-    "gpu": gpu,
-    "peers": peers,
-}
+PART_OF = {name: part for part, results in PARTS.items() for name in results}
 
 
 def filled(text: str, folder: Path) -> str:
@@ -48,7 +25,7 @@ def filled(text: str, folder: Path) -> str:
     def block(found: re.Match) -> str:
         name, number = found.groups()
         data = report.load(folder, name)
-        tables = MODULES[name].tables(data)
+        tables = load(PART_OF[name]).tables(data)
         if number:
             tables = [tables[int(number) - 1]]
         parts = [f"{t.title}:\n\n{report.to_markdown(t)}" for t in tables]
@@ -60,14 +37,14 @@ def filled(text: str, folder: Path) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.readme", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.tables", description=__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing, report a difference")
     check = parser.parse_args().check
     for path in READMES:
         text = path.read_text()
         new = filled(text, report.RESULTS)
         if check and new != text:
-            sys.exit(f"{path} differs from {report.RESULTS}: run `python -m benchmarks.readme`.")
+            sys.exit(f"{path} differs from {report.RESULTS}: run `python -m benchmarks.tables`.")
         if not check:
             path.write_text(new)
 

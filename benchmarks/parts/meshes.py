@@ -1,4 +1,4 @@
-"""``python -m benchmarks.scaling``: the linear loss on ever larger meshes, by compilation.
+"""The linear loss on ever larger meshes, by compilation.
 
 Value and both gradients, compiled for one host of as many devices, and never run: one device's
 memory plan, and what it sends. In float32, because XLA:CPU widens bfloat16 and would say the same.
@@ -10,16 +10,23 @@ import argparse
 import os
 import re
 from collections import Counter
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
-from benchmarks import report
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import jaxloss
+from benchmarks.harness import report
+from benchmarks.harness.measure import MIB
 
 N, D, V = 4096, 4096, 131072  # N tokens a data shard
 VOCAB = 8  # devices that the vocabulary is split over
 COMPILED = (8, 16, 64, 256, 1024, 2048)
 ON_PAPER = (4096,)  # XLA makes at most 2048 devices of one host
-MIB = 2**20
 
 
 def on_paper(devices: int) -> dict[str, Any]:
@@ -43,14 +50,6 @@ def on_paper(devices: int) -> dict[str, Any]:
 
 
 def compiled(devices: int) -> dict[str, Any]:
-    import jax
-    import jax.numpy as jnp
-    import numpy as np
-    from jax.sharding import AxisType, Mesh, NamedSharding
-    from jax.sharding import PartitionSpec as P
-
-    import jaxloss
-
     grid = np.array(jax.devices()[:devices]).reshape(-1, VOCAB)
     mesh = Mesh(grid, ("data", "vocab"), axis_types=(AxisType.Explicit,) * 2)
 
@@ -78,11 +77,15 @@ def compiled(devices: int) -> dict[str, Any]:
     }
 
 
-def run() -> dict[str, Any]:
-    from benchmarks.environment import environment
+def prepare(args: argparse.Namespace) -> None:
+    jax.config.update("jax_platforms", "cpu")
+    os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={max(COMPILED)}"
 
+
+def run(args: argparse.Namespace, tick: Callable[..., None]) -> dict[str, Any]:
     rows = []
-    for devices in (*COMPILED, *ON_PAPER):
+    for devices, each in report.shares(tick, (*COMPILED, *ON_PAPER)):
+        each(0, f"{devices} devices")
         paper = on_paper(devices)
         row = {"devices": devices, **paper, "temporaries": None}
         if devices in COMPILED:
@@ -93,7 +96,7 @@ def run() -> dict[str, Any]:
                 raise ValueError(f"{devices} devices: compiled {program}, on paper {expected}.")
             row["temporaries"] = program["temporaries"]
         rows.append(row)
-    return {"environment": environment(), "rows": rows}
+    return {"rows": rows}
 
 
 def tables(data: dict[str, Any]) -> list[report.Table]:
@@ -118,21 +121,3 @@ def tables(data: dict[str, Any]) -> list[report.Table]:
         f" (float32, D {D}, V {V}, {N} tokens a data shard; '-': not compiled)"
     )
     return [report.Table(title, header, rows)]
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.scaling", description=__doc__)
-    parser.add_argument("--out", type=Path, default=report.RESULTS)
-    out = parser.parse_args().out
-    os.environ["JAX_PLATFORMS"] = "cpu"
-    os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={max(COMPILED)}"
-    import rich
-
-    data = run()
-    report.save(out, "scaling", data)
-    for table in tables(data):
-        rich.print(report.to_rich(table))
-
-
-if __name__ == "__main__":
-    main()

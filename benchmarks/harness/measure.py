@@ -73,10 +73,9 @@ class Program:
         return self._executable.memory_analysis().temp_size_in_bytes / MIB
 
 
-def bare_products(hidden: jax.Array, kernel: jax.Array, labels: jax.Array) -> Any:
-    """The logits and both gradients of a loss of ``hidden @ kernel`` need these, whatever it is."""
-    logits = hidden @ kernel
-    return jnp.zeros(()), (logits @ kernel.T, hidden.T @ logits)
+def refusal(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:300]}"
 
 
 def check_agree(results: dict[str, Any], eps: float, what: str) -> None:
@@ -98,14 +97,14 @@ def check_agree(results: dict[str, Any], eps: float, what: str) -> None:
 
 
 def agreeing(results: dict[str, Any], eps: float, what: str) -> dict[str, str]:
-    """Why some of the results are left out: they are not the first one's. Takes them out."""
+    """Takes the results that differ from the first one's out of ``results``; says why of each."""
     (base, expected), *others = results.items()
     why = {}
     for name, result in others:
         try:
             check_agree({base: expected, name: result}, eps, what)
         except AssertionError as error:
-            why[name] = str(error)
+            why[name] = refusal(error)
             del results[name]
     return why
 
@@ -139,6 +138,10 @@ def interleaved(
         if used >= 1 and rounds >= MIN_ROUNDS:
             break
     return times
+
+
+def medians_ms(times: dict[str, list[float]]) -> dict[str, float]:
+    return {name: statistics.median(each) * 1e3 for name, each in times.items()}
 
 
 def median_ratio(times: dict[str, list[float]], name: str, base: str) -> float:

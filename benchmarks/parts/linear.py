@@ -1,58 +1,46 @@
 """The loss of ``hidden @ kernel``: time and temporary memory against its three bare products."""
 
-import statistics
+import argparse
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import optax
 
-import jaxloss
-from benchmarks import measure, report
+from benchmarks.harness import measure, report
+from benchmarks.methods import libraries, linear_case
 
-SHAPES = ((1024, 512, 32000), (2048, 1024, 8192), (512, 512, 128256))
 IGNORED = 0.75  # of the labels, in the case of fine-tuning
+METHODS = ("optax", "jaxloss", "blocks")
 
 
-def _optax(hidden, kernel, labels):
-    return optax.softmax_cross_entropy_with_integer_labels(hidden @ kernel, labels).mean()
+def options(parser: argparse.ArgumentParser) -> None:
+    each = "time for each shape (default: %(default)s)"
+    parser.add_argument("--seconds", type=float, default=10.0, help=each)
 
 
-def _with_gradients(loss: Callable) -> Callable:
-    return jax.value_and_grad(loss, argnums=(0, 1))
-
-
-METHODS = {
-    "optax": _with_gradients(_optax),
-    "jaxloss": _with_gradients(jaxloss.linear_cross_entropy),
-    "blocks": _with_gradients(partial(jaxloss.linear_cross_entropy, implementation="vocab_blocks")),
-}
+def prepare(args: argparse.Namespace) -> None:
+    measure.keep_pages()
 
 
 def _measure(shape: tuple[int, int, int], seconds: float, tick) -> dict[str, Any]:
-    n, d, v = shape
-    keys = jax.random.split(jax.random.key(0), 4)
-    hidden = jax.random.normal(keys[0], (n, d))
-    kernel = jax.random.normal(keys[1], (d, v)) * d**-0.5
-    labels = jax.random.randint(keys[2], (n,), 0, v)
-    args = (hidden, kernel, labels)
-    functions = {name: measure.Program(f, *args) for name, f in METHODS.items()}
-    results = {name: f(*args) for name, f in functions.items()}
-    measure.check_agree(results, float(jnp.finfo(jnp.float32).eps) * d, f"linear {shape}")
-    memory = {name: f.temp_mib for name, f in functions.items()}
-    functions["floor"] = measure.Program(measure.bare_products, *args)
+    hidden, kernel, labels = arrays = linear_case.operands(shape, "float32")
+    found = linear_case.compared({name: libraries.LOADERS[name]() for name in METHODS}, arrays)
+    if found.refused:
+        raise AssertionError(found.refused)
+    functions: dict[str, Any] = {name: found.calls[name]["both"] for name in METHODS}
+    memory = {name: call.planned_mib for name, call in functions.items()}
+    functions["floor"] = linear_case.products_call(arrays)
     # The same program on the labels of fine-tuning.
-    few = labels.at[jax.random.permutation(keys[3], n)[: int(IGNORED * n)]].set(-100)
-    ours = functions["jaxloss"]
-    functions["ignored"] = lambda hidden, kernel, _: ours(hidden, kernel, few)
-    times = measure.interleaved(functions, args, seconds, tick)
+    order = jax.random.permutation(jax.random.key(1), len(labels))
+    few = labels.at[order[: int(IGNORED * len(labels))]].set(-100)
+    functions["ignored"] = partial(functions["jaxloss"], hidden, kernel, few)
+    times = measure.interleaved(functions, (), seconds, tick)
     return {
         "shape": list(shape),
         "rounds": len(times["optax"]),
-        "median_ms": {name: statistics.median(t) * 1e3 for name, t in times.items()},
+        "median_ms": measure.medians_ms(times),
         "of_floor": {name: measure.median_ratio(times, name, "floor") for name in METHODS},
         "of_optax": measure.median_ratio(times, "jaxloss", "optax"),
         "ignored_of_all": measure.median_ratio(times, "ignored", "jaxloss"),
@@ -61,12 +49,10 @@ def _measure(shape: tuple[int, int, int], seconds: float, tick) -> dict[str, Any
     }
 
 
-def run(seconds: float, tick: Callable[[float], None]) -> dict[str, Any]:
-    rows = []
-    for i, shape in enumerate(SHAPES):
-        each = lambda share, i=i: tick((i + share) / len(SHAPES))  # noqa: E731
-        rows.append(_measure(shape, seconds, each))
-    return {"seconds_a_case": seconds, "ignored": IGNORED, "rows": rows}
+def run(args: argparse.Namespace, tick: Callable[..., None]) -> dict[str, Any]:
+    cases = report.shares(tick, linear_case.SHAPES)
+    rows = [_measure(shape, args.seconds, each) for shape, each in cases]
+    return {"seconds_a_case": args.seconds, "ignored": IGNORED, "rows": rows}
 
 
 def tables(data: dict[str, Any]) -> list[report.Table]:
@@ -74,7 +60,7 @@ def tables(data: dict[str, Any]) -> list[report.Table]:
     header += ["jaxloss\n/ optax", f"{data['ignored']:.0%}\nignored"]
     times, sizes = [], []
     for row in data["rows"]:
-        name = "{} x {} x {}".format(*row["shape"])
+        name = report.by(row["shape"])
         cells = [f"{row['of_floor'][method]:.2f}" for method in METHODS]
         cells += [f"{row['of_optax']:.2f}", f"{row['ignored_of_all']:.2f}"]
         times.append([name, f"{row['median_ms']['floor']:.0f}", *cells])
@@ -109,8 +95,5 @@ def plot(data: dict[str, Any], path: Path) -> None:
     for ax in (times, memory):
         ax.set_yticks(list(at), labels, fontsize=8)
         ax.invert_yaxis()
-    # Below the bars, which leave no room between them.
-    times.get_figure().legend(  # pyright: ignore
-        *times.get_legend_handles_labels(), loc="upper center", bbox_to_anchor=(0.5, 0), ncols=4
-    )
+    report.legend_below(times, 4)  # the bars leave no room between them
     report.save_figure(times, path)

@@ -1,23 +1,79 @@
 """What each library answers where answers differ, beside the truth; and its error by confidence."""
 
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
+from functools import cache, partial
+from importlib import import_module
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import precision, report
-from benchmarks.peer_methods import LOADERS, Peer, answer
+from benchmarks.harness import report
+from benchmarks.methods.libraries import Peer
 
 TOLERANCE = 1e-3  # of the truth, or the eps of the dtype that came back where that is more
 C = 128  # more than 100: a label of -100, counted from the end, is a class
 REAL = 100  # classes, where the others are padding
+MARGINS = tuple(range(0, 61, 5))
 ROWS = 8  # a margin, for the picture
-WRONG = " ✗"
 INVALID = "an error"  # as the truth: NaN or an exception is right, a number is not
 NO_TRUTH = "-"  # a choice of each library's
+
+
+# Logits as a product that changes no bit of them: one row as 1 x row; several as rows x identity,
+# where inf or NaN stays in its row (their gradient is then that of ``hidden``).
+
+
+def _product(peer: Peer, x, ones: Callable, eye: Callable):
+    flip = (lambda k: k.T) if peer.vocab_first else lambda k: k
+    return (ones(1), flip(x)) if len(x) == 1 else (x, flip(eye(x.shape[1])))
+
+
+@cache
+def _compiled(peer: Peer, of_linear: bool, options: tuple) -> Callable:
+    def loss(x, labels):
+        if not of_linear:
+            return peer.logits(x, labels, **dict(options))  # pyright: ignore
+        ones, eye = partial(jnp.ones, dtype=x.dtype), partial(jnp.eye, dtype=x.dtype)
+        operands = _product(peer, x, lambda n: ones((n, n)), eye)
+        return peer.linear(*operands, labels, **dict(options))  # pyright: ignore
+
+    # Run once on a few numbers: a third of the time of compiling goes.
+    quick = {"xla_backend_optimization_level": 0}
+    return jax.jit(jax.value_and_grad(loss), compiler_options=quick)
+
+
+def _torch_answer(peer: Peer, of_linear: bool, x, labels, options: dict[str, Any], dtype: str):
+    torch = import_module("torch")
+    x = torch.tensor(x, dtype=getattr(torch, dtype), requires_grad=True)
+    labels = torch.tensor(labels, dtype=torch.long)
+    if of_linear:
+        ones = partial(torch.ones, dtype=x.dtype)
+        operands = _product(peer, x, lambda n: ones((n, n)), partial(torch.eye, dtype=x.dtype))
+        loss = peer.linear(*operands, labels, **options)  # pyright: ignore
+    else:
+        loss = peer.logits(x, labels, **options)  # pyright: ignore
+    loss.backward()
+    returned = str(loss.dtype).removeprefix("torch.")
+    return float(loss.detach()), x.grad.to(torch.float64).numpy(), returned
+
+
+def answer(
+    peer: Peer, x: np.ndarray, labels: np.ndarray, options: dict[str, Any], dtype: str,
+    of_linear: bool | None = None,
+) -> tuple[float, np.ndarray, str]:  # fmt: skip
+    """The mean loss of logits ``x``, its gradient by ``x``, and the dtype that it came in."""
+    of_linear = peer.logits is None if of_linear is None else of_linear
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch says so where it takes its other path
+        if peer.torch:
+            return _torch_answer(peer, of_linear, x, labels, options, dtype)
+        compiled = _compiled(peer, of_linear, tuple(options.items()))
+        loss, gradient = compiled(jnp.asarray(x, dtype), jnp.asarray(labels, jnp.int32))
+        return float(loss), np.asarray(gradient, np.float64), str(loss.dtype)
 
 
 def _softmax(x: np.ndarray) -> np.ndarray:
@@ -98,50 +154,51 @@ class Question:
     dtype: str = "float32"
 
 
-_ONE = _rows(1, shape=(1, C))
-_TWO = _rows(2)
-_OFFSET = np.round(_confident(12.0) * 8) / 8 + 1e4  # eighths: float32 holds them at 1e4
-_BROKEN = _with(_TWO, (0, slice(2, 4)), (np.nan, np.inf))
 _WEIGHT = tuple(1.0 + i % 3 for i in range(C))
 _ROW = {"loss": LOSS, "gradient at the label": (0, 0)}
 _FIRST = {"mean loss": LOSS, "largest gradient of its row": (0, None)}
 
 
-def _questions() -> list[Question]:
+@cache
+def questions() -> list[Question]:
+    one = _rows(1, shape=(1, C))
+    two = _rows(2)
+    offset = np.round(_confident(12.0) * 8) / 8 + 1e4  # eighths: float32 holds them at 1e4
+    broken = _with(two, (0, slice(2, 4)), (np.nan, np.inf))
     small = _rows(3, 0.01, (1, C))
     padded = _with(small, (0, slice(REAL, None)), 0.0)
     odd = _rows(4, 0.01, (1, 5000))  # a multiple of no block
     half = _confident(5.0, "bfloat16")
     low = -np.inf
     return [
-        Question("label -100, one of two", _TWO, (-100, 1),
+        Question("label -100, one of two", two, (-100, 1),
                  {**_FIRST, f"gradient at class {C} - 100": (0, C - 100)}),
-        Question("label 7, ignore_index=7", _TWO, (7, 1), _FIRST, {"ignore_index": 7}),
-        Question("label -100, ignore_index=7", _TWO, (-100, 1), _FIRST, {"ignore_index": 7},
+        Question("label 7, ignore_index=7", two, (7, 1), _FIRST, {"ignore_index": 7}),
+        Question("label -100, ignore_index=7", two, (-100, 1), _FIRST, {"ignore_index": 7},
                  INVALID),
-        Question("label C", _ONE, (C,), {"loss": LOSS}, wants=INVALID),
-        Question("label -1", _ONE, (-1,), {"loss": LOSS}, wants=INVALID),
-        Question("all labels -100", _TWO, (-100, -100), {"mean loss": LOSS}),
-        Question("all labels -100", _TWO, (-100, -100), {"largest gradient": (0, None)},
+        Question("label C", one, (C,), {"loss": LOSS}, wants=INVALID),
+        Question("label -1", one, (-1,), {"loss": LOSS}, wants=INVALID),
+        Question("all labels -100", two, (-100, -100), {"mean loss": LOSS}),
+        Question("all labels -100", two, (-100, -100), {"largest gradient": (0, None)},
                  wants=NO_TRUTH),
-        Question("-inf at another class", _with(_ONE, (0, 5), low), (0,),
+        Question("-inf at another class", _with(one, (0, 5), low), (0,),
                  {"loss": LOSS, "gradient there": (0, 5), "gradient at the label": (0, 0)}),
-        Question("-inf at the label", _with(_ONE, (0, 0), low), (0,), _ROW),
+        Question("-inf at the label", _with(one, (0, 0), low), (0,), _ROW),
         Question("-inf everywhere", np.full((1, C), low), (0,), {"loss": LOSS}),
-        Question("+inf at another class", _with(_ONE, (0, 5), np.inf), (0,), _ROW),
+        Question("+inf at another class", _with(one, (0, 5), np.inf), (0,), _ROW),
         # inf / inf by the definition, 0 as a limit.
-        Question("+inf at the label", _with(_ONE, (0, 0), np.inf), (0,), {"loss": LOSS},
+        Question("+inf at the label", _with(one, (0, 0), np.inf), (0,), {"loss": LOSS},
                  wants=NO_TRUTH),
-        Question("NaN in the other row", _with(_TWO, (0, 3), np.nan), (0, 1),
+        Question("NaN in the other row", _with(two, (0, 3), np.nan), (0, 1),
                  {"gradient at this label": (1, 1)}),
-        Question("NaN, inf in an ignored row", _BROKEN, (-100, 1), _FIRST),
-        Question("NaN, inf at sample weight 0", _BROKEN, (0, 1), _FIRST,
+        Question("NaN, inf in an ignored row", broken, (-100, 1), _FIRST),
+        Question("NaN, inf at sample weight 0", broken, (0, 1), _FIRST,
                  {"sample_weight": (0.0, 1.0)}),
-        Question("margin 12, all logits + 1e4", _OFFSET, (0,), _ROW),
+        Question("margin 12, all logits + 1e4", offset, (0,), _ROW),
         Question("margin 20", _confident(20.0), (0,), _ROW),
         Question("margin 40", _confident(40.0), (0,), _ROW),
-        Question("label_smoothing=0.1", _TWO, (0, 1), _ROW, {"label_smoothing": 0.1}),
-        Question("weights of the classes", _TWO, (0, 1), {"mean loss": LOSS}, {"weight": _WEIGHT}),
+        Question("label_smoothing=0.1", two, (0, 1), _ROW, {"label_smoothing": 0.1}),
+        Question("weights of the classes", two, (0, 1), {"mean loss": LOSS}, {"weight": _WEIGHT}),
         Question(f"{C - REAL} padded classes", padded, (0,),
                  {"loss": LOSS, "gradient there": (0, C - 1)}, {"classes": REAL}),
         Question("padded classes, soft-capped", padded, (0,), {"loss": LOSS},
@@ -151,9 +208,6 @@ def _questions() -> list[Question]:
                  dtype="bfloat16"),
         Question("bfloat16, margin 5", half, (0,), _ROW, dtype="bfloat16"),
     ]  # fmt: skip
-
-
-QUESTIONS = _questions()
 
 
 def _pick(what: Pick, loss: float, gradient: np.ndarray, dtype: str) -> float | str:
@@ -207,10 +261,10 @@ def _truths(question: Question) -> dict[str, float | str]:
     return {name: _pick(what, *exact, question.dtype) for name, what in question.picks.items()}
 
 
-def run(peers: dict[str, Peer], tick: Callable[[float], None] = lambda share: None) -> list[dict]:
+def run(peers: dict[str, Peer], tick: Callable[..., None] = lambda share: None) -> list[dict]:
     """A row a question and pick; its cells are by kind ("logits", "linear") and peer."""
     rows = []
-    for i, question in enumerate(QUESTIONS):
+    for question, each in report.shares(tick, questions()):
         wanted = _truths(question)
         new: list[dict[str, Any]] = [
             {"question": question.text, "of": name, "truth": _text(want)}
@@ -223,14 +277,14 @@ def run(peers: dict[str, Peer], tick: Callable[[float], None] = lambda share: No
                     for row, cell in zip(new, cells, strict=True):
                         row.setdefault(kind, {})[name] = cell
         rows += new
-        tick((i + 1) / len(QUESTIONS))
+        each(1)
     return rows
 
 
-def errors(peers: dict[str, Peer], tick: Callable[[float], None]) -> list[dict[str, Any]]:
+def errors(peers: dict[str, Peer], tick: Callable[..., None]) -> list[dict[str, Any]]:
     """The largest relative error of a few rows, by margin: of the loss and at the label."""
     out = []
-    for i, margin in enumerate(precision.MARGINS):
+    for margin, each in report.shares(tick, MARGINS):
         row: dict[str, Any] = {"margin": margin, "loss": {}, "gradient": {}}
         for seed in range(ROWS):
             x, label = _confident(margin, seed=seed), np.array([0])
@@ -241,39 +295,5 @@ def errors(peers: dict[str, Peer], tick: Callable[[float], None]) -> list[dict[s
                 for kind, error in off.items():
                     row[kind][name] = max(row[kind].get(name, 0.0), abs(float(error)))
         out.append(row)
-        tick((i + 1) / len(precision.MARGINS))
+        each(1)
     return out
-
-
-def tables(rows: list[dict]) -> list[report.Table]:
-    titles = {"logits": "Losses of logits", "linear": "Losses of hidden @ kernel"}
-    rule = f"{WRONG.strip()}: off by more than {TOLERANCE:g} of the truth, or the dtype's eps"
-    rule += "; -: no such option, or no one truth; a name of an exception: refused"
-    out = []
-    for kind, title in titles.items():
-        names = [name for name in LOADERS if name in rows[0][kind]]
-        lines, last = [], ""
-        for row in rows:
-            cells = [row[kind][name] for name in names]
-            first = row["question"] if row["question"] != last else ""
-            last = row["question"]
-            shown = [cell["text"] + WRONG * cell["wrong"] for cell in cells]
-            lines.append([first, row["of"], row["truth"], *shown])
-        header = ["question", "of", "truth", *(name.replace(" ", "\n") for name in names)]
-        out.append(report.Table(f"{title} ({rule})", header, lines))
-    return out
-
-
-def plot(rows: list[dict], path: Path, look: dict[str, dict]) -> None:
-    columns = report.axes(2)
-    kinds = {"loss": "loss", "gradient": "gradient at the label"}
-    margins = [row["margin"] for row in rows]
-    for ax, (kind, title) in zip(columns, kinds.items(), strict=True):
-        for name in rows[0][kind]:
-            # On a log axis an error of exactly 0 would leave the picture.
-            ax.plot(margins, [max(row[kind][name], 1e-9) for row in rows], label=name, **look[name])
-        ax.set(yscale="log", xlabel="margin of the label's logit over the others", title=title)
-        ax.set_ylabel("largest relative error")
-    below = {"loc": "upper center", "bbox_to_anchor": (0.5, 0), "ncols": 5}
-    columns[0].get_figure().legend(*columns[0].get_legend_handles_labels(), **below)  # pyright: ignore
-    report.save_figure(columns[0], path)

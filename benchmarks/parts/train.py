@@ -1,4 +1,4 @@
-"""``python -m benchmarks.train_lm``: one small language model, trained with two losses in turns.
+"""One small language model, trained with two losses in turns.
 
 optax's cross-entropy of the logits, against jaxloss.linear_cross_entropy, which never holds them:
 the same seed, the same batches, one loss curve, and what a step takes of time and memory.
@@ -10,7 +10,6 @@ import statistics
 import time
 from collections.abc import Callable
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +18,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 import jaxloss
-from benchmarks import measure, report, text
-from benchmarks.environment import describe, environment
-from benchmarks.language_model import LanguageModel
+from benchmarks.data import text
+from benchmarks.data.language_model import LanguageModel
+from benchmarks.harness import measure, report
 
 STEPS, VOCAB, DIM, BATCH = 40, 32000, 128, 8
 LAYERS, HEAD, LENGTH = 2, 32, 128
 SEED, MEGABYTES, LEARNING_RATE, WARMUP = 0, 4.0, 2e-3, 10
-FINE_TUNING = 0.75  # the share of ignored labels whose results stand beside the plain ones
+PACKAGES = ("tokenizers",)
 APART = 1e-3  # relative: how far the two loss curves may be apart
 LAST = 10  # perplexity and accuracy are of so many last batches
 
@@ -54,6 +51,53 @@ def _jaxloss(hidden, table, labels, chunk):
 
 
 LOSSES = {"optax": _optax, "jaxloss": _jaxloss}
+
+
+def _positive(kind: str) -> int:
+    number = int(kind)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"it must be positive; got {number}")
+    return number
+
+
+def _share(kind: str) -> float:
+    number = float(kind)
+    if not 0 <= number < 1:
+        raise argparse.ArgumentTypeError(f"it must be in [0, 1); got {number:g}")
+    return number
+
+
+def _features(kind: str) -> int:
+    number = _positive(kind)
+    if number % HEAD:
+        raise argparse.ArgumentTypeError(f"it must be a multiple of {HEAD}; got {number}")
+    return number
+
+
+def _entries(kind: str) -> int:
+    number, smallest = int(kind), 1 + len(text.ALPHABET)
+    if number < smallest:
+        raise argparse.ArgumentTypeError(f"it must be at least {smallest}, the bytes; got {number}")
+    return number
+
+
+def options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    for name, kind, default, what in (
+        ("--steps", _positive, STEPS, "training steps"),
+        ("--vocab", _entries, VOCAB, "entries of the byte-pair vocabulary"),
+        ("--dim", _features, DIM, f"features, a multiple of {HEAD}"),
+        ("--batch", _positive, BATCH, f"sequences a step, of {LENGTH} tokens each"),
+    ):
+        add(name, type=kind, default=default, help=f"{what} (default: {default})")
+    chunk = "chunk_size of jaxloss (default: what it picks by itself)"
+    add("--chunk", type=_positive, help=chunk)
+    share = "fine-tuning: ignore this share of the labels, a prompt at the head of each sequence"
+    add("--ignore", type=_share, default=0.0, metavar="SHARE", help=share)
+
+
+def prepare(args: argparse.Namespace) -> None:
+    measure.keep_pages()
 
 
 class Training:
@@ -130,34 +174,30 @@ def _check_agree(runs: dict[str, Any], counted: int) -> float:
 
 
 def run(args: argparse.Namespace, tick: Callable[..., None]) -> dict[str, Any]:
-    tick("text", 0)
+    tick(0, "text")
     texts = text.sources(MEGABYTES)
     tokenizer = text.train_tokenizer(texts, args.vocab)
-    tick("text", 0.3)
     tokens = text.encode(tokenizer, texts)
     inputs, labels = text.batches(tokens, args.steps, args.batch, LENGTH, args.ignore, SEED)
     counted = [int(n) for n in np.sum(labels != text.IGNORED, axis=(1, 2))]
     inputs, labels = jnp.asarray(inputs), jnp.asarray(labels)
-    tick("text", 1)
 
     vocab = tokenizer.get_vocab_size()
     shape = {"dim": args.dim, "layers": LAYERS, "heads": args.dim // HEAD, "length": LENGTH}
     trainings = {}
-    for i, (name, function) in enumerate(LOSSES.items()):
-        tick("compile", i / len(LOSSES))
+    tick(0.1, "compile")
+    for name, function in LOSSES.items():
         trainings[name] = Training(
             function, {"vocab": vocab, **shape}, args.chunk, inputs[0], labels[0]
         )
-    tick("compile", 1)
 
     # In turns: a slow moment of the machine falls on both. The tick is outside of what is timed.
-    tick("train", 0)
     for i in range(args.steps):
         batch = inputs[i], labels[i]
         jax.block_until_ready(batch)
         losses = {name: training.step(*batch) for name, training in trainings.items()}
         each = ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
-        tick("train", (i + 1) / args.steps, f"loss: {each}")
+        tick(0.2 + 0.8 * (i + 1) / args.steps, f"loss: {each}")
 
     runs = {name: training.results(counted) for name, training in trainings.items()}
     times = {name: training.seconds for name, training in trainings.items()}
@@ -235,95 +275,3 @@ def plot(data: dict[str, Any], path: Path) -> None:
     figure = curves.get_figure()
     figure.suptitle(f"Flax NNX transformer: {_case(data)}", fontsize=10)  # pyright: ignore
     report.save_figure(curves, path)
-
-
-def _positive(kind: str) -> int:
-    number = int(kind)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"it must be positive; got {number}")
-    return number
-
-
-def _share(kind: str) -> float:
-    number = float(kind)
-    if not 0 <= number < 1:
-        raise argparse.ArgumentTypeError(f"it must be in [0, 1); got {number:g}")
-    return number
-
-
-def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.train_lm",
-        description="Trains one small language model with two losses in turns: optax's on logits"
-        " that are held whole, and jaxloss.linear_cross_entropy.",
-    )
-    sizes = {
-        "--steps": (STEPS, "training steps"),
-        "--vocab": (VOCAB, "entries of the byte-pair vocabulary"),
-        "--dim": (DIM, f"features, a multiple of {HEAD}"),
-        "--batch": (BATCH, f"sequences a step, of {LENGTH} tokens each"),
-    }
-    for name, (default, what) in sizes.items():
-        parser.add_argument(
-            name, type=_positive, default=default, help=f"{what} (default: {default})"
-        )
-    parser.add_argument(
-        "--chunk", type=_positive, help="chunk_size of jaxloss (default: what it picks by itself)"
-    )
-    parser.add_argument(
-        "--ignore",
-        type=_share,
-        default=0.0,
-        metavar="SHARE",
-        help="fine-tuning: ignore this share of the labels, a prompt at the head of each sequence",
-    )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        help=f"folder of the results (default: {report.RESULTS}; own/ there with other sizes)",
-    )
-    args = parser.parse_args()
-    if args.dim % HEAD:
-        parser.error(f"--dim must be a multiple of {HEAD}; got {args.dim}")
-    smallest = 1 + len(text.ALPHABET)
-    if args.vocab < smallest:
-        parser.error(f"--vocab must be at least {smallest}, the bytes; got {args.vocab}")
-    usual = (args.steps, args.vocab, args.dim, args.batch) == (STEPS, VOCAB, DIM, BATCH)
-    usual = usual and args.chunk is None and args.ignore in (0, FINE_TUNING)
-    args.out = args.out or (report.RESULTS if usual else report.RESULTS / "own")
-    return args
-
-
-def main() -> None:
-    args = _arguments()
-    measure.keep_pages()
-    args.out.mkdir(parents=True, exist_ok=True)
-    console = Console()
-    env = environment() | {"tokenizers": version("tokenizers")}
-    console.print(describe(env), soft_wrap=True, highlight=False)
-
-    columns = (TextColumn("{task.description:>10}"), BarColumn(), TimeElapsedColumn())
-    columns += (TextColumn("{task.fields[note]}"),)
-    # No refresh thread: it would take turns with what is being timed.
-    with Progress(*columns, console=console, auto_refresh=False, transient=True) as progress:
-        bars: dict[str, Any] = {}
-
-        def tick(part: str, share: float, note: str = "") -> None:
-            if part not in bars:
-                bars[part] = progress.add_task(part, total=1, note="")
-            progress.update(bars[part], completed=share, note=note, refresh=console.is_terminal)
-
-        data = {"environment": env, **run(args, tick)}
-    name = "train_lm_ignore" if args.ignore else "train_lm"
-    report.save(args.out, name, data)
-    plot(data, args.out / f"{name}.png")
-
-    for table in tables(data):
-        console.print("", report.to_rich(table), sep="\n")
-    apart = f"{data['curves_apart']:.2e}"
-    console.print(f"\nLargest relative difference of the loss curves: {apart}", highlight=False)
-    console.print("Table as JSON and curves as PNG:", args.out, soft_wrap=True, highlight=False)
-
-
-if __name__ == "__main__":
-    main()

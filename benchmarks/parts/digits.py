@@ -1,5 +1,6 @@
 """The same classifier trained with two losses: handwritten digits, a Flax NNX MLP, Adam."""
 
+import argparse
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,17 +13,11 @@ from flax import nnx
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
-import jaxloss
-from benchmarks import report
+from benchmarks.harness import report
+from benchmarks.methods.libraries import LOADERS
 
 SEED, EPOCHS, BATCH, HIDDEN, LEARNING_RATE = 0, 30, 128, 128, 3e-3
-
-
-def _optax(logits, labels):
-    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
-
-
-LOSSES = {"jaxloss": jaxloss.cross_entropy, "optax": _optax}
+LOSSES = ("jaxloss", "optax")
 
 
 class MLP(nnx.Module):
@@ -42,7 +37,7 @@ def _data():
     )
 
 
-def _train(loss_function: Callable, tick: Callable[[float], None]) -> dict[str, Any]:
+def _train(loss_function: Callable, tick: Callable[..., None]) -> dict[str, Any]:
     train_x, test_x, train_y, test_y = _data()
     model = MLP(train_x.shape[1], 10, nnx.Rngs(SEED))
     optimizer = nnx.Optimizer(model, optax.adam(LEARNING_RATE), wrt=nnx.Param)
@@ -70,10 +65,10 @@ def _train(loss_function: Callable, tick: Callable[[float], None]) -> dict[str, 
     }
 
 
-def run(tick: Callable[[float], None]) -> dict[str, Any]:
+def run(args: argparse.Namespace, tick: Callable[..., None]) -> dict[str, Any]:
     runs = {}
-    for i, (name, function) in enumerate(LOSSES.items()):
-        runs[name] = _train(function, lambda share, i=i: tick((i + share) / len(LOSSES)))
+    for name, each in report.shares(tick, LOSSES):
+        runs[name] = _train(LOADERS[name]().logits, each)  # pyright: ignore
     apart = np.subtract(runs["jaxloss"]["losses"], runs["optax"]["losses"])
     return {"runs": runs, "curves_apart": float(np.abs(apart).max())}
 

@@ -1,4 +1,4 @@
-"""``python -m benchmarks.large``: 2^34 logits, 64 GiB in float32, within 1.5 GiB of memory.
+"""2^34 logits, 64 GiB in float32, within 1.5 GiB of memory.
 
 Value and both gradients of ``linear_cross_entropy``; 64 tokens are checked in float64.
 """
@@ -6,15 +6,15 @@ Value and both gradients of ``linear_cross_entropy``; 64 tokens are checked in f
 import argparse
 import resource
 import time
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from rich.console import Console
 
 import jaxloss
-from benchmarks import report
-from benchmarks.environment import describe, environment
+from benchmarks.harness import report
 
 TOKENS, CLASSES, FEATURES, CHECKED = 2**16, 2**18, 16, 64
 LIMIT_GIB = 1.5
@@ -33,11 +33,8 @@ def _exact(hidden, kernel, labels):
     return losses, p @ kernel.T
 
 
-def main() -> None:
-    argparse.ArgumentParser(prog="python -m benchmarks.large", description=__doc__).parse_args()
-    console = Console()
-    env = environment()
-    console.print(describe(env), soft_wrap=True, highlight=False)
+def run(args: argparse.Namespace, tick: Callable[..., None]) -> dict[str, Any]:
+    tick(0, "a minute or some")
     rng = np.random.default_rng(0)
     hidden = rng.normal(size=(TOKENS, FEATURES)).astype(np.float32)
     kernel = rng.normal(size=(FEATURES, CLASSES)).astype(np.float32)
@@ -50,10 +47,9 @@ def main() -> None:
         return total, stats.log_prob
 
     step = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
-    with console.status(f"{TOKENS} tokens of {CLASSES} classes: a minute or some"):
-        begin = time.perf_counter()
-        out = jax.block_until_ready(step(jnp.asarray(hidden), jnp.asarray(kernel)))
-        seconds = time.perf_counter() - begin
+    begin = time.perf_counter()
+    out = jax.block_until_ready(step(jnp.asarray(hidden), jnp.asarray(kernel)))
+    seconds = time.perf_counter() - begin
     # Linux counts in KiB.
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     (_, log_prob), (d_hidden, d_kernel) = out
@@ -67,8 +63,7 @@ def main() -> None:
     # The rows of softmax - onehot sum to nothing, and so do those of d_kernel.
     sums = np.asarray(d_kernel, np.float64).sum(axis=1)
     sum_error = float(np.max(np.abs(sums)) / np.abs(np.asarray(d_kernel)).sum(axis=1).min())
-    data = {
-        "environment": env,
+    return {
         "tokens": TOKENS,
         "classes": CLASSES,
         "features": FEATURES,
@@ -80,18 +75,21 @@ def main() -> None:
         "d_hidden_error": slope_error,
         "d_kernel_sum": sum_error,
     }
-    report.save(report.RESULTS, "large", data)
-    console.print(
-        f"{TOKENS} tokens of {CLASSES} classes: {seconds:.0f} s, {resident:.2f} GiB resident; "
-        f"largest relative error of {CHECKED} losses {loss_error:.1e}, "
-        f"of their d_hidden {slope_error:.1e}.",
-        soft_wrap=True,
-        highlight=False,
-    )
+
+
+def tables(data: dict[str, Any]) -> list[report.Table]:
+    title = f"Value and both gradients; largest relative errors, of {data['checked']} tokens"
+    header = ["tokens x features\nx classes", "s", "resident\nGiB", "loss", "d_hidden"]
+    shape = report.by((data["tokens"], data["features"], data["classes"]))
+    cells = [shape, f"{data['seconds']:.0f}", f"{data['resident_gib']:.2f}"]
+    cells += [f"{data[kind]:.1e}" for kind in ("loss_error", "d_hidden_error")]
+    return [report.Table(title, header, [cells])]
+
+
+def missed(data: dict[str, Any]) -> str | None:
+    errors = data["loss_error"], data["d_hidden_error"]
     # Written so that a NaN fails.
-    if not (finite and resident <= LIMIT_GIB and loss_error <= 1e-5 and slope_error <= 1e-5):
-        raise SystemExit("That is not within the limits: finite, 1.5 GiB, errors of 1e-5.")
-
-
-if __name__ == "__main__":
-    main()
+    within = data["resident_gib"] <= LIMIT_GIB and all(error <= 1e-5 for error in errors)
+    if data["finite"] and within:
+        return None
+    return f"That is not within the limits: finite, {LIMIT_GIB} GiB, errors of 1e-5."

@@ -1,4 +1,4 @@
-"""``python -m benchmarks.compiled``: the linear loss and its peers as TPU compilers see them.
+"""The linear loss and its peers as TPU compilers see them.
 
 Value and both gradients, compiled for chips that are not there, and never run. The memory plan is
 what a chip would hold. The cycles are summed over the program with each loop's body as often as it
@@ -8,18 +8,26 @@ bundles of instructions it scheduled where that is more: a model of the chip, no
 
 import argparse
 import os
-import sys
 import warnings
 from collections.abc import Callable
 from functools import partial
-from itertools import groupby
+from itertools import count, groupby
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 from unittest import mock
 
-from benchmarks import hlo, report, schedule
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+from jax.sharding import SingleDeviceSharding
 
+from benchmarks.harness import hlo, report
+from benchmarks.harness.measure import MIB, refusal
+from benchmarks.methods.libraries import LOADERS, linear_loss
+from jaxloss._linear import budget
+
+PACKAGES = ("libtpu", "tokamax")
 TOPOLOGIES = {"v5e": "v5e:2x2", "v6e": "v6e:2x2", "v5p": "v5p:2x2x1", "tpu7x": "tpu7x:2x2x1"}
 SHAPES = ((8192, 2048, 128256), (4096, 4096, 128256), (8192, 2304, 256000))  # N, D, V
 LARGE = (32768, 4096, 128256)
@@ -43,11 +51,11 @@ NAMES = {
     "tokamax xla": "tokamax xla",
 }
 SCHEDULES = {"chunks": "token_chunks", "blocks": "vocab_blocks", "kernel": "mosaic_tpu"}
-MIB = 2**20
 
 
 def quiet() -> None:
-    """Read when libtpu starts: no machine to ask about itself, no logs, several processes."""
+    """For libtpu, when it starts: no machine to ask about itself, no logs, several processes."""
+    jax.config.update("jax_platforms", "cpu")
     os.environ.update(
         JAX_PLATFORMS="cpu",
         TPU_SKIP_MDS_QUERY="1",
@@ -56,6 +64,11 @@ def quiet() -> None:
         TPU_LOG_DIR="disabled",
         ALLOW_MULTIPLE_LIBTPU_LOAD="1",
     )
+
+
+def prepare(args: argparse.Namespace) -> None:
+    quiet()
+    warnings.simplefilter("ignore")
 
 
 def _chunk_loops(tokens: int, chunk: int) -> list[int]:
@@ -67,48 +80,24 @@ def _chunk_loops(tokens: int, chunk: int) -> list[int]:
     return [whole - 1] * (-(-tokens // chunk) != 1) + [left] * (quarter < chunk)
 
 
+def _products(h, k, y):
+    logits = h @ k
+    return logits @ k.T, h.T @ logits
+
+
 def _method(name: str, shape: tuple[int, int, int], chunk: int | None) -> tuple[Callable, list]:
-    """(its value and gradients, the steps of its open loops); imported only where it is used."""
-    import jax
-    import jax.numpy as jnp
-
-    import jaxloss
-
-    tokens, _, columns = shape
-    steps = []
+    """(its value and gradients, the steps of its open loops)"""
     if name == "products":
-
-        def function(h, k, y):
-            logits = h @ k
-            return logits @ k.T, h.T @ logits
-
-        return function, steps
-    if name == "jaxloss":
-        loss = jaxloss.linear_cross_entropy
-    elif name == "all":
-        loss = partial(jaxloss.linear_cross_entropy, ignore_index=None)
-    elif name in SCHEDULES:
-        options = {"implementation": SCHEDULES[name], "chunk_size": chunk}
-        loss = partial(jaxloss.linear_cross_entropy, **options)
-        if name == "chunks":
-            from jaxloss._linear import budget
-
-            steps = _chunk_loops(tokens, chunk or budget.default_chunk(tokens, columns))
-    elif name == "optax":
-        import optax
-
-        def loss(h, k, y):
-            logits = jnp.matmul(h, k, preferred_element_type=jnp.float32)
-            return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
-
-    else:
-        import tokamax
-
-        options = {"reduction": "mean", "implementation": name.removeprefix("tokamax ")}
-
-        def loss(h, k, y):
-            return tokamax.linear_softmax_cross_entropy_loss(h, y, k, **options)
-
+        return _products, []
+    peer = LOADERS["jaxloss" if name == "all" else name]()
+    loss, steps = linear_loss(peer, jnp.float32), []
+    if name == "all":
+        loss = partial(loss, ignore_index=None)
+    if name in SCHEDULES:
+        loss = partial(loss, chunk_size=chunk)
+    if name == "chunks":
+        tokens, _, columns = shape
+        steps = _chunk_loops(tokens, chunk or budget.default_chunk(tokens, columns))
     return jax.value_and_grad(loss, (0, 1)), steps
 
 
@@ -116,11 +105,6 @@ def compiled(
     chip: str, name: str, shape: tuple[int, int, int], chunk: int | None, dumps: Path
 ) -> dict[str, Any]:
     """What the program holds and costs, or ``{"refused": the exception's text}``."""
-    import jax
-    import jax.numpy as jnp
-    from jax.experimental import topologies
-    from jax.sharding import SingleDeviceSharding
-
     topology = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[chip])
     device = topology.devices[0]
     n, d, v = shape
@@ -137,10 +121,10 @@ def compiled(
             function, steps = _method(name, shape, chunk)
             program = jax.jit(function).lower(*args).compile()
     except Exception as error:
-        schedule.take(dumps)  # of what was compiled before it was refused
-        return {"refused": report.refusal(error)}
+        hlo.take(dumps)  # of what was compiled before it was refused
+        return {"refused": refusal(error)}
     memory, analysis = program.memory_analysis(), program.cost_analysis()
-    cost = hlo.cost(program.as_text(), steps, schedule.take(dumps))
+    cost = hlo.cost(program.as_text(), steps, hlo.take(dumps))
     return {
         "peak_mib": memory.peak_memory_in_bytes / MIB,
         "temp_mib": memory.temp_size_in_bytes / MIB,
@@ -159,25 +143,36 @@ def compiled(
     }
 
 
-def run(tick: Callable[[str], None], dumps: Path) -> dict[str, Any]:
-    from benchmarks.environment import environment, installed
+def run(args: argparse.Namespace, tick: Callable[..., None]) -> dict[str, Any]:
+    names, done = ("products", *NAMES), count()
+    total = len(CASES) * len(names) + sum(len(sizes) for *_, sizes in SWEEPS)
 
-    rows = []
-    for chip, shape in CASES:
-        programs = {}
-        for name in ("products", *NAMES):
-            tick(f"{chip} {shape} {name}")
-            programs[name] = compiled(chip, name, shape, None, dumps)
-        rows.append({"chip": chip, "shape": list(shape), "programs": programs})
-    sweeps = []
-    for chip, name, shape, sizes in SWEEPS:
-        programs = {}
-        for size in sizes:
-            tick(f"{chip} {shape} {name} chunk_size={size}")
-            programs[str(size)] = compiled(chip, name, shape, size, dumps)
-        sweeps.append({"chip": chip, "method": name, "shape": list(shape), "programs": programs})
-    peers = {name: installed(name) for name in ("libtpu", "tokamax")}
-    return {"environment": {**environment(), **peers}, "rows": rows, "chunk_size": sweeps}
+    def program(chip, name, shape, size=None):
+        what = f"{chip} {shape} {name}" + (f" chunk_size={size}" if size else "")
+        tick(next(done) / total, what)
+        return compiled(chip, name, shape, size, dumps)
+
+    with TemporaryDirectory() as folder:
+        dumps = Path(folder)
+        hlo.dump_to(dumps)
+        rows = [
+            {
+                "chip": chip,
+                "shape": list(shape),
+                "programs": {name: program(chip, name, shape) for name in names},
+            }
+            for chip, shape in CASES
+        ]
+        sweeps = [
+            {
+                "chip": chip,
+                "method": name,
+                "shape": list(shape),
+                "programs": {str(size): program(chip, name, shape, size) for size in sizes},
+            }
+            for chip, name, shape, sizes in SWEEPS
+        ]
+    return {"rows": rows, "chunk_size": sweeps}
 
 
 def _cell(program: dict[str, Any], key: str, unit: float, form: str) -> str:
@@ -201,7 +196,7 @@ def tables(data: dict[str, Any]) -> list[report.Table]:
     memory, cycles, refused = [], [], {}
     for row in data["rows"]:
         programs = row["programs"]
-        here = [row["chip"], "{} x {} x {}".format(*row["shape"])]
+        here = [row["chip"], report.by(row["shape"])]
         least = programs["jaxloss"]["arguments_mib"] + programs["jaxloss"]["results_mib"]
         peaks = [_cell(programs[name], "peak_mib", 1, ".0f") for name in names]
         memory.append([*here, f"{least:.0f}", *peaks])
@@ -234,7 +229,7 @@ def tables(data: dict[str, Any]) -> list[report.Table]:
             rows.append([chip, "peak MiB", *(_cell(p, "peak_mib", 1, ".0f") for p in programs)])
             times = (_of_products(method, p, products) for p in programs)
             rows.append([chip, "cycles / products", *times])
-        title = "{} by `chunk_size`, {} x {} x {}".format(SCHEDULES[method], *shape)
+        title = f"{SCHEDULES[method]} by `chunk_size`, {report.by(shape)}"
         out.append(report.Table(title, ["chip", "", *sizes], rows))
     if refused:
         rows = []
@@ -244,24 +239,3 @@ def tables(data: dict[str, Any]) -> list[report.Table]:
             rows.append([name, cases, text])
         out.append(report.Table("Refused", ["method", "where", "exception"], rows))
     return out
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.compiled", description=__doc__)
-    parser.add_argument("--out", type=Path, default=report.RESULTS)
-    out = parser.parse_args().out
-    sys.argv = sys.argv[:1]  # tokamax reads the command line too, and refuses what it does not know
-    quiet()
-    import rich
-
-    warnings.simplefilter("ignore")
-    with TemporaryDirectory() as folder:
-        schedule.dump_to(Path(folder))
-        data = run(lambda text: print(text, flush=True), Path(folder))
-    report.save(out, "compiled", data)
-    for table in tables(data):
-        rich.print(report.to_rich(table))
-
-
-if __name__ == "__main__":
-    main()

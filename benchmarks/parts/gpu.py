@@ -1,4 +1,4 @@
-"""``python -m benchmarks.gpu``: the losses on one GPU, against its ceilings and their peers.
+"""The losses on one GPU, against its ceilings and their peers.
 
 Copy bandwidth and matrix rate first; then the loss of ``hidden @ kernel`` in bfloat16, forward and
 with both gradients, in time and memory; ``cross_entropy`` of bfloat16 logits as a share of the copy
@@ -12,20 +12,21 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from benchmarks import calls, measure, on_device, report
-from benchmarks.environment import describe, environment, installed
+from benchmarks.harness import measure, report
+from benchmarks.harness.environment import environment
+from benchmarks.methods import calls, libraries, linear_case
+from benchmarks.methods.linear_case import PASSES, PRODUCTS
 
 PACKAGES = ("jax-cuda13-plugin", "jax-cuda12-plugin", "tokamax", "torch", "liger-kernel")
 PACKAGES = (*PACKAGES, "cut-cross-entropy")
-LINEAR = (on_device.PRODUCTS, "jaxloss", "blocks", "mosaic_gpu", "optax", "tokamax chunked_xla")
+LINEAR = (PRODUCTS, "jaxloss", "blocks", "mosaic_gpu", "optax", "tokamax chunked_xla")
 LINEAR = (*LINEAR, "torch chunks", "Liger", "cut-cross-entropy")
-SHOWN = {on_device.PRODUCTS: "bare products", "blocks": "jaxloss vocab_blocks"}
+SHOWN = {PRODUCTS: "bare products", "blocks": "jaxloss vocab_blocks"}
 SHOWN = {**SHOWN, "mosaic_gpu": "jaxloss mosaic_gpu"}
 LOGITS = ("jaxloss", "optax", "torch")
 # For the first linear shape, on an H200; of extra memory, beside a float32 d_kernel.
@@ -51,14 +52,31 @@ FULL = Cases(
 SMALL = Cases(((64, 32, 512),), (16,), 32, (128,), 128)
 
 
+def options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--small", action="store_true", help="tiny shapes, on whatever is there")
+    add("--seconds", type=float, default=2.0, help="time for each case (default: %(default)s)")
+
+
+def prepare(args: argparse.Namespace) -> None:
+    # Torch allocates on the same device. JAX reads this when it first touches the device.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    device = jax.devices()[0]
+    if device.platform != "gpu" and not args.small:
+        sys.exit(
+            f"python -m benchmarks gpu: wants a GPU; got {device.device_kind}. "
+            "With --small the same code runs on tiny shapes here."
+        )
+
+
 def ceilings(side: int, seconds: float) -> dict[str, float]:
     x = jax.random.normal(jax.random.key(0), (side, side), jnp.bfloat16)
-    copy, product = measure.Program(jnp.copy, x), measure.Program(lambda x: x @ x, x)
+    copy, product = calls.Jax(jnp.copy, (x,)), calls.Jax(lambda x: x @ x, (x,))
     rate = 2 * side**3 / 1e9
     return {
-        "copy_gb_s": 2 * x.nbytes / calls.median_ms({"": copy}, (x,), seconds)[""] / 1e6,
-        "matrix_tflops": rate / calls.median_ms({"": product}, (x,), seconds)[""],
-        "burst_matrix_tflops": rate / calls.burst_ms(product, (x,)),
+        "copy_gb_s": 2 * x.nbytes / calls.median_ms({"": copy}, seconds)[""] / 1e6,
+        "matrix_tflops": rate / calls.median_ms({"": product}, seconds)[""],
+        "burst_matrix_tflops": rate / calls.burst_ms(product),
     }
 
 
@@ -69,25 +87,25 @@ def logits_row(rows: int, columns: int, copy_gb_s: float, seconds: float) -> dic
     logits = jax.random.normal(keys[0], (some, columns), jnp.bfloat16)
     logits = jnp.tile(logits, (rows // some, 1))
     args = (logits, jax.random.randint(keys[1], (rows,), 0, columns))
-    results, ms, memory, refused = {}, {}, {}, {}
-    for name in LOGITS:
+    results, ms, memory = {}, {}, {}
+    peers, refused = libraries.load(LOGITS)
+    for name, peer in peers.items():
         try:
-            peer = calls.LOADERS[name]()
             if peer.torch:
-                call = calls.Torch(peer.logits, args, True)
+                call = calls.Torch(peer.logits, args)  # pyright: ignore
                 loss, (gradient,) = call()
                 call.wait()
                 loss, gradient = calls.as_arrays((loss, gradient[:8].clone()))
             else:
-                call = measure.Program(jax.value_and_grad(peer.logits), *args)
-                loss, gradient = call(*args)
-                memory[name] = call.temp_mib
+                call = calls.Jax(jax.value_and_grad(peer.logits), args)  # pyright: ignore
+                loss, gradient = call()
+                memory[name] = call.planned_mib
             results[name] = (jnp.array(loss), jnp.array(gradient[:8]))
             del gradient
-            ms[name] = calls.median_ms({name: call}, args, seconds / len(LOGITS))[name]
+            ms[name] = calls.median_ms({name: call}, seconds / len(LOGITS))[name]
             del call
         except Exception as error:
-            refused[name] = on_device.refusal(error)
+            refused[name] = measure.refusal(error)
     wrong = measure.agreeing(results, float(jnp.finfo(jnp.bfloat16).eps), f"{rows} x {columns}")
     refused |= wrong
     for name in wrong:
@@ -103,21 +121,22 @@ def logits_row(rows: int, columns: int, copy_gb_s: float, seconds: float) -> dic
     }
 
 
-def bursts(shape: tuple[int, int, int], seconds: float) -> dict[str, dict[str, float]]:
-    """Milliseconds of ten calls after a pause, as the targets' rate of products was measured; it
-    takes what it takes."""
-    args = on_device.operands(shape)
-    found = {}
-    for name in (on_device.PRODUCTS, "jaxloss"):
-        programs = on_device.linear_calls(name, args)
-        found[name] = {what: calls.burst_ms(call, args) for what, call in programs.items()}
-    return found
+def bursts(shape: tuple[int, int, int]) -> dict[str, dict[str, float]]:
+    """Milliseconds of ten calls after a pause, as the targets' rate of products was measured."""
+    arrays, ours = linear_case.operands(shape), libraries.LOADERS["jaxloss"]()
+    makers = {
+        PRODUCTS: partial(linear_case.products_call, arrays),
+        "jaxloss": partial(linear_case.loss_call, ours, arrays),
+    }
+    return {
+        name: {what: calls.burst_ms(make(what)) for what in PASSES} for name, make in makers.items()
+    }
 
 
 def targets(data: dict[str, Any]) -> list[dict[str, Any]]:
     first, tight = data["linear"][0], min(data["logits"], key=lambda r: r["of_copy"]["jaxloss"])
     _, d, v = first["shape"]
-    shape = "{} x {} x {}".format(*first["shape"])
+    shape = report.by(first["shape"])
     extra = first["memory"]["jaxloss"]["planned_mib"]
     most = (4 * d * v + MAX_EXTRA_BYTES) / measure.MIB
     worst = tight["of_copy"]["jaxloss"]
@@ -142,32 +161,34 @@ def targets(data: dict[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-def run(
-    cases: Cases, seconds: float, tick: Callable[[str], None], save: Callable[[dict], None]
-) -> dict[str, Any]:
-    """``save`` is told of each part as it comes: a GPU may be taken away."""
-    data = {"environment": {**environment(), **{name: installed(name) for name in PACKAGES}}}
-
-    def add(key: str, what: str, compute: Callable, *args: Any, many: bool = False) -> None:
-        tick(what)
-        found = compute(*args, seconds)
-        data[key] = [*data.get(key, []), found] if many else found
-        save(data)
-
-    def add_linear(shape: tuple[int, int, int]) -> None:
-        what = "linear_cross_entropy {} x {} x {}".format(*shape)
-        add("linear", what, on_device.linear_row, shape, LINEAR, many=True)
-
-    add("ceilings", "ceilings", ceilings, cases.side)
+def run(args: argparse.Namespace, tick: Callable[..., None]) -> dict[str, Any]:
+    """Saves the results after each step too, because a GPU may be taken away."""
+    cases, seconds = SMALL if args.small else FULL, args.seconds
+    env, data = environment(*PACKAGES), {}
     first, *others = cases.linear
-    add_linear(first)
-    add("burst", "bursts", bursts, first)
-    add("chunk_size", "chunk_size", on_device.chunk_sizes, first, cases.chunks)
-    for columns in cases.columns:
-        given = cases.rows, columns, data["ceilings"]["copy_gb_s"]
-        add("logits", f"cross_entropy {cases.rows} x {columns}", logits_row, *given, many=True)
-    for shape in others:
-        add_linear(shape)
+
+    def linear(shape: tuple[int, int, int]) -> tuple[str, str, Callable]:
+        what = f"linear_cross_entropy {report.by(shape)}"
+        return "linear", what, lambda: linear_case.forward_and_both(shape, LINEAR, seconds)
+
+    def logits(columns: int) -> tuple[str, str, Callable]:
+        what = f"cross_entropy {report.by((cases.rows, columns))}"
+        shape = cases.rows, columns
+        return "logits", what, lambda: logits_row(*shape, data["ceilings"]["copy_gb_s"], seconds)
+
+    steps = [
+        ("ceilings", "ceilings", lambda: ceilings(cases.side, seconds)),
+        linear(first),
+        ("burst", "bursts", lambda: bursts(first)),
+        ("chunk_size", "chunk_size", lambda: linear_case.chunk_sizes(first, cases.chunks, seconds)),
+        *map(logits, cases.columns),
+        *map(linear, others),
+    ]
+    for (key, what, compute), each in report.shares(tick, steps):
+        each(0, what)
+        found = compute()
+        data[key] = [*data.get(key, []), found] if key in ("linear", "logits") else found
+        report.save(args.out, args.name, {"environment": env, **data})
     return data
 
 
@@ -188,7 +209,7 @@ def tables(data: dict[str, Any]) -> list[report.Table]:
     peers = ", ".join(f"{name} {env[name]}" for name in PACKAGES if env[name])
     names = [name for name in LINEAR if any(name in row["both_ms"] for row in rows)]
     columns = [SHOWN.get(name, name).replace(" ", "\n") for name in names]
-    shapes = ["{} x {} x {}".format(*row["shape"]) for row in rows]
+    shapes = [report.by(row["shape"]) for row in rows]
     for title, key in (
         (f"Forward, ms ({peers})", "forward_ms"),
         ("Forward and both gradients, ms", "both_ms"),
@@ -225,14 +246,14 @@ def tables(data: dict[str, Any]) -> list[report.Table]:
     for row in data["logits"]:
         times = [_cell(row["ms"], name, ".3f") for name in names]
         shares = [_cell(row["of_copy"], name, ".0%") for name in names]
-        lines.append(["{} x {}".format(*row["shape"]), *times, *shares])
+        lines.append([report.by(row["shape"]), *times, *shares])
     head = ["shape", *(f"{n}\nms" for n in names), *(f"{n}\nof copy" for n in names)]
     title = "bfloat16 logits: value and gradient (of copy: two reads and a write at its bandwidth)"
     out.append(report.Table(title, head, lines))
     refused = {}
     for row in (*rows, *data["logits"]):
         for name, why in row["refused"].items():
-            shape = " x ".join(map(str, row["shape"]))
+            shape = report.by(row["shape"])
             refused.setdefault((name, why.split(". ")[0]), []).append(shape)
     if refused:
         lines = [[name, "; ".join(where), why] for (name, why), where in refused.items()]
@@ -247,34 +268,3 @@ def tables(data: dict[str, Any]) -> list[report.Table]:
 
 def _verdict(target: dict[str, Any]) -> str:
     return "reached" if target["reached"] else "MISSED"
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
-    parser.add_argument("--small", action="store_true", help="tiny shapes, on whatever is there")
-    parser.add_argument("--seconds", type=float, default=2.0, help="for each case (default: 2)")
-    parser.add_argument("--out", type=Path, default=report.RESULTS)
-    args = parser.parse_args()
-    sys.argv = sys.argv[:1]  # tokamax reads the command line too, and refuses what it does not know
-    # Torch allocates on the same device. Read when JAX first touches it.
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    device = jax.devices()[0]
-    if device.platform != "gpu" and not args.small:
-        sys.exit(
-            f"python -m benchmarks.gpu: wants a GPU; got {device.device_kind}. "
-            "With --small the same code runs on tiny shapes here."
-        )
-    import rich
-
-    args.out.mkdir(parents=True, exist_ok=True)
-    save = partial(report.save, args.out, "gpu")
-    cases = SMALL if args.small else FULL
-    data = run(cases, args.seconds, lambda text: print(text, flush=True), save)
-    save(data)
-    print(describe(data["environment"]))
-    for table in tables(data):
-        rich.print("", report.to_rich(table), sep="\n")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,4 +1,4 @@
-"""``python -m benchmarks.overhead``: what a call costs before any arithmetic, against optax.
+"""What a call costs before any arithmetic, against optax.
 
 Tracing, compilation, the dispatch of an eager call and of a compiled one, and the import.
 """
@@ -9,29 +9,25 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from rich.console import Console
-from rich.progress import track
 
 import jaxloss
-from benchmarks import report
-from benchmarks.environment import describe, environment
-from benchmarks.measure import interleaved, median_ratio
+from benchmarks.harness import report
+from benchmarks.harness.measure import interleaved, median_ratio, medians_ms
 
 N, D, C = 4, 8, 10  # small: the arithmetic takes no time worth measuring
-KEYS = jax.random.split(jax.random.key(0), 5)
 
 
 def _operands() -> dict[str, tuple]:
-    logits, teacher = (jax.random.normal(key, (N, C)) for key in KEYS[:2])
-    hidden = jax.random.normal(KEYS[2], (N, D))
-    kernel = jax.random.normal(KEYS[3], (D, C))
-    labels = jax.random.randint(KEYS[4], (N,), 0, C)
+    keys = jax.random.split(jax.random.key(0), 5)
+    logits, teacher = (jax.random.normal(key, (N, C)) for key in keys[:2])
+    hidden = jax.random.normal(keys[2], (N, D))
+    kernel = jax.random.normal(keys[3], (D, C))
+    labels = jax.random.randint(keys[4], (N,), 0, C)
     probabilities = jax.nn.softmax(teacher)
     return {
         "log_softmax": (logits,),
@@ -42,10 +38,6 @@ def _operands() -> dict[str, tuple]:
         "sigmoid_focal_loss": (logits, probabilities),
         "linear_cross_entropy": (hidden, kernel, labels),
     }
-
-
-def _product(hidden, kernel, labels):
-    return optax.softmax_cross_entropy_with_integer_labels(hidden @ kernel, labels)
 
 
 OURS = {
@@ -67,7 +59,9 @@ THEIRS = {
     ).mean(),
     "sigmoid_cross_entropy": lambda x, q: optax.sigmoid_binary_cross_entropy(x, q).mean(),
     "sigmoid_focal_loss": lambda x, q: optax.sigmoid_focal_loss(x, q).mean(),
-    "linear_cross_entropy": lambda *args: _product(*args).mean(),
+    "linear_cross_entropy": lambda h, k, y: optax.softmax_cross_entropy_with_integer_labels(
+        h @ k, y
+    ).mean(),
 }
 
 
@@ -99,10 +93,7 @@ def _calls(name: str, rounds: int) -> dict[str, Any]:
     times = {**stages, "eager": eager, "compiled": compiled}
     return {
         "function": name,
-        "median_ms": {
-            what: {who: statistics.median(t) * 1e3 for who, t in each.items()}
-            for what, each in times.items()
-        },
+        "median_ms": {what: medians_ms(each) for what, each in times.items()},
         "ratio": {what: median_ratio(each, "jaxloss", "optax") for what, each in times.items()},
     }
 
@@ -116,6 +107,19 @@ def _imports(rounds: int) -> dict[str, float]:
             command = [sys.executable, "-c", program.format(name)]
             each.append(float(subprocess.check_output(command)))
     return {name: statistics.median(each) for name, each in times.items()}
+
+
+def options(parser: argparse.ArgumentParser) -> None:
+    what = "rounds of each measurement (default: %(default)s)"
+    parser.add_argument("--rounds", type=int, default=15, help=what)
+
+
+def run(args: argparse.Namespace, tick: Callable[..., None]) -> dict[str, Any]:
+    rows = []
+    for name, each in report.shares(tick, list(OURS)):
+        each(0, name)
+        rows.append(_calls(name, args.rounds))
+    return {"rows": rows, "import_s": _imports(args.rounds)}
 
 
 def tables(data: dict[str, Any]) -> list[report.Table]:
@@ -132,23 +136,3 @@ def tables(data: dict[str, Any]) -> list[report.Table]:
         report.Table(f"{N} x {C}: time, and its ratio to optax's", header, rows),
         report.Table("import, after jax: ms", list(ms), [list(ms.values())]),
     ]
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.overhead", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=15, help="of each measurement")
-    parser.add_argument("--out", type=Path, default=report.RESULTS, help="folder of the results")
-    args = parser.parse_args()
-    console = Console()
-    env = environment()
-    console.print(describe(env), soft_wrap=True, highlight=False)
-    rows = [_calls(name, args.rounds) for name in track(OURS, "measuring", transient=True)]
-    data = {"environment": env, "rows": rows, "import_s": _imports(args.rounds)}
-    args.out.mkdir(parents=True, exist_ok=True)
-    report.save(args.out, "overhead", data)
-    for table in tables(data):
-        console.print("", report.to_rich(table), sep="\n")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,30 @@
+"""The parts: a file each, with ``run(args, tick)``, ``tables(data)`` and what it needs of these:
+
+``options(parser)``, ``prepare(args)`` before JAX looks for devices, ``PACKAGES`` whose versions the
+results name beside the usual ones, ``plot(data, path)``, and ``missed(data)``, which says why the
+results are a failure.
+"""
+
+from importlib import import_module
+from typing import Any
+
+# For each part the names of its results, and the options that give them instead of the defaults.
+PARTS: dict[str, dict[str, dict[str, Any]]] = {
+    "digits": {"digits": {}},
+    "precision": {"precision": {}},
+    "speed": {"speed": {}},
+    "linear": {"linear": {}},
+    "train": {"train_lm": {}, "train_lm_ignore": {"ignore": 0.75}},
+    "formulas": {"formulas": {}},
+    "overhead": {"overhead": {}},
+    "meshes": {"scaling": {}},
+    "large": {"large": {}},
+    "gpu": {"gpu": {}},
+    "tpu": {"compiled": {}},
+    "peers": {"peers": {}},
+}
+
+
+def load(part: str) -> Any:
+    """The module of a part; no other part is imported, whose packages may not be installed."""
+    return import_module(f"benchmarks.parts.{part}")
