@@ -7,12 +7,13 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array, dtypes, lax
 from jax.core import eval_jaxpr
 from jax.typing import ArrayLike
 
 from jaxloss._checks import arguments, explicit_mesh, messages
 from jaxloss._linear import budget, token_chunks, token_rules
+from jaxloss._linear.packing import groups_of
 from jaxloss._linear.product import Product, Sweep
 from jaxloss._tokens.reduction import TokenWeights, normalised_weights
 from jaxloss._types import LossOptions, Reduction
@@ -130,7 +131,10 @@ def linear_loss(
         got = messages.describe(out) if one else type(out).__name__
         messages.fail(call, rule, f"{got} for logits {messages.describe(examples(chunk)[0])}")
     varies = mesh.varies_over((hidden, kernel, bias, sample_weight, arrays))
-    sizes = budget.all_step_sizes(chunk, columns)
+    # JAX has no zeros and no sums of random keys, by which groups are filled.
+    in_groups = not any(jnp.issubdtype(x.dtype, dtypes.prng_key) for x in arrays)
+    groups = groups_of(tokens, chunk) if in_groups else 1
+    sizes = budget.all_step_sizes(chunk, columns, groups)
     pure, closed_over = _converted(loss_fn, examples, sizes, varies)
 
     def chunk_losses(x, per_token, shared):
@@ -151,7 +155,8 @@ def linear_loss(
     # thousands, and their compiled programs.
     @jax.jit
     def reduced(operands, valid, weights):
-        return token_rules.reduced(chunk_losses, sweep, operands, valid, weights, scalar)[0]
+        given = sweep, operands, valid, weights, scalar
+        return token_rules.reduced(chunk_losses, *given, in_groups=in_groups)[0]
 
     return reduced(operands, valid, weights)
 

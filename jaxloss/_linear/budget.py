@@ -100,18 +100,18 @@ def _shrunk(chunk: int, rows: float) -> int:
 VALUE_MIB, FROZEN_KERNEL_MIB = 256, 1024
 
 
-def value_chunk(chunk: int, num_columns: int, mebibytes: int = VALUE_MIB) -> int:
+def value_chunk(chunk: int, num_columns: int, mebibytes: int = VALUE_MIB, groups: int = 1) -> int:
     """Tokens of a sweep without an accumulator: halves of a chunk, until their logits fit."""
-    while chunk % 2 == 0 and chunk > _fit(mebibytes, num_columns):
+    while chunk % (2 * groups) == 0 and chunk > _fit(mebibytes, num_columns):
         chunk //= 2
     return chunk
 
 
-def all_step_sizes(chunk: int, num_columns: int) -> list[int]:
+def all_step_sizes(chunk: int, num_columns: int, groups: int = 1) -> list[int]:
     """Of every sweep: of all gradients, of those without the kernel's, of the value alone."""
     limits = VALUE_MIB, FROZEN_KERNEL_MIB
-    chunks = chunk, *(value_chunk(chunk, num_columns, limit) for limit in limits)
-    return sorted({n for c in chunks for n in step_sizes(c)})
+    chunks = chunk, *(value_chunk(chunk, num_columns, limit, groups) for limit in limits)
+    return sorted({n for c in chunks for n in step_sizes(c, groups)})
 
 
 def default_block(num_tokens: int, num_classes: int) -> int:

@@ -3,7 +3,12 @@
 Tokens that count are packed into the first chunks (an index, no copy of ``hidden``), and the loop
 runs over those chunks alone. Where one chunk is all tokens, they stay in their places.
 
-Letters: N tokens, n of them in a chunk, D features, V columns of the kernel.
+Where a partitioner may split the tokens over devices, they are packed in G groups of neighbours,
+and a chunk takes n / G tokens of each group. A mesh that splits the first axis of ``hidden``
+evenly has each group on one device: so each device works on its own tokens, and no token is sent. A
+chunk of any tokens would be gathered from all devices, and computed by each of them.
+
+Letters: N tokens, n of them in a chunk, D features, V columns of the kernel, G groups.
 """
 
 import math
@@ -13,21 +18,48 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jaxloss._xla import mesh
+from jaxloss._xla import device, mesh
 from jaxloss._xla.derivatives import jvp_of_moving
 
 
 class Packing(NamedTuple):
     """Which token stands at which place of the sweep."""
 
-    order: Array  # [chunks * n] int32, those that count first; N: no token
-    size: Array  # how many count; on a mesh whose devices go in step, on the one of most
+    # [chunks * n] int32, those that count first; N: no token. In groups [G, chunks * n / G], places
+    # in the group; N / G: no token.
+    order: Array
+    size: Array  # how many count; of groups, or devices that go in step, as if all were the fullest
     valid: Array  # [N] bool, which
 
+    @property
+    def groups(self) -> int:
+        return self.order.shape[0] if self.order.ndim == 2 else 1
 
-def step_sizes(chunk: int) -> tuple[int, ...]:
+    def some(self, start: Any, size: int) -> Array:
+        """The ``size`` tokens from a place on."""
+        groups = self.groups
+        if groups == 1:
+            return lax.dynamic_slice_in_dim(self.order, start, size)
+        return lax.dynamic_slice_in_dim(self.order, start // groups, size // groups, axis=1)
+
+    def holds(self, at: Array) -> Array:
+        """Which of the rows of tokens ``at`` are a token's."""
+        if at.dtype == bool:
+            return at
+        return (at < self.valid.size // self.groups).reshape(-1)
+
+
+def step_sizes(chunk: int, groups: int = 1) -> tuple[int, ...]:
     """Tokens a step of a sweep takes: a chunk, or a quarter of one."""
-    return (chunk, chunk // 4) if chunk % 4 == 0 else (chunk,)
+    return (chunk, chunk // 4) if chunk % (4 * groups) == 0 else (chunk,)
+
+
+def groups_of(tokens: Any, chunk: int) -> int:
+    """G: 1 where nothing splits the tokens, or where one chunk is all of them."""
+    if not isinstance(tokens, int) or chunk >= tokens:
+        return 1
+    groups = math.gcd(tokens, device.devices_of_a_partitioner())
+    return groups if chunk % groups == 0 else 1
 
 
 def valid_first(valid: Array) -> Array:
@@ -45,9 +77,11 @@ def positions(valid: Array) -> Array:
     return jnp.where(valid, jnp.cumsum(valid, dtype=jnp.int32) - 1, valid.size)
 
 
-def pack(valid: Array, chunk: int, in_step: bool = False) -> Packing:
+def pack(valid: Array, chunk: int, groups: int = 1, in_step: bool = False) -> Packing:
     """``in_step``: the devices of a mesh take as many steps, the longest's."""
     tokens = valid.shape[0]
+    if groups > 1:
+        return _packed_in_groups(valid, chunk, groups)
     own = size = jnp.sum(valid, dtype=jnp.int32)
     if in_step and mesh.varies_over(size):
         size = lax.pmax(size, tuple(sorted(mesh.varies_over(size))))
@@ -56,6 +90,31 @@ def pack(valid: Array, chunk: int, in_step: bool = False) -> Packing:
     order = jnp.where(jnp.arange(tokens, dtype=jnp.int32) < own, order, tokens)
     room = (-(-tokens // chunk) or 1) * chunk - tokens
     return Packing(jnp.pad(order, (0, room), constant_values=tokens), size, valid)
+
+
+def _packed_in_groups(valid: Array, chunk: int, groups: int) -> Packing:
+    tokens, each = valid.size // groups, chunk // groups
+    of_groups = valid.reshape(groups, tokens)
+    own = jnp.sum(of_groups, axis=1, dtype=jnp.int32)
+    order = jnp.argsort(~of_groups, axis=1, stable=True).astype(jnp.int32)
+    order = jnp.where(jnp.arange(tokens, dtype=jnp.int32)[None] < own[:, None], order, tokens)
+    room = -(-tokens // each) * each - tokens
+    order = jnp.pad(order, ((0, 0), (0, room)), constant_values=tokens)
+    return Packing(order, jnp.max(own) * groups, valid)
+
+
+def first_row(x: Any, packing: Packing) -> Any:
+    """The first valid token's row, 1 for the rows that :func:`gather_rows_or_first` fills.
+
+    Of groups, whose tokens are split over devices: a sum, once, before the loop.
+    """
+    if x is None or packing.groups == 1:
+        return None
+    first = jnp.argmax(packing.valid)
+    here = _each(jnp.arange(x.shape[0]) == first, x)
+    if x.dtype == bool:
+        return jnp.any(here & x, axis=0, keepdims=True)
+    return jnp.sum(jnp.where(here, x, jnp.zeros((), x.dtype)), axis=0, keepdims=True, dtype=x.dtype)
 
 
 def _each(mask: Array, rows: Array) -> Array:
@@ -69,9 +128,22 @@ def gather_rows(x: Any, at: Array) -> Any:
         return None
     if at.dtype == bool:
         return jnp.where(_each(at, x), x, jnp.zeros((), x.dtype))
+    if at.ndim == 2:
+        return _rows_of_groups(x, at)
     if x.shape[0] == 0:
         return jnp.zeros((*at.shape, *x.shape[1:]), x.dtype)
     return (_long_rows_at if moves_bits(x) else _rows_at)(x, at)
+
+
+def _rows_of_groups(x: Array, at: Array) -> Array:
+    """Along each group's own axis, so that a partitioner has nothing to send."""
+    groups, rest = at.shape[0], x.shape[1:]
+    tokens = x.shape[0] // groups
+    x = x.reshape(groups, tokens, *rest)
+    index = jnp.minimum(at, tokens - 1).reshape(*at.shape, *(1 for _ in rest))
+    rows = jnp.take_along_axis(x, index, axis=1, mode="promise_in_bounds")
+    rows = jnp.where((at < tokens).reshape(index.shape), rows, jnp.zeros((), x.dtype))
+    return rows.reshape(at.size, *rest)
 
 
 def _rows_at(x: Array, at: Array) -> Array:
@@ -112,14 +184,16 @@ def _long_rows_at_jvp(args, tangents):
 _long_rows_at.defjvp(_long_rows_at_jvp, symbolic_zeros=True)
 
 
-def gather_rows_or_first(x: Any, at: Array, packing: Packing) -> Any:
+def gather_rows_or_first(x: Any, at: Array, packing: Packing, first_row: Any = None) -> Any:
     """Rows of ``x`` at the tokens ``at``; where ``at`` names no token, the first valid token's row.
 
     :func:`gather_rows` has zeros there. A function of zeros may have no derivative, and 0 * NaN
-    would join the gradient of what no token owns.
+    would join the gradient of what no token owns. ``first_row`` is that of the function, of groups.
     """
     if x is None:
         return None
+    if at.ndim == 2:
+        return jnp.where(_each(packing.holds(at), x), gather_rows(x, at), first_row)
     first = packing.order[:1]  # past the end where no token counts
     if at.dtype == bool:
         return jnp.where(_each(at, x), x, gather_rows(x, first))
@@ -137,7 +211,13 @@ def scatter_rows(at: Array, x: Array, rows: Array) -> Array:
         return x
     if at.dtype == bool:
         return jnp.where(_each(at, x), _as_held(rows, x), x)
-    return x.at[at].set(_as_held(rows, x), mode="drop")
+    rows = _as_held(rows, x)
+    if at.ndim == 2:
+        of_groups = (at.shape[0], x.shape[0] // at.shape[0]), at.shape
+        x, rows = (v.reshape(*n, *v.shape[1:]) for v, n in zip((x, rows), of_groups, strict=True))
+        put = jax.vmap(lambda x, at, rows: x.at[at].set(rows, mode="drop"))(x, at, rows)
+        return put.reshape(-1, *x.shape[2:])
+    return x.at[at].set(rows, mode="drop")
 
 
 def over_chunks(packing: Packing, chunk: int, part, update, blank, finish, dynamic: bool):
@@ -153,16 +233,16 @@ def over_chunks(packing: Packing, chunk: int, part, update, blank, finish, dynam
         return update(state, at, compute(at))
 
     def from_place(state, start, size):
-        return step(state, lax.dynamic_slice_in_dim(packing.order, start, size))
+        return step(state, packing.some(start, size))
 
-    chunks = packing.order.shape[0] // chunk
+    chunks = packing.order.size // chunk
     if not dynamic:
         starts = jnp.arange(chunks, dtype=jnp.int32) * chunk
         each = lambda state, start: (from_place(state, start, chunk), None)  # noqa: E731
         return finish(lax.scan(each, blank(), starts)[0])
 
     # What is left of the last chunk goes in quarters: a batch of one chunk gains by them too.
-    quarter = step_sizes(chunk)[-1]
+    quarter = step_sizes(chunk, packing.groups)[-1]
     whole = (packing.size + quarter - 1) // chunk
 
     def rest(state):

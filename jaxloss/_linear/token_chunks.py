@@ -12,7 +12,7 @@ Letters: N tokens, n of them in a chunk, D features, V columns of the kernel, C 
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,7 @@ from jax import Array, lax
 from jaxloss._linear.budget import FROZEN_KERNEL_MIB, value_chunk
 from jaxloss._linear.packing import (
     Packing,
+    first_row,
     gather_rows,
     gather_rows_or_first,
     moves_bits,
@@ -66,16 +67,28 @@ def map_operands(function: Callable, first: Operands, *rest: Operands) -> Operan
     return jax.tree.map(one, first, *rest, is_leaf=lambda x: x is None)
 
 
-def _at(product: Product, at: Array, packing: Packing) -> Product:
+def _first_rows(operands: Operands, packing: Packing) -> tuple:
+    """What tokens that are none read, of the student, of ``per_token`` and of a teacher."""
+    student, teacher = operands.student, operands.teacher
+    arrays = student.hidden, operands.per_token, None if teacher is None else teacher.hidden
+    return jax.tree.map(lambda x: first_row(x, packing), arrays, is_leaf=lambda x: x is None)
+
+
+def _at(product: Product, at: Array, packing: Packing, first: Any) -> Product:
     """The product of the tokens ``at`` alone."""
-    return replace(product, hidden=gather_rows_or_first(product.hidden, at, packing))
+    return replace(product, hidden=gather_rows_or_first(product.hidden, at, packing, first))
 
 
-def _teacher_logits(operands: Operands, at: Array, packing: Packing) -> tuple:
+def _per_token(operands: Operands, at: Array, packing: Packing, first: tuple) -> tuple:
+    pairs = zip(operands.per_token, first, strict=True)
+    return tuple(gather_rows_or_first(x, at, packing, row) for x, row in pairs)
+
+
+def _teacher_logits(operands: Operands, at: Array, packing: Packing, first: Any) -> tuple:
     """Those of the tokens, where there is a teacher."""
     if operands.teacher is None:
         return ()
-    return (_at(operands.teacher, at, packing).logits(),)
+    return (_at(operands.teacher, at, packing, first).logits(),)
 
 
 def _columns(operands: Operands) -> int:
@@ -88,18 +101,20 @@ def losses(loss_fn: LossFn, sweep: Sweep, dynamic: bool, operands: Operands, pac
     operands = operands._replace(student=operands.student.whole())
     operands = mesh.varying(operands, mesh.varies_over(packing.size))
 
+    of_student, of_tokens, of_teacher = _first_rows(operands, packing)
+
     def part(at):
-        x = _at(operands.student, at, packing).logits()
-        y = _teacher_logits(operands, at, packing)
-        own = (gather_rows_or_first(a, at, packing) for a in operands.per_token)
+        x = _at(operands.student, at, packing, of_student).logits()
+        y = _teacher_logits(operands, at, packing, of_teacher)
+        own = _per_token(operands, at, packing, of_tokens)
         return loss_fn(x, (*y, *own), operands.shared)
 
     def update(state, at, values):
         return jax.tree.map(partial(scatter_rows, at), state, values)
 
     part = jax.jit(part, inline=True)  # traced once, for all steps of the sweep
-    chunk = value_chunk(sweep.chunk, _columns(operands))
-    like = jax.eval_shape(part, packing.order[:chunk])
+    chunk = value_chunk(sweep.chunk, _columns(operands), groups=packing.groups)
+    like = jax.eval_shape(part, packing.some(0, chunk))
     blank = partial(_blank_rows, operands.student.hidden.shape[0], like)
     return over_chunks(packing, chunk, part, update, blank, lambda state: state, dynamic)
 
@@ -132,12 +147,13 @@ def gradients(
     complete = tuple(
         p is not None and complete_over(p, of_tokens, sweep) for p in (whole, operands.teacher)
     )
-    part = partial(_chunk_gradients, loss_fn, active, complete, given, packing, cts)
+    first = _first_rows(given, packing)
+    part = partial(_chunk_gradients, loss_fn, active, complete, given, packing, first, cts)
     part = jax.jit(part, inline=True)  # traced once, for all steps of the sweep
     chunk = sweep.chunk
     if not active.student.kernel:
-        chunk = value_chunk(chunk, _columns(given), FROZEN_KERNEL_MIB)
-    *like, gradient = jax.eval_shape(part, packing.order[:chunk])
+        chunk = value_chunk(chunk, _columns(given), FROZEN_KERNEL_MIB, packing.groups)
+    *like, gradient = jax.eval_shape(part, packing.some(0, chunk))
     rows = _of_tokens(operands)
 
     def narrow(g, x):
@@ -186,6 +202,7 @@ def _chunk_gradients(
     complete: tuple[bool, ...],
     operands: Operands,
     packing: Packing,
+    first: tuple,
     cts: tuple,
     at: Array,
 ):
@@ -194,14 +211,15 @@ def _chunk_gradients(
     ``complete``: whether no other device has a part of the gradient of the kernel, of a teacher's.
     """
     at_once = at.dtype == bool
-    student, teacher = _at(operands.student, at, packing), operands.teacher
-    shared, real = operands.shared, at if at_once else at < operands.student.hidden.shape[0]
+    of_student, of_tokens, of_teacher = first
+    student, teacher = _at(operands.student, at, packing, of_student), operands.teacher
+    shared, real = operands.shared, packing.holds(at)
     x = student.logits()
     # A teacher's logits go the way of what the tokens own, and then on to its operands.
-    y = _teacher_logits(operands, at, packing)
-    tokens = (*y, *(gather_rows_or_first(a, at, packing) for a in operands.per_token))
-    of_teacher = jax.tree.leaves(active.teacher)
-    active_tokens = (*(any(of_teacher) for _ in y), *active.per_token)
+    y = _teacher_logits(operands, at, packing, of_teacher)
+    tokens = (*y, *_per_token(operands, at, packing, of_tokens))
+    teaches = any(jax.tree.leaves(active.teacher))
+    active_tokens = (*(teaches for _ in y), *active.per_token)
 
     def of_active(x, some_tokens, some_shared):
         return loss_fn(x, _completed(some_tokens, tokens), _completed(some_shared, shared))
@@ -227,8 +245,9 @@ def _chunk_gradients(
         return product.gradients(dx, active, complete=at_once and complete, held=True)
 
     d_teacher = None if teacher is None else replace(teacher, hidden=None, kernel=None, bias=None)
-    if teacher is not None and any(of_teacher):
-        d_teacher = of_product(_at(teacher, at, packing), dy[0], active.teacher, complete[1])
+    if teacher is not None and teaches:
+        own = _at(teacher, at, packing, of_teacher)
+        d_teacher = of_product(own, dy[0], active.teacher, complete[1])
     d_student = of_product(student, dx, active.student, complete[0])
     return losses, others, Operands(d_student, d_tokens, d_shared, d_teacher)
 

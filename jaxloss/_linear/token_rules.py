@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxloss._linear import token_chunks
-from jaxloss._linear.packing import Packing, pack
+from jaxloss._linear.packing import Packing, groups_of, pack
 from jaxloss._linear.product import Sweep
 from jaxloss._linear.token_chunks import LossFn, Operands, map_operands
 from jaxloss._types import Axes
@@ -153,15 +153,17 @@ def reduced(
     weights: tuple[Array, Array],
     scalar: bool,
     value: Any = None,
+    in_groups: bool = True,
 ) -> tuple[Array, tuple]:
     """``(loss, the losses past the first and the others)``, of ``valid[...]``' shape or a scalar.
 
     ``weights`` are from ``reduction.normalised_weights``; ``value`` is that of
-    :func:`losses_by_token`.
+    :func:`losses_by_token`. ``in_groups``: see ``packing``.
     """
     each, offset = weights
     # Devices that communicate within a loop must take as many steps.
-    packing = pack(valid.reshape(-1), sweep.chunk, in_step=bool(sweep.vocab_axes))
+    groups = groups_of(valid.size, sweep.chunk) if in_groups else 1
+    packing = pack(valid.reshape(-1), sweep.chunk, groups, in_step=bool(sweep.vocab_axes))
     if scalar:
         given = sweep, each.reshape(-1), operands, packing
         total, others = weighted_sum(loss_fn, *given, value)

@@ -19,6 +19,15 @@ def on_one_device() -> bool:
     return jax.device_count() == 1 >= jax.sharding.get_abstract_mesh().size
 
 
+def devices_of_a_partitioner() -> int:
+    """Over how many devices a partitioner may split an array that is computed here; 1 inside of
+    ``shard_map``, whose arrays are one device's."""
+    mesh_here = jax.sharding.get_abstract_mesh()
+    if mesh.manual_axes():
+        return 1
+    return max(jax.device_count(), mesh_here.size)
+
+
 def is_whole() -> bool:
     """Whether arrays are what one device holds. No kernel is for what a partitioner may split.
 

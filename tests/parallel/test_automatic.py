@@ -1,0 +1,109 @@
+"""Meshes of automatic axes, on which XLA's partitioner decides what each device computes."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import jaxloss
+
+B, L, D, V, CHUNK = 16, 8, 16, 96, 32
+LAYOUTS = {
+    "data": ((8,), ("d",), P("d"), P()),
+    "fsdp, features": ((8,), ("d",), P("d"), P("d", None)),
+    "fsdp, vocabulary": ((8,), ("d",), P("d"), P(None, "d")),
+    "tensor": ((8,), ("t",), P(), P(None, "t")),
+    "data and tensor": ((4, 2), ("d", "t"), P("d"), P(None, "t")),
+    "context": ((8,), ("c",), P(None, "c"), P()),
+}
+
+
+def operands(ignored=True):
+    rng = np.random.default_rng(0)
+    hidden = jnp.asarray(rng.normal(size=(B, L, D)), jnp.float32)
+    kernel = jnp.asarray(rng.normal(size=(D, V)), jnp.float32)
+    labels = rng.integers(0, V, (B, L))
+    if ignored:
+        labels[:2] = -100  # one device of eight has none that counts
+        labels[5:9, 3:] = -100
+    return hidden, kernel, jnp.asarray(labels, jnp.int32)
+
+
+def split(layout, hidden, kernel, *per_token):
+    shape, names, of_tokens, of_kernel = LAYOUTS[layout]
+    mesh = jax.make_mesh(shape, names, axis_types=(AxisType.Auto,) * len(names))
+    place = lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec))  # noqa: E731
+    return (
+        place(hidden, of_tokens),
+        place(kernel, of_kernel),
+        *(place(x, of_tokens) for x in per_token),
+    )
+
+
+def mean(hidden, kernel, labels, **options):
+    return jaxloss.linear_cross_entropy(hidden, kernel, labels, chunk_size=CHUNK, **options)
+
+
+def with_statistics(hidden, kernel, labels):
+    loss, stats = mean(hidden, kernel, labels, reduction="none", return_stats=True)
+    return jnp.sum(jnp.sin(loss) + jnp.cos(stats.entropy) + stats.rank.astype(loss.dtype))
+
+
+def of_top_k(hidden, kernel, labels):
+    counts = (labels >= 0)[..., None]
+    indices = (labels[..., None] + jnp.arange(3, dtype=jnp.int32)[None, None]) % V
+    indices, probabilities = jnp.where(counts, indices, -100), jnp.full(indices.shape, 0.25)
+    return mean(hidden, kernel, jaxloss.TopKLabels(indices, probabilities, "uniform"))
+
+
+def own_loss(hidden, kernel, labels):
+    loss = lambda x, y: jaxloss.cross_entropy(x, y, reduction="none") ** 2  # noqa: E731
+    weight = (labels >= 0).astype(jnp.float32)
+    return jaxloss.linear_loss(loss, hidden, kernel, labels, chunk_size=CHUNK, sample_weight=weight)
+
+
+def divergence(hidden, kernel, labels):
+    given = hidden, kernel, jnp.sin(hidden), kernel + 0.1
+    return jaxloss.linear_kl_divergence(*given, chunk_size=CHUNK, sample_weight=labels >= 0)
+
+
+LOSSES = [mean, with_statistics, of_top_k, own_loss, divergence]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("loss", LOSSES)
+def test_losses_and_gradients_are_those_of_one_device(loss, layout):
+    given = operands()
+    expected = jax.jit(jax.value_and_grad(loss, (0, 1)))(*given)
+    got = jax.jit(jax.value_and_grad(loss, (0, 1)))(*split(layout, *given))
+    for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(x, y, rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("layout", ["data", "data and tensor"])
+def test_each_device_computes_its_own_tokens_and_sends_none(loss, layout):
+    given = split(layout, *operands())
+    text = jax.jit(jax.value_and_grad(loss, (0, 1))).lower(*given).compile().as_text()
+    devices = LAYOUTS[layout][0][0]
+    rows = [int(n) for n in re.findall(rf"= f32\[(\d+),{V // (8 // devices)}\]\S* dot\(", text)]
+    products = [n for n in rows if n != D]  # the others are d_kernel
+    assert products
+    assert max(products) <= CHUNK // devices
+    gathered = re.findall(r"= f32\[([\d,]+)\]\S* all-gather\(", text)
+    assert all(np.prod([int(n) for n in shape.split(",")]) < CHUNK * D for shape in gathered)
+    hidden = jax.jit(jax.grad(loss))(*given)
+    assert hidden.sharding.is_equivalent_to(given[0].sharding, hidden.ndim)
+
+
+def test_tokens_that_are_none_of_a_device_leave_no_trace():
+    """Rows of NaN where no token counts, on a device that has no other."""
+    hidden, kernel, labels = operands()
+    expected = jax.grad(own_loss)(hidden, kernel, labels)
+    hidden = hidden.at[:2].set(jnp.nan)
+    got = jax.jit(jax.grad(own_loss))(*split("data", hidden, kernel, labels))
+    np.testing.assert_allclose(got, expected, rtol=2e-5, atol=2e-6)
