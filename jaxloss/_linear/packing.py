@@ -104,17 +104,14 @@ def _packed_in_groups(valid: Array, chunk: int, groups: int) -> Packing:
 
 
 def first_row(x: Any, packing: Packing) -> Any:
-    """The first valid token's row, 1 for the rows that :func:`gather_rows_or_first` fills.
+    """The first valid token's row, in whose place :func:`gather_rows_or_first` has none of groups;
+    None: it gathers the row itself.
 
-    Of groups, whose tokens are split over devices: a sum, once, before the loop.
+    Of groups, whose tokens are split over devices, the row is sent once, before the loop.
     """
     if x is None or packing.groups == 1:
         return None
-    first = jnp.argmax(packing.valid)
-    here = _each(jnp.arange(x.shape[0]) == first, x)
-    if x.dtype == bool:
-        return jnp.any(here & x, axis=0, keepdims=True)
-    return jnp.sum(jnp.where(here, x, jnp.zeros((), x.dtype)), axis=0, keepdims=True, dtype=x.dtype)
+    return gather_rows(x, jnp.argmax(packing.valid).astype(jnp.int32)[None])
 
 
 def _each(mask: Array, rows: Array) -> Array:
@@ -184,16 +181,16 @@ def _long_rows_at_jvp(args, tangents):
 _long_rows_at.defjvp(_long_rows_at_jvp, symbolic_zeros=True)
 
 
-def gather_rows_or_first(x: Any, at: Array, packing: Packing, first_row: Any = None) -> Any:
+def gather_rows_or_first(x: Any, at: Array, packing: Packing, first: Any = None) -> Any:
     """Rows of ``x`` at the tokens ``at``; where ``at`` names no token, the first valid token's row.
 
     :func:`gather_rows` has zeros there. A function of zeros may have no derivative, and 0 * NaN
-    would join the gradient of what no token owns. ``first_row`` is that of the function, of groups.
+    would join the gradient of what no token owns. ``first``: see :func:`first_row`.
     """
     if x is None:
         return None
     if at.ndim == 2:
-        return jnp.where(_each(packing.holds(at), x), gather_rows(x, at), first_row)
+        return jnp.where(_each(packing.holds(at), x), gather_rows(x, at), first)
     first = packing.order[:1]  # past the end where no token counts
     if at.dtype == bool:
         return jnp.where(_each(at, x), x, gather_rows(x, first))

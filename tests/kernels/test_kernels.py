@@ -379,7 +379,7 @@ def test_devices_with_numbers_of_their_own(tpu, monkeypatch):
     def computed(product, kept, count):
         part = parts.row_part(parts.Rows(Logits(product.logits()), kept), ())
         past = jnp.arange(kept.size, dtype=jnp.int32) >= count
-        some = (jnp.where(past, jnp.nan, x) for x in (part.m, part.s, part.x_kept))
+        some = (jnp.where(past, jnp.nan, x) for x in (part.m, part.s, part.x_omitted))
         return parts.RowPart(*some, kept)
 
     monkeypatch.setattr(pallas_rows, "_computed", computed)
@@ -430,7 +430,7 @@ def test_parts_of_disjoint_columns_merge(tpu):
         return parts.RowPart(*some, own)
 
     merged = parts.merge(part(0, 700), part(700, 1100))
-    for name in ("m", "s", "x_kept"):
+    for name in ("m", "s", "x_omitted"):
         got, whole = getattr(merged, name), getattr(part(0, 1100), name)
         np.testing.assert_allclose(got, whole, rtol=1e-6)
 
