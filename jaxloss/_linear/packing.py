@@ -55,11 +55,11 @@ def step_sizes(chunk: int, groups: int = 1) -> tuple[int, ...]:
 
 
 def groups_of(tokens: Any, chunk: int) -> int:
-    """G: 1 where nothing splits the tokens, or where one chunk is all of them."""
+    """G: 1 where nothing splits the tokens, or where one chunk is all of them. Of fewer groups than
+    devices, several devices take turns."""
     if not isinstance(tokens, int) or chunk >= tokens:
         return 1
-    groups = math.gcd(tokens, device.devices_of_a_partitioner())
-    return groups if chunk % groups == 0 else 1
+    return math.gcd(tokens, chunk, device.devices_of_a_partitioner())
 
 
 def valid_first(valid: Array) -> Array:
