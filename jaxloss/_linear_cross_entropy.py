@@ -181,11 +181,12 @@ def linear_cross_entropy(
     ``hidden`` that is the same on all devices is split as ``labels`` are, or else as
     ``sample_weight`` is, or over what splits the kernel's features.
 
-    On a mesh of automatic axes XLA's partitioner splits the work, and no type says how. Where the mesh
-    splits the first axis of ``hidden``, each device computes its own tokens, if the number of tokens
-    and ``chunk_size`` are multiples of the number of devices. Where it splits another axis (the
-    sequence), or they are not, every device computes all tokens: call it inside of ``shard_map``, or
-    on an explicit mesh. ``"vocab_blocks"`` gathers a kernel whose columns are split.
+    On a mesh of automatic axes XLA's partitioner splits the work, and no type says how. Where the
+    mesh splits the first axis of ``hidden``, each device computes its own tokens, if the number of
+    tokens and ``chunk_size`` are multiples of the number of devices. Where it splits another axis
+    (the sequence), or they are not, devices compute the tokens of others too: call it inside of
+    ``shard_map``, or on an explicit mesh. ``"vocab_blocks"`` gathers a kernel whose columns are
+    split.
 
     Inside of ``shard_map`` over some of the axes of an explicit mesh both hold: the names say what
     those axes split, the types what the others do. The backward pass then computes the forward
