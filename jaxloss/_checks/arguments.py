@@ -466,7 +466,7 @@ def scalars(
     logit_softcap: Any = None,
     temperature: Any = 1.0,
 ) -> Scalars:
-    """``dtype``: of those that are arrays."""
+    """The numbers of a loss, checked. Arrays among them get the ``dtype``."""
     cap, temperature = scaling(function, logit_softcap, temperature, dtype)
     return Scalars(
         smoothing(function, label_smoothing, dtype),

@@ -55,8 +55,8 @@ def step_sizes(chunk: int, groups: int = 1) -> tuple[int, ...]:
 
 
 def groups_of(tokens: Any, chunk: int) -> int:
-    """G: 1 where nothing splits the tokens, or where one chunk is all of them. Of fewer groups than
-    devices, several devices take turns."""
+    """G: 1 where nothing splits the tokens, or where one chunk is all of them. Devices that share a
+    group, where there are fewer groups than devices, wait for each other."""
     if not isinstance(tokens, int) or chunk >= tokens:
         return 1
     return math.gcd(tokens, chunk, device.devices_of_a_partitioner())
@@ -104,10 +104,11 @@ def _packed_in_groups(valid: Array, chunk: int, groups: int) -> Packing:
 
 
 def first_row(x: Any, packing: Packing) -> Any:
-    """The first valid token's row, in whose place :func:`gather_rows_or_first` has none of groups;
-    None: it gathers the row itself.
+    """What :func:`gather_rows_or_first` takes as ``first``: of tokens in groups the first valid
+    token's row, otherwise None.
 
-    Of groups, whose tokens are split over devices, the row is sent once, before the loop.
+    The groups are split over devices. Gathered here, before the loop, the row is sent once; in the
+    loop it would be sent in each step.
     """
     if x is None or packing.groups == 1:
         return None
@@ -185,7 +186,7 @@ def gather_rows_or_first(x: Any, at: Array, packing: Packing, first: Any = None)
     """Rows of ``x`` at the tokens ``at``; where ``at`` names no token, the first valid token's row.
 
     :func:`gather_rows` has zeros there. A function of zeros may have no derivative, and 0 * NaN
-    would join the gradient of what no token owns. ``first``: see :func:`first_row`.
+    would join the gradient of what no token owns. ``first`` is from :func:`first_row`.
     """
     if x is None:
         return None

@@ -97,12 +97,13 @@ def _rows(dtype: Any, arrays: TokenArrays, options: LossOptions, scalars: Scalar
 def _beyond(arrays: TokenArrays, options: LossOptions, scalars: Scalars) -> dict[str, bool]:
     """What no kernel of a product has a form of, and whether the call asks for that."""
     # A kernel's parts are enough for z_loss. A number that has no name here is refused too.
-    named = {"label_smoothing": 0.0, "z_loss": 0.0, "softcap": None, "temperature": 1.0}
+    named = "label_smoothing", "z_loss", "softcap", "temperature"
+    others = scalars._replace(**{name: getattr(Scalars(), name) for name in named})
     return {
         "labels that are no class indices": not is_indices(arrays.labels),
         "where over classes": arrays.class_mask is not None,
         "label_smoothing": not targets.is_zero(scalars.label_smoothing),
         "a soft cap or a temperature": scalars.rescaled,
         "statistics": options.with_stats,
-        "another number": not scalars._replace(**named).plain,
+        "another number": not others.plain,
     }

@@ -68,7 +68,8 @@ def map_operands(function: Callable, first: Operands, *rest: Operands) -> Operan
 
 
 def _first_rows(operands: Operands, packing: Packing) -> tuple:
-    """What tokens that are none read, of the student, of ``per_token`` and of a teacher."""
+    """``packing.first_row`` of the student's hidden, of each of ``per_token``, of a teacher's
+    hidden."""
     student, teacher = operands.student, operands.teacher
     arrays = student.hidden, operands.per_token, None if teacher is None else teacher.hidden
     return jax.tree.map(lambda x: first_row(x, packing), arrays, is_leaf=lambda x: x is None)
@@ -156,14 +157,14 @@ def gradients(
     *like, gradient = jax.eval_shape(part, packing.some(0, chunk))
     rows = _of_tokens(operands)
 
-    def narrow(g, x):
+    def dtype_of(g, x):
         # Parts of a sum over devices are not narrowed before it.
         summed = mesh.varies_over(g) - mesh.varies_over(x)
         return accumulator_dtype(x.dtype) if summed else gradient_dtype(x.dtype)
 
     def blank_of(g, x, of_tokens):
         if of_tokens:
-            held = jax.ShapeDtypeStruct(x.shape, narrow(g, x))
+            held = jax.ShapeDtypeStruct(x.shape, dtype_of(g, x))
             bits = dynamic and g.dtype == held.dtype and moves_bits(held)
             return mesh.blank(g, x.shape, jnp.uint16 if bits else held.dtype)
         return mesh.blank(g, dtype=accumulator_dtype(x.dtype))  # a sum, never narrower
@@ -172,12 +173,12 @@ def gradients(
         each = _blank_rows(student.hidden.shape[0], like)
         return *each, map_operands(blank_of, gradient, operands, rows)
 
-    def downcast(g, x):
-        return g if g.dtype == jnp.uint16 else g.astype(narrow(g, x))
+    def in_its_dtype(g, x):
+        return g if g.dtype == jnp.uint16 else g.astype(dtype_of(g, x))
 
     def finish(state):
         *each, total = state
-        final = map_operands(downcast, total, operands)
+        final = map_operands(in_its_dtype, total, operands)
         if student.gathered:  # it is summed when it is scattered
             own = replace(final.student, kernel=total.student.kernel)
             final = final._replace(student=own)

@@ -91,8 +91,8 @@ def weighted_sum(
 ) -> tuple[Array, tuple]:
     """``(sum(weight * loss), others)``: its gradients are taken along in the forward pass.
 
-    ``loss_fn`` has one loss; ``weight[N]`` is 0 where a token does not count; ``value``
-    is that of :func:`losses_by_token`.
+    ``loss_fn`` has one loss; ``weight[N]`` is 0 where a token does not count; ``value`` is that of
+    :func:`losses_by_token`.
     """
     compute = _by_loops(partial(token_chunks.losses, loss_fn, sweep), value)
     wide = weight.dtype
@@ -158,11 +158,11 @@ def reduced(
     """``(loss, the losses past the first and the others)``, of ``valid[...]``' shape or a scalar.
 
     ``weights`` are from ``reduction.normalised_weights``; ``value`` is that of
-    :func:`losses_by_token`. ``in_groups``: see ``packing``.
+    :func:`losses_by_token`. ``in_groups``: whether the tokens may be packed in groups.
     """
     each, offset = weights
-    # Devices that communicate within a loop must take as many steps.
     groups = groups_of(valid.size, sweep.chunk) if in_groups else 1
+    # Devices that communicate within a loop must take as many steps.
     packing = pack(valid.reshape(-1), sweep.chunk, groups, in_step=bool(sweep.vocab_axes))
     if scalar:
         given = sweep, each.reshape(-1), operands, packing

@@ -52,7 +52,7 @@ class Operands(NamedTuple):
 
 
 class Constants(NamedTuple):
-    """What is not."""
+    """What is not differentiated."""
 
     label: Any  # [N], C: no such class; None: probabilities
     mask: Any = None  # [R, C], the classes that exist, one row for all tokens or
@@ -261,10 +261,8 @@ def _of_valid(sweep, operands: Operands, constants: Constants, state, ct) -> Ope
         own = operands.product.hidden, constants.label, state, ct
         first = partial(packing.in_order, order=order[:size])
         hidden, label, *rows = jax.tree.map(first, own)
-        some = with_hidden(operands, hidden), constants._replace(label=label), *rows
-        total = sweep(*some)
-        hidden = total.product.hidden
-        return with_hidden(total, packing.gather_rows(hidden, positions))
+        total = sweep(with_hidden(operands, hidden), constants._replace(label=label), *rows)
+        return with_hidden(total, packing.gather_rows(total.product.hidden, positions))
 
     # Nothing in a sweep communicates: each device of a mesh has a size of its own.
     number = jnp.sum(valid, dtype=jnp.int32)

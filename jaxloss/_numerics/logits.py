@@ -33,7 +33,7 @@ def scaling_of(softcap: float | None, temperature: Any = 1.0) -> Scaling | None:
 
 
 def in_nats(x: Array, scaling: Scaling | None) -> Array:
-    """Of logits that were read, or of their differences."""
+    """``x``, logits that were read or their differences, in nats."""
     return x if scaling is None else x * scaling.unit
 
 
@@ -99,7 +99,7 @@ class Logits:
         return m if exist is None else jnp.where(jnp.any(exist, axis=-1), m, -jnp.inf)
 
     def as_read(self) -> "Logits":
-        """The wide ones, of which nothing but the unit is left to do."""
+        """:meth:`wide` as logits: nothing is left to do but to multiply by the unit."""
         left = None if self.scaling is None else self.scaling._replace(softcap=None)
         return Logits(self.wide(), scaling=left)
 
@@ -109,7 +109,8 @@ class Logits:
         return self if self.exist is None else self.as_read()
 
     def read(self, m: Array) -> Array:
-        """What :meth:`for_passes` gives, for one pass; ``m`` is the row's maximum."""
+        """The values in the accumulator's dtype and capped, for one pass over what
+        :meth:`for_passes` gave; ``m`` is the row's maximum."""
         x = self.values.astype(accumulator_dtype(self.values.dtype))
         if self.cap is None:
             return x
@@ -117,18 +118,18 @@ class Logits:
         return tanh(x * steep)
 
     def nats(self, x: Array) -> Array:
-        """Of what was read, or of its differences."""
+        """``x``, logits that were read or their differences, in nats."""
         return in_nats(x, self.scaling)
 
     def difference(self, x: Array, m: Array) -> Array:
-        """x_j - m in nats, of what was read."""
+        """x_j - m in nats; ``x`` is what :meth:`read` gave, ``m`` the row's maximum."""
         if self.scaling is None:
             return x - m[..., None]
         m, unit = opaque(m, self.scaling.unit)
         return (x - m[..., None]) * unit
 
     def exp(self, x: Array, m: Array) -> Array:
-        """exp(x_j - m), of what was read."""
+        """exp(x_j - m); ``x`` is what :meth:`read` gave, ``m`` the row's maximum."""
         return exp_of_nonpositive(self.difference(x, m))
 
     def slope(self) -> Any:

@@ -31,7 +31,7 @@ class Rows(NamedTuple):
     """Some classes of some rows, and what is asked of them."""
 
     logits: Logits  # [..., C]
-    omitted: Any = None  # [...] int32, the entry to keep out, C for none; None: one at the maximum
+    omitted: Any = None  # [...] int32, the entry to leave out, C for none; None: one at the maximum
     soft: Any = None  # the soft targets q, broadcastable to the logits
     sparse: Any = None  # index[..., k] and the soft targets there, in place of those of ``soft``
 
@@ -41,13 +41,8 @@ class Rows(NamedTuple):
         return Rows(self.logits.at(index), soft=extra)
 
 
-SUMS = (
-    "below",
-    "mass",
-    "other_mass",
-    "entropy_sum",
-    "sum_below_max",
-)  # of a part, where they are asked for
+# Fields of a part that are there where they are asked for.
+SUMS = ("below", "mass", "other_mass", "entropy_sum", "sum_below_max")
 
 
 @partial(
@@ -79,7 +74,10 @@ class RowPart:
 
 
 def row_part(rows: Rows, outputs: tuple[str, ...], *, backward_follows: bool = False) -> RowPart:
-    """``backward_follows``: in the same program."""
+    """The part that ``rows`` make, with the sums that ``outputs`` are made of.
+
+    ``backward_follows``: whether the backward pass is in the same program.
+    """
     logits, labelled = rows.logits, rows.omitted is not None
     written = backward_follows and keeps_exponentials(logits.values)
     if labelled:

@@ -16,16 +16,17 @@ def on_one_device() -> bool:
     # Sharded classes must not be reshaped or indexed (they would be gathered), and whether they
     # are sharded is not known while tracing: one device leaves no doubt. The mesh of a program that
     # is compiled for other devices than this process has may be larger.
-    return jax.device_count() == 1 >= jax.sharding.get_abstract_mesh().size
+    return _devices() == 1
+
+
+def _devices() -> int:
+    return max(jax.device_count(), jax.sharding.get_abstract_mesh().size)
 
 
 def devices_of_a_partitioner() -> int:
     """Over how many devices a partitioner may split an array that is computed here; 1 inside of
     ``shard_map``, whose arrays are one device's."""
-    mesh_here = jax.sharding.get_abstract_mesh()
-    if mesh.manual_axes():
-        return 1
-    return max(jax.device_count(), mesh_here.size)
+    return 1 if mesh.manual_axes() else _devices()
 
 
 def is_whole() -> bool:

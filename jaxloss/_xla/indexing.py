@@ -20,10 +20,11 @@ def local_index(index: Array, start: Any, size: int) -> Array:
     return jnp.where((index >= start) & (index < start + size), index - start, size)
 
 
-def is_at(x: Array, omitted: Array) -> Array:
+def is_at(x: Array, index: Array) -> Array:
+    """Which entries of ``x[..., C]`` are at ``index[...]``."""
     split = jax.typeof(x).sharding if classes_are_split(x) else None
     iota = lax.broadcasted_iota(jnp.int32, x.shape, x.ndim - 1, out_sharding=split)
-    return iota == omitted[..., None]
+    return iota == index[..., None]
 
 
 def classes_are_split(x: Array) -> bool:
@@ -34,7 +35,7 @@ def classes_are_split(x: Array) -> bool:
 
 def is_split(x: Array) -> bool:
     """Over the devices of an explicit mesh in any axis, where JAX refuses to scatter."""
-    return any(gather_class is not None for gather_class in jax.typeof(x).sharding.spec)
+    return any(entry is not None for entry in jax.typeof(x).sharding.spec)
 
 
 def has_open_size(x: Array) -> bool:

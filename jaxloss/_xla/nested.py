@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
 from jaxloss._xla import mesh
-from jaxloss._xla.derivatives import _with_forward_mode, moving_of
+from jaxloss._xla.derivatives import differentiable, moving_of
 
 
 def shard_map(function: Callable, in_specs: Sequence, out_specs: Any) -> Callable:
@@ -63,15 +63,11 @@ def _differentiable(function: Callable, specs: list, of_outs: tuple, count: int)
 
         return of_active, list(compress(values, active))
 
-    def forward(*args):
+    def forward(_, *values):
         # By the rule itself: this pass may be differentiated in turn.
-        values = [a.value for a in args]
-        flags = tuple(() if a.perturbed else None for a in args)
-        return differentiable(*values), (values, flags)
+        return rule(*values), values
 
-    def backward(residuals, cts):
-        values, flags = residuals
-        active = [flag is not None for flag in flags]
+    def backward(active, values, cts):
         present = [not isinstance(ct, SymbolicZero | None) for ct in cts[:count]]
 
         def local(*args):
@@ -84,8 +80,7 @@ def _differentiable(function: Callable, specs: list, of_outs: tuple, count: int)
         pulled = iter(_differentiable(local, ins, outs, len(outs))(*given))
         return tuple(next(pulled) if a else None for a in active)
 
-    def tangent(residuals, tangents):
-        values, _ = residuals
+    def tangent(values, tangents):
         moving = moving_of(tangents)
 
         def local(*args):
@@ -96,7 +91,5 @@ def _differentiable(function: Callable, specs: list, of_outs: tuple, count: int)
         given = *values, *compress(tangents, moving)
         return _differentiable(local, ins, of_outs[:count], count)(*given)
 
-    rule = jax.custom_vjp(_mapped(function, specs, of_outs))
-    rule.defvjp(forward, backward, symbolic_zeros=True)
-    differentiable = _with_forward_mode(rule, tangent)
-    return differentiable
+    rule = differentiable(_mapped(function, specs, of_outs), forward, backward, tangent, asks=True)
+    return rule
