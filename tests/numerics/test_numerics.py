@@ -353,7 +353,7 @@ def test_an_index_past_the_end():
     few = jnp.stack([index, jnp.full_like(index, 2)], axis=-1)
     np.testing.assert_array_equal(indexing.gather_classes(x, few)[..., 0], [[0, 5], [8, 10]])
     put = indexing.scatter_classes(x, index[..., None], jnp.full((2, 2, 1), -1.0))
-    np.testing.assert_array_equal(put, jnp.where(indexing.is_kept(x, index), -1, x))
+    np.testing.assert_array_equal(put, jnp.where(indexing.is_at(x, index), -1, x))
 
 
 # The first class at the maximum: the prediction, and the entry that log_softmax keeps out

@@ -236,9 +236,9 @@ def test_a_vmap_of_log_softmax_on_one_device(one_device):
 def test_no_class_that_is_possible(classes):
     x = jnp.full((2, classes), -INF)
     part = parts.row_part(Rows(Logits(x)), ())
-    losses = _rows.finalize(part, ("logsumexp", "above"))[0]
+    losses = _rows.finalize(part, ("logsumexp", "lse_above_max"))[0]
     np.testing.assert_array_equal(losses.logsumexp, -INF)
-    np.testing.assert_array_equal(losses.above, -INF)
+    np.testing.assert_array_equal(losses.lse_above_max, -INF)
 
 
 @pytest.mark.parametrize("outer", [jax.jacfwd, jax.jacrev])
@@ -342,13 +342,13 @@ def test_shards_without_a_label_keep_one_maximum_out():
     x[4, :9] = -INF
     x = jnp.asarray(x, jnp.float32)
 
-    def above(x):
+    def shard(x):
         part = parts.row_part(Rows(Logits(x)), ())
         part = parts.merge_shards(part, ("v",), x.shape[-1])
-        losses, state = _rows.finalize(part, ("above", "logsumexp"))
-        return losses.above, losses.logsumexp, state.omitted
+        losses, state = _rows.finalize(part, ("lse_above_max", "logsumexp"))
+        return losses.lse_above_max, losses.logsumexp, state.omitted
 
-    r, lse, kept = jax.vmap(above, axis_name="v")(split(x, 4))
+    r, lse, kept = jax.vmap(shard, axis_name="v")(split(x, 4))
     wide = np.asarray(x, np.longdouble)
     high = wide.max(axis=-1, keepdims=True)
     with np.errstate(invalid="ignore"):
