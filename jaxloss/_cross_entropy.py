@@ -303,7 +303,8 @@ def cross_entropy(
         this device's columns; class indices, ``weight`` and ``num_classes`` speak of the whole
         vocabulary.
       token_axis_name: likewise, the mesh axis, or axes, that the tokens are split over: ``"sum"``
-        and ``"mean"`` are over all of them.
+        and ``"mean"`` are over all of them. Outside of ``shard_map`` both names may be given and
+        change nothing: there the sums are over all tokens and classes anyway.
       return_stats: also return :class:`TokenStats`, differentiable with ``reduction="none"``.
 
     Returns:

@@ -9,13 +9,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from jax.typing import ArrayLike
 
 from jaxloss._checks import arguments, explicit_mesh, messages
-from jaxloss._linear import budget, token_chunks, token_rules
+from jaxloss._linear import budget, layout, token_chunks, token_rules
 from jaxloss._linear.product import Product, Sweep
 from jaxloss._numerics.divergence import accumulator_of, row_divergences
-from jaxloss._tokens.classes import local_classes
+from jaxloss._tokens.classes import existing, local_classes
 from jaxloss._tokens.reduction import TokenWeights, normalised_weights, reduce_losses
 from jaxloss._tokens.shapes import classes_last, mask_classes_last, rows_of_mask
 from jaxloss._tokens.targets import tokens_with_classes, valid_tokens, without_empty_rows
@@ -29,6 +30,7 @@ from jaxloss._types import (
     TokenArrays,
 )
 from jaxloss._xla.device import jit
+from jaxloss._xla.mesh import size as axis_size
 
 
 def _kind(call: str, divergence: Any, beta: Any, temperature: Any, dtype) -> tuple:
@@ -175,7 +177,10 @@ def linear_kl_divergence(
     where: ArrayLike | None = None,
     reduction: Reduction = "mean",
     empty_mean: float | None = None,
-    token_axis_name: AxisName | None = None,
+    vocab_axis_name: AxisName | None = None,
+    token_axis_name: AxisName | PartitionSpec | None = None,
+    kernel_spec: PartitionSpec | None = None,
+    mesh: Mesh | AbstractMesh | None = None,
     chunk_size: int | None = None,
     precision: lax.PrecisionLike = None,
 ) -> Array:
@@ -200,8 +205,9 @@ def linear_kl_divergence(
         V = V2.
       divergence, beta, temperature, sample_weight, where, reduction, empty_mean: as in
         :func:`kl_divergence`.
-      token_axis_name: inside ``shard_map``, the mesh axis, or axes, that the tokens are split over:
-        ``"sum"`` and ``"mean"`` are over all of them.
+      vocab_axis_name, token_axis_name, kernel_spec, mesh: as in :func:`linear_cross_entropy`.
+        Devices that share the columns have the same columns of both kernels; ``kernel_spec`` is of
+        both, each with its own ``vocab_axis``.
       chunk_size: tokens whose logits are held at a time, of both sides; what is made of them takes
         up to four times as much on a CPU (``"jensen_shannon"``: nine). None takes so many fewer
         than :func:`linear_cross_entropy` that a chunk holds as many bytes, but no fewer than 512
@@ -214,8 +220,8 @@ def linear_kl_divergence(
     Raises:
       TypeError: as :func:`kl_divergence`; or a hidden and its kernel differ in dtype.
       ValueError: as :func:`kl_divergence`; or the operands do not fit together, ``chunk_size`` is
-        less than 1, an axis name is none of the surrounding ``shard_map``, or operands of an
-        explicit mesh are sharded. The classes cannot be split over devices.
+        less than 1, an axis name is none of the mesh, or operands are split over it in a way that
+        :func:`linear_cross_entropy` does not describe.
 
     A scalar loss takes its gradients along in the forward pass: three products for the student's
     side (logits and two gradients) and one for the teacher's; two more where the teacher is
@@ -243,7 +249,6 @@ def linear_kl_divergence(
     "Liger Kernel", 2024) for the teacher's own product.
     """
     call = "linear_kl_divergence"
-    token_axes = arguments.mesh_axes(call, "token_axis_name", token_axis_name)
     hidden, kernel, bias, vocab_axis = arguments.product_operands(
         call, hidden, kernel, bias, vocab_axis
     )
@@ -262,57 +267,80 @@ def linear_kl_divergence(
         got = f"kernel {messages.describe(kernel)}, teacher_kernel {its_own}"
         way_out = "If one of them is padded, say how many are classes: num_classes=..."
         messages.fail(call, "both kernels must have as many columns", got, way_out)
-    few = min(columns, its_columns)
-    classes = messages.integer(call, "num_classes", num_classes, 0, few, default=columns)
+    names = arguments.axis_names(
+        call,
+        hidden.ndim,
+        token_axis_name=token_axis_name,
+        vocab_axis_name=vocab_axis_name,
+        kernel_spec=kernel_spec,
+        over=mesh,
+    )
+    vocab_axes, token_axes = names.vocab_axes, names.token_axes
+    # On all devices: which columns are padding is not static where they are split.
+    shards = axis_size(vocab_axes)
+    few = min(columns, its_columns) * shards
+    classes = messages.integer(call, "num_classes", num_classes, 0, few, default=columns * shards)
+    local = min(columns, its_columns) if vocab_axes else classes
     wide = accumulator_of(hidden, teacher_hidden)
     kind, scalars = _kind(call, divergence, beta, temperature, wide)
     arguments.check_reduction(call, reduction)
     sample_weight = arguments.check_sample_weight(call, sample_weight, lead)
-    logits = jax.ShapeDtypeStruct((*lead, classes), hidden.dtype)
+    logits = jax.ShapeDtypeStruct((*lead, local), hidden.dtype)
     axes = (len(lead),)
     class_mask, token_mask = arguments.masks(call, "hidden @ kernel", where, logits, axes)
-    explicit_mesh.refuse(
-        call,
-        hidden=hidden,
-        kernel=kernel,
-        bias=bias,
-        teacher_hidden=teacher_hidden,
-        teacher_kernel=teacher_kernel,
-        teacher_bias=teacher_bias,
-        sample_weight=sample_weight,
-        where=class_mask if token_mask is None else token_mask,
-    )
     of_tokens = {
         "hidden": hidden,
         "teacher_hidden": teacher_hidden,
         "sample_weight": sample_weight,
         "where": token_mask,
     }
-    arguments.check_split(call, "kernel", kernel, of_tokens, token_axes=token_axes)
-    most = budget.size_to_plan_for(math.prod(lead))
+    split = {"vocab_axes": vocab_axes, "token_axes": token_axes}
+    arguments.check_split(call, "kernel", kernel, of_tokens, **split)
+    arguments.check_split(call, "teacher_kernel", teacher_kernel, of_tokens, **split)
+    arrays = TokenArrays(None, None, sample_weight, class_mask, token_mask)
+    precision = arguments.precision(call, precision)
+    products = (
+        Product(hidden, kernel, bias, vocab_axis, local, precision),
+        Product(teacher_hidden, teacher_kernel, teacher_bias, its_axis, local, precision),
+    )
+    found = layout.of_call(call, names, products, arrays)
+    tokens, most_columns = math.prod(lead), max(columns, its_columns)
+    if found is not None:
+        tokens //= found.devices(found.token_axes)
+        token_axes = (*token_axes, *found.token_axes)
+        vocab_axes = (*vocab_axes, *found.vocab_axes)
+        most_columns = max(found.columns(p) for p in products)
+        if found.vocab_axes:
+            local = most_columns
+            products = tuple(replace(p, num_classes=local) for p in products)
+    if vocab_axes and columns != its_columns:
+        rule = "both kernels must have as many columns where devices share them"
+        its_own = messages.describe(teacher_kernel)
+        got = f"kernel {messages.describe(kernel)}, teacher_kernel {its_own}"
+        messages.fail(call, rule, got, "Pad one of them, and say num_classes=...")
+    most = budget.size_to_plan_for(tokens)
     rows = budget.rows_held(
         hidden.dtype,
         none=reduction == "none",
         divergence=divergence,
         mask=class_mask is not None,
     )
-    default = budget.default_chunk(most, max(columns, its_columns), rows=rows)
-    sweep = Sweep(
-        arguments.chunk_size(call, chunk_size, default, most),
-        token_axes=token_axes if reduction != "none" else (),
-    )
-    of_product = classes, arguments.precision(call, precision)
+    default = budget.default_chunk(most, most_columns, rows=rows)
+    summed = token_axes if reduction != "none" else ()
+    sweep = Sweep(arguments.chunk_size(call, chunk_size, default, most), vocab_axes, summed)
     empty_mean = arguments.check_empty_mean(call, empty_mean)
-    arrays = TokenArrays(None, None, sample_weight, class_mask, token_mask)
-    options = LossOptions(axes, classes, None, reduction, empty_mean, False, (), sweep.token_axes)
-    return _linear_kl_divergence(
-        Product(hidden, kernel, bias, vocab_axis, *of_product),
-        Product(teacher_hidden, teacher_kernel, teacher_bias, its_axis, *of_product),
+    options = LossOptions(axes, classes, None, reduction, empty_mean, False, vocab_axes, summed)
+    static = {"sweep": sweep, "kind": kind}
+    if found is None:
+        return _linear_kl_divergence(*products, arrays, scalars, options=options, **static)
+    return layout.over_mesh(
+        products,
         arrays,
         scalars,
-        sweep=sweep,
+        schedule=_linear_kl_divergence,
+        layout=found,
         options=options,
-        kind=kind,
+        static=tuple(static.items()),
     )
 
 
@@ -320,7 +348,7 @@ def linear_kl_divergence(
 def _linear_kl_divergence(student, teacher, arrays, scalars, *, sweep, options, kind):
     lead = student.hidden.shape[:-1]
     _, _, sample_weight, class_mask, token_mask = arrays
-    classes = local_classes(options.num_classes)
+    classes = local_classes(options.num_classes, student.num_classes, options.vocab_axes)
     token_mask = tokens_with_classes(class_mask, token_mask, lead, classes)
     mask_rows, mask_index = rows_of_mask(class_mask, lead)
     numbers, of_scalars = jax.tree.flatten(scalars)
@@ -332,8 +360,10 @@ def _linear_kl_divergence(student, teacher, arrays, scalars, *, sweep, options, 
     def loss_fn(x, per_token, shared):
         (t, index), (mask, *numbers) = per_token, shared
         mask = mask if index is None else mask[index]
-        temperature = of_scalars.unflatten(numbers).temperature
-        losses = row_divergences(x, t, mask, temperature=temperature, **dict(kind))
+        # Counted anew: traced values must not leak into the loop that this runs in.
+        here = local_classes(options.num_classes, x.shape[-1], options.vocab_axes)
+        of_rows = {"temperature": of_scalars.unflatten(numbers).temperature, **dict(kind)}
+        losses = row_divergences(x, t, existing(mask, here, 2), axes=here.axes, **of_rows)
         return (losses,), ()
 
     valid = valid_tokens(sample_weight, token_mask)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any, Literal, TypedDict, Unpack, overload
 
 import jax
 from jax import Array, lax
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from jax.typing import ArrayLike
 
-from jaxloss._checks import arguments, explicit_mesh, messages
-from jaxloss._linear import plan
+from jaxloss._checks import arguments, messages
+from jaxloss._linear import layout, plan
 from jaxloss._linear.cross_entropy import by_token_chunks, by_vocab_blocks
 from jaxloss._linear.product import Product, Sweep
 from jaxloss._types import AxisName, Implementation, Reduction, TokenStats, TopKLabels
@@ -34,7 +36,9 @@ class LinearOptions(TypedDict, total=False):
     reduction: Reduction
     empty_mean: float | None
     vocab_axis_name: AxisName | None
-    token_axis_name: AxisName | None
+    token_axis_name: AxisName | PartitionSpec | None
+    kernel_spec: PartitionSpec | None
+    mesh: Mesh | AbstractMesh | None
     chunk_size: int | None
     precision: lax.PrecisionLike
     implementation: Implementation | None
@@ -85,7 +89,9 @@ def linear_cross_entropy(
     reduction: Reduction = "mean",
     empty_mean: float | None = None,
     vocab_axis_name: AxisName | None = None,
-    token_axis_name: AxisName | None = None,
+    token_axis_name: AxisName | PartitionSpec | None = None,
+    kernel_spec: PartitionSpec | None = None,
+    mesh: Mesh | AbstractMesh | None = None,
     return_stats: bool = False,
     chunk_size: int | None = None,
     precision: lax.PrecisionLike = None,
@@ -109,8 +115,13 @@ def linear_cross_entropy(
         product with 0 there, so padding wants finite numbers.
       weight, ignore_index, label_smoothing, z_loss, logit_softcap, sample_weight, where, reduction,
         empty_mean, return_stats: as in :func:`cross_entropy`.
-      vocab_axis_name, token_axis_name: as in :func:`cross_entropy`; the columns of ``kernel`` and
-        ``bias`` are split over the one, the tokens over the other.
+      vocab_axis_name, token_axis_name: the mesh axis, or axes, that split the columns of ``kernel``
+        and ``bias``, and the tokens. Inside of ``shard_map`` as in :func:`cross_entropy`, outside
+        of it as below. There ``token_axis_name`` splits the first axis of ``hidden``, or is a
+        ``PartitionSpec`` of ``hidden``: ``P("data", "context")`` for ``[B, L, D]``.
+      kernel_spec: outside of ``shard_map``, the ``PartitionSpec`` of ``kernel`` and its gradient:
+        ``P("data", "tensor")`` where the axis that splits the tokens splits D too.
+      mesh: where those axes are; None: the mesh of ``jax.set_mesh``, or of ``with mesh:``.
       chunk_size: tokens whose logits are held at a time. None takes what 1 GiB of float32 logits
         allow, up to 1024 tokens on a TPU and 4096 on a GPU, and on a GPU all tokens, where they are
         at most 2 D / 3 more than that: their logits take no more than the accumulator that one
@@ -181,12 +192,13 @@ def linear_cross_entropy(
     ``hidden`` that is the same on all devices is split as ``labels`` are, or else as
     ``sample_weight`` is, or over what splits the kernel's features.
 
-    On a mesh of automatic axes XLA's partitioner splits the work, and no type says how. Where the
-    mesh splits the first axis of ``hidden``, each device computes its own tokens, if the number of
-    tokens and ``chunk_size`` are multiples of the number of devices. Where it splits another axis
-    (the sequence), or they are not, devices compute the tokens of others too: call it inside of
-    ``shard_map``, or on an explicit mesh. ``"vocab_blocks"`` gathers a kernel whose columns are
-    split.
+    On a mesh of automatic axes XLA's partitioner splits the work, and no type says how. Name the
+    axes: then the call does what it does on an explicit mesh, whatever the operands are split over
+    before (they are resharded to fit), and axes that are not named stay with the partitioner.
+    Without names, and where the mesh splits the first axis of ``hidden``, each device computes its
+    own tokens, if the number of tokens and ``chunk_size`` are multiples of the number of devices.
+    Where it splits another axis (the sequence), or they are not, devices compute the tokens of
+    others too, and ``"vocab_blocks"`` gathers a kernel whose columns are split.
 
     Inside of ``shard_map`` over some of the axes of an explicit mesh both hold: the names say what
     those axes split, the types what the others do. The backward pass then computes the forward
@@ -214,6 +226,8 @@ def linear_cross_entropy(
         vocab_axis=vocab_axis,
         vocab_axis_name=vocab_axis_name,
         token_axis_name=token_axis_name,
+        kernel_spec=kernel_spec,
+        over=mesh,
         chunk_size=chunk_size,
         precision=precision,
         implementation=implementation,
@@ -246,6 +260,9 @@ def linear_token_stats(
     logit_softcap: float | None = None,
     where: ArrayLike | None = None,
     vocab_axis_name: AxisName | None = None,
+    token_axis_name: AxisName | PartitionSpec | None = None,
+    kernel_spec: PartitionSpec | None = None,
+    mesh: Mesh | AbstractMesh | None = None,
     chunk_size: int | None = None,
     precision: lax.PrecisionLike = None,
     implementation: Implementation | None = None,
@@ -258,7 +275,8 @@ def linear_token_stats(
       hidden: ``[..., D]``, a floating dtype.
       kernel: ``[D, V]``, or ``[V, D]`` with ``vocab_axis=0``; the dtype of ``hidden``.
       labels, bias, vocab_axis, num_classes, ignore_index, logit_softcap, where, vocab_axis_name,
-        chunk_size, precision, implementation: as in :func:`linear_cross_entropy`.
+        token_axis_name, kernel_spec, mesh, chunk_size, precision, implementation: as in
+        :func:`linear_cross_entropy`.
       temperature: as in :func:`token_stats`; an array needs ``"token_chunks"``.
 
     Returns:
@@ -295,6 +313,9 @@ def linear_token_stats(
         labels,
         vocab_axis=vocab_axis,
         vocab_axis_name=vocab_axis_name,
+        token_axis_name=token_axis_name,
+        kernel_spec=kernel_spec,
+        over=mesh,
         chunk_size=chunk_size,
         precision=precision,
         implementation=implementation,
@@ -314,7 +335,9 @@ def _losses(
     *,
     vocab_axis: Any,
     vocab_axis_name: Any,
-    token_axis_name: Any = None,
+    token_axis_name: Any,
+    kernel_spec: Any,
+    over: Any,
     chunk_size: Any,
     precision: Any,
     implementation: Any,
@@ -327,11 +350,18 @@ def _losses(
     ``operands``: hidden, kernel, bias. ``numbers`` and ``of_tokens`` are what ``scalars`` and
     ``token_loss`` of the checks take.
     """
-    vocab_axes = arguments.mesh_axes(call, "vocab_axis_name", vocab_axis_name)
-    token_axes = arguments.mesh_axes(call, "token_axis_name", token_axis_name)
     hidden, kernel, bias, vocab_axis = arguments.product_operands(
         call, *operands, vocab_axis=vocab_axis
     )
+    names = arguments.axis_names(
+        call,
+        hidden.ndim,
+        token_axis_name=token_axis_name,
+        vocab_axis_name=vocab_axis_name,
+        kernel_spec=kernel_spec,
+        over=over,
+    )
+    vocab_axes, token_axes = names.vocab_axes, names.token_axes
     columns = kernel.shape[vocab_axis]
     if vocab_axes:
         local = columns  # padding is masked: which device holds it is not static
@@ -356,20 +386,21 @@ def _losses(
     )
     precision = arguments.precision(call, precision)
 
-    layout = explicit_mesh.of_types(call, hidden, kernel, vocab_axis, bias, arrays)
-    tokens, shards, gathered = math.prod(hidden.shape[:-1]), mesh.size(vocab_axes), ()
-    if layout is not None:
-        tokens //= layout.devices(layout.token_axes)
-        shards *= layout.devices(layout.vocab_axes)
-        columns = local = layout.columns
-        gathered = layout.gathered
+    product = Product(hidden, kernel, bias, vocab_axis, local, precision)
+    found = layout.of_call(call, names, [product], arrays)
+    tokens, shards = math.prod(hidden.shape[:-1]), mesh.size(vocab_axes)
+    if found is not None:
+        tokens //= found.devices(found.token_axes)
+        shards *= found.devices(found.vocab_axes)
+        columns = local = found.columns(product)
+        product = replace(product, num_classes=local)
         # Inside of shard_map over other axes: what those split, the layout's axes split further.
-        summed = (*token_axes, *layout.token_axes) if options.reduction != "none" else ()
-        options = options._replace(vocab_axes=(*vocab_axes, *layout.vocab_axes), token_axes=summed)
+        summed = (*token_axes, *found.token_axes) if options.reduction != "none" else ()
+        options = options._replace(vocab_axes=(*vocab_axes, *found.vocab_axes), token_axes=summed)
     size = plan.ProblemSize(
         tokens, hidden.shape[-1], columns, local, options.num_classes != local * shards
     )
-    whole = layout is not None or device.is_whole()
+    whole = device.is_whole() if found is None else found.whole
     chosen = plan.choose(
         call,
         implementation,
@@ -381,11 +412,11 @@ def _losses(
         scalars,
         whole=whole,
     )
-    product = Product(hidden, kernel, bias, vocab_axis, local, precision, gathered)
     compute = by_token_chunks if chosen.by_tokens else by_vocab_blocks
-    given = product, arrays, scalars
     sweep = Sweep(chosen.chunk, options.vocab_axes, options.token_axes)
-    static = {"sweep": sweep, "options": options, "fused": chosen.fused}
-    if layout is None:
-        return compute(*given, **static)
-    return explicit_mesh.over_mesh(*given, schedule=compute, layout=layout, **static)
+    static = {"sweep": sweep, "fused": chosen.fused}
+    if found is None:
+        return compute(product, arrays, scalars, options=options, **static)
+    given = (product,), arrays, scalars
+    static = tuple(static.items())
+    return layout.over_mesh(*given, schedule=compute, layout=found, options=options, static=static)

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
 from jax import Array, dtypes, lax
 from jax.core import eval_jaxpr
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
+from jax.sharding import PartitionSpec as P
 from jax.typing import ArrayLike
 
-from jaxloss._checks import arguments, explicit_mesh, messages
-from jaxloss._linear import budget, token_chunks, token_rules
+from jaxloss._checks import arguments, messages
+from jaxloss._linear import budget, layout, token_chunks, token_rules
 from jaxloss._linear.packing import groups_of
 from jaxloss._linear.product import Product, Sweep
 from jaxloss._tokens.reduction import TokenWeights, normalised_weights
-from jaxloss._types import LossOptions, Reduction
-from jaxloss._xla import mesh
+from jaxloss._types import AxisName, LossOptions, Reduction
 from jaxloss._xla.dtypes import accumulator_dtype
+from jaxloss._xla.mesh import other_axes, varies_over, varying
 from jaxloss._xla.programs import run
 
 
@@ -32,6 +35,9 @@ def linear_loss(
     sample_weight: ArrayLike | None = None,
     reduction: Reduction = "mean",
     empty_mean: float | None = None,
+    token_axis_name: AxisName | PartitionSpec | None = None,
+    kernel_spec: PartitionSpec | None = None,
+    mesh: Mesh | AbstractMesh | None = None,
     chunk_size: int | None = None,
     precision: lax.PrecisionLike = None,
 ) -> Array:
@@ -55,14 +61,17 @@ def linear_loss(
         computed; their loss and gradient are exactly 0.
       reduction: ``"none"``, ``"sum"`` or ``"mean"``.
       empty_mean: what a mean over nothing is, a Python number; None: NaN. Its gradient is 0.
+      token_axis_name, kernel_spec, mesh: as in :func:`linear_cross_entropy`. ``loss_fn`` sees whole
+        rows: the columns of ``kernel`` may be split over axes that split the tokens alone, and are
+        gathered.
 
     Returns:
       A scalar, or ``[...]`` for ``"none"``, in the dtype of the logits.
 
     Raises:
       TypeError, ValueError: as :func:`linear_cross_entropy`; or an array of ``per_token`` has
-        another leading shape, or ``loss_fn`` does not return ``[n]``, floating, or operands of an
-        explicit mesh are sharded. Inside of ``shard_map`` a sum or mean is the device's own.
+        another leading shape, or ``loss_fn`` does not return ``[n]``, floating. Inside of
+        ``shard_map`` a sum or mean without ``token_axis_name`` is the device's own.
 
     Differentiable in ``hidden``, ``kernel``, ``bias``, floating ``per_token``, ``sample_weight``
     and what ``loss_fn`` closes over, in every mode that ``loss_fn`` is; memory and products as
@@ -95,70 +104,108 @@ def linear_loss(
         call, hidden, kernel, bias, vocab_axis
     )
     columns = kernel.shape[vocab_axis]
-    lead, tokens = hidden.shape[:-1], math.prod(hidden.shape[:-1])
-    most = budget.size_to_plan_for(tokens)
+    lead = hidden.shape[:-1]
     arrays = []
     for i, x in enumerate(per_token):
         x = messages.array(call, f"per_token[{i}]", x, of_keys=True)
         if x.shape[: len(lead)] != lead:
             rule = f"per_token[{i}] must have hidden's leading shape, {lead}"
             messages.fail(call, rule, f"{messages.describe(x)}, hidden {messages.describe(hidden)}")
-        arrays.append(x.reshape(tokens, *x.shape[len(lead) :]))
+        arrays.append(x)
     sample_weight = arguments.check_sample_weight(call, sample_weight, lead)
-    named = {f"per_token[{i}]": x for i, x in enumerate(arrays)}
-    explicit_mesh.refuse(
-        call, hidden=hidden, kernel=kernel, bias=bias, sample_weight=sample_weight, **named
+    names = arguments.axis_names(
+        call, hidden.ndim, token_axis_name=token_axis_name, kernel_spec=kernel_spec, over=mesh
     )
+    of_tokens = {"hidden": hidden, "sample_weight": sample_weight}
+    of_tokens |= {f"per_token[{i}]": x for i, x in enumerate(arrays)}
+    arguments.check_split(call, "kernel", kernel, of_tokens, token_axes=names.token_axes)
     arguments.check_reduction(call, reduction)
-    own = sum(math.prod(x.shape[1:]) * x.dtype.itemsize for x in arrays) / (4 * max(1, columns))
+    empty_mean = arguments.check_empty_mean(call, empty_mean)
+    precision = arguments.precision(call, precision)
+    product = Product(hidden, kernel, bias, vocab_axis, columns, precision)
+    found = layout.of_call(call, names, [product], (arrays, sample_weight), whole_rows=True)
+    tokens, token_axes = math.prod(lead), names.token_axes
+    if found is not None:
+        tokens //= found.devices(found.token_axes)
+        token_axes = (*token_axes, *found.token_axes)
+    token_axes = token_axes if reduction != "none" else ()
+    most = budget.size_to_plan_for(tokens)
+    rests = [(x.shape[len(lead) :], x.dtype) for x in arrays]
+    own = sum(math.prod(rest) * dtype.itemsize for rest, dtype in rests) / (4 * max(1, columns))
     rows = budget.rows_held(hidden.dtype, none=reduction == "none", own=own)
     default = budget.default_chunk(most, columns, rows=rows)
     chunk = arguments.chunk_size(call, chunk_size, default, most)
-
     wide = accumulator_dtype(hidden.dtype)
 
     def examples(n, axes=frozenset()):
-        shapes = ((n, columns), wide), *(((n, *x.shape[1:]), x.dtype) for x in arrays)
+        shapes = ((n, columns), wide), *(((n, *rest), dtype) for rest, dtype in rests)
         if not axes:
             return [jax.ShapeDtypeStruct(*shape) for shape in shapes]
-        zeros = lambda: [jnp.zeros(*shape) for shape in shapes]  # noqa: E731
-        return jax.eval_shape(lambda: mesh.varying(zeros(), axes))
+        zeros = lambda: varying([jnp.zeros(*shape) for shape in shapes], axes)  # noqa: E731
+        # JAX 0.12 traces from no type of a value that varies over some axes of a mesh alone.
+        return zeros() if other_axes() else jax.eval_shape(zeros)
 
-    out = jax.eval_shape(loss_fn, *examples(chunk))
-    one = isinstance(out, jax.ShapeDtypeStruct)
-    if not one or out.shape != (chunk,) or not jnp.issubdtype(out.dtype, jnp.floating):
-        rule = f"loss_fn must return one floating number a token, shape ({chunk},)"
-        got = messages.describe(out) if one else type(out).__name__
-        messages.fail(call, rule, f"{got} for logits {messages.describe(examples(chunk)[0])}")
-    varies = mesh.varies_over((hidden, kernel, bias, sample_weight, arrays))
+    outer = _checked(call, loss_fn, examples(chunk))
     # JAX has no zeros and no sums of random keys, by which groups are filled.
-    in_groups = not any(jnp.issubdtype(x.dtype, dtypes.prng_key) for x in arrays)
-    groups = groups_of(tokens, chunk) if in_groups else 1
-    sizes = budget.all_step_sizes(chunk, columns, groups)
-    pure, closed_over = _converted(loss_fn, examples, sizes, varies)
-
-    def chunk_losses(x, per_token, shared):
-        return (pure(x, per_token, shared).astype(wide),), ()
-
-    valid = jnp.ones(lead, bool) if sample_weight is None else sample_weight.astype(bool)
-    empty_mean = arguments.check_empty_mean(call, empty_mean)
-    options = LossOptions((len(lead),), columns, None, reduction, empty_mean, False, (), ())
-    weights = normalised_weights(TokenWeights(valid, sample_weight), options, wide)
-    precision = arguments.precision(call, precision)
-    rows = hidden.reshape(tokens, hidden.shape[-1])
-    product = Product(rows, kernel, bias, vocab_axis, columns, precision)
-    operands = token_chunks.Operands(product, tuple(arrays), closed_over)
-    sweep = Sweep(chunk)
+    in_groups = not any(jnp.issubdtype(dtype, dtypes.prng_key) for _, dtype in rests)
+    options = LossOptions((len(lead),), columns, None, reduction, empty_mean, False, (), token_axes)
+    sweep = Sweep(chunk, token_axes=token_axes)
     scalar = reduction != "none"
 
-    # One program, which goes with this call. Of loops that run one by one outside of jit JAX keeps
-    # thousands, and their compiled programs.
-    @jax.jit
-    def reduced(operands, valid, weights):
-        given = sweep, operands, valid, weights, scalar
-        return token_rules.reduced(chunk_losses, *given, in_groups=in_groups)[0]
+    def local(product, arrays, sample_weight, closed_over):
+        """The loss of the tokens of one device."""
+        lead = product.hidden.shape[:-1]
+        tokens = math.prod(lead)
+        valid = jnp.ones(lead, bool) if sample_weight is None else sample_weight.astype(bool)
+        groups = groups_of(tokens, chunk) if in_groups else 1
+        sizes = budget.all_step_sizes(chunk, columns, groups)
+        varies = varies_over((product, arrays, sample_weight))
+        pure, consts = _converted(loss_fn, examples, sizes, varies)
+        # Inside of shard_map what loss_fn closes over comes as an argument.
+        given = {id(x): y for x, y in zip(outer, closed_over, strict=True)}
+        consts = tuple(jnp.asarray(given.get(id(x), x)) for x in consts)
 
-    return reduced(operands, valid, weights)
+        def chunk_losses(x, per_token, shared):
+            return (pure(x, per_token, shared).astype(wide),), ()
+
+        weights = normalised_weights(TokenWeights(valid, sample_weight), options, wide)
+        rows = replace(product, hidden=product.hidden.reshape(tokens, hidden.shape[-1]))
+        flat = [x.reshape(tokens, *x.shape[len(lead) :]) for x in arrays]
+        operands = token_chunks.Operands(rows, tuple(flat), consts)
+
+        # One program, which goes with this call. Of loops that run one by one outside of jit JAX
+        # keeps thousands, and their compiled programs.
+        @jax.jit
+        def reduced(operands, valid, weights):
+            given = sweep, operands, valid, weights, scalar
+            return token_rules.reduced(chunk_losses, *given, in_groups=in_groups)[0]
+
+        return reduced(operands, valid, weights)
+
+    if found is None:
+        return local(product, arrays, sample_weight, outer)
+    (product,), of_operands = layout.of_products([product], found)
+    of_rows = P(*found.tokens)
+    specs = (*of_operands, of_rows, of_rows, P())
+    given = product, arrays, sample_weight, outer
+
+    @jax.jit
+    def over_mesh(*given):
+        return layout.run(local, found, given, specs, P() if scalar else of_rows)
+
+    return over_mesh(*given)
+
+
+def _checked(call: str, loss_fn: Callable, examples: list) -> tuple:
+    """The arrays that ``loss_fn`` closes over."""
+    program, out = jax.make_jaxpr(loss_fn, return_shape=True)(*examples)
+    one = isinstance(out, jax.ShapeDtypeStruct)
+    shape = examples[0].shape[:1]
+    if not one or out.shape != shape or not jnp.issubdtype(out.dtype, jnp.floating):
+        rule = f"loss_fn must return one floating number a token, shape {shape}"
+        got = messages.describe(out) if one else type(out).__name__
+        messages.fail(call, rule, f"{got} for logits {messages.describe(examples[0])}")
+    return tuple(program.consts)
 
 
 def _converted(
@@ -184,7 +231,7 @@ def _converted(
         if not axes:
             return eval_jaxpr(programs[n], consts, x, *per_token)[0]
         # On a mesh what is closed over comes varying: its gradient is summed after the sweep.
-        args = mesh.varying((x, *per_token), axes)
+        args = varying((x, *per_token), axes)
         return run(programs[n], consts, axes, *args)[0]
 
-    return pure, tuple(jnp.asarray(x) for x in closed_over.values())
+    return pure, tuple(closed_over.values())

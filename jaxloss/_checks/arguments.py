@@ -3,11 +3,13 @@
 import itertools
 import sys
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.sharding import AbstractMesh, Mesh
+from jax.sharding import PartitionSpec as P
 
 from jaxloss._checks import messages
 from jaxloss._types import REDUCTIONS, RESTS, Axes, LossOptions, Scalars, TokenArrays, TopKLabels
@@ -279,25 +281,122 @@ def ignored(function: str, x: Any, labels: Any = None) -> int | None:
     return x
 
 
+class AxisNames(NamedTuple):
+    """The mesh axes that a call names: those of the surrounding ``shard_map``, and others."""
+
+    vocab_axes: Axes = ()  # of shard_map
+    token_axes: Axes = ()
+    mesh: Any = None  # of the others; None: there is none
+    of_vocab: Axes = ()
+    of_tokens: tuple | None = None  # what splits each leading axis of hidden; None: nobody says
+    of_kernel: tuple | None = None  # likewise each axis of the kernel
+
+    @property
+    def asked(self) -> bool:
+        """Whether any of the others is named."""
+        return bool(self.of_vocab) or self.of_tokens is not None or self.of_kernel is not None
+
+
 def mesh_axes(function: str, name: str, x: Any) -> Axes:
-    """Names of axes of the surrounding ``shard_map``."""
-    names = () if x is None else (x,) if isinstance(x, str) else x
-    if not isinstance(names, tuple | list) or not all(isinstance(n, str) for n in names):
+    """Of the names of mesh axes those of the surrounding ``shard_map``.
+
+    The partitioner of other axes of the mesh needs no names where there are logits.
+    """
+    manual = mesh.manual_axes()
+    return tuple(n for n in _names(function, name, x, mesh.of_context()) if n in manual)
+
+
+def _names(function: str, name: str, x: Any, over: Any) -> Axes:
+    """Checked: each of them once, of the surrounding ``shard_map`` or the mesh ``over``."""
+    entries = x if isinstance(x, P | tuple | list) else () if x is None else (x,)
+    names = tuple(n for e in entries for n in (e if isinstance(e, tuple | list) else (e,)))
+    names = tuple(n for n in names if n is not None) if isinstance(x, P) else names
+    if not all(isinstance(n, str) for n in names):
         rule = f"{name} must be the name of a mesh axis, or a tuple of names"
         messages.fail(function, rule, repr(x), kind=TypeError)
-    manual = jax.sharding.get_abstract_mesh().manual_axes
+    manual, others = mesh.manual_axes(), over.axis_names if over is not None else ()
     for n in names:
-        if n not in manual:
-            by_hand = _by_hand(function, name, n)
+        if n not in manual and n not in others:
+            inside = f"inside of shard_map over {manual}" if manual else "outside of shard_map"
+            way_out = "" if others else "Set the mesh: jax.set_mesh(mesh)."
+            if mesh.is_bound(n):
+                by_hand = _by_hand(function, name, n)
+                way_out = f"Of vmap or pmap: {by_hand}." if by_hand else ""
             messages.fail(
                 function,
-                f"{name} must name axes of the surrounding shard_map",
-                f"{n!r}, inside of {'shard_map over ' + str(manual) if manual else 'none'}",
-                f"Of vmap or pmap: {by_hand}." if by_hand and mesh.is_bound(n) else "",
+                f"{name} must name axes of the surrounding shard_map or of the mesh",
+                f"{n!r}, {inside}, {f'on a mesh of {others}' if others else 'without a mesh'}",
+                way_out,
             )
     if len(set(names)) != len(names):
         messages.fail(function, f"{name} must name each axis once", repr(x))
-    return tuple(names)
+    return names
+
+
+def axis_names(
+    function: str,
+    rank: int,
+    *,
+    token_axis_name: Any,
+    vocab_axis_name: Any = None,
+    kernel_spec: Any = None,
+    over: Any = None,
+) -> AxisNames:
+    """The names that a function of ``hidden``, of this rank, and a kernel takes.
+
+    ``over``: its argument ``mesh``.
+    """
+    if over is not None and not isinstance(over, Mesh | AbstractMesh):
+        messages.fail(function, "mesh must be a jax.sharding.Mesh", repr(over), kind=TypeError)
+    named = [x for x in (token_axis_name, vocab_axis_name, kernel_spec) if x is not None]
+    if over is not None and not named:
+        rule = "mesh is where axes are named"
+        messages.fail(function, rule, "none", "Give token_axis_name or vocab_axis_name too.")
+    manual = mesh.manual_axes()
+    over = mesh.of_context() if over is None or manual else over
+    tokens = _names(function, "token_axis_name", token_axis_name, over)
+    vocab = _names(function, "vocab_axis_name", vocab_axis_name, over)
+    for axis in vocab:
+        if axis in tokens:
+            rule = "vocab_axis_name and token_axis_name must differ"
+            messages.fail(function, rule, f"{axis!r} in both")
+    of_tokens = of_kernel = None
+    if isinstance(token_axis_name, P):
+        of_tokens = _entries(function, "token_axis_name", token_axis_name, rank)
+        of_tokens = of_tokens[: rank - 1]  # one for the features says that they are gathered
+    elif tokens and rank > 1:
+        of_tokens = (tokens, *(() for _ in range(rank - 2)))
+    elif _parted(tokens, manual)[1]:
+        rule = "token_axis_name needs a hidden of more than one token"
+        messages.fail(function, rule, "hidden of rank 1")
+    if of_tokens is not None:
+        of_tokens = tuple(tuple(n for n in e if n not in manual) or None for e in of_tokens)
+        of_tokens = of_tokens if any(of_tokens) or not tokens else None
+    if kernel_spec is not None:
+        if not isinstance(kernel_spec, P):
+            rule = "kernel_spec must be a jax.sharding.PartitionSpec"
+            messages.fail(function, rule, repr(kernel_spec), kind=TypeError)
+        names = _names(function, "kernel_spec", kernel_spec, over)
+        if any(n in manual for n in names):
+            rule = "kernel_spec is for axes that the surrounding shard_map leaves out"
+            messages.fail(function, rule, repr(kernel_spec), "in_specs says what it splits.")
+        of_kernel = tuple(e or None for e in _entries(function, "kernel_spec", kernel_spec, 2))
+    bound, of_vocab = _parted(vocab, manual)
+    return AxisNames(bound, _parted(tokens, manual)[0], over, of_vocab, of_tokens, of_kernel)
+
+
+def _parted(names: Axes, manual: Axes) -> tuple[Axes, Axes]:
+    """(those that are manual, the others)."""
+    return tuple(n for n in names if n in manual), tuple(n for n in names if n not in manual)
+
+
+def _entries(function: str, name: str, spec: P, rank: int) -> tuple:
+    """The names of each axis."""
+    if len(spec) > rank:
+        rule = f"{name} must have at most {rank} entries, one an axis"
+        messages.fail(function, rule, repr(spec))
+    entries = (() if e is None else (e,) if isinstance(e, str) else tuple(e) for e in spec)
+    return (*entries, *(() for _ in range(rank - len(spec))))
 
 
 def check_split(

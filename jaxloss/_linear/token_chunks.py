@@ -97,9 +97,15 @@ def _columns(operands: Operands) -> int:
     return sum(p.columns for p in (operands.student, operands.teacher) if p is not None)
 
 
+def _whole(operands: Operands) -> Operands:
+    """With kernels that are gathered over the tokens' devices."""
+    teacher = operands.teacher and operands.teacher.whole()
+    return operands._replace(student=operands.student.whole(), teacher=teacher)
+
+
 def losses(loss_fn: LossFn, sweep: Sweep, dynamic: bool, operands: Operands, packing: Packing):
     """(losses, others), each [N], 0 where a token does not count. One product."""
-    operands = operands._replace(student=operands.student.whole())
+    operands = _whole(operands)
     operands = mesh.varying(operands, mesh.varies_over(packing.size))
 
     of_student, of_tokens, of_teacher = _first_rows(operands, packing)
@@ -141,12 +147,12 @@ def gradients(
     student = operands.student
     # A gradient of what no token owns is summed over the devices after the loop, not in it.
     over = mesh.varies_over(student.hidden) | mesh.varies_over(packing.order)
-    whole = student.whole()
-    given = mesh.varying(operands._replace(student=whole), over)
+    whole = _whole(operands)
+    given = mesh.varying(whole, over)
     cts = mesh.varying(cts, mesh.varies_over(packing.size))
     of_tokens = over | mesh.varies_over(operands.per_token)
     complete = tuple(
-        p is not None and complete_over(p, of_tokens, sweep) for p in (whole, operands.teacher)
+        p is not None and complete_over(p, of_tokens, sweep) for p in (whole.student, whole.teacher)
     )
     first = _first_rows(given, packing)
     part = partial(_chunk_gradients, loss_fn, active, complete, given, packing, first, cts)
@@ -176,18 +182,22 @@ def gradients(
     def in_its_dtype(g, x):
         return g if g.dtype == jnp.uint16 else g.astype(dtype_of(g, x))
 
+    def wide_if_gathered(final, total):  # it is summed when it is scattered
+        return replace(final, kernel=total.kernel) if final and final.gathered else final
+
     def finish(state):
         *each, total = state
         final = map_operands(in_its_dtype, total, operands)
-        if student.gathered:  # it is summed when it is scattered
-            own = replace(final.student, kernel=total.student.kernel)
-            final = final._replace(student=own)
-        return *each, final
+        return *each, final._replace(
+            student=wide_if_gathered(final.student, total.student),
+            teacher=wide_if_gathered(final.teacher, total.teacher),
+        )
 
     losses, others, total = over_chunks(
         packing, chunk, part, partial(_with_chunk, rows), blank, finish, dynamic
     )
-    total = total._replace(student=total.student.scattered())
+    teacher = total.teacher and total.teacher.scattered()
+    total = total._replace(student=total.student.scattered(), teacher=teacher)
     # Here, and not in a branch of the loop: what comes next reads the bits as floats in passing.
     total = map_operands(_floats, total, operands)
     return losses, others, total

@@ -16,11 +16,15 @@ enters as ``e^2 / 2``. Within a class, ``s`` is the smaller probability, ``b`` t
 
 The right sides have no cancellation for small ``d``, the left ones none for large.
 
+Where the classes are split over mesh ``axes``, each device has its own columns of all that is of
+each class, and the numbers of a row are maxima and sums over the devices.
+
 ``a`` itself is ``((t_j - x_j) - (t_max - x_max)) / T - shift``: differences of logits first, exact
 whatever their offsets, and ``shift``, the log-sum-exps' difference, from the sum of differences.
 """
 
 import math
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -30,12 +34,13 @@ from jax.custom_derivatives import SymbolicZero
 
 from jaxloss._numerics.logits import Logits
 from jaxloss._numerics.passes import near_max
+from jaxloss._types import Axes
 from jaxloss._xla import mesh
 from jaxloss._xla.derivatives import differentiable, scale_rows
 from jaxloss._xla.dtypes import accumulator_dtype, downcast, upcast
 from jaxloss._xla.elementary import exp_of_nonpositive, finite, log, log1p
 from jaxloss._xla.fusion import reread
-from jaxloss._xla.indexing import is_at
+from jaxloss._xla.indexing import gather_class, is_at
 
 NEAR = 2.0  # the distance below which the series serves
 
@@ -180,21 +185,27 @@ def _exponentials(x: Array, x_max: Array, temperature: Any) -> Array:
     return exp_of_nonpositive((x - x_max[..., None]) / temperature)
 
 
-def _row(x: Array, t: Array, temperature: Any) -> Row:
+def _total(x: Array, axes: Axes) -> Array:
+    """The sum over the classes."""
+    total = jnp.sum(x, axis=-1)
+    return lax.psum(total, axes) if axes else total
+
+
+def _row(x: Array, t: Array, temperature: Any, axes: Axes) -> Row:
     """The derivatives are those of :func:`_pair`, which is made of it."""
     x, t = lax.stop_gradient((x, t))
-    x_max, t_max = (finite(jnp.max(v, axis=-1)) for v in (x, t))
+    x_max, t_max = (finite(mesh.largest(jnp.max(v, axis=-1), axes)) for v in (x, t))
     e_x, e_t = _exponentials(x, x_max, temperature), _exponentials(t, t_max, temperature)
-    x_sum, t_sum = jnp.sum(e_x, axis=-1), jnp.sum(e_t, axis=-1)
+    x_sum, t_sum = _total(e_x, axes), _total(e_t, axes)
     distances = _distances(x, t, x_max, t_max, temperature)
-    reread = jnp.sum(_p_minus_q(Pair(e_t, e_x, distances)), axis=-1) / x_sum
+    reread = _total(_p_minus_q(Pair(e_t, e_x, distances)), axes) / x_sum
     # The sums' rounding is all there is to log(t_sum / x_sum) where they are nearly equal.
     shift = jnp.where(jnp.abs(reread) < 0.5, log1p(reread), log(t_sum / x_sum))
     return Row(x_max, t_max, x_sum, t_sum, shift, None, None)
 
 
-@jax.custom_jvp
-def _pair(x: Array, t: Array, row: Row, temperature: Any) -> Pair:
+@partial(jax.custom_jvp, nondiff_argnums=(4,))
+def _pair(x: Array, t: Array, row: Row, temperature: Any, axes: Axes) -> Pair:
     return Pair(
         _exponentials(t, row.t_max, temperature) / row.t_sum[..., None],
         _exponentials(x, row.x_max, temperature) / row.x_sum[..., None],
@@ -202,16 +213,16 @@ def _pair(x: Array, t: Array, row: Row, temperature: Any) -> Pair:
     )
 
 
-def _pair_jvp(primals, tangents):
+def _pair_jvp(axes, primals, tangents):
     # By the logits and T: the row's numbers are functions of them, which have lost digits.
     (x, t, row, temperature), (dx, dt, _, d_temperature) = primals, tangents
-    pair = _pair(x, t, row, temperature)
+    pair = _pair(x, t, row, temperature, axes)
     dx, dt = (
         _moved(v, v_max, dv, temperature, d_temperature)
         for v, v_max, dv in ((x, row.x_max, dx), (t, row.t_max, dt))
     )
-    d_log_q = _log_tangent(pair.q, x, row.x_max, dx) / temperature
-    d_log_p = _log_tangent(pair.p, t, row.t_max, dt) / temperature
+    d_log_q = _log_tangent(pair.q, x, row.x_max, dx, axes) / temperature
+    d_log_p = _log_tangent(pair.p, t, row.t_max, dt, axes) / temperature
     return pair, Pair(pair.p * d_log_p, pair.q * d_log_q, d_log_p - d_log_q)
 
 
@@ -231,12 +242,25 @@ def _below_max(x: Array, x_max: Array) -> Array:
     return jnp.where(x == -jnp.inf, 0, x - x_max[..., None])
 
 
-def _log_tangent(p: Array, x: Array, x_max: Array, dx: Array) -> Array:
+def _log_tangent(p: Array, x: Array, x_max: Array, dx: Array, axes: Axes) -> Array:
     """``dx_j - sum_i p_i dx_i``, of differences with the entry at the maximum: as a difference of
     two numbers of the tangent's size, that entry's, which is all that the others lack, is lost."""
-    at_max = is_at(x, near_max(Logits(x), x_max))
-    dx = dx - jnp.sum(jnp.where(at_max, dx, 0), axis=-1, keepdims=True)
-    return dx - jnp.sum(p * dx, axis=-1, keepdims=True)
+    at_max = is_at(x, _one_at_max(x, x_max, axes))
+    dx = dx - _total(jnp.where(at_max, dx, 0), axes)[..., None]
+    return dx - _total(p * dx, axes)[..., None]
+
+
+def _one_at_max(x: Array, x_max: Array, axes: Axes) -> Array:
+    """The class of one entry near the maximum; past the end where another device has it."""
+    index = near_max(Logits(x), x_max)
+    if not axes:
+        return index
+    size = x.shape[-1]
+    here = gather_class(x, index)
+    best = mesh.largest(here, axes)
+    device = lax.axis_index(axes)
+    first = -mesh.largest(jnp.where(here == best, -device, -mesh.size(axes)), axes)
+    return jnp.where(device == first, index, size)
 
 
 class Mixture(NamedTuple):
@@ -300,12 +324,10 @@ def _shares_jvp(primals, tangents):
     return (share_of_s, share_of_b), (-moved, moved)
 
 
-def _divergences(pair: Pair, divergence: str, beta: float) -> tuple[Any, Any]:
+def _divergences(pair: Pair, divergence: str, beta: float, axes: Axes) -> tuple[Any, Any]:
     """(the teacher's, the student's) from the other, or from the mixture."""
     more, s, b, d = _sides(pair)
-
-    def total(x):
-        return jnp.sum(x, axis=-1)
+    total = partial(_total, axes=axes)
 
     if divergence == "forward":
         return total(jnp.where(more, _up(s, b, d), _down(s, b, d))), None
@@ -324,22 +346,22 @@ def _loss(row: Row, divergence: str, beta: float) -> Array:
     return beta * row.of_teacher + (1 - beta) * row.of_student
 
 
-def _weighed(p: Array, x: Array) -> Array:
+def _weighed(p: Array, x: Array, axes: Axes) -> Array:
     """p x, 0 for p = 0 of an infinite x too."""
     none = p == 0
-    return _balanced(p, jnp.where(none, 0, p * jnp.where(none, 0, x)))
+    return _balanced(p, jnp.where(none, 0, p * jnp.where(none, 0, x)), axes)
 
 
-def _balanced(p: Array, slopes: Array) -> Array:
+def _balanced(p: Array, slopes: Array, axes: Axes) -> Array:
     """``slopes``, which sum to 0, made exact at a class of more than 1/2.
 
     There ``a - KL`` is the difference of nearly equal numbers, and less the sum of the others.
     """
     others = jnp.where(p > 0.5, 0, slopes)
-    return jnp.where(p > 0.5, -jnp.sum(others, axis=-1, keepdims=True), others)
+    return jnp.where(p > 0.5, -_total(others, axes)[..., None], others)
 
 
-def _slopes(pair: Pair, row: Row, divergence: str, beta: float) -> tuple[Array, Array]:
+def _slopes(pair: Pair, row: Row, divergence: str, beta: float, axes: Axes) -> tuple:
     """The derivatives of a row's loss with respect to ``x_j / T`` and ``t_j / T``.
 
     Of ``f(q)`` by ``x_j / T``: ``q_j (df/dq_j - sum_i q_i df/dq_i)``, and so for ``p`` and ``t``.
@@ -350,14 +372,14 @@ def _slopes(pair: Pair, row: Row, divergence: str, beta: float) -> tuple[Array, 
       mixture's own share, ``-beta (beta p + (1 - beta) q) / m``, is constant; so for ``q``.
     """
     if divergence == "forward":
-        return -_p_minus_q(pair), _weighed(pair.p, pair.a - row.of_teacher[..., None])
+        return -_p_minus_q(pair), _weighed(pair.p, pair.a - row.of_teacher[..., None], axes)
     if divergence == "reverse":
-        return _weighed(pair.q, -pair.a - row.of_student[..., None]), _p_minus_q(pair)
+        return _weighed(pair.q, -pair.a - row.of_student[..., None], axes), _p_minus_q(pair)
     more = pair.a >= 0
     _, above, below = _mixture(pair, beta)
     of_p = jnp.where(more, above, -below) - row.of_teacher[..., None]
     of_q = jnp.where(more, -below, above) - row.of_student[..., None]
-    return (1 - beta) * _weighed(pair.q, of_q), beta * _weighed(pair.p, of_p)
+    return (1 - beta) * _weighed(pair.q, of_q, axes), beta * _weighed(pair.p, of_p, axes)
 
 
 def row_divergences(
@@ -369,11 +391,13 @@ def row_divergences(
     divergence: str,
     beta: float,
     temperature: Any,
+    axes: Axes = (),
 ) -> Array:
     """The divergences of rows ``[..., C]``, one number a row; 0 for one that does not count.
 
     ``class_mask`` broadcasts to the logits, ``valid`` has one entry a row. Differentiable in both
-    logits, and in a temperature that is an array, in every mode.
+    logits, and in a temperature that is an array, in every mode. ``axes``: of the mesh, that the
+    classes are split over.
     """
     wide = accumulator_of(logits, teacher_logits)
     if logits.shape[-1] == 0:
@@ -391,17 +415,17 @@ def row_divergences(
     def forward(logits, teacher_logits, mask, valid, traced):
         x, t = both(logits, teacher_logits, mask, valid)
         temperature = static if traced is None else traced
-        row = _row(x, t, temperature)
-        pair = _pair(x, t, row, temperature)
-        of_teacher, of_student = _divergences(pair, divergence, beta)
+        row = _row(x, t, temperature, axes)
+        pair = _pair(x, t, row, temperature, axes)
+        of_teacher, of_student = _divergences(pair, divergence, beta, axes)
         row = row._replace(of_teacher=of_teacher, of_student=of_student)
         return _loss(row, divergence, beta), (logits, teacher_logits, mask, valid, traced, row)
 
     def slopes(residuals) -> tuple[tuple, Any]:
         *given, traced, row = residuals
         temperature = static if traced is None else traced
-        pair = _pair(*both(*given), row, temperature)
-        return _slopes(pair, row, divergence, beta), temperature
+        pair = _pair(*both(*given), row, temperature, axes)
+        return _slopes(pair, row, divergence, beta, axes), temperature
 
     def by_temperature(residuals, slopes, temperature):
         """The derivative with respect to T: each logit over T moves by -(x_j / T) / T, and what
@@ -409,7 +433,7 @@ def row_divergences(
         *given, _, row = residuals
         x, t = both(*given)
         below = _below_max(x, row.x_max), _below_max(t, row.t_max)
-        moved = sum(jnp.sum(s * b, axis=-1) for s, b in zip(slopes, below, strict=True))
+        moved = sum(_total(s * b, axes) for s, b in zip(slopes, below, strict=True))
         return -moved / temperature**2
 
     def backward(residuals, ct):
@@ -425,12 +449,13 @@ def row_divergences(
         # Rows do not mix: the derivative of one number is the gradient at its unit cotangent.
         each, temperature = slopes(residuals)
         moving = zip(each, tangents, strict=False)
-        moved = [
-            jnp.sum(s * d.astype(wide), axis=-1) / temperature for s, d in moving if d is not None
-        ]
+        moved = [_total(s * d.astype(wide), axes) / temperature for s, d in moving if d is not None]
         if tangents[4] is not None:
             moved.append(by_temperature(residuals, each, temperature) * tangents[4])
         return sum(moved[1:], start=moved[0])
 
     rule = differentiable(lambda *args: forward(*args)[0], forward, backward, tangent)
-    return rule(*mesh.varying_alike(logits, teacher_logits, class_mask, valid, traced))
+    # What is of a row is the same on all devices that share its classes.
+    of_rows = mesh.varies_over((logits, teacher_logits, class_mask, valid, traced)) - {*axes}
+    of_classes = mesh.varying((logits, teacher_logits, class_mask), {*of_rows, *axes})
+    return rule(*of_classes, *mesh.varying((valid, traced), of_rows))

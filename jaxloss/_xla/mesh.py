@@ -1,11 +1,13 @@
 """Mesh axes inside of ``shard_map``: what varies over them, and the collectives. No formulas."""
 
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.interpreters import pxla
 
 from jaxloss._types import Axes
 
@@ -19,6 +21,19 @@ def other_axes() -> Axes:
     """The axes of the mesh that the surrounding ``shard_map``, if any, leaves out."""
     manual = manual_axes()
     return tuple(n for n in jax.sharding.get_abstract_mesh().axis_names if n not in manual)
+
+
+def of_context() -> Any:
+    """The mesh of ``jax.set_mesh``, or of the older ``with mesh:``; None: there is none."""
+    here = jax.sharding.get_abstract_mesh()
+    if here.axis_names:
+        return here
+    # JAX has no other name for the older context's mesh, and warns of this one since 0.8.2.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        resources = getattr(pxla, "thread_resources", None)
+    older = resources and resources.env.physical_mesh
+    return older if older and older.axis_names else None
 
 
 def varies_over(xs: Any) -> frozenset:

@@ -15,19 +15,19 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
-from jaxloss._xla import mesh
+from jaxloss._types import Axes
 from jaxloss._xla.derivatives import differentiable, moving_of
 
 
-def shard_map(function: Callable, in_specs: Sequence, out_specs: Any) -> Callable:
-    """``jax.shard_map`` over all axes that the surrounding one leaves out, differentiable in every
+def shard_map(function: Callable, axes: Axes, in_specs: Sequence, out_specs: Any) -> Callable:
+    """``jax.shard_map`` over ``axes`` that the surrounding one leaves out, differentiable in every
     mode. ``in_specs`` is a prefix of the arguments' tree."""
 
     def call(*args):
         leaves, tree = jax.tree.flatten(args)
         specs = jax.tree.leaves(jax.tree.broadcast(tuple(in_specs), args))
         nested = lambda *leaves: function(*tree.unflatten(leaves))  # noqa: E731
-        shapes = jax.eval_shape(_mapped(nested, specs, out_specs), *leaves)
+        shapes = jax.eval_shape(_mapped(nested, axes, specs, out_specs), *leaves)
         outs, out_tree = jax.tree.flatten(shapes)
         out_leaf_specs = jax.tree.leaves(jax.tree.broadcast(out_specs, shapes))
         moves = [jnp.issubdtype(x.dtype, jnp.inexact) for x in outs]
@@ -39,18 +39,20 @@ def shard_map(function: Callable, in_specs: Sequence, out_specs: Any) -> Callabl
             return tuple(out[i] for i in order)
 
         of_outs = tuple(out_leaf_specs[i] for i in order)
-        results = _differentiable(ordered, specs, of_outs, sum(moves))(*leaves)
+        results = _differentiable(ordered, axes, specs, of_outs, sum(moves))(*leaves)
         return out_tree.unflatten([x for _, x in sorted(zip(order, results, strict=True))])
 
     return call
 
 
-def _mapped(function: Callable, in_specs: Sequence, out_specs: Any) -> Callable:
-    names = set(mesh.other_axes())
-    return jax.shard_map(function, axis_names=names, in_specs=tuple(in_specs), out_specs=out_specs)
+def _mapped(function: Callable, axes: Axes, in_specs: Sequence, out_specs: Any) -> Callable:
+    specs = {"in_specs": tuple(in_specs), "out_specs": out_specs}
+    return jax.shard_map(function, axis_names={*axes}, **specs)
 
 
-def _differentiable(function: Callable, specs: list, of_outs: tuple, count: int) -> Callable:
+def _differentiable(
+    function: Callable, axes: Axes, specs: list, of_outs: tuple, count: int
+) -> Callable:
     """Of arrays, one an argument; the first ``count`` of the outputs have derivatives."""
 
     def of_some(active, present, values):
@@ -77,7 +79,7 @@ def _differentiable(function: Callable, specs: list, of_outs: tuple, count: int)
         ins = [*specs, *compress(of_outs, present)]
         outs = tuple(compress(specs, active))
         given = *values, *compress(cts, present)
-        pulled = iter(_differentiable(local, ins, outs, len(outs))(*given))
+        pulled = iter(_differentiable(local, axes, ins, outs, len(outs))(*given))
         return tuple(next(pulled) if a else None for a in active)
 
     def tangent(values, tangents):
@@ -89,7 +91,9 @@ def _differentiable(function: Callable, specs: list, of_outs: tuple, count: int)
 
         ins = [*specs, *compress(specs, moving)]
         given = *values, *compress(tangents, moving)
-        return _differentiable(local, ins, of_outs[:count], count)(*given)
+        return _differentiable(local, axes, ins, of_outs[:count], count)(*given)
 
-    rule = differentiable(_mapped(function, specs, of_outs), forward, backward, tangent, asks=True)
+    rule = differentiable(
+        _mapped(function, axes, specs, of_outs), forward, backward, tangent, asks=True
+    )
     return rule

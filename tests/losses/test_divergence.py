@@ -656,18 +656,6 @@ def test_errors_of_the_linear_form(given, kind, text):
         jaxloss.linear_kl_divergence(**{**right, **given})
 
 
-@pytest.mark.parametrize("side", ["kernel", "teacher_kernel"])
-def test_operands_of_an_explicit_mesh_are_refused(side):
-    mesh = jax.make_mesh((2,), ("v",), axis_types=(AxisType.Explicit,))
-    args = dict(zip(("hidden", "kernel", "teacher_hidden", "teacher_kernel"),
-                    linear_problem(v=12, v2=12), strict=True))  # fmt: skip
-    with jax.set_mesh(mesh):
-        args[side] = jax.reshard(args[side], P(None, "v"))
-        text = f"operands of an explicit mesh must not be sharded; got .*{side} float32.*shard_map"
-        with pytest.raises(ValueError, match=text):
-            jaxloss.linear_kl_divergence(**args)
-
-
 @pytest.mark.parametrize("linear", [False, True])
 @pytest.mark.parametrize("divergence", ["forward", "reverse", "jensen_shannon"])
 def test_a_traced_temperature(divergence, linear):

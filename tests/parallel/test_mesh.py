@@ -846,7 +846,7 @@ XY = (("x", P("t", "v")), ("y", P("t")))
     ("names", "specs", "check", "kind", "text"),
     [
         ({"vocab_axis_name": 3}, XY, True, TypeError, "vocab_axis_name must be the name"),
-        ({"vocab_axis_name": "z"}, XY, True, ValueError, "surrounding shard_map; got 'z'"),
+        ({"vocab_axis_name": "z"}, XY, True, ValueError, "of the mesh; got 'z', inside of"),
         ({"vocab_axis_name": ("v", "v")}, XY, True, ValueError, "must name each axis once"),
         (
             {"vocab_axis_name": "v", "token_axis_name": "v"},
@@ -956,7 +956,10 @@ def test_an_axis_of_vmap_is_told_to_be_left_out():
     def call(x, y):
         return jaxloss.cross_entropy(x, y, token_axis_name="t")
 
-    with pytest.raises(ValueError, match=r"'t', inside of none\. Of vmap or pmap: leave token"):
+    with pytest.raises(
+        ValueError,
+        match=r"'t', outside of shard_map, without a mesh\. Of vmap or pmap: leave token",
+    ):
         jax.vmap(call, axis_name="t")(x, y)
 
 
@@ -971,7 +974,7 @@ def test_errors_of_labels_that_differ_within_a_row():
 
 def test_errors_outside_of_shard_map():
     given, y, *_ = problem(jnp.float32)
-    with pytest.raises(ValueError, match="got 't', inside of none"):
+    with pytest.raises(ValueError, match=r"'t', outside of shard_map, .* Set the mesh"):
         jaxloss.cross_entropy(given["x"], y, token_axis_name="t")
 
 
@@ -1029,8 +1032,9 @@ def test_errors_of_explicit_shardings():
             jaxloss.linear_cross_entropy(put(h, None, "v"), put(k), put(y))
         with pytest.raises(ValueError, match="the kernel's features may be sharded over axes that"):
             jaxloss.linear_cross_entropy(put(h, "t"), put(k, "v"), put(y, "t"))
-        with pytest.raises(ValueError, match="linear_loss: operands of an explicit mesh must not"):
-            jaxloss.linear_loss(jaxloss.cross_entropy, put(h, "t"), put(k), put(y, "t"))
+        each = partial(jaxloss.cross_entropy, reduction="none")
+        with pytest.raises(ValueError, match="linear_loss: the kernel's columns must not be split"):
+            jaxloss.linear_loss(each, put(h, "t"), put(k, None, "v"), put(y, "t"))
 
 
 @pytest.mark.parametrize(

@@ -263,23 +263,3 @@ def test_tokens_over_manual_axes_and_others(name, kind):
     specs = {letter: spec for letter, spec in SPLIT.items() if letter in names}
     derivative = (lambda f: f) if name in ("metric_sums", "total_weight") else gradients
     check(partial(function, axis_name="stage"), function, kind, specs, P(), derivative)
-
-
-def test_losses_that_refuse_what_an_explicit_mesh_splits_say_so():
-    def loss(h, k, y):
-        each = partial(jaxloss.cross_entropy, reduction="none")
-        return jaxloss.linear_loss(each, h, k, y, reduction="sum")[None]
-
-    def divergence(h, k, y):
-        return jaxloss.linear_kl_divergence(h, k, h, k, token_axis_name="stage")
-
-    specs = {name: TOKENS[name] for name in ("h", "k", "y")}
-    for function, name, out in (
-        (loss, "linear_loss", P("stage")),
-        (divergence, "linear_kl_divergence", P()),
-    ):
-        text = (
-            rf"{name}: operands .* must not be sharded; got hidden .*, kernel .*over \('stage',\)"
-        )
-        with pytest.raises(ValueError, match=text):
-            split(lambda f=function, **a: f(**a), "explicit", specs, out, lambda f: f)

@@ -1,0 +1,264 @@
+"""How a product's operands are split over a mesh, and the ``shard_map`` that takes them so.
+
+On an explicit mesh the types of the arrays say what is split over what. On any mesh a caller may
+name the axes. Automatic axes that nobody names stay with XLA's partitioner.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+from jaxloss._checks import arguments, messages
+from jaxloss._checks.explicit_mesh import devices_along, is_split, names_of, resharded, spec_of
+from jaxloss._linear.product import Product
+from jaxloss._types import Axes, LossOptions, Scalars, TokenArrays, TopKLabels
+from jaxloss._xla import mesh, nested
+from jaxloss._xla.device import jit
+
+
+class Layout(NamedTuple):
+    """Which mesh axes split what. ``kernels`` and ``gathered`` have an entry a product."""
+
+    mesh: Any
+    axes: Axes  # of the shard_map
+    whole: bool  # whether these are all axes of the mesh
+    tokens: tuple  # of hidden's leading axes, each None, a name or names
+    vocab_axes: Axes
+    kernels: tuple[tuple, ...]  # of each kernel's axes
+    gathered: tuple[tuple[tuple[int, Axes], ...], ...]  # what splits the tokens and a kernel
+
+    @property
+    def token_axes(self) -> Axes:
+        return tuple(name for entry in self.tokens for name in names_of(entry))
+
+    def devices(self, axes: Axes) -> int:
+        return devices_along(self.mesh, axes)
+
+    def columns(self, product: Product) -> int:
+        """On each device, once the kernel is gathered."""
+        return product.columns // self.devices(self.vocab_axes)
+
+
+def of_call(
+    call: str,
+    names: arguments.AxisNames,
+    products: Sequence[Product],
+    arrays: Any,
+    whole_rows: bool = False,
+) -> Layout | None:
+    """What the types of the arrays and the names say; None: nothing is split, or a partitioner
+    decides.
+
+    ``arrays``: what else has a row a token. ``whole_rows``: no device may have some columns alone.
+    """
+    typed = [x for x in jax.tree.leaves((products, arrays)) if is_split(x)]
+    if not typed and not names.asked:
+        return None
+    over = jax.typeof(typed[0]).sharding.mesh if typed else names.mesh
+    tokens = _tokens(call, names, over, products, arrays)
+    own = {name for entry in tokens for name in names_of(entry)}
+    vocab_axis = products[0].vocab_axis  # kernel_spec speaks of the first kernel
+
+    def of_kernels(vocab_axes):
+        each = [_kernel(names, p, vocab_axis, vocab_axes, own) for p in products]
+        pairs = zip(products, each, strict=True)
+        return each, [_columns_and_gathered(call, *pair, own) for pair in pairs]
+
+    kernels, found = of_kernels(names.of_vocab)
+    vocab_axes = next((vocab for vocab, _ in found if vocab), ())
+    if any(vocab == () for vocab, _ in found):
+        # A kernel that is the same on all devices is split as the other one.
+        kernels, found = of_kernels(vocab_axes)
+    if any(vocab != vocab_axes for vocab, _ in found):
+        got = ", ".join(f"{jax.typeof(p.kernel)}" for p in products)
+        messages.fail(call, "the columns of both kernels must be split alike", got)
+    if names.of_vocab and names.of_vocab != vocab_axes:
+        rule = "kernel_spec must split the columns over vocab_axis_name"
+        messages.fail(call, rule, f"{vocab_axes} and {names.of_vocab}")
+    if vocab_axes and whole_rows:
+        rule = "the kernel's columns must not be split, except over axes that split the tokens"
+        way_out = "loss_fn sees whole rows: gather the kernel, or split it over the tokens' axes."
+        messages.fail(call, rule, f"columns that are split over {vocab_axes}", way_out)
+    for of, product, entries in zip(("", "teacher_"), products, kernels, strict=False):
+        _check_divides(call, f"{of}hidden", product.hidden, (*tokens, None), over)
+        _check_divides(call, f"{of}kernel", product.kernel, entries, over)
+    named = {*own, *(n for entries in kernels for e in entries for n in names_of(e))}
+    axes, whole = _axes_of_shard_map(over, named)
+    gathered = tuple(gathered for _, gathered in found)
+    return Layout(over, axes, whole, tuple(tokens), vocab_axes, tuple(kernels), gathered)
+
+
+def _tokens(
+    call: str, names: arguments.AxisNames, over: Any, products: Sequence[Product], arrays: Any
+) -> list:
+    hidden = products[0].hidden
+    if names.of_tokens is not None:
+        return list(names.of_tokens)
+    for product in products:
+        *tokens, features = spec_of(product.hidden)
+        if features is not None:
+            rule = "hidden must not be sharded in its last axis on an explicit mesh"
+            way_out = "Reshard it: jax.reshard(x, spec). Or name what splits the tokens: "
+            way_out += "token_axis_name=... gathers the features."
+            messages.fail(call, rule, f"{jax.typeof(product.hidden)}", way_out)
+        if any(tokens):
+            return tokens
+    # A hidden that is the same on all devices is split as other arrays of the tokens are, or over
+    # what splits the kernel's features, but not over what splits its columns.
+    first = products[0]
+    of_kernel, rank = spec_of(first.kernel), hidden.ndim - 1
+    columns = {*names_of(of_kernel[first.vocab_axis]), *names.of_vocab}
+    for x in jax.tree.leaves(arrays):
+        found = [None if {*names_of(e)} & columns else e for e in spec_of(x)[:rank]]
+        if any(found):
+            return found
+    features = of_kernel[1 - first.vocab_axis]
+    divides = rank and hidden.shape[0] % devices_along(over, names_of(features)) == 0
+    return [features if divides and i == 0 else None for i in range(rank)]
+
+
+def _kernel(
+    names: arguments.AxisNames, product: Product, vocab_axis: int, vocab_axes: Axes, own: set
+) -> tuple:
+    """What splits the axes of a kernel. ``vocab_axis``: of the one that kernel_spec speaks of;
+    ``vocab_axes``: what is to split the columns, if anything."""
+    if names.of_kernel is not None:
+        return names.of_kernel if product.vocab_axis == vocab_axis else names.of_kernel[::-1]
+    entries = list(spec_of(product.kernel))
+    if vocab_axes:
+        before = names_of(entries[product.vocab_axis])
+        kept = (n for n in before if n in own and n not in vocab_axes)
+        entries[product.vocab_axis] = (*vocab_axes, *kept)
+    return tuple(entries)
+
+
+def _columns_and_gathered(call: str, product: Product, entries: tuple, own: set) -> tuple:
+    """(what splits the columns for good, what is gathered of each axis)."""
+    vocab: Axes = ()
+    gathered = []
+    for axis, entry in enumerate(entries):
+        names = names_of(entry)
+        last = tuple(n for n in names if n in own)
+        first = tuple(n for n in names if n not in own)
+        if (first and axis != product.vocab_axis) or names != (*first, *last):
+            rule = (
+                "the kernel's features may be sharded over axes that split the tokens, its columns "
+                "over others and then over those"
+            )
+            got = f"kernel {messages.describe(product.kernel)} split as {P(*entries)}, "
+            got += f"tokens over {tuple(sorted(own))}"
+            messages.fail(call, rule, got, "Reshard it: jax.reshard(x, spec).")
+        vocab = first or vocab
+        if last:
+            gathered.append((axis, last))
+    return vocab, tuple(gathered)
+
+
+def _check_divides(call: str, name: str, x: Array, entries: tuple, over: Any) -> None:
+    for axis, entry in enumerate(entries):
+        size, names = x.shape[axis], names_of(entry)
+        parts = devices_along(over, names)
+        if isinstance(size, int) and size % parts:
+            rule = f"axis {axis} of {name} must divide among the {parts} devices along {names}"
+            messages.fail(call, rule, messages.describe(x), "Pad it, or split it over fewer.")
+
+
+def _axes_of_shard_map(over: Any, named: set) -> tuple[Axes, bool]:
+    """(the axes, whether they are all that are left)."""
+    kinds = dict(zip(over.axis_names, over.axis_types, strict=True))
+    left = [n for n in over.axis_names if n not in mesh.manual_axes()]
+    axes = [n for n in left if n in named or kinds[n] == AxisType.Explicit]
+    # Along the axis of one device there is nothing to leave to a partitioner.
+    if devices_along(over, left) == devices_along(over, axes):
+        axes = left
+    return tuple(axes), axes == left
+
+
+def run(function: Callable, layout: Layout, given: tuple, specs: tuple, out: Any) -> Any:
+    """``function(*given)`` inside of ``shard_map``, arrays split as ``specs`` say, a prefix of the
+    tree of ``given``."""
+    if AxisType.Explicit in layout.mesh.axis_types:
+        given = tuple(_placed(x, layout.mesh, s) for x, s in zip(given, specs, strict=True))
+    if mesh.manual_axes():  # those that the surrounding shard_map leaves out
+        return nested.shard_map(function, layout.axes, specs, out)(*given)
+    options = {"mesh": layout.mesh, "axis_names": {*layout.axes}}
+    return jax.shard_map(function, in_specs=specs, out_specs=out, **options)(*given)
+
+
+def _placed(xs: Any, over: Any, specs: Any) -> Any:
+    """The arrays of a tree, split as a prefix of that tree says, so far as types can say it."""
+    kinds = dict(zip(over.axis_names, over.axis_types, strict=True))
+
+    def explicit(entry):
+        return tuple(n for n in names_of(entry) if kinds[n] == AxisType.Explicit) or None
+
+    def of_prefix(spec, some):
+        spec = P(*map(explicit, spec))
+        return jax.tree.map(lambda x: jax.reshard(x, jax.NamedSharding(over, spec)), some)
+
+    return jax.tree.map(of_prefix, specs, xs, is_leaf=lambda x: isinstance(x, P))
+
+
+def of_products(products: Iterable[Product], layout: Layout) -> tuple[tuple, tuple]:
+    """The products, each with what is gathered of its kernel, and their specs."""
+    tokens, vocab = layout.tokens, layout.vocab_axes or None
+    each = tuple(
+        replace(p, gathered=gathered) for p, gathered in zip(products, layout.gathered, strict=True)
+    )
+    specs = tuple(
+        replace(p, hidden=P(*tokens, None), kernel=P(*entries), bias=P(vocab))
+        for p, entries in zip(each, layout.kernels, strict=True)
+    )
+    return each, specs
+
+
+# Under jit, so that what is called eagerly is compiled once.
+@jit
+def over_mesh(
+    products: tuple[Product, ...],
+    arrays: TokenArrays,
+    scalars: Scalars,
+    *,
+    schedule: Callable,
+    layout: Layout,
+    options: LossOptions,
+    static: tuple,
+) -> Any:
+    """``schedule(*products, arrays, scalars)`` inside ``shard_map``, arrays split as the layout
+    says; ``static``: pairs of its other arguments."""
+    labels, class_mask = arrays.labels, arrays.class_mask
+    tokens, vocab = layout.tokens, layout.vocab_axes or None
+    columns = products[0].columns
+
+    def padded(x):  # the kernel's columns divide among the devices, the classes need not
+        width = columns - x.shape[-1]
+        if width and is_split(x):
+            x = resharded(x, layout.mesh, (*spec_of(x)[:-1], None))
+        return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, width)])
+
+    probabilities = isinstance(labels, Array) and labels.ndim == products[0].hidden.ndim
+    probabilities = probabilities and not isinstance(labels, TopKLabels)
+    if probabilities:
+        labels = padded(labels)
+    if class_mask is not None and class_mask.shape[-1] > 1:
+        class_mask = padded(class_mask)
+    arrays = arrays._replace(labels=labels, class_mask=class_mask)
+    of_mask = P()
+    if class_mask is not None:
+        split = zip((*tokens, vocab), class_mask.shape, strict=True)
+        of_mask = P(*(None if n == 1 else entry for entry, n in split))
+    rows = P(*tokens)
+    of_labels = P(*tokens, vocab) if probabilities else rows
+    products, of_operands = of_products(products, layout)
+    specs = (*of_operands, TokenArrays(of_labels, P(), rows, of_mask, rows), P())
+    out = rows if options.reduction == "none" else P()
+    out = (out, rows) if options.with_stats else out
+    schedule = partial(schedule, options=options, **dict(static))
+    return run(schedule, layout, (*products, arrays, scalars), specs, out)
