@@ -416,6 +416,8 @@ def _losses(
     sweep = Sweep(chosen.chunk, options.vocab_axes, options.token_axes)
     static = {"sweep": sweep, "fused": chosen.fused}
     if found is None:
+        if chosen.by_tokens:
+            layout.warn_if_shared(call, tokens, chosen.chunk)
         return compute(product, arrays, scalars, options=options, **static)
     given = (product,), arrays, scalars
     static = tuple(static.items())

@@ -183,6 +183,7 @@ def linear_loss(
         return reduced(operands, valid, weights)
 
     if found is None:
+        layout.warn_if_shared(call, tokens, chunk)
         return local(product, arrays, sample_weight, outer)
     (product,), of_operands = layout.of_products([product], found)
     of_rows = P(*found.tokens)

@@ -18,6 +18,7 @@ PARTS: dict[str, dict[str, dict[str, Any]]] = {
     "formulas": {"formulas": {}},
     "overhead": {"overhead": {}},
     "meshes": {"scaling": {}},
+    "automatic": {"automatic": {}},
     "large": {"large": {}},
     "gpu": {"gpu": {}},
     "tpu": {"compiled": {}},

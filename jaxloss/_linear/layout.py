@@ -4,6 +4,8 @@ On an explicit mesh the types of the arrays say what is split over what. On any 
 name the axes. Automatic axes that nobody names stay with XLA's partitioner.
 """
 
+import math
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -93,6 +95,20 @@ def of_call(
     axes, whole = _axes_of_shard_map(over, named)
     gathered = tuple(gathered for _, gathered in found)
     return Layout(over, axes, whole, tuple(tokens), vocab_axes, tuple(kernels), gathered)
+
+
+def warn_if_shared(call: str, tokens: Any, chunk: int) -> None:
+    """Where a partitioner's devices compute each other's tokens because of these numbers."""
+    over = mesh.of_context()
+    if over is None or mesh.manual_axes() or not isinstance(tokens, int) or chunk >= tokens:
+        return
+    kinds = dict(zip(over.axis_names, over.axis_types, strict=True))
+    devices = devices_along(over, (n for n in over.axis_names if kinds[n] == AxisType.Auto))
+    if math.gcd(tokens, chunk, devices) < devices:
+        rule = f"{tokens} tokens in chunks of {chunk} do not divide among the {devices} devices"
+        way_out = "that share them, which then compute each other's tokens. Name the axes that "
+        way_out += "split the tokens: token_axis_name=..., or take multiples of the devices."
+        warnings.warn(f"{call}: {rule} {way_out}", stacklevel=2)
 
 
 def _tokens(

@@ -365,3 +365,15 @@ def test_errors_of_sizes_and_of_a_mesh_without_names():
     wider = jnp.pad(m, ((0, 0), (0, 2)))
     with pytest.raises(ValueError, match="linear_kl_divergence: both kernels must have as many"):
         divergence(*given, wider, y, vocab_axis_name="t", mesh=mesh)
+
+
+@pytest.mark.parametrize("loss", ["cross_entropy", "own_loss", "divergence"])
+def test_a_warning_where_devices_would_share_tokens(loss):
+    given, y = arguments_of(loss)
+    with jax.set_mesh(mesh_of("automatic")):
+        with pytest.warns(
+            UserWarning, match=r"128 tokens in chunks of 4 do not divide among the 8"
+        ):
+            LOSSES[loss](*given, y)
+        LOSSES[loss](*given, y, token_axis_name="d")
+    LOSSES[loss](*given, y)  # on no mesh there is nothing to say

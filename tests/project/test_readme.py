@@ -1,17 +1,25 @@
-"""Every Python block of the README runs, in a namespace of its own."""
+"""Every Python block of the README and of the guides runs, in a namespace of its own."""
 
 import re
 from pathlib import Path
 
 import pytest
 
-TEXT = (Path(__file__).parents[2] / "README.md").read_text()
-BLOCKS = re.findall(r"^```python\n(.*?)^```", TEXT, re.DOTALL | re.MULTILINE)
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "benchmarks" / "guides").glob("*.md"))]
+BLOCKS = {
+    f"{page.stem} {i}": block
+    for page in PAGES
+    for i, block in enumerate(
+        re.findall(r"^```python\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
+    )
+}
 
 
 @pytest.mark.nan_is_meant  # two show what is NaN, and what does not count
-@pytest.mark.parametrize("block", BLOCKS, ids=range(len(BLOCKS)))
-def test_block(block):
+@pytest.mark.filterwarnings("ignore:.*pmap:DeprecationWarning")
+@pytest.mark.parametrize("name", BLOCKS)
+def test_block(name):
     import jax
 
     # The README's reader has JAX's defaults.
@@ -20,7 +28,7 @@ def test_block(block):
         jax.numpy_rank_promotion("allow"),
         jax.enable_x64(False),
     ):
-        exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
+        exec(compile(BLOCKS[name], name, "exec"), {"__name__": "readme"})
 
 
 def test_tables_are_those_of_the_results():
