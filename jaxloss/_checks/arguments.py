@@ -294,7 +294,7 @@ class AxisNames(NamedTuple):
     @property
     def asked(self) -> bool:
         """Whether any of the others is named."""
-        return bool(self.of_vocab) or self.of_tokens is not None or self.of_kernel is not None
+        return bool(self.of_vocab) or any(self.of_tokens or ()) or any(self.of_kernel or ())
 
 
 def mesh_axes(function: str, name: str, x: Any) -> Axes:

@@ -272,7 +272,8 @@ def test_a_mesh_of_more_axes_than_are_named(kind):
         k = jax.device_put(k, NamedSharding(mesh, P(None, "t")))
         function = partial(cross_entropy, token_axis_name="d")
         compiled = jax.jit(value_and_gradients(function, 3)).lower(h, k, b, y).compile()
-        assert_close(compiled(h, k, b, y), expected_of("cross_entropy"))
+        got = compiled(h, k, b, y)
+    assert_close(got, expected_of("cross_entropy"))
     assert not [kind for kind, *_ in collectives(compiled.as_text()) if kind == "all-gather"]
 
 
@@ -341,15 +342,12 @@ def test_export_and_vmap_of_a_step_with_names():
             ValueError, "kernel_spec must split the columns over vocab_axis_name",
         ),
         ({"mesh": 3, "token_axis_name": "d"}, TypeError, "mesh must be a jax.sharding.Mesh"),
-        ({"mesh": None, "token_axis_name": P(None, None, "t")}, None, ""),
     ],
 )  # fmt: skip
 def test_errors(names, kind, text):
     (h, k, b), y = arguments_of("cross_entropy")
-    with jax.set_mesh(mesh_of("automatic")):
-        raises = pytest.raises(kind, match=text) if kind else contextlib.nullcontext()
-        with raises:
-            cross_entropy(h, k, b, y, **names)
+    with jax.set_mesh(mesh_of("automatic")), pytest.raises(kind, match=text):
+        cross_entropy(h, k, b, y, **names)
 
 
 def test_errors_of_sizes_and_of_a_mesh_without_names():
@@ -371,9 +369,7 @@ def test_errors_of_sizes_and_of_a_mesh_without_names():
 def test_a_warning_where_devices_would_share_tokens(loss):
     given, y = arguments_of(loss)
     with jax.set_mesh(mesh_of("automatic")):
-        with pytest.warns(
-            UserWarning, match=r"128 tokens in chunks of 4 do not divide among the 8"
-        ):
+        with pytest.warns(UserWarning, match="128 tokens in chunks of 4 do not divide among"):
             LOSSES[loss](*given, y)
         LOSSES[loss](*given, y, token_axis_name="d")
     LOSSES[loss](*given, y)  # on no mesh there is nothing to say
