@@ -14,6 +14,7 @@ from jaxloss._labels import total_weight as total_weight
 from jaxloss._linear_cross_entropy import linear_cross_entropy as linear_cross_entropy
 from jaxloss._linear_cross_entropy import linear_token_stats as linear_token_stats
 from jaxloss._linear_loss import linear_loss as linear_loss
+from jaxloss._linear_stats_loss import linear_stats_loss as linear_stats_loss
 from jaxloss._metrics import MetricSums as MetricSums
 from jaxloss._metrics import metric_sums as metric_sums
 from jaxloss._metrics import metrics as metrics
@@ -21,12 +22,16 @@ from jaxloss._sequences import next_token_labels as next_token_labels
 from jaxloss._sequences import sequence_weight as sequence_weight
 from jaxloss._sigmoid import sigmoid_cross_entropy as sigmoid_cross_entropy
 from jaxloss._sigmoid import sigmoid_focal_loss as sigmoid_focal_loss
+from jaxloss._types import Reference as Reference
+from jaxloss._types import ReferenceStats as ReferenceStats
 from jaxloss._types import TokenStats as TokenStats
 from jaxloss._types import TopKLabels as TopKLabels
 
 __version__ = _version("jaxloss")
 __all__ = [
     "MetricSums",
+    "Reference",
+    "ReferenceStats",
     "TokenStats",
     "TopKLabels",
     "check_labels",
@@ -36,6 +41,7 @@ __all__ = [
     "linear_cross_entropy",
     "linear_kl_divergence",
     "linear_loss",
+    "linear_stats_loss",
     "linear_token_stats",
     "log_softmax",
     "metric_sums",

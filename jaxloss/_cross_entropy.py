@@ -13,7 +13,7 @@ from jaxloss._numerics import one_pass, rows
 from jaxloss._numerics.logits import Logits, scaling_of
 from jaxloss._pallas import dispatch
 from jaxloss._tokens.classes import local_classes
-from jaxloss._tokens.losses import combined, rows_of_logits, token_losses
+from jaxloss._tokens.losses import combined, rows_of_logits, temperature_of, token_losses
 from jaxloss._tokens.reduction import normalised_weights, reduce_losses
 from jaxloss._tokens.shapes import (
     all_classes_last,
@@ -205,6 +205,7 @@ class CrossEntropyOptions(TypedDict, total=False):
     ignore_index: int | None
     label_smoothing: ArrayLike | None
     z_loss: ArrayLike | None
+    temperature: ArrayLike | None
     logit_softcap: float | None
     sample_weight: ArrayLike | None
     where: ArrayLike | None
@@ -248,6 +249,7 @@ def cross_entropy(
     ignore_index: int | None = -100,
     label_smoothing: ArrayLike | None = 0.0,
     z_loss: ArrayLike | None = 0.0,
+    temperature: ArrayLike | None = 1.0,
     logit_softcap: float | None = None,
     sample_weight: ArrayLike | None = None,
     where: ArrayLike | None = None,
@@ -285,7 +287,14 @@ def cross_entropy(
         those that exist, with ``where``). A Python number, or a scalar array, which may be traced
         and is differentiable (out of range it makes the losses NaN); None is 0.
       z_loss: ``z >= 0``, the weight of the squared log-sum-exp; a number as ``label_smoothing``.
-      logit_softcap: ``cap > 0``: ``cap * tanh(logits / cap)`` before everything else; None: no cap.
+      temperature: ``T > 0``, what the logits are divided by: a Python number, a scalar array, or an
+        array shaped as the losses, a temperature a token. Arrays may be traced and are
+        differentiable (out of range they make NaN of the rows that they apply to); None is 1. The
+        logits' differences are divided, so that an offset that they share costs no digits. An
+        array costs a float32 copy of the logits. Loss, smoothing, z-loss and statistics are of the
+        divided logits.
+      logit_softcap: ``cap > 0``: ``cap * tanh(logits / cap)`` before everything else (the
+        temperature too); None: no cap.
       sample_weight: shaped as the losses, ``s``: a weight a token, or a boolean mask.
         Differentiable.
       where: boolean. Broadcastable to ``logits``: the classes that exist, the others being as -inf.
@@ -357,6 +366,7 @@ def cross_entropy(
         vocab_axes=arguments.mesh_axes(call, "vocab_axis_name", vocab_axis_name),
         token_axes=arguments.mesh_axes(call, "token_axis_name", token_axis_name),
         return_stats=return_stats,
+        temperature=temperature,
     )
     scalars = arguments.scalars(
         call,
@@ -364,6 +374,7 @@ def cross_entropy(
         label_smoothing=label_smoothing,
         z_loss=z_loss,
         logit_softcap=logit_softcap,
+        temperature=temperature,
     )
     arguments.check_split(
         call,
@@ -406,11 +417,7 @@ def token_stats(
         without ``axis``), class probabilities (floating, the shape of ``logits``), or
         :class:`TopKLabels`.
       axis, num_classes, ignore_index, where, vocab_axis_name: as in :func:`cross_entropy`.
-      temperature: ``T > 0``, what the logits are divided by: a Python number, or a scalar array,
-        which may be traced and is differentiable (out of range it makes the statistics NaN); None
-        is 1. The logits' differences are divided, so that an offset that they share costs no
-        digits. An array costs a float32 copy of the logits.
-      logit_softcap: ``cap > 0``: ``cap * tanh(logits / cap)`` before the temperature.
+      temperature, logit_softcap: as in :func:`cross_entropy`: of ``z`` are all statistics.
 
     Returns:
       :class:`TokenStats`, each shaped as the losses: float32 (float64 for float64 logits) and
@@ -455,6 +462,7 @@ def token_stats(
         num_classes=num_classes,
         vocab_axes=arguments.mesh_axes(call, "vocab_axis_name", vocab_axis_name),
         return_stats=True,
+        temperature=temperature,
     )
     dtype = accumulator_dtype(logits.dtype)
     scalars = arguments.scalars(call, dtype, logit_softcap=logit_softcap, temperature=temperature)
@@ -479,12 +487,13 @@ def _cross_entropy(logits, arrays, scalars, *, options):
     dtype = accumulator_dtype(x.dtype)
     targets = make_targets(arrays, classes, dtype, options.ignore_index, scalars.label_smoothing)
     plain = targets.plain and scalars.plain and not options.with_stats
+    plain = plain and arrays.temperature is None
     if plain and options.reduction != "none" and in_one_piece and dispatch.one_pass_takes(x):
         weights = normalised_weights(targets.weights, options, dtype)
         return one_pass.reduced(x, cast(Array, targets.label), *weights, options.token_axes)
     scaling = scaling_of(scalars.softcap, scalars.temperature)
     read = Logits(x, scaling=scaling, pallas_bytes=2 if in_one_piece else 0)
-    rows_of = rows_of_logits(read, scalars.temperature)
+    rows_of = rows_of_logits(read, temperature_of(arrays, scalars))
     losses, stats = token_losses(rows_of, targets, arrays, options, scalars, dtype)
     loss = reduce_losses(losses, targets.weights, options)
     if stats is None:

@@ -348,7 +348,7 @@ def linear_kl_divergence(
 @jit
 def _linear_kl_divergence(student, teacher, arrays, scalars, *, sweep, options, kind):
     lead = student.hidden.shape[:-1]
-    _, _, sample_weight, class_mask, token_mask = arrays
+    sample_weight, class_mask, token_mask = arrays[2:5]
     classes = local_classes(options.num_classes, student.num_classes, options.vocab_axes)
     token_mask = tokens_with_classes(class_mask, token_mask, lead, classes)
     mask_rows, mask_index = rows_of_mask(class_mask, lead)

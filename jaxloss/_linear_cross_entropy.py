@@ -30,6 +30,7 @@ class LinearOptions(TypedDict, total=False):
     ignore_index: int | None
     label_smoothing: ArrayLike | None
     z_loss: ArrayLike | None
+    temperature: ArrayLike | None
     logit_softcap: float | None
     sample_weight: ArrayLike | None
     where: ArrayLike | None
@@ -83,6 +84,7 @@ def linear_cross_entropy(
     ignore_index: int | None = -100,
     label_smoothing: ArrayLike | None = 0.0,
     z_loss: ArrayLike | None = 0.0,
+    temperature: ArrayLike | None = 1.0,
     logit_softcap: float | None = None,
     sample_weight: ArrayLike | None = None,
     where: ArrayLike | None = None,
@@ -113,8 +115,9 @@ def linear_cross_entropy(
       num_classes: C, by default V. Columns at and past it are padding and never enter the sum;
         ``weight``, ``where`` and probabilities have C classes. The gradient of ``hidden`` is a
         product with 0 there, so padding wants finite numbers.
-      weight, ignore_index, label_smoothing, z_loss, logit_softcap, sample_weight, where, reduction,
-        empty_mean, return_stats: as in :func:`cross_entropy`.
+      weight, ignore_index, label_smoothing, z_loss, temperature, logit_softcap, sample_weight,
+        where, reduction, empty_mean, return_stats: as in :func:`cross_entropy`; a temperature that
+        is an array needs ``"token_chunks"``.
       vocab_axis_name, token_axis_name: the mesh axis, or axes, that split the columns of ``kernel``
         and ``bias``, and the tokens. Inside of ``shard_map`` as in :func:`cross_entropy`, outside
         of it as below. There ``token_axis_name`` splits the first axis of ``hidden``, or is a
@@ -235,6 +238,7 @@ def linear_cross_entropy(
             "label_smoothing": label_smoothing,
             "z_loss": z_loss,
             "logit_softcap": logit_softcap,
+            "temperature": temperature,
         },
         num_classes=num_classes,
         weight=weight,
@@ -277,7 +281,7 @@ def linear_token_stats(
       labels, bias, vocab_axis, num_classes, ignore_index, logit_softcap, where, vocab_axis_name,
         token_axis_name, kernel_spec, mesh, chunk_size, precision, implementation: as in
         :func:`linear_cross_entropy`.
-      temperature: as in :func:`token_stats`; an array needs ``"token_chunks"``.
+      temperature: as in :func:`cross_entropy`; an array needs ``"token_chunks"``.
 
     Returns:
       :class:`TokenStats`, each shaped as ``hidden`` without its last axis.
@@ -376,6 +380,7 @@ def _losses(
         num_classes=num_classes,
         vocab_axes=vocab_axes,
         token_axes=token_axes,
+        temperature=numbers["temperature"],
         **of_tokens,
     )
     scalars = arguments.scalars(call, accumulator_dtype(hidden.dtype), **numbers)

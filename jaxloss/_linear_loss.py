@@ -5,24 +5,22 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import Array, dtypes, lax
-from jax.core import eval_jaxpr
+from jax import Array, lax
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from jax.sharding import PartitionSpec as P
 from jax.typing import ArrayLike
 
 from jaxloss._checks import arguments, messages
-from jaxloss._linear import budget, layout, token_chunks, token_rules
-from jaxloss._linear.packing import groups_of
+from jaxloss._linear import budget, layout, token_chunks
+from jaxloss._linear.own_loss import OwnLoss, closed_over, reduced
 from jaxloss._linear.product import Product, Sweep
-from jaxloss._tokens.reduction import TokenWeights, normalised_weights
+from jaxloss._tokens.reduction import TokenWeights
 from jaxloss._types import AxisName, LossOptions, Reduction
 from jaxloss._xla.dtypes import accumulator_dtype
-from jaxloss._xla.mesh import other_axes, varies_over, varying
-from jaxloss._xla.programs import run
 
 
 def linear_loss(
@@ -35,12 +33,13 @@ def linear_loss(
     sample_weight: ArrayLike | None = None,
     reduction: Reduction = "mean",
     empty_mean: float | None = None,
+    has_aux: bool = False,
     token_axis_name: AxisName | PartitionSpec | None = None,
     kernel_spec: PartitionSpec | None = None,
     mesh: Mesh | AbstractMesh | None = None,
     chunk_size: int | None = None,
     precision: lax.PrecisionLike = None,
-) -> Array:
+) -> Any:
     r"""Any per-token loss of the logits ``hidden @ kernel + bias``, a chunk of them at a time.
 
     .. math:: l_n = \mathrm{loss\_fn}(h_n K + b,\ t_n), \qquad
@@ -61,12 +60,15 @@ def linear_loss(
         computed; their loss and gradient are exactly 0.
       reduction: ``"none"``, ``"sum"`` or ``"mean"``.
       empty_mean: what a mean over nothing is, a Python number; None: NaN. Its gradient is 0.
+      has_aux: ``loss_fn`` returns ``(loss, aux)``, and so does the call: ``aux`` is any tree of
+        arrays ``[n, ...]``, which come back as ``[..., ...]`` in the tokens' order, without a
+        derivative, and 0 where a token does not count.
       token_axis_name, kernel_spec, mesh: as in :func:`linear_cross_entropy`. ``loss_fn`` sees whole
         rows: the columns of ``kernel`` may be split over axes that split the tokens alone, and are
         gathered.
 
     Returns:
-      A scalar, or ``[...]`` for ``"none"``, in the dtype of the logits.
+      A scalar, or ``[...]`` for ``"none"``, in the dtype of the logits; with ``has_aux`` a pair.
 
     Raises:
       TypeError, ValueError: as :func:`linear_cross_entropy`; or an array of ``per_token`` has
@@ -105,13 +107,7 @@ def linear_loss(
     )
     columns = kernel.shape[vocab_axis]
     lead = hidden.shape[:-1]
-    arrays = []
-    for i, x in enumerate(per_token):
-        x = messages.array(call, f"per_token[{i}]", x, of_keys=True)
-        if x.shape[: len(lead)] != lead:
-            rule = f"per_token[{i}] must have hidden's leading shape, {lead}"
-            messages.fail(call, rule, f"{messages.describe(x)}, hidden {messages.describe(hidden)}")
-        arrays.append(x)
+    arrays = arguments.per_token(call, per_token, lead)
     sample_weight = arguments.check_sample_weight(call, sample_weight, lead)
     names = arguments.axis_names(
         call, hidden.ndim, token_axis_name=token_axis_name, kernel_spec=kernel_spec, over=mesh
@@ -131,56 +127,39 @@ def linear_loss(
     token_axes = token_axes if reduction != "none" else ()
     most = budget.size_to_plan_for(tokens)
     rests = [(x.shape[len(lead) :], x.dtype) for x in arrays]
-    own = sum(math.prod(rest) * dtype.itemsize for rest, dtype in rests) / (4 * max(1, columns))
-    rows = budget.rows_held(hidden.dtype, none=reduction == "none", own=own)
+    beside = sum(math.prod(rest) * dtype.itemsize for rest, dtype in rests) / (4 * max(1, columns))
+    rows = budget.rows_held(hidden.dtype, none=reduction == "none", own=beside)
     default = budget.default_chunk(most, columns, rows=rows)
     chunk = arguments.chunk_size(call, chunk_size, default, most)
     wide = accumulator_dtype(hidden.dtype)
 
-    def examples(n, axes=frozenset()):
-        shapes = ((n, columns), wide), *(((n, *rest), dtype) for rest, dtype in rests)
-        if not axes:
-            return [jax.ShapeDtypeStruct(*shape) for shape in shapes]
-        zeros = lambda: varying([jnp.zeros(*shape) for shape in shapes], axes)  # noqa: E731
-        # JAX 0.12 traces from no type of a value that varies over some axes of a mesh alone.
-        return zeros() if other_axes() else jax.eval_shape(zeros)
+    def types_of(n):
+        own = (jax.ShapeDtypeStruct((n, *rest), dtype) for rest, dtype in rests)
+        return jax.ShapeDtypeStruct((n, columns), wide), *own
 
-    outer = _checked(call, loss_fn, examples(chunk))
-    # JAX has no zeros and no sums of random keys, by which groups are filled.
-    in_groups = not any(jnp.issubdtype(dtype, dtypes.prng_key) for _, dtype in rests)
+    own = OwnLoss(loss_fn, messages.flag(call, "has_aux", has_aux), types_of)
+    outer = closed_over(call, own, chunk)
     options = LossOptions((len(lead),), columns, None, reduction, empty_mean, False, (), token_axes)
     sweep = Sweep(chunk, token_axes=token_axes)
-    scalar = reduction != "none"
 
-    def local(product, arrays, sample_weight, closed_over):
-        """The loss of the tokens of one device."""
+    def local(product, arrays, sample_weight, values):
+        """Of the tokens of one device."""
         lead = product.hidden.shape[:-1]
         tokens = math.prod(lead)
         valid = jnp.ones(lead, bool) if sample_weight is None else sample_weight.astype(bool)
-        groups = groups_of(tokens, chunk) if in_groups else 1
-        sizes = budget.all_step_sizes(chunk, columns, groups)
-        varies = varies_over((product, arrays, sample_weight))
-        pure, consts = _converted(loss_fn, examples, sizes, varies)
-        # Inside of shard_map what loss_fn closes over comes as an argument.
-        given = {id(x): y for x, y in zip(outer, closed_over, strict=True)}
-        consts = tuple(jnp.asarray(given.get(id(x), x)) for x in consts)
-
-        def chunk_losses(x, per_token, shared):
-            return (pure(x, per_token, shared).astype(wide),), ()
-
-        weights = normalised_weights(TokenWeights(valid, sample_weight), options, wide)
         rows = replace(product, hidden=product.hidden.reshape(tokens, hidden.shape[-1]))
-        flat = [x.reshape(tokens, *x.shape[len(lead) :]) for x in arrays]
-        operands = token_chunks.Operands(rows, tuple(flat), consts)
-
-        # One program, which goes with this call. Of loops that run one by one outside of jit JAX
-        # keeps thousands, and their compiled programs.
-        @jax.jit
-        def reduced(operands, valid, weights):
-            given = sweep, operands, valid, weights, scalar
-            return token_rules.reduced(chunk_losses, *given, in_groups=in_groups)[0]
-
-        return reduced(operands, valid, weights)
+        flat = tuple(x.reshape(tokens, *x.shape[len(lead) :]) for x in arrays)
+        return reduced(
+            own,
+            lambda x, per_token, _: (x, *per_token),
+            sweep,
+            token_chunks.Operands(rows, flat, ()),
+            TokenWeights(valid, sample_weight),
+            options,
+            wide,
+            outer,
+            values,
+        )
 
     if found is None:
         layout.warn_if_shared(call, tokens, chunk)
@@ -188,51 +167,11 @@ def linear_loss(
     (product,), of_operands = layout.of_products([product], found)
     of_rows = P(*found.tokens)
     specs = (*of_operands, of_rows, of_rows, P())
-    given = product, arrays, sample_weight, outer
+    out = of_rows if reduction == "none" else P()
+    out = (out, of_rows) if own.has_aux else out
 
     @jax.jit
     def over_mesh(*given):
-        return layout.run(local, found, given, specs, P() if scalar else of_rows)
+        return layout.run(local, found, given, specs, out)
 
-    return over_mesh(*given)
-
-
-def _checked(call: str, loss_fn: Callable, examples: list) -> tuple:
-    """The arrays that ``loss_fn`` closes over."""
-    program, out = jax.make_jaxpr(loss_fn, return_shape=True)(*examples)
-    one = isinstance(out, jax.ShapeDtypeStruct)
-    shape = examples[0].shape[:1]
-    if not one or out.shape != shape or not jnp.issubdtype(out.dtype, jnp.floating):
-        rule = f"loss_fn must return one floating number a token, shape {shape}"
-        got = messages.describe(out) if one else type(out).__name__
-        messages.fail(call, rule, f"{got} for logits {messages.describe(examples[0])}")
-    return tuple(program.consts)
-
-
-def _converted(
-    loss_fn: Callable, examples: Callable, sizes: list[int], axes: frozenset
-) -> tuple[Callable, tuple]:
-    """``(pure, closed_over)``: ``pure(logits, per_token, closed_over)`` is ``loss_fn``.
-
-    The arrays that ``loss_fn`` closes over become arguments, of whatever dtype they are: a
-    derivative rule outlives the trace that it is made in, and must not refer to that trace's
-    arrays. A program holds for one shape: each size of the sweep's steps has its own.
-    """
-    programs = {n: jax.make_jaxpr(loss_fn)(*examples(n, axes)) for n in sizes}
-    closed_over = {id(x): x for program in programs.values() for x in program.consts}
-    # The rule may refer to names and to programs without arrays.
-    names = {n: [id(x) for x in program.consts] for n, program in programs.items()}
-    programs = {n: program.jaxpr for n, program in programs.items()}
-    order = list(closed_over)
-
-    def pure(x, per_token, closed_over):
-        n = x.shape[0]
-        given = dict(zip(order, closed_over, strict=True))
-        consts = [given[name] for name in names[n]]
-        if not axes:
-            return eval_jaxpr(programs[n], consts, x, *per_token)[0]
-        # On a mesh what is closed over comes varying: its gradient is summed after the sweep.
-        args = varying((x, *per_token), axes)
-        return run(programs[n], consts, axes, *args)[0]
-
-    return pure, tuple(closed_over.values())
+    return over_mesh(product, arrays, sample_weight, outer)

@@ -116,6 +116,55 @@ class TokenStats(NamedTuple):
 export.register_namedtuple_serialization(TokenStats, serialized_name="jaxloss.TokenStats")
 
 
+class ReferenceStats(NamedTuple):
+    """What a reference says of the same tokens, beside :class:`TokenStats`, and shaped as it.
+
+    A token that does not count has 0. float32 (float64 for float64 operands).
+
+    Attributes:
+      log_prob: the label's log-probability under the reference, without a gradient.
+      entropy: the reference's, without a gradient.
+      forward_kl: KL(reference || model), as ``kl_divergence``'s ``"forward"``.
+      reverse_kl: KL(model || reference), as its ``"reverse"``.
+      jensen_shannon: as its ``"jensen_shannon"``.
+    """
+
+    log_prob: Array
+    entropy: Array
+    forward_kl: Array
+    reverse_kl: Array
+    jensen_shannon: Array
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("hidden", "kernel", "bias"),
+    meta_fields=("vocab_axis", "logit_softcap"),
+)
+@dataclass(frozen=True)
+class Reference:
+    """A reference model's head, with a vocabulary axis and a soft cap of its own.
+
+    Attributes:
+      hidden: ``[..., D2]``, with the leading shape of the model's.
+      kernel: ``[D2, V2]``, or ``[V2, D2]`` with ``vocab_axis=0``.
+      bias: ``[V2]``, or None.
+      vocab_axis: the axis of ``kernel`` that holds the columns.
+      logit_softcap: ``cap * tanh(logits / cap)`` of the reference's logits; None: no cap.
+
+    Example: see :func:`linear_stats_loss`.
+    """
+
+    hidden: ArrayLike
+    kernel: ArrayLike
+    bias: ArrayLike | None = None
+    vocab_axis: int = -1
+    logit_softcap: float | None = None
+
+
+export.register_namedtuple_serialization(ReferenceStats, serialized_name="jaxloss.ReferenceStats")
+
+
 class TokenArrays(NamedTuple):
     """The arrays of a loss beside its logits, as the checks return them; None: not given. Or
     something for each of them."""
@@ -125,6 +174,7 @@ class TokenArrays(NamedTuple):
     sample_weight: Any = None  # shaped as the losses
     class_mask: Any = None  # of the logits' rank: the classes that exist
     token_mask: Any = None  # shaped as the losses: the tokens that count
+    temperature: Any = None  # shaped as the losses, where each token has its own
 
 
 class LossOptions(NamedTuple):

@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 from jaxloss._checks import messages
 from jaxloss._types import REDUCTIONS, RESTS, Axes, LossOptions, Scalars, TokenArrays, TopKLabels
 from jaxloss._xla import mesh
+from jaxloss._xla.dtypes import accumulator_dtype
 
 # Functions whose messages do not offer it.
 WITHOUT_SAMPLE_WEIGHT = ("log_softmax", "token_stats", "linear_token_stats", "next_token_labels")
@@ -243,6 +244,20 @@ def temperature(function: str, x: Any, dtype) -> Any:
     return messages.scalar(function, "temperature", x, *DIVISORS, 1.0, dtype)
 
 
+def token_temperature(function: str, x: Any, batch: tuple[int, ...], logits: Any) -> Any:
+    """The temperature where it has one entry a token, otherwise None. Out of range it is NaN."""
+    if not getattr(x, "ndim", 0):
+        return None
+    x = messages.floating(function, "temperature", x)
+    way_out = "" if x.shape == batch else broadcast("temperature", x, x, batch)
+    rule = "no axes, or the shape of the losses"
+    messages.shape(function, "temperature", x, batch, rule, way_out)
+    dtype = accumulator_dtype(logits.dtype)
+    x, (low, high) = x.astype(dtype), DIVISORS
+    high = min(high, float(jnp.finfo(dtype).max))
+    return jnp.where((x >= low) & (x <= high), x, jnp.nan)
+
+
 def smoothing(function: str, x: Any, dtype) -> Any:
     return messages.scalar(function, "label_smoothing", x, 0, 1, 0.0, dtype)
 
@@ -458,6 +473,18 @@ def _by_hand(function: str, name: str, axis: str) -> str:
     )
 
 
+def per_token(function: str, given: tuple, lead: tuple[int, ...]) -> tuple[Array, ...]:
+    """What a loss of the caller's reads of each token, checked."""
+    arrays = []
+    for i, x in enumerate(given):
+        x = messages.array(function, f"per_token[{i}]", x, of_keys=True)
+        if x.shape[: len(lead)] != lead:
+            rule = f"per_token[{i}] must have hidden's leading shape, {lead}"
+            messages.fail(function, rule, messages.describe(x))
+        arrays.append(x)
+    return tuple(arrays)
+
+
 def product_operands(
     function: str, hidden: Any, kernel: Any, bias: Any, vocab_axis: Any, of: str = ""
 ) -> tuple[Array, Array, Array | None, int]:
@@ -516,10 +543,12 @@ def token_loss(
     vocab_axes: Axes = (),
     token_axes: Axes = (),
     return_stats: Any = False,
+    temperature: Any = None,
 ) -> tuple[TokenArrays, LossOptions]:
     """The arguments that the losses of logits share; ``name`` is what they call their logits.
 
     ``num_classes``: by default all columns of the logits, on all devices along ``vocab_axes``.
+    ``temperature``: one entry a token, if it has such.
     """
     axes = messages.class_axes(function, logits, name, axis)
     check_reduction(function, reduction)
@@ -539,7 +568,11 @@ def token_loss(
         vocab_axes,
         token_axes,
     )
-    return TokenArrays(labels, weight, sample_weight, class_mask, token_mask), options
+    temperature = token_temperature(
+        function, temperature, messages.batch_shape(logits, axes), logits
+    )
+    arrays = TokenArrays(labels, weight, sample_weight, class_mask, token_mask, temperature)
+    return arrays, options
 
 
 def of_tokens(arrays: TokenArrays) -> dict[str, Any]:
@@ -549,7 +582,12 @@ def of_tokens(arrays: TokenArrays) -> dict[str, Any]:
         labels = labels.indices
     elif jnp.issubdtype(labels.dtype, jnp.floating):
         labels = None
-    return {"labels": labels, "sample_weight": arrays.sample_weight, "where": arrays.token_mask}
+    return {
+        "labels": labels,
+        "sample_weight": arrays.sample_weight,
+        "where": arrays.token_mask,
+        "temperature": arrays.temperature,
+    }
 
 
 def gamma(function: str, x: Any) -> float:
@@ -566,6 +604,8 @@ def scalars(
     temperature: Any = 1.0,
 ) -> Scalars:
     """The numbers of a loss, checked. Arrays among them get the ``dtype``."""
+    # One of each token is among the arrays.
+    temperature = 1.0 if getattr(temperature, "ndim", 0) else temperature
     cap, temperature = scaling(function, logit_softcap, temperature, dtype)
     return Scalars(
         smoothing(function, label_smoothing, dtype),

@@ -81,7 +81,7 @@ def aligned_tokens(
     logits: Array, axes: tuple[int, ...], arrays: TokenArrays
 ) -> tuple[Array, TokenArrays]:
     """``(logits, arrays)``, split alike."""
-    labels, weight, sample_weight, class_mask, token_mask = arrays
+    labels, weight, sample_weight, class_mask, token_mask, temperature = arrays
     every = tuple(range(logits.ndim))
     rows = tuple(i for i in every if i not in axes)
     of_labels = rows
@@ -96,6 +96,7 @@ def aligned_tokens(
         (sample_weight, rows),
         (class_mask, every),
         (token_mask, rows),
+        (temperature, rows),
         flat=axes,
     )
     return logits, TokenArrays(*some)

@@ -12,7 +12,7 @@ from jaxloss._linear import pallas_rows, token_chunks, token_rules, vocab_blocks
 from jaxloss._linear.packing import gather_rows, scatter_rows
 from jaxloss._numerics.logits import Logits, scaling_of
 from jaxloss._tokens.classes import existing, local_classes, local_weight
-from jaxloss._tokens.losses import RANKS, rows_of_logits, token_losses
+from jaxloss._tokens.losses import RANKS, rows_of_logits, temperature_of, token_losses
 from jaxloss._tokens.reduction import normalised_weights, reduce_losses
 from jaxloss._tokens.shapes import flat_labels, rows_of_mask
 from jaxloss._tokens.targets import make_targets, rows_with_classes, tokens_with_classes
@@ -36,10 +36,11 @@ def by_token_chunks(product, arrays, scalars, *, sweep, options, fused):
     # A loop's rule outlives this trace: what it reads of ``scalars`` comes with its operands.
     numbers, of_scalars = jax.tree.flatten(scalars)
 
-    def of_chunk(labels, weight, mask, numbers, columns):
+    def of_chunk(labels, temperature, weight, mask, numbers, columns):
         """``token_losses``' arguments past the first."""
         scalars = of_scalars.unflatten(numbers)
-        arrays = TokenArrays(tree.unflatten(labels), weight, class_mask=mask)
+        labels = tree.unflatten(labels)
+        arrays = TokenArrays(labels, weight, class_mask=mask, temperature=temperature)
         smoothing = scalars.label_smoothing
         # Counted anew: traced values must not leak into the loop that this runs in.
         classes = classes_of(columns)
@@ -47,14 +48,14 @@ def by_token_chunks(product, arrays, scalars, *, sweep, options, fused):
         return targets, arrays, options, scalars, dtype
 
     def loss_fn(x, per_token, shared):
-        *labels, index = per_token
+        *labels, index, temperature = per_token
         weight, mask, *numbers = shared
         mask = mask if index is None else mask[index]
-        given = of_chunk(labels, weight, mask, numbers, x.shape[-1])
-        scalars = given[3]
+        given = of_chunk(labels, temperature, weight, mask, numbers, x.shape[-1])
+        _, arrays, _, scalars, _ = given
         scaling = scaling_of(scalars.softcap, scalars.temperature)
         logits = Logits(x, scaling=scaling, pallas_bytes=4)
-        rows_of = rows_of_logits(logits, scalars.temperature)
+        rows_of = rows_of_logits(logits, temperature_of(arrays, scalars))
         losses, stats = token_losses(rows_of, *given)
         if stats is None:
             return (losses,), ()
@@ -62,7 +63,7 @@ def by_token_chunks(product, arrays, scalars, *, sweep, options, fused):
 
     def value(operands, packing):
         # Where nothing is differentiated: all chunks' tokens at once, their logits held nowhere.
-        labels, _ = (gather_rows(x, packing.order) for x in operands.per_token)
+        labels, *_ = (gather_rows(x, packing.order) for x in operands.per_token)
 
         def rows_of(targets, outputs):
             some = operands.student
@@ -72,15 +73,16 @@ def by_token_chunks(product, arrays, scalars, *, sweep, options, fused):
 
         weight, _, *numbers = operands.shared
         losses, _ = token_losses(
-            rows_of, *of_chunk([labels], weight, None, numbers, product.num_classes)
+            rows_of, *of_chunk([labels], None, weight, None, numbers, product.num_classes)
         )
         blank = mesh.varying(jnp.zeros(tokens, dtype), mesh.varies_over(losses))
         return (scatter_rows(packing.order, blank, losses),), ()
 
     tokens, (labels, tree) = math.prod(lead), flat_labels(arrays.labels, lead)
+    temperature = None if arrays.temperature is None else arrays.temperature.reshape(tokens)
     operands = token_chunks.Operands(
         replace(product, hidden=hidden.reshape(tokens, hidden.shape[-1])),
-        (*labels, mask_index),
+        (*labels, mask_index, temperature),
         (arrays.weight, mask_rows, *numbers),
     )
     weights = normalised_weights(targets.weights, options, dtype)

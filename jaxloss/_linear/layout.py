@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 from jaxloss._checks import arguments, messages
 from jaxloss._checks.explicit_mesh import devices_along, is_split, names_of, resharded, spec_of
 from jaxloss._linear.product import Product
-from jaxloss._types import Axes, LossOptions, Scalars, TokenArrays, TopKLabels
+from jaxloss._types import Axes, LossOptions, Scalars, TokenArrays
 from jaxloss._xla import mesh, nested
 from jaxloss._xla.device import jit
 
@@ -235,6 +235,35 @@ def of_products(products: Iterable[Product], layout: Layout) -> tuple[tuple, tup
     return each, specs
 
 
+def of_arrays(
+    arrays: TokenArrays, layout: Layout, products: Sequence[Product]
+) -> tuple[TokenArrays, TokenArrays]:
+    """The arrays, with what is of classes padded to the columns, and their specs."""
+    labels, class_mask = arrays.labels, arrays.class_mask
+    tokens, vocab = layout.tokens, layout.vocab_axes or None
+    columns = products[0].columns
+
+    def padded(x):  # the kernel's columns divide among the devices, the classes need not
+        width = columns - x.shape[-1]
+        if width and is_split(x):
+            x = resharded(x, layout.mesh, (*spec_of(x)[:-1], None))
+        return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, width)])
+
+    probabilities = isinstance(labels, Array) and labels.ndim == products[0].hidden.ndim
+    if probabilities:
+        labels = padded(labels)
+    if class_mask is not None and class_mask.shape[-1] > 1:
+        class_mask = padded(class_mask)
+    of_mask = P()
+    if class_mask is not None:
+        split = zip((*tokens, vocab), class_mask.shape, strict=True)
+        of_mask = P(*(None if n == 1 else entry for entry, n in split))
+    rows = P(*tokens)
+    of_labels = P(*tokens, vocab) if probabilities else rows
+    specs = TokenArrays(of_labels, P(), rows, of_mask, rows, rows)
+    return arrays._replace(labels=labels, class_mask=class_mask), specs
+
+
 # Under jit, so that what is called eagerly is compiled once.
 @jit
 def over_mesh(
@@ -249,32 +278,11 @@ def over_mesh(
 ) -> Any:
     """``schedule(*products, arrays, scalars)`` inside ``shard_map``, arrays split as the layout
     says; ``static``: pairs of its other arguments."""
-    labels, class_mask = arrays.labels, arrays.class_mask
-    tokens, vocab = layout.tokens, layout.vocab_axes or None
-    columns = products[0].columns
-
-    def padded(x):  # the kernel's columns divide among the devices, the classes need not
-        width = columns - x.shape[-1]
-        if width and is_split(x):
-            x = resharded(x, layout.mesh, (*spec_of(x)[:-1], None))
-        return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, width)])
-
-    probabilities = isinstance(labels, Array) and labels.ndim == products[0].hidden.ndim
-    probabilities = probabilities and not isinstance(labels, TopKLabels)
-    if probabilities:
-        labels = padded(labels)
-    if class_mask is not None and class_mask.shape[-1] > 1:
-        class_mask = padded(class_mask)
-    arrays = arrays._replace(labels=labels, class_mask=class_mask)
-    of_mask = P()
-    if class_mask is not None:
-        split = zip((*tokens, vocab), class_mask.shape, strict=True)
-        of_mask = P(*(None if n == 1 else entry for entry, n in split))
-    rows = P(*tokens)
-    of_labels = P(*tokens, vocab) if probabilities else rows
+    arrays, of_tokens = of_arrays(arrays, layout, products)
     products, of_operands = of_products(products, layout)
-    specs = (*of_operands, TokenArrays(of_labels, P(), rows, of_mask, rows), P())
+    rows = P(*layout.tokens)
     out = rows if options.reduction == "none" else P()
     out = (out, rows) if options.with_stats else out
     schedule = partial(schedule, options=options, **dict(static))
+    specs = (*of_operands, of_tokens, P())
     return run(schedule, layout, (*products, arrays, scalars), specs, out)

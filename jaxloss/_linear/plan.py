@@ -42,6 +42,7 @@ def choose(
 ) -> Plan:
     """Checked. ``whole``: no partitioner may split arrays."""
     bucket = getattr(arrays.labels, "rest", None) == "bucket"
+    divided = scalars.divided or arrays.temperature is not None
     asked = arrays, options, scalars
     chip = dispatch.product_kernel()
     by_rule = implementation is None and chunk_size is None
@@ -58,12 +59,12 @@ def choose(
         name = wanted
     elif name is None:
         few = budget.default_chunk(tokens, size.columns, rows=rows) < min(FEW, tokens)
-        name = "vocab_blocks" if few and not bucket and not scalars.divided else "token_chunks"
+        name = "vocab_blocks" if few and not bucket and not divided else "token_chunks"
     messages.word(call, "implementation", name, IMPLEMENTATIONS)
     if bucket and name == "vocab_blocks":
         rule = "labels with rest='bucket' need implementation='token_chunks'"
         messages.fail(call, rule, repr(name))
-    if scalars.divided and name == "vocab_blocks":
+    if divided and name == "vocab_blocks":
         rule = "a temperature that is an array needs implementation='token_chunks'"
         messages.fail(call, rule, repr(name), "Give a Python number, or leave implementation out.")
     if name in dispatch.KERNELS and beyond:
@@ -90,7 +91,7 @@ def _rows(dtype: Any, arrays: TokenArrays, options: LossOptions, scalars: Scalar
         smoothing=not targets.is_zero(scalars.label_smoothing),
         mask=arrays.class_mask is not None,
         statistics=options.with_stats,
-        scaling=scalars.rescaled,
+        scaling=scalars.rescaled or arrays.temperature is not None,
     )
 
 
@@ -103,7 +104,7 @@ def _beyond(arrays: TokenArrays, options: LossOptions, scalars: Scalars) -> dict
         "labels that are no class indices": not is_indices(arrays.labels),
         "where over classes": arrays.class_mask is not None,
         "label_smoothing": not targets.is_zero(scalars.label_smoothing),
-        "a soft cap or a temperature": scalars.rescaled,
+        "a soft cap or a temperature": scalars.rescaled or arrays.temperature is not None,
         "statistics": options.with_stats,
         "another number": not others.plain,
     }

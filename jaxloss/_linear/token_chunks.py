@@ -92,7 +92,7 @@ def _teacher_logits(operands: Operands, at: Array, packing: Packing, first: Any)
     return (_at(operands.teacher, at, packing, first).logits(),)
 
 
-def _columns(operands: Operands) -> int:
+def columns_of(operands: Operands) -> int:
     """Logits a token has here, the teacher's too."""
     return sum(p.columns for p in (operands.student, operands.teacher) if p is not None)
 
@@ -120,7 +120,7 @@ def losses(loss_fn: LossFn, sweep: Sweep, dynamic: bool, operands: Operands, pac
         return jax.tree.map(partial(scatter_rows, at), state, values)
 
     part = jax.jit(part, inline=True)  # traced once, for all steps of the sweep
-    chunk = value_chunk(sweep.chunk, _columns(operands), groups=packing.groups)
+    chunk = value_chunk(sweep.chunk, columns_of(operands), groups=packing.groups)
     like = jax.eval_shape(part, packing.some(0, chunk))
     blank = partial(_blank_rows, operands.student.hidden.shape[0], like)
     return over_chunks(packing, chunk, part, update, blank, lambda state: state, dynamic)
@@ -159,7 +159,7 @@ def gradients(
     part = jax.jit(part, inline=True)  # traced once, for all steps of the sweep
     chunk = sweep.chunk
     if not active.student.kernel:
-        chunk = value_chunk(chunk, _columns(given), FROZEN_KERNEL_MIB, packing.groups)
+        chunk = value_chunk(chunk, columns_of(given), FROZEN_KERNEL_MIB, packing.groups)
     *like, gradient = jax.eval_shape(part, packing.some(0, chunk))
     rows = _of_tokens(operands)
 

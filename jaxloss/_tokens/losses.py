@@ -26,7 +26,8 @@ RANKS = ("prediction", "rank")  # the integers among the outputs
 def rows_of_logits(logits: Logits, temperature: Any = 1.0) -> RowsOf:
     """Of logits that are there; ``targets`` say which of them exist.
 
-    ``temperature``: an array divides the logits; a number is in their scaling.
+    ``temperature``: an array divides the logits, a scalar or one entry a row; a number is in their
+    scaling.
     """
 
     def rows_of(targets: Targets, outputs: tuple[str, ...]) -> RowLosses:
@@ -34,7 +35,9 @@ def rows_of_logits(logits: Logits, temperature: Any = 1.0) -> RowsOf:
         own = replace(logits, exist=targets.existing(logits.values.ndim))
         of_row = tuple(name for name in outputs if name not in RANKS)
         if isinstance(temperature, Array):
-            divided, m = _divided(own, temperature, classes.axes)
+            # 0 / NaN is NaN: a token that does not count must not read its own.
+            of_rows = jnp.where(targets.valid, temperature, 1) if temperature.ndim else temperature
+            divided, m = _divided(own, of_rows, classes.axes)
             rows = rows_of_logits(divided)(targets, of_row)
             if rows.logsumexp is not None:
                 rows = rows._replace(logsumexp=rows.logsumexp + m)
@@ -56,6 +59,10 @@ def rows_of_logits(logits: Logits, temperature: Any = 1.0) -> RowsOf:
     return rows_of
 
 
+def temperature_of(arrays: TokenArrays, scalars: Scalars) -> Any:
+    return scalars.temperature if arrays.temperature is None else arrays.temperature
+
+
 def _divided(logits: Logits, temperature: Array, axes: Axes) -> tuple[Logits, Array]:
     """``((x - m) / temperature, m / temperature)`` of the capped logits and their maximum m.
 
@@ -64,7 +71,8 @@ def _divided(logits: Logits, temperature: Array, axes: Axes) -> tuple[Logits, Ar
     x = logits.wide()
     m = mesh.largest(jnp.max(x, axis=-1), axes)
     m = jnp.where(jnp.isfinite(m), m, 0)
-    divided = logits.nats(x - m[..., None]) / temperature
+    of_classes = temperature[..., None] if temperature.ndim else temperature
+    divided = logits.nats(x - m[..., None]) / of_classes
     return Logits(divided, pallas_bytes=0), logits.nats(m) / temperature
 
 

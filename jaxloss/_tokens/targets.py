@@ -168,7 +168,7 @@ def make_targets(
 
     ``weight[C]`` and indices speak of all classes, ``class_mask`` of the columns here.
     """
-    labels, weight, sample_weight, class_mask, token_mask = arrays
+    labels, weight, sample_weight, class_mask, token_mask, _ = arrays
     uniform, some = None, valid_tokens(sample_weight, token_mask)
     if not is_zero(label_smoothing) and classes.total:
         uniform = label_smoothing / jnp.maximum(number_of_classes(classes, class_mask, dtype), 1)
