@@ -15,6 +15,10 @@ from jaxloss._linear_cross_entropy import linear_cross_entropy as linear_cross_e
 from jaxloss._linear_cross_entropy import linear_token_stats as linear_token_stats
 from jaxloss._linear_loss import linear_loss as linear_loss
 from jaxloss._linear_stats_loss import linear_stats_loss as linear_stats_loss
+from jaxloss._log_probs import linear_log_probs_at as linear_log_probs_at
+from jaxloss._log_probs import linear_sample as linear_sample
+from jaxloss._log_probs import linear_top_k as linear_top_k
+from jaxloss._log_probs import log_probs_at as log_probs_at
 from jaxloss._metrics import MetricSums as MetricSums
 from jaxloss._metrics import metric_sums as metric_sums
 from jaxloss._metrics import metrics as metrics
@@ -40,9 +44,13 @@ __all__ = [
     "kl_divergence",
     "linear_cross_entropy",
     "linear_kl_divergence",
+    "linear_log_probs_at",
     "linear_loss",
+    "linear_sample",
     "linear_stats_loss",
     "linear_token_stats",
+    "linear_top_k",
+    "log_probs_at",
     "log_softmax",
     "metric_sums",
     "metrics",

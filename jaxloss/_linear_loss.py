@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Literal, TypedDict, Unpack, overload
 
 import jax
 import jax.numpy as jnp
@@ -19,12 +19,54 @@ from jaxloss._linear import budget, layout, token_chunks
 from jaxloss._linear.own_loss import OwnLoss, closed_over, reduced
 from jaxloss._linear.product import Product, Sweep
 from jaxloss._tokens.reduction import TokenWeights
-from jaxloss._types import AxisName, LossOptions, Reduction
+from jaxloss._types import AxisName, LossOptions, PyTree, Reduction
 from jaxloss._xla.dtypes import accumulator_dtype
 
 
+class LinearLossOptions(TypedDict, total=False):
+    """Of :func:`linear_loss`, but for ``has_aux``, which says what it returns."""
+
+    bias: ArrayLike | None
+    vocab_axis: int
+    sample_weight: ArrayLike | None
+    reduction: Reduction
+    empty_mean: float | None
+    token_axis_name: AxisName | PartitionSpec | None
+    kernel_spec: PartitionSpec | None
+    mesh: Mesh | AbstractMesh | None
+    chunk_size: int | None
+    precision: lax.PrecisionLike
+
+
+@overload
 def linear_loss(
-    loss_fn: Callable[..., Array],
+    loss_fn: Callable[..., PyTree],
+    hidden: ArrayLike,
+    kernel: ArrayLike,
+    *per_token: ArrayLike,
+    has_aux: Literal[False] = False,
+    **options: Unpack[LinearLossOptions],
+) -> Array: ...
+@overload
+def linear_loss(
+    loss_fn: Callable[..., PyTree],
+    hidden: ArrayLike,
+    kernel: ArrayLike,
+    *per_token: ArrayLike,
+    has_aux: Literal[True],
+    **options: Unpack[LinearLossOptions],
+) -> tuple[Array, PyTree]: ...
+@overload
+def linear_loss(
+    loss_fn: Callable[..., PyTree],
+    hidden: ArrayLike,
+    kernel: ArrayLike,
+    *per_token: ArrayLike,
+    has_aux: bool,
+    **options: Unpack[LinearLossOptions],
+) -> Array | tuple[Array, PyTree]: ...
+def linear_loss(
+    loss_fn: Callable[..., PyTree],
     hidden: ArrayLike,
     kernel: ArrayLike,
     *per_token: ArrayLike,
@@ -39,7 +81,7 @@ def linear_loss(
     mesh: Mesh | AbstractMesh | None = None,
     chunk_size: int | None = None,
     precision: lax.PrecisionLike = None,
-) -> Any:
+) -> Array | tuple[Array, PyTree]:
     r"""Any per-token loss of the logits ``hidden @ kernel + bias``, a chunk of them at a time.
 
     .. math:: l_n = \mathrm{loss\_fn}(h_n K + b,\ t_n), \qquad

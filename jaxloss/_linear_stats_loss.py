@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal, TypedDict, Unpack, overload
 
 import jax
-from jax import lax
+from jax import Array, lax
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from jax.sharding import PartitionSpec as P
 from jax.typing import ArrayLike
@@ -17,18 +17,72 @@ from jaxloss._checks import arguments, messages
 from jaxloss._linear import budget, layout, stats_loss
 from jaxloss._linear.own_loss import OwnLoss, closed_over, reduced
 from jaxloss._linear.product import Product, Sweep
-from jaxloss._types import AxisName, Reduction, Reference, Scalars, TokenArrays, TopKLabels
+from jaxloss._types import AxisName, PyTree, Reduction, Reference, Scalars, TokenArrays, TopKLabels
 from jaxloss._xla.dtypes import accumulator_dtype
 from jaxloss._xla.mesh import size as axis_size
 
 
+class StatsLossOptions(TypedDict, total=False):
+    """Of :func:`linear_stats_loss`, but for ``has_aux``, which says what it returns."""
+
+    reference: tuple[ArrayLike, ...] | Reference | None
+    kl_temperature: ArrayLike | None
+    beta: float
+    bias: ArrayLike | None
+    vocab_axis: int
+    num_classes: int | None
+    ignore_index: int | None
+    temperature: ArrayLike | None
+    logit_softcap: float | None
+    sample_weight: ArrayLike | None
+    where: ArrayLike | None
+    reduction: Reduction
+    empty_mean: float | None
+    vocab_axis_name: AxisName | None
+    token_axis_name: AxisName | PartitionSpec | None
+    kernel_spec: PartitionSpec | None
+    mesh: Mesh | AbstractMesh | None
+    chunk_size: int | None
+    precision: lax.PrecisionLike
+
+
+@overload
 def linear_stats_loss(
-    loss_fn: Callable[..., Any],
+    loss_fn: Callable[..., PyTree],
     hidden: ArrayLike,
     kernel: ArrayLike,
     labels: ArrayLike | TopKLabels,
     *per_token: ArrayLike,
-    reference: tuple | Reference | None = None,
+    has_aux: Literal[False] = False,
+    **options: Unpack[StatsLossOptions],
+) -> Array: ...
+@overload
+def linear_stats_loss(
+    loss_fn: Callable[..., PyTree],
+    hidden: ArrayLike,
+    kernel: ArrayLike,
+    labels: ArrayLike | TopKLabels,
+    *per_token: ArrayLike,
+    has_aux: Literal[True],
+    **options: Unpack[StatsLossOptions],
+) -> tuple[Array, PyTree]: ...
+@overload
+def linear_stats_loss(
+    loss_fn: Callable[..., PyTree],
+    hidden: ArrayLike,
+    kernel: ArrayLike,
+    labels: ArrayLike | TopKLabels,
+    *per_token: ArrayLike,
+    has_aux: bool,
+    **options: Unpack[StatsLossOptions],
+) -> Array | tuple[Array, PyTree]: ...
+def linear_stats_loss(
+    loss_fn: Callable[..., PyTree],
+    hidden: ArrayLike,
+    kernel: ArrayLike,
+    labels: ArrayLike | TopKLabels,
+    *per_token: ArrayLike,
+    reference: tuple[ArrayLike, ...] | Reference | None = None,
     kl_temperature: ArrayLike | None = None,
     beta: float = 0.5,
     has_aux: bool = False,
@@ -48,7 +102,7 @@ def linear_stats_loss(
     mesh: Mesh | AbstractMesh | None = None,
     chunk_size: int | None = None,
     precision: lax.PrecisionLike = None,
-) -> Any:
+) -> Array | tuple[Array, PyTree]:
     r"""Any loss of each token's statistics, a chunk of the logits at a time.
 
     .. math:: l_n = \mathrm{loss\_fn}(\mathrm{stats}_n, t_n), \qquad

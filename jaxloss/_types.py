@@ -12,6 +12,7 @@ from jax import Array, export
 from jax.typing import ArrayLike
 
 Axes = tuple[str, ...]
+PyTree = Any  # of arrays, as a user's own function returns it
 AxisName = str | Axes  # of a mesh, as a user names one or several
 Reduction = Literal["none", "mean", "sum"]
 Divergence = Literal["forward", "reverse", "jensen_shannon"]
@@ -152,7 +153,20 @@ class Reference:
       vocab_axis: the axis of ``kernel`` that holds the columns.
       logit_softcap: ``cap * tanh(logits / cap)`` of the reference's logits; None: no cap.
 
-    Example: see :func:`linear_stats_loss`.
+    Raises (where it is used):
+      TypeError, ValueError: as for the model's own operands.
+
+    Example:
+
+      >>> import jax, jax.numpy as jnp
+      >>> import jaxloss
+      >>> normal = lambda seed, *shape: jax.random.normal(jax.random.key(seed), shape)
+      >>> tied = jaxloss.Reference(normal(0, 6, 8), normal(1, 10, 8), vocab_axis=0)
+      >>> kl = lambda stats, reference: reference.forward_kl
+      >>> loss = jaxloss.linear_stats_loss(
+      ...     kl, normal(2, 6, 4), normal(3, 4, 10), jnp.arange(6), reference=tied)
+      >>> loss.shape
+      ()
     """
 
     hidden: ArrayLike

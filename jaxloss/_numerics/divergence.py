@@ -32,15 +32,14 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero
 
-from jaxloss._numerics.logits import Logits
-from jaxloss._numerics.passes import near_max
+from jaxloss._numerics.passes import one_near_max
 from jaxloss._types import Axes
 from jaxloss._xla import mesh
 from jaxloss._xla.derivatives import differentiable, scale_rows
 from jaxloss._xla.dtypes import accumulator_dtype, downcast, upcast
 from jaxloss._xla.elementary import exp_of_nonpositive, finite, log, log1p
 from jaxloss._xla.fusion import reread
-from jaxloss._xla.indexing import gather_class, is_at
+from jaxloss._xla.indexing import is_at
 
 NEAR = 2.0  # the distance below which the series serves
 
@@ -245,22 +244,9 @@ def _below_max(x: Array, x_max: Array) -> Array:
 def _log_tangent(p: Array, x: Array, x_max: Array, dx: Array, axes: Axes) -> Array:
     """``dx_j - sum_i p_i dx_i``, of differences with the entry at the maximum: as a difference of
     two numbers of the tangent's size, that entry's, which is all that the others lack, is lost."""
-    at_max = is_at(x, _one_at_max(x, x_max, axes))
+    at_max = is_at(x, one_near_max(x, x_max, axes))
     dx = dx - _total(jnp.where(at_max, dx, 0), axes)[..., None]
     return dx - _total(p * dx, axes)[..., None]
-
-
-def _one_at_max(x: Array, x_max: Array, axes: Axes) -> Array:
-    """The class of one entry near the maximum; past the end where another device has it."""
-    index = near_max(Logits(x), x_max)
-    if not axes:
-        return index
-    size = x.shape[-1]
-    here = gather_class(x, index)
-    best = mesh.largest(here, axes)
-    device = lax.axis_index(axes)
-    first = -mesh.largest(jnp.where(here == best, -device, -mesh.size(axes)), axes)
-    return jnp.where(device == first, index, size)
 
 
 class Mixture(NamedTuple):

@@ -11,12 +11,13 @@ from jax import Array, lax
 
 from jaxloss._numerics.logits import Logits, Scaling, in_nats
 from jaxloss._pallas import dispatch
+from jaxloss._types import Axes
 from jaxloss._xla import device, mesh
 from jaxloss._xla.derivatives import with_derivative_of
 from jaxloss._xla.dtypes import accumulator_dtype, upcast
 from jaxloss._xla.elementary import exp_of_nonpositive, finite
 from jaxloss._xla.fusion import class_index, index_is_exact, lies_below, opaque, reread
-from jaxloss._xla.indexing import gather_classes, has_open_size, is_at
+from jaxloss._xla.indexing import gather_class, gather_classes, has_open_size, is_at
 
 
 def _selected_exponentials(logits: Logits, m: Array, omitted: Array) -> Array:
@@ -282,3 +283,14 @@ def near_max(logits: Logits, m: Array) -> Array:
     found = jnp.min(class_index(x) + lies_below(x, m, 2.0**30), axis=-1)
     # A row of -inf lies below the finite stand-in for its maximum, and NaN is no index.
     return jnp.where(found < x.shape[-1], found, 0).astype(jnp.int32)
+
+
+def one_near_max(x: Array, x_max: Array, axes: Axes) -> Array:
+    """The class of one entry near the row's maximum; past the end where another device has it."""
+    index = near_max(Logits(x), x_max)
+    if not axes:
+        return index
+    here = gather_class(lax.stop_gradient(x), index)
+    own, best = lax.axis_index(axes), mesh.largest(here, axes)
+    first = -mesh.largest(jnp.where(here == best, -own, -mesh.size(axes)), axes)
+    return jnp.where(own == first, index, x.shape[-1])

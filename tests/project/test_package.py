@@ -52,7 +52,8 @@ def test_every_public_docstring_is_whole():
         text = thing.__doc__
         takes = "Attributes:" if isinstance(thing, type) else "Args:"
         assert takes in text, name
-        if thing not in (jaxloss.TokenStats, jaxloss.MetricSums):  # results: nobody makes one
+        results = jaxloss.TokenStats, jaxloss.ReferenceStats, jaxloss.MetricSums  # nobody makes one
+        if thing not in results:
             assert all(part in text for part in ("Raises", "Example")), name
 
 
@@ -71,11 +72,15 @@ import jax
 import numpy as np
 
 import jaxloss
-from jaxloss import MetricSums, TokenStats, TopKLabels
+from jaxloss import MetricSums, Reference, ReferenceStats, TokenStats, TopKLabels
 
 
 def pick(logits: jax.Array, labels: jax.Array) -> jax.Array:
     return logits[:, 0] + labels
+
+
+def of_both(stats: TokenStats, reference: ReferenceStats) -> tuple[jax.Array, jax.Array]:
+    return stats.log_prob + reference.forward_kl, stats.entropy
 
 
 def losses(x: jax.Array, y: jax.Array, q: jax.Array, n: np.ndarray, stats: bool) -> None:
@@ -101,6 +106,16 @@ def losses(x: jax.Array, y: jax.Array, q: jax.Array, n: np.ndarray, stats: bool)
     either = jaxloss.linear_cross_entropy(x, x, y, return_stats=stats)
     assert_type(either, jax.Array | tuple[jax.Array, TokenStats])
     assert_type(jaxloss.linear_loss(pick, x, x, y, precision=jax.lax.Precision.HIGH), jax.Array)
+    own = Reference(x, n, vocab_axis=0)
+    loss, _ = jaxloss.linear_stats_loss(of_both, x, x, y, reference=own, has_aux=True)
+    assert_type(loss, jax.Array)
+    assert_type(jaxloss.linear_stats_loss(pick, x, x, top, y, temperature=x), jax.Array)
+    assert_type(jaxloss.log_probs_at(x, y, temperature=x), jax.Array)
+    found, rest = jaxloss.linear_log_probs_at(x, x, n, return_rest=True, mesh=None)
+    assert_type(rest, jax.Array)
+    assert_type(jaxloss.linear_top_k(x, x, 4), tuple[jax.Array, jax.Array])
+    assert_type(jaxloss.linear_sample(x, x, x, num_samples=2), tuple[jax.Array, jax.Array])
+    found = jaxloss.token_stats(x, y)
     assert_type(jaxloss.kl_divergence(x, x, divergence="jensen_shannon"), jax.Array)
     assert_type(jaxloss.linear_kl_divergence(x, x, x, x, teacher_bias=n), jax.Array)
     assert_type(jaxloss.focal_loss(x, y, gamma=1), jax.Array)
@@ -166,18 +181,23 @@ def test_signatures_are_short_and_say_what_comes_back():
         assert "Union[" not in pydoc.plain(pydoc.render_doc(thing)), name
 
 
-@pytest.mark.parametrize("name", ["cross_entropy", "linear_cross_entropy"])
-def test_overloads_have_the_options_of_the_function(name):
+OVERLOADED = {"cross_entropy": "return_stats", "linear_cross_entropy": "return_stats"}
+OVERLOADED |= dict.fromkeys(("linear_loss", "linear_stats_loss"), "has_aux")
+OVERLOADED |= dict.fromkeys(("log_probs_at", "linear_log_probs_at"), "return_rest")
+
+
+@pytest.mark.parametrize(("name", "flag"), OVERLOADED.items())
+def test_overloads_have_the_options_of_the_function(name, flag):
     function = getattr(jaxloss, name)
     for overload in typing.get_overloads(function):
         parameters = dict(inspect.signature(overload).parameters)
         of_function = dict(inspect.signature(function).parameters)
         options = typing.get_args(typing.get_type_hints(overload)["options"])[0]
         parameters.pop("options")
-        assert parameters.pop("return_stats").annotation in (
+        assert parameters.pop(flag).annotation in (
             "Literal[False]", "Literal[True]", "bool",
         )  # fmt: skip
-        assert of_function.pop("return_stats").annotation == "bool"
+        assert of_function.pop(flag).annotation == "bool"
         annotations = {k: v.__forward_arg__ for k, v in options.__annotations__.items()}
         annotations |= {k: v.annotation for k, v in parameters.items()}
         assert annotations == {k: v.annotation for k, v in of_function.items()}
