@@ -12,10 +12,18 @@ from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from jax.typing import ArrayLike
 
 from jaxloss._checks import arguments, messages
-from jaxloss._linear import layout, plan
+from jaxloss._linear import layout, plan, stats_loss
 from jaxloss._linear.cross_entropy import by_token_chunks, by_vocab_blocks
 from jaxloss._linear.product import Product, Sweep
-from jaxloss._types import AxisName, Implementation, Reduction, TokenStats, TopKLabels
+from jaxloss._types import (
+    AxisName,
+    Implementation,
+    Reduction,
+    Reference,
+    ReferenceStats,
+    TokenStats,
+    TopKLabels,
+)
 from jaxloss._xla import device, mesh
 from jaxloss._xla.dtypes import accumulator_dtype
 
@@ -251,6 +259,45 @@ def linear_cross_entropy(
     )
 
 
+class LinearTokenStatsOptions(TypedDict, total=False):
+    """Of :func:`linear_token_stats`, but for ``reference``, which says what it returns."""
+
+    bias: ArrayLike | None
+    vocab_axis: int
+    num_classes: int | None
+    ignore_index: int | None
+    temperature: ArrayLike | None
+    logit_softcap: float | None
+    where: ArrayLike | None
+    kl_temperature: ArrayLike | None
+    beta: float
+    vocab_axis_name: AxisName | None
+    token_axis_name: AxisName | PartitionSpec | None
+    kernel_spec: PartitionSpec | None
+    mesh: Mesh | AbstractMesh | None
+    chunk_size: int | None
+    precision: lax.PrecisionLike
+    implementation: Implementation | None
+
+
+@overload
+def linear_token_stats(
+    hidden: ArrayLike,
+    kernel: ArrayLike,
+    labels: ArrayLike | TopKLabels,
+    *,
+    reference: None = None,
+    **options: Unpack[LinearTokenStatsOptions],
+) -> TokenStats: ...
+@overload
+def linear_token_stats(
+    hidden: ArrayLike,
+    kernel: ArrayLike,
+    labels: ArrayLike | TopKLabels,
+    *,
+    reference: tuple[ArrayLike, ...] | Reference,
+    **options: Unpack[LinearTokenStatsOptions],
+) -> tuple[TokenStats, ReferenceStats]: ...
 def linear_token_stats(
     hidden: ArrayLike,
     kernel: ArrayLike,
@@ -263,6 +310,9 @@ def linear_token_stats(
     temperature: ArrayLike | None = 1.0,
     logit_softcap: float | None = None,
     where: ArrayLike | None = None,
+    reference: tuple[ArrayLike, ...] | Reference | None = None,
+    kl_temperature: ArrayLike | None = None,
+    beta: float = 0.5,
     vocab_axis_name: AxisName | None = None,
     token_axis_name: AxisName | PartitionSpec | None = None,
     kernel_spec: PartitionSpec | None = None,
@@ -270,7 +320,7 @@ def linear_token_stats(
     chunk_size: int | None = None,
     precision: lax.PrecisionLike = None,
     implementation: Implementation | None = None,
-) -> TokenStats:
+) -> TokenStats | tuple[TokenStats, ReferenceStats]:
     r"""``token_stats(hidden @ kernel + bias, labels, ...)``, a chunk of the logits at a time.
 
     .. math:: \log p_y = z_y - \mathrm{lse}(z), \qquad z = (h K + b) / T
@@ -282,9 +332,11 @@ def linear_token_stats(
         token_axis_name, kernel_spec, mesh, chunk_size, precision, implementation: as in
         :func:`linear_cross_entropy`.
       temperature: as in :func:`cross_entropy`; an array needs ``"token_chunks"``.
+      reference, kl_temperature, beta: a model to compare with, as in :func:`linear_stats_loss`.
 
     Returns:
-      :class:`TokenStats`, each shaped as ``hidden`` without its last axis.
+      :class:`TokenStats`, or with a reference ``(TokenStats, ReferenceStats)``, each shaped as
+      ``hidden`` without its last axis.
 
     Raises:
       TypeError, ValueError: as :func:`linear_cross_entropy`; or ``temperature`` is not positive.
@@ -311,8 +363,35 @@ def linear_token_stats(
 
     Source: as :func:`token_stats` and :func:`linear_cross_entropy`.
     """
+    call = "linear_token_stats"
+    if reference is not None:
+        messages.word(call, "implementation", implementation or "token_chunks", ("token_chunks",))
+        given = stats_loss.prepared(
+            call,
+            arguments.product_operands(call, hidden, kernel, bias, vocab_axis),
+            labels,
+            (),
+            reference,
+            kl_temperature=kl_temperature,
+            beta=beta,
+            num_classes=num_classes,
+            ignore_index=ignore_index,
+            temperature=temperature,
+            logit_softcap=logit_softcap,
+            where=where,
+            reduction="none",
+            vocab_axis_name=vocab_axis_name,
+            token_axis_name=token_axis_name,
+            kernel_spec=kernel_spec,
+            over=mesh,
+            chunk_size=chunk_size,
+            precision=precision,
+        )
+        return stats_loss.token_stats(call, given)
+    if kl_temperature is not None:
+        messages.fail(call, "kl_temperature is for a reference", "none", "Leave it out.")
     return _losses(
-        "linear_token_stats",
+        call,
         (hidden, kernel, bias),
         labels,
         vocab_axis=vocab_axis,

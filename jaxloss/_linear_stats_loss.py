@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
-from typing import Any, Literal, TypedDict, Unpack, overload
+from typing import Literal, TypedDict, Unpack, overload
 
 import jax
 from jax import Array, lax
@@ -14,12 +13,9 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import ArrayLike
 
 from jaxloss._checks import arguments, messages
-from jaxloss._linear import budget, layout, stats_loss
+from jaxloss._linear import layout, stats_loss
 from jaxloss._linear.own_loss import OwnLoss, closed_over, reduced
-from jaxloss._linear.product import Product, Sweep
-from jaxloss._types import AxisName, PyTree, Reduction, Reference, Scalars, TokenArrays, TopKLabels
-from jaxloss._xla.dtypes import accumulator_dtype
-from jaxloss._xla.mesh import size as axis_size
+from jaxloss._types import AxisName, PyTree, Reduction, Reference, TopKLabels
 
 
 class StatsLossOptions(TypedDict, total=False):
@@ -177,165 +173,57 @@ def linear_stats_loss(
     call = "linear_stats_loss"
     if not callable(loss_fn):
         messages.fail(call, "loss_fn must be a function", type(loss_fn).__name__, kind=TypeError)
-    hidden, kernel, bias, vocab_axis = arguments.product_operands(
-        call, hidden, kernel, bias, vocab_axis
-    )
-    lead, wide = hidden.shape[:-1], accumulator_dtype(hidden.dtype)
-    names = arguments.axis_names(
+    given = stats_loss.prepared(
         call,
-        hidden.ndim,
-        token_axis_name=token_axis_name,
-        vocab_axis_name=vocab_axis_name,
-        kernel_spec=kernel_spec,
-        over=mesh,
-    )
-    vocab_axes, token_axes = names.vocab_axes, names.token_axes
-    precision = arguments.precision(call, precision)
-    product = Product(hidden, kernel, bias, vocab_axis, kernel.shape[vocab_axis], precision)
-    other, its_cap = _reference(call, reference, product, logit_softcap)
-    products = [product] if other is None else [product, other]
-    few, most_columns = (f(p.columns for p in products) for f in (min, max))
-    if num_classes is None and few != most_columns:
-        rule = "the kernel and the reference's must have as many columns"
-        got = " and ".join(str(p.columns) for p in products)
-        way_out = "If one of them is padded, say how many are classes: num_classes=..."
-        messages.fail(call, rule, got, way_out)
-    # On all devices: which columns are padding is not static where they are split.
-    every = few * axis_size(vocab_axes)
-    classes = messages.integer(call, "num_classes", num_classes, 0, every, default=every)
-    local = few if vocab_axes else classes
-    arrays, options = arguments.token_loss(
-        call,
-        "hidden @ kernel",
-        jax.ShapeDtypeStruct((*lead, local), hidden.dtype),
+        arguments.product_operands(call, hidden, kernel, bias, vocab_axis),
         labels,
-        axis=-1,
-        num_classes=classes,
+        per_token,
+        reference,
+        kl_temperature=kl_temperature,
+        beta=beta,
+        num_classes=num_classes,
         ignore_index=ignore_index,
+        temperature=temperature,
+        logit_softcap=logit_softcap,
+        sample_weight=sample_weight,
         where=where,
         reduction=reduction,
-        sample_weight=sample_weight,
         empty_mean=empty_mean,
-        vocab_axes=vocab_axes,
-        token_axes=token_axes,
-        return_stats=True,
-        temperature=temperature,
+        vocab_axis_name=vocab_axis_name,
+        token_axis_name=token_axis_name,
+        kernel_spec=kernel_spec,
+        over=mesh,
+        chunk_size=chunk_size,
+        precision=precision,
     )
-    scalars = arguments.scalars(call, wide, logit_softcap=logit_softcap, temperature=temperature)
-    arguments.check_bucket(call, arrays, scalars)
-    of_reference = _of_reference(call, kl_temperature, its_cap, arrays, scalars, wide, other)
-    if not 0 < messages.number(call, "beta", beta) < 1:
-        messages.fail(call, "beta must be in (0, 1)", repr(beta))
-    own_arrays = arguments.per_token(call, per_token, lead)
-    of_tokens = {"hidden": hidden, **arguments.of_tokens(arrays)}
-    of_tokens |= {f"per_token[{i}]": x for i, x in enumerate(own_arrays)}
-    split = {"vocab_axes": vocab_axes, "token_axes": token_axes}
-    arguments.check_split(call, "kernel", kernel, of_tokens, **split)
-    if other is not None:
-        arguments.check_split(call, "the reference's kernel", other.kernel, of_tokens, **split)
-    found = layout.of_call(call, names, products, (arrays, own_arrays))
-    tokens = math.prod(lead)
-    if found is not None:
-        tokens //= found.devices(found.token_axes)
-        vocab_axes = (*vocab_axes, *found.vocab_axes)
-        token_axes = (*token_axes, *found.token_axes)
-        local = found.columns(products[0]) if found.vocab_axes else local
-        most_columns = max(found.columns(p) for p in products)
-    if vocab_axes and len({p.columns for p in products}) > 1:
-        rule = "the kernel and the reference's must have as many columns where devices share them"
-        messages.fail(call, rule, f"{few}", "Pad one of them, and say num_classes=...")
-    token_axes = token_axes if reduction != "none" else ()
-    options = options._replace(vocab_axes=vocab_axes, token_axes=token_axes)
-    products = [replace(p, num_classes=local) for p in products]
-    rests = [(x.shape[len(lead) :], x.dtype) for x in own_arrays]
-    rows = budget.rows_held(
-        hidden.dtype,
-        none=reduction == "none",
-        statistics=True,
-        mask=arrays.class_mask is not None,
-        scaling=scalars.rescaled or arrays.temperature is not None,
-    )
-    if other is not None:
-        rows += budget.OF_DIVERGENCE["forward"]
-    default = budget.default_chunk(budget.size_to_plan_for(tokens), most_columns, rows=rows)
-    chunk = arguments.chunk_size(call, chunk_size, default, budget.size_to_plan_for(tokens))
-    sweep = Sweep(chunk, vocab_axes, token_axes)
+    lead, wide = given.lead, given.wide
+    rests = [(x.shape[len(lead) :], x.dtype) for x in given.own]
 
     def types_of(n):
         own = (jax.ShapeDtypeStruct((n, *rest), dtype) for rest, dtype in rests)
-        return *stats_loss.types_of(n, wide, other is not None), *own
+        return *stats_loss.types_of(n, wide, len(given.products) > 1), *own
 
     own = OwnLoss(loss_fn, messages.flag(call, "has_aux", has_aux), types_of)
-    outer = closed_over(call, own, chunk)
+    outer = closed_over(call, own, given.sweep.chunk)
 
     def of_device(products, arrays, own_arrays, numbers, values):
-        product, *reference = products
-        lead = product.hidden.shape[:-1]
-        flat = tuple(x.reshape(math.prod(lead), *x.shape[len(lead) :]) for x in own_arrays)
-        reference = reference[0] if reference else None
         operands, args_of, weights = stats_loss.operands_of(
-            product, reference, arrays, flat, numbers, options, beta
+            products, arrays, own_arrays, numbers, given.options, given.beta
         )
-        return reduced(own, args_of, sweep, operands, weights, options, wide, outer, values)
+        options = given.options, wide, outer, values
+        return reduced(own, args_of, given.sweep, operands, weights, *options)
 
-    given = products, arrays, own_arrays, (scalars, of_reference), outer
+    found = given.layout
     if found is None:
-        layout.warn_if_shared(call, tokens, chunk)
-        return of_device(*given)
-    arrays, of_arrays = layout.of_arrays(arrays, found, products)
-    each, of_operands = layout.of_products(products, found)
+        layout.warn_if_shared(call, math.prod(lead), given.sweep.chunk)
+        return of_device(given.products, given.arrays, given.own, given.numbers, outer)
+    arrays_of_mesh, specs = stats_loss.of_mesh(given)
     of_rows = P(*found.tokens)
-    specs = list(of_operands), of_arrays, of_rows, P(), P()
     out = of_rows if reduction == "none" else P()
     out = (out, of_rows) if own.has_aux else out
 
     @jax.jit
     def over_mesh(*given):
-        return layout.run(of_device, found, given, specs, out)
+        return layout.run(of_device, found, given, (*specs, P()), out)
 
-    return over_mesh(list(each), arrays, own_arrays, (scalars, of_reference), outer)
-
-
-def _reference(
-    call: str, given: Any, product: Product, cap: float | None
-) -> tuple[Product | None, float | None]:
-    """The reference's product, without a gradient, and its soft cap."""
-    if given is None:
-        return None, None
-    if isinstance(given, tuple) and len(given) in (2, 3):
-        given = Reference(*given, vocab_axis=product.vocab_axis, logit_softcap=cap)
-    elif not isinstance(given, Reference):
-        rule = "reference must be (hidden, kernel), (hidden, kernel, bias) or a jaxloss.Reference"
-        messages.fail(call, rule, type(given).__name__, kind=TypeError)
-    hidden, kernel, bias, vocab_axis = arguments.product_operands(
-        call, given.hidden, given.kernel, given.bias, given.vocab_axis, of="reference."
-    )
-    lead = product.hidden.shape[:-1]
-    if hidden.shape[:-1] != lead:
-        rule = f"reference.hidden must have hidden's leading shape, {lead}"
-        messages.fail(call, rule, messages.describe(hidden))
-    cap, _ = arguments.scaling(call, given.logit_softcap, 1.0, hidden.dtype)
-    operands = lax.stop_gradient((hidden, kernel, bias))
-    return Product(*operands, vocab_axis, kernel.shape[vocab_axis], product.precision), cap
-
-
-def _of_reference(
-    call: str,
-    kl_temperature: Any,
-    cap: float | None,
-    arrays: TokenArrays,
-    scalars: Scalars,
-    wide: Any,
-    other: Product | None,
-) -> Scalars:
-    """The numbers of the divergences and of the reference's entropy."""
-    if kl_temperature is not None and other is None:
-        messages.fail(call, "kl_temperature is for a reference", "none", "Leave it out.")
-    if kl_temperature is None and other is not None and arrays.temperature is not None:
-        rule = "kl_temperature must be given beside a temperature a token"
-        messages.fail(call, rule, "None", "Divergences take one number, or a scalar array.")
-    if kl_temperature is None:
-        return Scalars(softcap=cap, temperature=scalars.temperature)
-    name = "kl_temperature"
-    kl_temperature = messages.scalar(call, name, kl_temperature, *arguments.DIVISORS, 1.0, wide)
-    return Scalars(softcap=cap, temperature=kl_temperature)
+    return over_mesh(*arrays_of_mesh, outer)

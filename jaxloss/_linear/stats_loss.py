@@ -1,39 +1,235 @@
-"""What a loss of statistics sees of a chunk: the model's, and a reference's beside them."""
+"""The statistics of a model's tokens and of a reference's beside them, a chunk at a time."""
 
 import math
 from dataclasses import replace
 from functools import partial
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.sharding import PartitionSpec as P
 
-from jaxloss._linear import token_chunks
-from jaxloss._linear.product import Product
+from jaxloss._checks import arguments, messages
+from jaxloss._linear import budget, layout, token_chunks, token_rules
+from jaxloss._linear.packing import groups_of, pack
+from jaxloss._linear.product import Product, Sweep
 from jaxloss._numerics.divergence import row_divergences
 from jaxloss._numerics.logits import Logits, scaling_of
 from jaxloss._tokens.classes import existing, local_classes
-from jaxloss._tokens.losses import rows_of_logits, temperature_of, token_losses
+from jaxloss._tokens.losses import RANKS, rows_of_logits, temperature_of, token_losses
 from jaxloss._tokens.reduction import TokenWeights
 from jaxloss._tokens.shapes import flat_labels, rows_of_mask
 from jaxloss._tokens.targets import make_targets, tokens_with_classes
 from jaxloss._types import (
     DIVERGENCES,
     LossOptions,
+    Reference,
     ReferenceStats,
     Scalars,
     TokenArrays,
     TokenStats,
 )
+from jaxloss._xla.device import jit
 from jaxloss._xla.dtypes import accumulator_dtype
+from jaxloss._xla.mesh import size as axis_size
+
+
+class Prepared(NamedTuple):
+    """The arguments of a call, checked."""
+
+    products: tuple[Product, ...]  # the model's, and a reference's
+    arrays: TokenArrays
+    own: tuple[Array, ...]  # what a loss of the caller's reads of each token
+    numbers: tuple[Scalars, Scalars]  # see :func:`operands_of`
+    options: LossOptions
+    beta: float
+    sweep: Sweep
+    layout: layout.Layout | None
+
+    @property
+    def lead(self) -> tuple[int, ...]:
+        return self.products[0].hidden.shape[:-1]
+
+    @property
+    def wide(self) -> Any:
+        return accumulator_dtype(self.products[0].hidden.dtype)
+
+    @property
+    def of_device(self) -> tuple:
+        return self.products, self.arrays, self.own, self.numbers
+
+
+def prepared(
+    call: str,
+    operands: tuple,
+    labels: Any,
+    per_token: tuple,
+    reference: Any,
+    *,
+    kl_temperature: Any,
+    beta: Any,
+    num_classes: Any,
+    temperature: Any,
+    logit_softcap: Any,
+    vocab_axis_name: Any,
+    token_axis_name: Any,
+    kernel_spec: Any,
+    over: Any,
+    chunk_size: Any,
+    precision: Any,
+    **of_tokens: Any,
+) -> Prepared:
+    """The arguments of the public function ``call``, as they were given but for the ``operands``.
+
+    ``of_tokens`` are what ``token_loss`` of the checks takes.
+    """
+    hidden, kernel, bias, vocab_axis = operands
+    lead, wide = hidden.shape[:-1], accumulator_dtype(hidden.dtype)
+    names = arguments.axis_names(
+        call,
+        hidden.ndim,
+        token_axis_name=token_axis_name,
+        vocab_axis_name=vocab_axis_name,
+        kernel_spec=kernel_spec,
+        over=over,
+    )
+    vocab_axes, token_axes = names.vocab_axes, names.token_axes
+    precision = arguments.precision(call, precision)
+    product = Product(hidden, kernel, bias, vocab_axis, kernel.shape[vocab_axis], precision)
+    other, its_cap = _reference(call, reference, product, logit_softcap)
+    products = [product] if other is None else [product, other]
+    few, most_columns = (f(p.columns for p in products) for f in (min, max))
+    if num_classes is None and few != most_columns:
+        rule = "the kernel and the reference's must have as many columns"
+        got = " and ".join(str(p.columns) for p in products)
+        way_out = "If one of them is padded, say how many are classes: num_classes=..."
+        messages.fail(call, rule, got, way_out)
+    # On all devices: which columns are padding is not static where they are split.
+    every = few * axis_size(vocab_axes)
+    classes = messages.integer(call, "num_classes", num_classes, 0, every, default=every)
+    local = few if vocab_axes else classes
+    arrays, options = arguments.token_loss(
+        call,
+        "hidden @ kernel",
+        jax.ShapeDtypeStruct((*lead, local), hidden.dtype),
+        labels,
+        axis=-1,
+        num_classes=classes,
+        vocab_axes=vocab_axes,
+        token_axes=token_axes,
+        return_stats=True,
+        temperature=temperature,
+        **of_tokens,
+    )
+    scalars = arguments.scalars(call, wide, logit_softcap=logit_softcap, temperature=temperature)
+    arguments.check_bucket(call, arrays, scalars)
+    of_reference = _of_reference(call, kl_temperature, its_cap, arrays, scalars, wide, other)
+    beta = messages.number(call, "beta", beta)
+    if not 0 < beta < 1:
+        messages.fail(call, "beta must be in (0, 1)", repr(beta))
+    own = arguments.per_token(call, per_token, lead)
+    rows_of_tokens = {"hidden": hidden, **arguments.of_tokens(arrays)}
+    rows_of_tokens |= {f"per_token[{i}]": x for i, x in enumerate(own)}
+    split = {"vocab_axes": vocab_axes, "token_axes": token_axes}
+    for name, p in zip(("kernel", "the reference's kernel"), products, strict=False):
+        arguments.check_split(call, name, p.kernel, rows_of_tokens, **split)
+    found = layout.of_call(call, names, products, (arrays, own))
+    tokens = math.prod(lead)
+    if found is not None:
+        tokens //= found.devices(found.token_axes)
+        vocab_axes = (*vocab_axes, *found.vocab_axes)
+        token_axes = (*token_axes, *found.token_axes)
+        local = found.columns(products[0]) if found.vocab_axes else local
+        most_columns = max(found.columns(p) for p in products)
+    if vocab_axes and len({p.columns for p in products}) > 1:
+        rule = "the kernel and the reference's must have as many columns where devices share them"
+        got = " and ".join(str(p.columns) for p in products)
+        messages.fail(call, rule, got, "Pad one of them, and say num_classes=...")
+    token_axes = token_axes if options.reduction != "none" else ()
+    options = options._replace(vocab_axes=vocab_axes, token_axes=token_axes)
+    rows = budget.rows_held(
+        hidden.dtype,
+        none=options.reduction == "none",
+        statistics=True,
+        mask=arrays.class_mask is not None,
+        scaling=scalars.rescaled or arrays.temperature is not None,
+    )
+    if other is not None:
+        rows += budget.OF_DIVERGENCE["forward"]
+    most = budget.size_to_plan_for(tokens)
+    default = budget.default_chunk(most, most_columns, rows=rows)
+    chunk = arguments.chunk_size(call, chunk_size, default, most)
+    return Prepared(
+        tuple(replace(p, num_classes=local) for p in products),
+        arrays,
+        own,
+        (scalars, of_reference),
+        options,
+        beta,
+        Sweep(chunk, vocab_axes, token_axes),
+        found,
+    )
+
+
+def _reference(
+    call: str, given: Any, product: Product, cap: float | None
+) -> tuple[Product | None, float | None]:
+    """The reference's product, without a gradient, and its soft cap."""
+    if given is None:
+        return None, None
+    if isinstance(given, tuple) and len(given) in (2, 3):
+        given = Reference(*given, vocab_axis=product.vocab_axis, logit_softcap=cap)
+    elif not isinstance(given, Reference):
+        rule = "reference must be (hidden, kernel), (hidden, kernel, bias) or a jaxloss.Reference"
+        messages.fail(call, rule, type(given).__name__, kind=TypeError)
+    hidden, kernel, bias, vocab_axis = arguments.product_operands(
+        call, given.hidden, given.kernel, given.bias, given.vocab_axis, of="reference."
+    )
+    lead = product.hidden.shape[:-1]
+    if hidden.shape[:-1] != lead:
+        rule = f"reference.hidden must have hidden's leading shape, {lead}"
+        messages.fail(call, rule, messages.describe(hidden))
+    cap, _ = arguments.scaling(call, given.logit_softcap, 1.0, hidden.dtype)
+    operands = lax.stop_gradient((hidden, kernel, bias))
+    return Product(*operands, vocab_axis, kernel.shape[vocab_axis], product.precision), cap
+
+
+def _of_reference(
+    call: str,
+    kl_temperature: Any,
+    cap: float | None,
+    arrays: TokenArrays,
+    scalars: Scalars,
+    wide: Any,
+    other: Product | None,
+) -> Scalars:
+    """The numbers of the divergences and of the reference's entropy."""
+    if kl_temperature is not None and other is None:
+        messages.fail(call, "kl_temperature is for a reference", "none", "Leave it out.")
+    if kl_temperature is None and other is not None and arrays.temperature is not None:
+        rule = "kl_temperature must be given beside a temperature a token"
+        messages.fail(call, rule, "None", "Divergences take one number, or a scalar array.")
+    if kl_temperature is None:
+        return Scalars(softcap=cap, temperature=scalars.temperature)
+    name = "kl_temperature"
+    kl_temperature = messages.scalar(call, name, kl_temperature, *arguments.DIVISORS, 1.0, wide)
+    return Scalars(softcap=cap, temperature=kl_temperature)
+
+
+def of_mesh(given: Prepared) -> tuple[tuple, tuple]:
+    """``given.of_device`` for a ``shard_map`` over the layout, and the specs."""
+    found = cast(layout.Layout, given.layout)
+    arrays, of_arrays = layout.of_arrays(given.arrays, found, given.products)
+    products, of_operands = layout.of_products(given.products, found)
+    specs = of_operands, of_arrays, P(*found.tokens), P()
+    return (products, arrays, given.own, given.numbers), specs
 
 
 def operands_of(
-    product: Product,
-    reference: Product | None,
+    products: tuple[Product, ...],
     arrays: TokenArrays,
-    own_arrays: tuple,
+    own: tuple,
     numbers: tuple[Scalars, Scalars],
     options: LossOptions,
     beta: float,
@@ -44,6 +240,8 @@ def operands_of(
     those of the model; and the reference's soft cap with the temperature of its entropy and of the
     divergences.
     """
+    product, *others = products
+    reference = others[0] if others else None
     classes_of = partial(local_classes, options.num_classes, vocab_axes=options.vocab_axes)
     lead, dtype = product.hidden.shape[:-1], accumulator_dtype(product.hidden.dtype)
     tokens, classes = math.prod(lead), classes_of(product.num_classes)
@@ -54,6 +252,7 @@ def operands_of(
     mask_rows, mask_index = rows_of_mask(arrays.class_mask, lead)
     labels, tree = flat_labels(arrays.labels, lead)
     temperature = None if arrays.temperature is None else arrays.temperature.reshape(tokens)
+    flat_own = tuple(x.reshape(tokens, *x.shape[len(lead) :]) for x in own)
     count = len(labels)
     # A loop's rule outlives this trace: what it reads of the scalars comes with its operands.
     given, of_numbers = jax.tree.flatten(numbers)
@@ -105,7 +304,7 @@ def operands_of(
 
     operands = token_chunks.Operands(
         flat(product),
-        (*labels, mask_index, temperature, *own_arrays),
+        (*labels, mask_index, temperature, *flat_own),
         (mask_rows, *given),
         None if reference is None else flat(reference),
     )
@@ -127,3 +326,46 @@ def types_of(n: int, dtype: Any, with_reference: bool) -> tuple:
         return (stats, reference) if with_reference else (stats,)
 
     return jax.eval_shape(some)
+
+
+@jit
+def by_token_chunks(products, arrays, own, numbers, *, sweep, options, beta):
+    """``(TokenStats, ReferenceStats)`` of all tokens, differentiable."""
+    operands, args_of, weights = operands_of(products, arrays, own, numbers, options, beta)
+    lead, valid = weights.valid.shape, weights.valid
+
+    def loss_fn(x, per_token, shared):
+        stats, reference = args_of(x, per_token, shared)
+        # Those with a derivative, and the others.
+        return (*stats[:3], *reference[2:]), (*stats[3:], *reference[:2])
+
+    groups = groups_of(math.prod(lead), sweep.chunk)
+    packing = pack(valid.reshape(-1), sweep.chunk, groups, in_step=bool(sweep.vocab_axes))
+    found = token_rules.losses_by_token(loss_fn, sweep, operands, packing)
+    moving, others = (tuple(x.reshape(lead) for x in part) for part in found)
+    stats = TokenStats(*moving[:3], *others[:3])
+    none = {name: jnp.where(valid, getattr(stats, name), -1) for name in RANKS}
+    return stats._replace(**none), ReferenceStats(*others[3:], *moving[3:])
+
+
+@jit
+def over_mesh(products, arrays, own, numbers, *, prepared):
+    """:func:`by_token_chunks` inside of ``shard_map``. ``prepared``: without arrays."""
+    given = prepared._replace(products=products, arrays=arrays, own=own, numbers=numbers)
+    arrays_of_mesh, specs = of_mesh(given)
+
+    def of_device(*arrays):
+        static = {"sweep": given.sweep, "options": given.options, "beta": given.beta}
+        return by_token_chunks(*arrays, **static)
+
+    rows = P(*given.layout.tokens)
+    return layout.run(of_device, given.layout, arrays_of_mesh, specs, (rows, rows))
+
+
+def token_stats(call: str, given: Prepared) -> tuple[TokenStats, ReferenceStats]:
+    if given.layout is not None:
+        static = given._replace(products=(), arrays=TokenArrays(None), own=(), numbers=())
+        return over_mesh(*given.of_device, prepared=static)
+    layout.warn_if_shared(call, math.prod(given.lead), given.sweep.chunk)
+    static = {"sweep": given.sweep, "options": given.options, "beta": given.beta}
+    return by_token_chunks(*given.of_device, **static)

@@ -375,6 +375,57 @@ def test_preferences_from_statistics():
     assert_close(got, expected)
 
 
+def of_statistics(h, k, advantage, ref, labels, **options):
+    """A scalar of all that linear_token_stats gives beside a reference."""
+    options = {"chunk_size": 5, "num_classes": C, "kl_temperature": 1.5, "beta": 0.3} | options
+    pair = jaxloss.linear_token_stats(h, k, labels, reference=(ref["h"], ref["k"]), **options)
+    found = of(*pair)
+    weights = (jnp.where(labels >= 0, advantage * (1 + i), 0) for i in range(len(found)))
+    return sum(jnp.sum(w * v) for w, v in zip(weights, found.values(), strict=True)), pair
+
+
+def test_statistics_beside_a_reference():
+    given, ref, labels = operands()
+    args = given["h"], given["k"], given["advantage"]
+
+    def plain(h, k, advantage):
+        x, t = (h @ k)[..., :C], (ref["h"] @ ref["k"])[..., :C]
+        found = statistics(x, t, labels, kl_temperature=1.5, beta=0.3)
+        names = [
+            "log_prob",
+            "logsumexp",
+            "entropy",
+            "ref_log_prob",
+            "ref_entropy",
+            "forward_kl",
+            "reverse_kl",
+        ]
+        each = [found[name] for name in (*names, "jensen_shannon")]
+        weights = (jnp.where(labels >= 0, advantage * (1 + i), 0) for i in range(len(each)))
+        return sum(jnp.sum(w * v) for w, v in zip(weights, each, strict=True))
+
+    function = lambda *a: of_statistics(*a, ref, labels)  # noqa: E731
+    got, (stats, reference) = jit_quickly(jax.grad(function, (0, 1, 2), has_aux=True))(*args)
+    ref = jax.tree.map(np.float64, ref)
+    assert_close(got, in_float64(jax.grad(plain, (0, 1, 2)), *args))
+    alone = jaxloss.linear_token_stats(*args[:2], labels, num_classes=C)
+    np.testing.assert_array_equal(stats.rank, alone.rank)
+    np.testing.assert_array_equal(reference.log_prob == 0, labels < 0)
+
+
+@pytest.mark.parametrize("names", [{"token_axis_name": "d"}, {"vocab_axis_name": "t"}])
+@pytest.mark.jax_leaks("jit(grad(shard_map))")
+def test_statistics_beside_a_reference_on_a_mesh(names):
+    given, ref, labels = operands()
+    k, ref = given["k"][:, :C], ref | {"k": ref["k"][:, :C]}
+    args = given["h"], k, given["advantage"]
+    function = jax.grad(lambda *a, **o: of_statistics(*a, ref, labels, **o), (0, 1), has_aux=True)
+    expected = jit_quickly(function)(*args)
+    mesh = jax.make_mesh((2, 4), ("d", "t"), axis_types=(AxisType.Auto,) * 2)
+    got = jit_quickly(partial(function, mesh=mesh, **names))(*args)
+    assert_close(got, expected)
+
+
 @pytest.mark.parametrize("kind", ["token", "traced"])
 def test_temperatures(kind):
     given, ref, labels = operands()
