@@ -76,13 +76,17 @@ class TopKLabels:
     rest: Rest = "drop"
 
 
-# A program that takes them can be stored, and run where jaxloss is imported.
-export.register_pytree_node_serialization(
-    TopKLabels,
-    serialized_name="jaxloss.TopKLabels",
-    serialize_auxdata=lambda meta_fields: json.dumps(meta_fields).encode(),
-    deserialize_auxdata=lambda data: tuple(json.loads(data)),
-)
+def _storable(cls: type) -> None:
+    """A program that takes them can be stored, and run where jaxloss is imported."""
+    export.register_pytree_node_serialization(
+        cls,
+        serialized_name=f"jaxloss.{cls.__name__}",
+        serialize_auxdata=lambda meta_fields: json.dumps(meta_fields).encode(),
+        deserialize_auxdata=lambda data: tuple(json.loads(data)),
+    )
+
+
+_storable(TopKLabels)
 
 
 class TokenStats(NamedTuple):
@@ -176,6 +180,7 @@ class Reference:
     logit_softcap: float | None = None
 
 
+_storable(Reference)
 export.register_namedtuple_serialization(ReferenceStats, serialized_name="jaxloss.ReferenceStats")
 
 

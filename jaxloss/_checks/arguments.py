@@ -17,8 +17,17 @@ from jaxloss._xla import mesh
 from jaxloss._xla.dtypes import accumulator_dtype
 
 # Functions whose messages do not offer it.
-WITHOUT_SAMPLE_WEIGHT = ("log_softmax", "token_stats", "linear_token_stats", "next_token_labels")
-WITHOUT_AXIS = ("linear_cross_entropy", "linear_token_stats")
+WITHOUT_SAMPLE_WEIGHT = (
+    "linear_log_probs_at",
+    "linear_sample",
+    "linear_token_stats",
+    "linear_top_k",
+    "log_probs_at",
+    "log_softmax",
+    "next_token_labels",
+    "token_stats",
+)
+WITHOUT_AXIS = ("linear_cross_entropy", "linear_stats_loss", "linear_token_stats")
 
 
 def top_k_labels(

@@ -368,6 +368,23 @@ PROMISES = {
         {"loss_fn": lambda x: x[:, 0], "hidden": H, "kernel": K, "sample_weight": X[:1, 0]},
         {"loss_fn": lambda x: x[:, 0], "hidden": H, "kernel": K, "bias": X[0, :1]},
     ],
+    "linear_log_probs_at": [
+        {"hidden": H, "kernel": K, "indices": Y},
+        {"hidden": H, "kernel": K, "indices": Y[:, None], "temperature": 0.0},
+    ],
+    "linear_sample": [
+        {"key": jax.random.key(0), "hidden": H, "kernel": K, "bias": X[0, :1]},
+        {"key": jax.random.key(0), "hidden": H, "kernel": K, "num_samples": 0},
+    ],
+    "linear_stats_loss": [
+        {"loss_fn": lambda s: s.log_prob, "hidden": H, "kernel": K, "labels": Y[:1]},
+        {"loss_fn": lambda s: s.log_prob[0], "hidden": H, "kernel": K, "labels": Y},
+    ],
+    "linear_top_k": [{"hidden": H, "kernel": K, "k": 99}],
+    "log_probs_at": [
+        {"logits": X, "indices": Y},
+        {"logits": X, "indices": Y[:, None], "temperature": X[:1, 0]},
+    ],
     "linear_token_stats": [
         {"hidden": H, "kernel": K, "labels": Y[:1]},
         {"hidden": H, "kernel": K, "labels": Y, "temperature": 0.0},
@@ -610,6 +627,27 @@ OF_ARRAYS = {
         {"hidden": H, "kernel": K, "labels": Y},
         {"hidden": "f", "kernel": "f", "labels": "y", "bias": "f", "where": "b"},
     ),
+    "linear_log_probs_at": (
+        {"hidden": H, "kernel": K, "indices": Y[:, None]},
+        {"hidden": "f", "kernel": "f", "indices": "i", "bias": "f", "where": "b"},
+    ),
+    "linear_sample": (
+        {"key": jax.random.key(0), "hidden": H, "kernel": K},
+        {"hidden": "f", "kernel": "f", "bias": "f", "where": "b"},
+    ),
+    "linear_stats_loss": (
+        {"loss_fn": lambda stats: stats.log_prob, "hidden": H, "kernel": K, "labels": Y},
+        {"hidden": "f", "kernel": "f", "labels": "y", "bias": "f", "where": "b"}
+        | {"sample_weight": "w"},
+    ),
+    "linear_top_k": (
+        {"hidden": H, "kernel": K, "k": 2},
+        {"hidden": "f", "kernel": "f", "bias": "f", "where": "b"},
+    ),
+    "log_probs_at": (
+        {"logits": X, "indices": Y[:, None]},
+        {"logits": "f", "indices": "i", "where": "b"},
+    ),
     "log_softmax": ({"logits": X}, {"logits": "f", "where": "b"}),
     "metric_sums": ({"stats": STATS}, {"sample_weight": "w"}),
     "metrics": ({"sums": SUMS}, {}),
@@ -635,7 +673,9 @@ OF_ARRAYS = {
 FUNCTIONS = sorted(OF_ARRAYS)
 
 
-NUMBERS = ("label_smoothing", "z_loss", "temperature")  # that may be scalar arrays
+# That may be scalar arrays; that have checks of their own.
+NUMBERS = ("label_smoothing", "z_loss", "temperature", "kl_temperature")
+OTHERS = ("reference", "key")
 
 
 def test_no_array_argument_is_left_out():
@@ -648,7 +688,7 @@ def test_no_array_argument_is_left_out():
         for argument, parameter in parameters.items():
             if "ArrayLike" in str(parameter.annotation) and parameter.kind != 2:
                 known = argument in arrays or (name, argument) == ("total_weight", "where")
-                assert known or argument in NUMBERS, (name, argument)
+                assert known or argument in (*NUMBERS, *OTHERS), (name, argument)
 
 
 class Tensor:

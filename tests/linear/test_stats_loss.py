@@ -497,6 +497,11 @@ def test_what_a_loss_closes_over_is_differentiable():
         ({"reference": (jnp.ones((2, D2)), jnp.ones((D2, V)))}, ValueError, "leading shape"),
         ({"reference": (jnp.ones((3, D2)), jnp.ones((D2, 4)))}, ValueError, "as many columns"),
         ({"beta": 1.0}, ValueError, r"beta must be in \(0, 1\)"),
+        (
+            {"loss_fn": lambda s: (s.log_prob, s.log_prob[0]), "has_aux": True},
+            ValueError,
+            r"aux must be arrays of an entry a token, \[n, ...\], n = 3; got float32",
+        ),
         ({"chunk_size": 0}, ValueError, "chunk_size must be at least 1"),
         ({"token_axis_name": "x"}, ValueError, "token_axis_name must name axes"),
     ],
@@ -516,6 +521,13 @@ def test_errors_of_arrays_of_tokens_and_of_a_temperature_a_token():
         ValueError, match=r"per_token\[0\] must have hidden's leading shape, \(3,\)"
     ):
         jaxloss.linear_stats_loss(loss, h, k, labels, jnp.ones(4))
+    with pytest.raises(ValueError, match="linear_token_stats: kl_temperature is for a reference"):
+        jaxloss.linear_token_stats(h, k, labels, kl_temperature=2.0)
+    mesh = jax.make_mesh((2,), ("t",), axis_types=(AxisType.Auto,))
+    options = {"vocab_axis_name": "t", "mesh": mesh, "num_classes": V - 1}
+    even, wide = jnp.ones((D, V - 1)), jnp.ones((D, V + 1))
+    with pytest.raises(ValueError, match="as many columns where devices share them; got 18 and 20"):
+        jaxloss.linear_token_stats(h, even, labels, reference=(h, wide), **options)
     with pytest.raises(ValueError, match="kl_temperature must be given beside a temperature a"):
         jaxloss.linear_stats_loss(
             loss, h, k, labels, temperature=jnp.ones(3), reference=(h, k), num_classes=V

@@ -164,6 +164,17 @@ def test_temperatures_of_tokens_and_every_mode():
         np.testing.assert_allclose(g, e, rtol=0, atol=1e-4 * float(np.max(np.abs(e))))
 
 
+def test_a_temperature_a_token_of_logits():
+    h, k, indices = operands()
+    x, temperature = h @ k, jnp.exp(0.3 * h[..., 0])
+    got = jaxloss.log_probs_at(x, indices, temperature=temperature)
+    expected = jaxloss.log_probs_at(x / temperature[..., None], indices)
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
+    # What a row that does not count has is not read.
+    wrong = jnp.where(jnp.any(indices >= 0, axis=-1), temperature, 0)
+    np.testing.assert_array_equal(jaxloss.log_probs_at(x, indices, temperature=wrong), got)
+
+
 def test_an_axis_that_is_not_the_last():
     h, k, indices = operands()
     x = h @ k

@@ -373,3 +373,38 @@ def test_a_warning_where_devices_would_share_tokens(loss):
             LOSSES[loss](*given, y)
         LOSSES[loss](*given, y, token_axis_name="d")
     LOSSES[loss](*given, y)  # on no mesh there is nothing to say
+
+
+def test_errors_of_kernels_that_are_split_in_two_ways():
+    (h, k, g, m), y = arguments_of("divergence")
+    mesh = mesh_of("explicit")
+    with jax.set_mesh(mesh):
+        k, m = (
+            jax.device_put(x, NamedSharding(mesh, P(None, name)))
+            for x, name in ((k, "t"), (m, "d"))
+        )
+        with pytest.raises(ValueError, match="the columns of both kernels must be split alike"):
+            divergence(h, k, g, m, y)
+
+
+def test_errors_of_one_token_and_of_what_a_shard_map_splits():
+    (h, k, b), y = arguments_of("cross_entropy")
+    mesh = mesh_of("automatic")
+    with pytest.raises(ValueError, match="token_axis_name needs a hidden of more than one token"):
+        cross_entropy(h[0, 0], k, b, y[0, 0], token_axis_name="d", mesh=mesh)
+
+    def local(h, k, b, y):
+        return cross_entropy(h, k, b, y, kernel_spec=P("d"))
+
+    specs = P("d"), P(), P(), P("d")
+    with pytest.raises(ValueError, match="kernel_spec is for axes that the surrounding shard_map"):
+        jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=P())(h, k, b, y)
+
+
+def test_a_teacher_alone_says_what_splits_the_tokens():
+    given, y = arguments_of("divergence")
+    mesh = mesh_of("explicit")
+    with jax.set_mesh(mesh):
+        g = jax.device_put(given[2], NamedSharding(mesh, P("d")))
+        got = divergence(given[0], given[1], g, given[3], y)
+    np.testing.assert_allclose(got, divergence(*given, y), rtol=1e-5)
