@@ -155,8 +155,9 @@ def linear_cross_entropy(
         where fewer than 16 tokens would fit into the budget (not for ``rest="bucket"`` of
         :class:`TopKLabels`, which chunks alone can take); and a kernel that has a form of the call,
         where ``chunk_size`` is None and no partitioner may split the arrays (on several devices,
-        outside of ``shard_map`` over all axes of the mesh): on a TPU ``"mosaic_tpu"``, on a GPU the
-        kernel in place of the chunks where nothing is differentiated.
+        outside of ``shard_map``, unless types or names say how all axes of the mesh split them): on
+        a TPU ``"mosaic_tpu"``, on a GPU the kernel in place of the chunks where nothing is
+        differentiated.
 
     Returns:
       The loss, or ``(loss, TokenStats)``, as :func:`cross_entropy`. Gradients have their inputs'

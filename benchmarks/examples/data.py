@@ -35,6 +35,19 @@ def python_sources(steps: int, seed: int = 0) -> list[tuple[np.ndarray]]:
     return [(batch,) for batch in inputs]
 
 
+def byte_pairs(steps: int, vocabulary: int, seed: int = 0) -> list[np.ndarray]:
+    """``steps`` batches [n, LENGTH] int32 of pairs of bytes: the most frequent ones, and one token
+    for all others."""
+    source = np.frombuffer("".join(text.sources(megabytes=1)).encode(), np.uint8).astype(np.int32)
+    pairs = source[: len(source) // 2 * 2].reshape(-1, 2) @ np.array([256, 1], np.int32)
+    kinds, counts = np.unique(pairs, return_counts=True)
+    rank = np.full(2**16, vocabulary - 1, np.int32)
+    often = kinds[np.argsort(-counts, kind="stable")][: vocabulary - 1]
+    rank[often] = np.arange(len(often))
+    batches, _ = text.batches(rank[pairs], steps, BATCH // 8, LENGTH, ignore=0.0, seed=seed)
+    return list(batches)
+
+
 def show(results: dict[str, list[Any]]) -> None:
     for name, history in results.items():
         (loss, accuracy), (end_loss, end_accuracy) = history[0], history[-1]

@@ -380,19 +380,20 @@ def axis_names(
     over = mesh.of_context() if over is None or manual else over
     tokens = _names(function, "token_axis_name", token_axis_name, over)
     vocab = _names(function, "vocab_axis_name", vocab_axis_name, over)
-    for axis in vocab:
-        if axis in tokens:
-            rule = "vocab_axis_name and token_axis_name must differ"
-            messages.fail(function, rule, f"{axis!r} in both")
     of_tokens = of_kernel = None
     if isinstance(token_axis_name, P):
         of_tokens = _entries(function, "token_axis_name", token_axis_name, rank)
         of_tokens = of_tokens[: rank - 1]  # one for the features says that they are gathered
+        tokens = tuple(n for entry in of_tokens for n in entry)
     elif tokens and rank > 1:
         of_tokens = (tokens, *(() for _ in range(rank - 2)))
     elif _parted(tokens, manual)[1]:
         rule = "token_axis_name needs a hidden of more than one token"
         messages.fail(function, rule, "hidden of rank 1")
+    for axis in vocab:
+        if axis in tokens:
+            rule = "vocab_axis_name and token_axis_name must differ"
+            messages.fail(function, rule, f"{axis!r} in both")
     if of_tokens is not None:
         of_tokens = tuple(tuple(n for n in e if n not in manual) or None for e in of_tokens)
         of_tokens = of_tokens if any(of_tokens) or not tokens else None

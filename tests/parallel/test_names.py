@@ -98,6 +98,7 @@ NAMES = {
     "tensor": {"vocab_axis_name": ("t", "d")},
     "context": {"token_axis_name": P("t", "d")},
     "features are gathered": {"token_axis_name": P(None, "d", "t")},
+    "features and tensor": {"token_axis_name": P("d", None, "t"), "vocab_axis_name": "t"},
     "fsdp, features": {"token_axis_name": "d", "kernel_spec": P("d")},
     "fsdp, vocabulary": {"token_axis_name": ("d", "t"), "kernel_spec": P(None, ("t", "d"))},
     "fsdp and tensor": {"token_axis_name": "d", "kernel_spec": P("d", "t")},
@@ -408,3 +409,43 @@ def test_a_teacher_alone_says_what_splits_the_tokens():
         g = jax.device_put(given[2], NamedSharding(mesh, P("d")))
         got = divergence(given[0], given[1], g, given[3], y)
     np.testing.assert_allclose(got, divergence(*given, y), rtol=1e-5)
+
+
+@pytest.mark.parametrize("loss", ["own_loss", "divergence", "reverse"])
+def test_types_of_an_explicit_mesh(loss):
+    """Without names: of hidden on the tokens' axis, of kernels on it and on the other."""
+    given, y = arguments_of(loss)
+    mesh = mesh_of("explicit")
+    of_kernel = P("d") if loss == "own_loss" else P("d", "t")
+    specs = {3: P("d"), 2: of_kernel, 1: P()}
+    with jax.set_mesh(mesh):
+        placed = [jax.device_put(x, NamedSharding(mesh, specs[x.ndim])) for x in given]
+        labels = jax.device_put(y, NamedSharding(mesh, P("d")))
+        got = jit_quickly(value_and_gradients(LOSSES[loss], len(given)))(*placed, labels)
+    assert_close(got, expected_of(loss))
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_what_goes_along_with_a_loss(kind, reduction):
+    """In the tokens' order, and split as they are."""
+    (h, k, g, m), y = arguments_of("divergence")
+
+    def of_logits(x, y):
+        return jaxloss.cross_entropy(x, y, reduction="none"), {"largest": jnp.max(x, axis=-1)}
+
+    def of_stats(stats, reference):
+        return reference.reverse_kl - stats.log_prob, (stats.rank < 3, stats.entropy)
+
+    def both(**names):
+        options = {"reduction": reduction, "chunk_size": CHUNK, "has_aux": True, **names}
+        own = jaxloss.linear_loss(of_logits, h, k, y, sample_weight=y >= 0, **options)
+        return own, jaxloss.linear_stats_loss(of_stats, h, k, y, reference=(g, m), **options)
+
+    expected = jit_quickly(both)()
+    with jax.set_mesh(mesh_of(kind)):
+        got = jit_quickly(partial(both, token_axis_name="d"))()
+        assert got[0][1]["largest"].sharding.is_equivalent_to(
+            NamedSharding(mesh_of(kind), P("d")), 2
+        )
+    assert_close(got, expected)

@@ -31,3 +31,22 @@ def test_example(library):
     assert abs(losses[0] - math.log(256)) < 0.3
     assert 2.0 < np.mean(losses[-5:]) < 3.1
     assert np.mean(accuracies[-5:]) > 0.2
+
+
+@pytest.mark.filterwarnings("ignore:`with mesh:DeprecationWarning")
+@pytest.mark.parametrize("trainer", ["linen", "nnx", "functions"])
+def test_a_loss_put_in_the_place_of_another_on_a_mesh(trainer):
+    """The same curve, in less memory."""
+    sharded = importlib.import_module("benchmarks.examples.sharded")
+    with (
+        jax.numpy_dtype_promotion("standard"),
+        jax.numpy_rank_promotion("allow"),
+        jax.enable_x64(False),
+    ):
+        train, *losses = sharded.TRAINERS[trainer]
+        batches = sharded.data.byte_pairs(12, sharded.V)
+        (expected, before), (losses, after) = (train(loss, batches) for loss in losses)
+    np.testing.assert_allclose(losses, expected, rtol=1e-4)
+    assert abs(losses[0] - math.log(sharded.V)) < 0.3
+    assert losses[-1] < losses[0] - 0.5
+    assert after < 0.8 * before
