@@ -92,8 +92,9 @@ def log_probs_at(
 
     Returns:
       ``[..., k]``, float32 (float64 for float64 logits), or ``(that, rest[...])``. -inf at
-      ``ignore_index``, NaN at an index out of range (and in ``rest`` beside it). A row that names
-      no class, or that is left none, is 0 throughout, whatever its logits hold.
+      ``ignore_index``, NaN at an index out of range (and in ``rest`` beside it) and where the
+      logits of a row hold NaN or +inf. A row that names no class, or that is left none, is 0
+      throughout, whatever its logits hold.
 
     Raises:
       TypeError, ValueError: as :func:`cross_entropy`; or ``indices`` are no integers, or do not
@@ -326,8 +327,9 @@ def linear_top_k(
     Returns:
       ``(indices, log_probs)``, each ``[..., k]``: int32 and float32 (float64 for float64 operands),
       the most likely first, and of equally likely ones the lower class, as :func:`jax.lax.top_k`.
-      Where fewer than k classes exist, the index is -100 and the log-probability -inf. Without a
-      derivative: :func:`linear_log_probs_at` of the indices has one.
+      Where fewer than k classes exist, the index is -100 and the log-probability -inf; where the
+      logits of a row hold NaN or +inf, its log-probabilities are NaN. Without a derivative:
+      :func:`linear_log_probs_at` of the indices has one.
 
     Raises:
       TypeError, ValueError: as :func:`linear_cross_entropy`; or ``k`` is out of range.

@@ -45,7 +45,9 @@ def differences(logits: Logits, temperature: Any, axes: Axes) -> Differences:
         d = d / (temperature[..., None] if temperature.ndim else temperature)
     d = jnp.where(at_max, 0, d)
     others = _total(jnp.where(at_max, 0, jnp.exp(d)), axes)
-    return Differences(d, jnp.log1p(others))
+    # A row of NaN or +inf, or of nothing but -inf, is no distribution.
+    rest = jnp.where(jnp.isfinite(x_max), jnp.log1p(others), jnp.nan)
+    return Differences(d, rest)
 
 
 def log_probs_at(rows: Differences, column: Array, axes: Axes) -> Array:
@@ -72,7 +74,8 @@ def log_prob_of_others(rows: Differences, column: Array, axes: Axes) -> Array:
     # log(rest / (named + rest)): exact where the named ones hold next to nothing too.
     both = (named > -jnp.inf) & (rest > -jnp.inf)
     apart = jnp.where(both, rest - named, 0)
-    return jnp.where(both, jax.nn.log_sigmoid(apart), jnp.where(rest > -jnp.inf, 0, -jnp.inf))
+    found = jnp.where(both, jax.nn.log_sigmoid(apart), jnp.where(rest > -jnp.inf, 0, -jnp.inf))
+    return jnp.where(jnp.isnan(rows.rest), jnp.nan, found)
 
 
 def top_k(rows: Differences, k: int, start: Any, axes: Axes) -> tuple[Array, Array]:

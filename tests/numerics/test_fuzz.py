@@ -43,6 +43,15 @@ from numerics.fuzz.divergence import (
     fuzz_linear_kl_divergence,
     program_of_divergence,
 )
+from numerics.fuzz.log_probs import (
+    NAMED,
+    fuzz_linear_log_probs_at,
+    fuzz_linear_sample,
+    fuzz_linear_stats_loss,
+    fuzz_linear_top_k,
+    fuzz_log_probs_at,
+    program_of_log_probs,
+)
 from numerics.fuzz.logits import SOFTMAX, fuzz_cross_entropy, program_of_logits, sanitized
 from numerics.fuzz.product import (
     LINEAR,
@@ -168,6 +177,13 @@ FUZZ = {
         {**DIVERGENCE, "d": [1, 4], "chunk_size": [1, 2, None]},
         ({"c": 5, "d": 4, "chunk_size": 2, "divergence": "reverse"},),
     ),
+    "log_probs_at": Fuzz(
+        fuzz_log_probs_at, NAMED, ({"c": 12, "where": "classes"}, {"c": 5, "dtype": "bfloat16"})
+    ),
+    "linear_log_probs_at": Fuzz(fuzz_linear_log_probs_at, NAMED, ({"c": 12, "chunk_size": 4},)),
+    "linear_top_k": Fuzz(fuzz_linear_top_k, NAMED, ({"c": 12, "chunk_size": 4},)),
+    "linear_sample": Fuzz(fuzz_linear_sample, NAMED, ({"c": 12, "chunk_size": 4},)),
+    "linear_stats_loss": Fuzz(fuzz_linear_stats_loss, NAMED, ({"c": 12, "chunk_size": 4},)),
     "metric_sums": Fuzz(
         fuzz_metric_sums,
         {"bins": [1, 4, 15], "top_k": [(1, 5), (3,), ()], "sample_weight": [None, "bool", "float"]},
@@ -227,12 +243,14 @@ PROGRAMS = (
     program_of_log_softmax,
     program_of_nll_loss,
     program_of_stats,
+    program_of_log_probs,
     program_of_focal,
     program_of_sigmoid,
     program_of_divergence,
     program_of_derivatives,
 )
 CLASSES = {"TopKLabels": "labels", "TokenStats": "token_stats", "MetricSums": "metric_sums"}
+CLASSES |= dict.fromkeys(("Reference", "ReferenceStats"), "linear_stats_loss")
 VALUES = st.tuples(
     st.lists(st.sampled_from(KINDS), min_size=1, max_size=3), st.integers(0, 2**32 - 1)
 )
