@@ -16,7 +16,7 @@ from jax.typing import ArrayLike
 
 from jaxloss._checks import arguments, messages
 from jaxloss._linear import budget, layout, token_chunks
-from jaxloss._linear.own_loss import OwnLoss, closed_over, reduced
+from jaxloss._linear.own_loss import OwnLoss, closed_over, reduced, refuse_types_of_a_mesh
 from jaxloss._linear.product import Product, Sweep
 from jaxloss._tokens.reduction import TokenWeights
 from jaxloss._types import AxisName, LossOptions, PyTree, Reduction
@@ -89,7 +89,8 @@ def linear_loss(
 
     Args:
       loss_fn: ``loss_fn(logits[n, V], *per_token[n, ...]) -> [n]``, of any n tokens at a time, each
-        alone: float32 logits (float64 for float64 operands). It may close over arrays.
+        alone: float32 logits (float64 for float64 operands). It may close over arrays, but not over
+        those that have an explicit mesh in their type.
       hidden: ``[..., D]``, a floating dtype; N tokens in all.
       kernel: ``[D, V]``, or ``[V, D]`` with ``vocab_axis=0``; the dtype of ``hidden``.
       per_token: arrays ``[..., *rest]`` with hidden's leading shape: labels, a teacher's hidden.
@@ -206,6 +207,7 @@ def linear_loss(
     if found is None:
         layout.warn_if_shared(call, tokens, chunk)
         return local(product, arrays, sample_weight, outer)
+    refuse_types_of_a_mesh(call, outer)
     (product,), of_operands = layout.of_products([product], found)
     of_rows = P(*found.tokens)
     specs = (*of_operands, of_rows, of_rows, P())

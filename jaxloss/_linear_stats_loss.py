@@ -14,7 +14,7 @@ from jax.typing import ArrayLike
 
 from jaxloss._checks import arguments, messages
 from jaxloss._linear import layout, stats_loss
-from jaxloss._linear.own_loss import OwnLoss, closed_over, reduced
+from jaxloss._linear.own_loss import OwnLoss, closed_over, reduced, refuse_types_of_a_mesh
 from jaxloss._types import AxisName, PyTree, Reduction, Reference, TopKLabels
 
 
@@ -110,7 +110,8 @@ def linear_stats_loss(
     Args:
       loss_fn: ``loss_fn(stats, *per_token[n, ...]) -> [n]``, of any n tokens at a time, each alone;
         ``stats`` is their :class:`TokenStats`. With a reference ``loss_fn(stats, reference_stats,
-        *per_token)``, with its :class:`ReferenceStats`. It may close over arrays.
+        *per_token)``, with its :class:`ReferenceStats`. It may close over arrays as in
+        :func:`linear_loss`.
       hidden, kernel, labels: as in :func:`linear_token_stats`.
       per_token: arrays ``[..., *rest]`` with hidden's leading shape: advantages, the sampler's
         log-probabilities.
@@ -217,6 +218,7 @@ def linear_stats_loss(
     if found is None:
         layout.warn_if_shared(call, math.prod(lead), given.sweep.chunk)
         return of_device(given.products, given.arrays, given.own, given.numbers, outer)
+    refuse_types_of_a_mesh(call, outer)
     arrays_of_mesh, specs = stats_loss.of_mesh(given)
     of_rows = P(*found.tokens)
     out = of_rows if reduction == "none" else P()

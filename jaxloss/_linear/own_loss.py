@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, dtypes, lax
 from jax.core import eval_jaxpr
+from jax.sharding import AxisType
 
 from jaxloss._checks import messages
 from jaxloss._linear import budget, token_chunks, token_rules
@@ -60,6 +61,15 @@ def closed_over(call: str, own: OwnLoss, n: int) -> tuple:
         way_out = "Say has_aux=True." if isinstance(out, tuple) else ""
         messages.fail(call, rule, f"{got} for {first}", way_out)
     return tuple(program.consts)
+
+
+def refuse_types_of_a_mesh(call: str, outer: tuple) -> None:
+    """JAX 0.12 lets no function inside of ``shard_map`` close over an array of an explicit mesh."""
+    for x in outer:
+        if AxisType.Explicit in jax.typeof(x).sharding.mesh.axis_types:
+            rule = "loss_fn must not close over arrays of an explicit mesh"
+            way_out = "Hand it over among per_token, an entry a token: jnp.broadcast_to(x, shape)."
+            messages.fail(call, rule, f"{jax.typeof(x)}", way_out)
 
 
 def _converted(own: OwnLoss, sizes: list[int], axes: frozenset) -> tuple[Callable, tuple, Any]:

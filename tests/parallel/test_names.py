@@ -421,7 +421,15 @@ def test_types_of_an_explicit_mesh(loss):
     with jax.set_mesh(mesh):
         placed = [jax.device_put(x, NamedSharding(mesh, specs[x.ndim])) for x in given]
         labels = jax.device_put(y, NamedSharding(mesh, P("d")))
-        got = jit_quickly(value_and_gradients(LOSSES[loss], len(given)))(*placed, labels)
+        function = value_and_gradients(LOSSES[loss], len(given))
+        if loss == "own_loss":  # it closes over one of them
+            text = (
+                r"linear_loss: loss_fn must not close over arrays of an explicit mesh; got float32"
+            )
+            with pytest.raises(ValueError, match=text):
+                jit_quickly(function)(*placed, labels)
+            placed[2] = given[2]
+        got = jit_quickly(function)(*placed, labels)
     assert_close(got, expected_of(loss))
 
 
