@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from functools import partial
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -175,6 +175,7 @@ class Reference:
 
     hidden: ArrayLike
     kernel: ArrayLike
+    _: KW_ONLY
     bias: ArrayLike | None = None
     vocab_axis: int = -1
     logit_softcap: float | None = None

@@ -179,7 +179,9 @@ def _reference(
     if given is None:
         return None, None
     if isinstance(given, tuple) and len(given) in (2, 3):
-        given = Reference(*given, vocab_axis=product.vocab_axis, logit_softcap=cap)
+        bias = given[2] if len(given) == 3 else None
+        own = {"bias": bias, "vocab_axis": product.vocab_axis, "logit_softcap": cap}
+        given = Reference(*given[:2], **own)
     elif not isinstance(given, Reference):
         rule = "reference must be (hidden, kernel), (hidden, kernel, bias) or a jaxloss.Reference"
         messages.fail(call, rule, type(given).__name__, kind=TypeError)
