@@ -36,10 +36,7 @@ from jaxloss._xla.mesh import size as axis_size
 def _kind(call: str, divergence: Any, beta: Any, temperature: Any, dtype) -> tuple:
     """Those of ``row_divergences`` that are static, hashable, and the temperature."""
     messages.word(call, "divergence", divergence, DIVERGENCES)
-    if not 0 < messages.number(call, "beta", beta) < 1:
-        way_out = "At its ends the divergences are 'forward' and 'reverse', times 0."
-        messages.fail(call, "beta must be in (0, 1)", repr(beta), way_out)
-    static = (("divergence", divergence), ("beta", float(beta)))
+    static = (("divergence", divergence), ("beta", arguments.check_beta(call, beta)))
     return static, Scalars(temperature=arguments.temperature(call, temperature, dtype))
 
 

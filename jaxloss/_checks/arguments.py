@@ -261,10 +261,15 @@ def token_temperature(function: str, x: Any, batch: tuple[int, ...], logits: Any
     way_out = "" if x.shape == batch else broadcast("temperature", x, x, batch)
     rule = "no axes, or the shape of the losses"
     messages.shape(function, "temperature", x, batch, rule, way_out)
-    dtype = accumulator_dtype(logits.dtype)
-    x, (low, high) = x.astype(dtype), DIVISORS
-    high = min(high, float(jnp.finfo(dtype).max))
-    return jnp.where((x >= low) & (x <= high), x, jnp.nan)
+    return messages.in_range(x, *DIVISORS, accumulator_dtype(logits.dtype))
+
+
+def check_beta(function: str, x: Any) -> float:
+    x = messages.number(function, "beta", x)
+    if not 0 < x < 1:
+        way_out = "At its ends the divergences are 'forward' and 'reverse', times 0."
+        messages.fail(function, "beta must be in (0, 1)", repr(x), way_out)
+    return float(x)
 
 
 def smoothing(function: str, x: Any, dtype) -> Any:
@@ -322,16 +327,18 @@ class AxisNames(NamedTuple):
 
 
 def mesh_axes(function: str, name: str, x: Any) -> Axes:
-    """Of the names of mesh axes those of the surrounding ``shard_map``.
+    """The named axes that the surrounding ``shard_map`` is over, checked.
 
-    The partitioner of other axes of the mesh needs no names where there are logits.
+    Names of other axes of the mesh are dropped: functions of logits leave these axes to XLA's
+    partitioner.
     """
     manual = mesh.manual_axes()
     return tuple(n for n in _names(function, name, x, mesh.of_context()) if n in manual)
 
 
 def _names(function: str, name: str, x: Any, over: Any) -> Axes:
-    """Checked: each of them once, of the surrounding ``shard_map`` or the mesh ``over``."""
+    """All names in ``x``. Refuses a name that is given twice, or that is neither an axis of the
+    surrounding ``shard_map`` nor of the mesh ``over``."""
     entries = x if isinstance(x, P | tuple | list) else () if x is None else (x,)
     names = tuple(n for e in entries for n in (e if isinstance(e, tuple | list) else (e,)))
     names = tuple(n for n in names if n is not None) if isinstance(x, P) else names
@@ -614,7 +621,7 @@ def scalars(
     temperature: Any = 1.0,
 ) -> Scalars:
     """The numbers of a loss, checked. Arrays among them get the ``dtype``."""
-    # One of each token is among the arrays.
+    # token_loss returns a temperature a token among the arrays.
     temperature = 1.0 if getattr(temperature, "ndim", 0) else temperature
     cap, temperature = scaling(function, logit_softcap, temperature, dtype)
     return Scalars(

@@ -213,6 +213,11 @@ def scalar(function: str, name: str, x: Any, low: float, high: float, off: float
         got = describe(x) if hasattr(x, "dtype") else type(x).__name__
         wrong_shape = hasattr(x, "dtype") and is_real(x)
         fail(function, rule, got, kind=ValueError if wrong_shape else TypeError)
+    return in_range(x, low, high, dtype)
+
+
+def in_range(x: Array, low: float, high: float, dtype) -> Array:
+    """``x`` in ``dtype``, with NaN in place of a value out of range: a traced one is not known."""
     x, high = x.astype(dtype), min(high, float(jnp.finfo(dtype).max))
     return jnp.where((x >= low) & (x <= high), x, jnp.nan)
 

@@ -98,12 +98,12 @@ def of_call(
 
 
 def warn_if_shared(call: str, tokens: Any, chunk: int) -> None:
-    """Where a partitioner's devices compute each other's tokens because of these numbers."""
+    """Warns where the numbers of tokens and of a chunk make XLA's partitioner let each device
+    compute the tokens of others."""
     over = mesh.of_context()
     if over is None or mesh.manual_axes() or not isinstance(tokens, int) or chunk >= tokens:
         return
-    kinds = dict(zip(over.axis_names, over.axis_types, strict=True))
-    devices = devices_along(over, (n for n in over.axis_names if kinds[n] == AxisType.Auto))
+    devices = devices_along(over, _axes_of(over, AxisType.Auto))
     if math.gcd(tokens, chunk, devices) < devices:
         rule = f"{tokens} tokens in chunks of {chunk} do not divide among the {devices} devices"
         way_out = "that share them, which then compute each other's tokens. Name the axes that "
@@ -186,11 +186,14 @@ def _check_divides(call: str, name: str, x: Array, entries: tuple, over: Any) ->
             messages.fail(call, rule, messages.describe(x), "Pad it, or split it over fewer.")
 
 
+def _axes_of(over: Any, kind: AxisType) -> set[str]:
+    return {n for n, k in zip(over.axis_names, over.axis_types, strict=True) if k == kind}
+
+
 def _axes_of_shard_map(over: Any, named: set) -> tuple[Axes, bool]:
     """(the axes, whether they are all that are left)."""
-    kinds = dict(zip(over.axis_names, over.axis_types, strict=True))
     left = [n for n in over.axis_names if n not in mesh.manual_axes()]
-    axes = [n for n in left if n in named or kinds[n] == AxisType.Explicit]
+    axes = [n for n in left if n in named | _axes_of(over, AxisType.Explicit)]
     # Along the axis of one device there is nothing to leave to a partitioner.
     if devices_along(over, left) == devices_along(over, axes):
         axes = left
@@ -210,10 +213,10 @@ def run(function: Callable, layout: Layout, given: tuple, specs: tuple, out: Any
 
 def _placed(xs: Any, over: Any, specs: Any) -> Any:
     """The arrays of a tree, split as a prefix of that tree says, so far as types can say it."""
-    kinds = dict(zip(over.axis_names, over.axis_types, strict=True))
+    typed = _axes_of(over, AxisType.Explicit)
 
     def explicit(entry):
-        return tuple(n for n in names_of(entry) if kinds[n] == AxisType.Explicit) or None
+        return tuple(n for n in names_of(entry) if n in typed) or None
 
     def of_prefix(spec, some):
         spec = P(*map(explicit, spec))

@@ -23,6 +23,7 @@ from jaxloss._tokens.classes import (
     existing,
     local_classes,
 )
+from jaxloss._tokens.losses import temperature_of
 from jaxloss._tokens.shapes import rows_of_mask
 from jaxloss._types import Scalars, TokenArrays
 from jaxloss._xla.device import jit
@@ -80,8 +81,7 @@ def rows_of(x: Array, arrays: TokenArrays, scalars: Scalars, classes: Classes) -
     """The differences of rows of logits, of which ``arrays`` say the classes that exist."""
     scaling = scaling_of(scalars.softcap, scalars.temperature)
     logits = Logits(x, existing(arrays.class_mask, classes, x.ndim), scaling)
-    temperature = scalars.temperature if arrays.temperature is None else arrays.temperature
-    return log_probs.differences(logits, temperature, classes.axes)
+    return log_probs.differences(logits, temperature_of(arrays, scalars), classes.axes)
 
 
 @jit

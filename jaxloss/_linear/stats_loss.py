@@ -56,6 +56,11 @@ class Prepared(NamedTuple):
         return accumulator_dtype(self.products[0].hidden.dtype)
 
     @property
+    def static(self) -> dict[str, Any]:
+        """Those of :func:`by_token_chunks`."""
+        return {"sweep": self.sweep, "options": self.options, "beta": self.beta}
+
+    @property
     def of_device(self) -> tuple:
         return self.products, self.arrays, self.own, self.numbers
 
@@ -125,9 +130,7 @@ def prepared(
     scalars = arguments.scalars(call, wide, logit_softcap=logit_softcap, temperature=temperature)
     arguments.check_bucket(call, arrays, scalars)
     of_reference = _of_reference(call, kl_temperature, its_cap, arrays, scalars, wide, other)
-    beta = messages.number(call, "beta", beta)
-    if not 0 < beta < 1:
-        messages.fail(call, "beta must be in (0, 1)", repr(beta))
+    beta = arguments.check_beta(call, beta)
     own = arguments.per_token(call, per_token, lead)
     rows_of_tokens = {"hidden": hidden, **arguments.of_tokens(arrays)}
     rows_of_tokens |= {f"per_token[{i}]": x for i, x in enumerate(own)}
@@ -356,18 +359,14 @@ def over_mesh(products, arrays, own, numbers, *, prepared):
     given = prepared._replace(products=products, arrays=arrays, own=own, numbers=numbers)
     arrays_of_mesh, specs = of_mesh(given)
 
-    def of_device(*arrays):
-        static = {"sweep": given.sweep, "options": given.options, "beta": given.beta}
-        return by_token_chunks(*arrays, **static)
-
+    schedule = partial(by_token_chunks, **given.static)
     rows = P(*given.layout.tokens)
-    return layout.run(of_device, given.layout, arrays_of_mesh, specs, (rows, rows))
+    return layout.run(schedule, given.layout, arrays_of_mesh, specs, (rows, rows))
 
 
 def token_stats(call: str, given: Prepared) -> tuple[TokenStats, ReferenceStats]:
     if given.layout is not None:
-        static = given._replace(products=(), arrays=TokenArrays(None), own=(), numbers=())
-        return over_mesh(*given.of_device, prepared=static)
+        without = given._replace(products=(), arrays=TokenArrays(None), own=(), numbers=())
+        return over_mesh(*given.of_device, prepared=without)
     layout.warn_if_shared(call, math.prod(given.lead), given.sweep.chunk)
-    static = {"sweep": given.sweep, "options": given.options, "beta": given.beta}
-    return by_token_chunks(*given.of_device, **static)
+    return by_token_chunks(*given.of_device, **given.static)
