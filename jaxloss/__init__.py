@@ -26,6 +26,8 @@ from jaxloss._sequences import next_token_labels as next_token_labels
 from jaxloss._sequences import sequence_weight as sequence_weight
 from jaxloss._sigmoid import sigmoid_cross_entropy as sigmoid_cross_entropy
 from jaxloss._sigmoid import sigmoid_focal_loss as sigmoid_focal_loss
+from jaxloss._types import LowRankKernel as LowRankKernel
+from jaxloss._types import QuantizedKernel as QuantizedKernel
 from jaxloss._types import Reference as Reference
 from jaxloss._types import ReferenceStats as ReferenceStats
 from jaxloss._types import TokenStats as TokenStats
@@ -33,7 +35,9 @@ from jaxloss._types import TopKLabels as TopKLabels
 
 __version__ = _version("jaxloss")
 __all__ = [
+    "LowRankKernel",
     "MetricSums",
+    "QuantizedKernel",
     "Reference",
     "ReferenceStats",
     "TokenStats",

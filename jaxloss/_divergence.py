@@ -10,10 +10,12 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
 from jaxloss._checks import arguments, explicit_mesh, messages
 from jaxloss._linear import budget, layout, token_chunks, token_rules
+from jaxloss._linear.kernels import base_of
+from jaxloss._linear.operands import product_of
 from jaxloss._linear.product import Product, Sweep
 from jaxloss._numerics.divergence import accumulator_of, row_divergences
 from jaxloss._tokens.classes import existing, local_classes
@@ -24,6 +26,7 @@ from jaxloss._types import (
     DIVERGENCES,
     AxisName,
     Divergence,
+    KernelLike,
     LossOptions,
     Reduction,
     Scalars,
@@ -158,9 +161,9 @@ def _kl_divergence(logits, teacher_logits, arrays, scalars, *, options, kind):
 
 def linear_kl_divergence(
     hidden: ArrayLike,
-    kernel: ArrayLike,
+    kernel: KernelLike,
     teacher_hidden: ArrayLike,
-    teacher_kernel: ArrayLike,
+    teacher_kernel: KernelLike,
     *,
     bias: ArrayLike | None = None,
     teacher_bias: ArrayLike | None = None,
@@ -180,6 +183,7 @@ def linear_kl_divergence(
     mesh: Mesh | AbstractMesh | None = None,
     chunk_size: int | None = None,
     precision: lax.PrecisionLike = None,
+    dtype: DTypeLike | None = None,
 ) -> Array:
     r""":func:`kl_divergence` of ``hidden @ kernel`` and a teacher's, a chunk of both at a time.
 
@@ -190,10 +194,9 @@ def linear_kl_divergence(
 
     Args:
       hidden: ``[..., D]``, a floating dtype; N tokens in all.
-      kernel: ``[D, V]``, or ``[V, D]`` with ``vocab_axis=0``; the dtype of ``hidden``.
+      kernel: ``[D, V]``, or ``[V, D]`` with ``vocab_axis=0``, as in :func:`linear_cross_entropy`.
       teacher_hidden: ``[..., D2]``, with the leading shape of ``hidden``; its dtype may be another.
-      teacher_kernel: ``[D2, V2]``, or ``[V2, D2]`` with ``teacher_vocab_axis=0``; the dtype of
-        ``teacher_hidden``.
+      teacher_kernel: ``[D2, V2]``, or ``[V2, D2]`` with ``teacher_vocab_axis=0``; likewise.
       bias, teacher_bias: ``[V]``, ``[V2]``.
       vocab_axis, teacher_vocab_axis: the axes of the kernels that hold the columns; None: the
         teacher's is the student's.
@@ -209,13 +212,14 @@ def linear_kl_divergence(
         up to four times as much on a CPU (``"jensen_shannon"``: nine). None takes so many fewer
         than :func:`linear_cross_entropy` that a chunk holds as many bytes, but no fewer than 512
         on a TPU, 256 on a GPU.
-      precision: of the products, as in :func:`jax.lax.dot_general`.
+      precision, dtype: of the products, the teacher's too, as in :func:`linear_cross_entropy`.
 
     Returns:
       The loss, as :func:`kl_divergence`. Gradients have their inputs' dtypes.
 
     Raises:
-      TypeError: as :func:`kl_divergence`; or a hidden and its kernel differ in dtype.
+      TypeError: as :func:`kl_divergence`; or a side's operands differ in dtype and ``dtype`` is
+        None.
       ValueError: as :func:`kl_divergence`; or the operands do not fit together, ``chunk_size`` is
         less than 1, an axis name is none of the mesh, or operands are split over it in a way that
         :func:`linear_cross_entropy` does not describe.
@@ -246,27 +250,24 @@ def linear_kl_divergence(
     "Liger Kernel", 2024) for the teacher's own product.
     """
     call = "linear_kl_divergence"
-    hidden, kernel, bias, vocab_axis = arguments.product_operands(
-        call, hidden, kernel, bias, vocab_axis
-    )
-    its_axis = vocab_axis if teacher_vocab_axis is None else teacher_vocab_axis
-    teacher_hidden, teacher_kernel, teacher_bias, its_axis = arguments.product_operands(
-        call, teacher_hidden, teacher_kernel, teacher_bias, its_axis, of="teacher_"
-    )
-    lead = hidden.shape[:-1]
-    if teacher_hidden.shape[:-1] != lead:
-        its_own = messages.describe(teacher_hidden)
-        got = f"hidden {messages.describe(hidden)}, teacher_hidden {its_own}"
+    shared = {"dtype": dtype, "precision": precision}
+    student = product_of(call, hidden, kernel, bias, vocab_axis, **shared)
+    own_axis = teacher_vocab_axis
+    of_teacher = teacher_hidden, teacher_kernel, teacher_bias
+    own_axis = student.vocab_axis if own_axis is None else own_axis
+    teacher = product_of(call, *of_teacher, own_axis, **shared, of="teacher_")
+    lead, columns, its_columns = student.hidden.shape[:-1], student.columns, teacher.columns
+    if teacher.hidden.shape[:-1] != lead:
+        its_own = messages.describe(teacher.hidden)
+        got = f"hidden {messages.describe(student.hidden)}, teacher_hidden {its_own}"
         messages.fail(call, f"teacher_hidden must have hidden's leading shape, {lead}", got)
-    columns, its_columns = kernel.shape[vocab_axis], teacher_kernel.shape[its_axis]
     if num_classes is None and columns != its_columns:
-        its_own = messages.describe(teacher_kernel)
-        got = f"kernel {messages.describe(kernel)}, teacher_kernel {its_own}"
+        got = _kernels(student, teacher)
         way_out = "If one of them is padded, say how many are classes: num_classes=..."
         messages.fail(call, "both kernels must have as many columns", got, way_out)
     names = arguments.axis_names(
         call,
-        hidden.ndim,
+        student.hidden.ndim,
         token_axis_name=token_axis_name,
         vocab_axis_name=vocab_axis_name,
         kernel_spec=kernel_spec,
@@ -278,28 +279,24 @@ def linear_kl_divergence(
     few = min(columns, its_columns) * shards
     classes = messages.integer(call, "num_classes", num_classes, 0, few, default=columns * shards)
     local = min(columns, its_columns) if vocab_axes else classes
-    wide = accumulator_of(hidden, teacher_hidden)
+    wide = _wider(student, teacher)
     kind, scalars = _kind(call, divergence, beta, temperature, wide)
     arguments.check_reduction(call, reduction)
     sample_weight = arguments.check_sample_weight(call, sample_weight, lead)
-    logits = jax.ShapeDtypeStruct((*lead, local), hidden.dtype)
+    logits = jax.ShapeDtypeStruct((*lead, local), student.narrow)
     axes = (len(lead),)
     class_mask, token_mask = arguments.masks(call, "hidden @ kernel", where, logits, axes)
     of_tokens = {
-        "hidden": hidden,
-        "teacher_hidden": teacher_hidden,
+        "hidden": student.hidden,
+        "teacher_hidden": teacher.hidden,
         "sample_weight": sample_weight,
         "where": token_mask,
     }
     split = {"vocab_axes": vocab_axes, "token_axes": token_axes}
-    arguments.check_split(call, "kernel", kernel, of_tokens, **split)
-    arguments.check_split(call, "teacher_kernel", teacher_kernel, of_tokens, **split)
+    arguments.check_split(call, "kernel", student.kernel, of_tokens, **split)
+    arguments.check_split(call, "teacher_kernel", teacher.kernel, of_tokens, **split)
     arrays = TokenArrays(None, None, sample_weight, class_mask, token_mask)
-    precision = arguments.precision(call, precision)
-    products = (
-        Product(hidden, kernel, bias, vocab_axis, local, precision),
-        Product(teacher_hidden, teacher_kernel, teacher_bias, its_axis, local, precision),
-    )
+    products = tuple(replace(p, num_classes=local) for p in (student, teacher))
     found = layout.of_call(call, names, products, arrays)
     tokens, most_columns = math.prod(lead), max(columns, its_columns)
     if found is not None:
@@ -312,12 +309,11 @@ def linear_kl_divergence(
             products = tuple(replace(p, num_classes=local) for p in products)
     if vocab_axes and columns != its_columns:
         rule = "both kernels must have as many columns where devices share them"
-        its_own = messages.describe(teacher_kernel)
-        got = f"kernel {messages.describe(kernel)}, teacher_kernel {its_own}"
+        got = _kernels(student, teacher)
         messages.fail(call, rule, got, "Pad one of them, and say num_classes=...")
     most = budget.size_to_plan_for(tokens)
     rows = budget.rows_held(
-        hidden.dtype,
+        student.narrow,
         none=reduction == "none",
         divergence=divergence,
         mask=class_mask is not None,
@@ -340,6 +336,15 @@ def linear_kl_divergence(
         options=options,
         static=tuple(static.items()),
     )
+
+
+def _kernels(student: Product, teacher: Product) -> str:
+    own, its_own = (messages.describe(base_of(p.kernel)) for p in (student, teacher))
+    return f"kernel {own}, teacher_kernel {its_own}"
+
+
+def _wider(student: Product, teacher: Product) -> Any:
+    return jnp.promote_types(student.wide, teacher.wide)
 
 
 @jit
@@ -366,7 +371,7 @@ def _linear_kl_divergence(student, teacher, arrays, scalars, *, sweep, options, 
 
     valid = valid_tokens(sample_weight, token_mask)
     valid = jnp.ones(lead, bool) if valid is None else valid
-    dtype = accumulator_of(student.hidden, teacher.hidden)
+    dtype = _wider(student, teacher)
     weights = normalised_weights(TokenWeights(valid, sample_weight), options, dtype)
     operands = token_chunks.Operands(
         flat(student), (mask_index,), (mask_rows, *numbers), flat(teacher)

@@ -9,15 +9,17 @@ from typing import Any, Literal, TypedDict, Unpack, overload
 import jax
 from jax import Array, lax
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
 from jaxloss._checks import arguments, messages
 from jaxloss._linear import layout, plan, stats_loss
 from jaxloss._linear.cross_entropy import by_token_chunks, by_vocab_blocks
+from jaxloss._linear.operands import product_of
 from jaxloss._linear.product import Product, Sweep
 from jaxloss._types import (
     AxisName,
     Implementation,
+    KernelLike,
     Reduction,
     Reference,
     ReferenceStats,
@@ -25,7 +27,6 @@ from jaxloss._types import (
     TopKLabels,
 )
 from jaxloss._xla import device, mesh
-from jaxloss._xla.dtypes import accumulator_dtype
 
 
 class LinearOptions(TypedDict, total=False):
@@ -50,13 +51,14 @@ class LinearOptions(TypedDict, total=False):
     mesh: Mesh | AbstractMesh | None
     chunk_size: int | None
     precision: lax.PrecisionLike
+    dtype: DTypeLike | None
     implementation: Implementation | None
 
 
 @overload
 def linear_cross_entropy(
     hidden: ArrayLike,
-    kernel: ArrayLike,
+    kernel: KernelLike,
     labels: ArrayLike | TopKLabels,
     *,
     return_stats: Literal[False] = False,
@@ -65,7 +67,7 @@ def linear_cross_entropy(
 @overload
 def linear_cross_entropy(
     hidden: ArrayLike,
-    kernel: ArrayLike,
+    kernel: KernelLike,
     labels: ArrayLike | TopKLabels,
     *,
     return_stats: Literal[True],
@@ -74,7 +76,7 @@ def linear_cross_entropy(
 @overload
 def linear_cross_entropy(
     hidden: ArrayLike,
-    kernel: ArrayLike,
+    kernel: KernelLike,
     labels: ArrayLike | TopKLabels,
     *,
     return_stats: bool,
@@ -82,7 +84,7 @@ def linear_cross_entropy(
 ) -> Array | tuple[Array, TokenStats]: ...
 def linear_cross_entropy(
     hidden: ArrayLike,
-    kernel: ArrayLike,
+    kernel: KernelLike,
     labels: ArrayLike | TopKLabels,
     *,
     bias: ArrayLike | None = None,
@@ -105,6 +107,7 @@ def linear_cross_entropy(
     return_stats: bool = False,
     chunk_size: int | None = None,
     precision: lax.PrecisionLike = None,
+    dtype: DTypeLike | None = None,
     implementation: Implementation | None = None,
 ) -> Array | tuple[Array, TokenStats]:
     r"""``cross_entropy(hidden @ kernel + bias, labels, ...)``, a chunk of the logits at a time.
@@ -116,7 +119,8 @@ def linear_cross_entropy(
     Args:
       hidden: ``[..., D]``, a floating dtype of 16 bits or more; N tokens in all.
       kernel: ``[D, V]``, or with ``vocab_axis=0`` ``[V, D]``: a tied embedding table as it is. The
-        dtype of ``hidden``: the products take it, and accumulate in float32.
+        dtype of ``hidden``, unless ``dtype`` is given: the products take it, and accumulate in
+        float32. Or a :class:`LowRankKernel`, or a :class:`QuantizedKernel`.
       labels: class indices ``[...]``, class probabilities ``[..., C]``, or :class:`TopKLabels`.
       bias: ``[V]``.
       vocab_axis: the axis of ``kernel`` that holds the V columns.
@@ -144,6 +148,10 @@ def linear_cross_entropy(
         implementations classes; None takes 8 MiB on a CPU, 32 MiB on a TPU, 64 MiB on a GPU, and at
         least 128 classes, 1024 on a TPU.
       precision: of the products, as in :func:`jax.lax.dot_general`.
+      dtype: what the products compute in, as Flax has it: operands of any floating dtypes are cast
+        to it, the logits and all sums are float32, and so is what a gradient is made of before it
+        gets its operand's dtype. None: that of the operands, which then must have one. Token chunks
+        hold a cast copy of the kernel, vocabulary blocks one of a block.
       implementation: ``"token_chunks"``, or for least memory ``"vocab_blocks"``, or vocabulary
         blocks whose log-sum-exp a kernel computes: ``"mosaic_tpu"`` on a TPU after v4, where a
         second one computes the logits' gradient (unless ``bias`` has one), ``"mosaic_gpu"`` on a
@@ -164,7 +172,7 @@ def linear_cross_entropy(
       dtypes.
 
     Raises:
-      TypeError: as :func:`cross_entropy`; or ``hidden`` and ``kernel`` differ in dtype.
+      TypeError: as :func:`cross_entropy`; or the operands differ in dtype and ``dtype`` is None.
       ValueError: as :func:`cross_entropy`; or ``hidden``, ``kernel``, ``bias``, ``num_classes`` do
         not fit together, or ``chunk_size`` is less than 1, or ``implementation`` cannot take the
         call, or operands of an explicit mesh are sharded in a way that is not described below.
@@ -231,17 +239,16 @@ def linear_cross_entropy(
     the tokens that count as in E. Wijmans et al., "Cut Your Losses in Large-Vocabulary Language
     Models" (ICLR 2025).
     """
+    call = "linear_cross_entropy"
     return _losses(
-        "linear_cross_entropy",
-        (hidden, kernel, bias),
+        call,
+        product_of(call, hidden, kernel, bias, vocab_axis, dtype=dtype, precision=precision),
         labels,
-        vocab_axis=vocab_axis,
         vocab_axis_name=vocab_axis_name,
         token_axis_name=token_axis_name,
         kernel_spec=kernel_spec,
         over=mesh,
         chunk_size=chunk_size,
-        precision=precision,
         implementation=implementation,
         numbers={
             "label_smoothing": label_smoothing,
@@ -278,13 +285,14 @@ class LinearTokenStatsOptions(TypedDict, total=False):
     mesh: Mesh | AbstractMesh | None
     chunk_size: int | None
     precision: lax.PrecisionLike
+    dtype: DTypeLike | None
     implementation: Implementation | None
 
 
 @overload
 def linear_token_stats(
     hidden: ArrayLike,
-    kernel: ArrayLike,
+    kernel: KernelLike,
     labels: ArrayLike | TopKLabels,
     *,
     reference: None = None,
@@ -293,7 +301,7 @@ def linear_token_stats(
 @overload
 def linear_token_stats(
     hidden: ArrayLike,
-    kernel: ArrayLike,
+    kernel: KernelLike,
     labels: ArrayLike | TopKLabels,
     *,
     reference: tuple[ArrayLike, ...] | Reference,
@@ -301,7 +309,7 @@ def linear_token_stats(
 ) -> tuple[TokenStats, ReferenceStats]: ...
 def linear_token_stats(
     hidden: ArrayLike,
-    kernel: ArrayLike,
+    kernel: KernelLike,
     labels: ArrayLike | TopKLabels,
     *,
     bias: ArrayLike | None = None,
@@ -320,6 +328,7 @@ def linear_token_stats(
     mesh: Mesh | AbstractMesh | None = None,
     chunk_size: int | None = None,
     precision: lax.PrecisionLike = None,
+    dtype: DTypeLike | None = None,
     implementation: Implementation | None = None,
 ) -> TokenStats | tuple[TokenStats, ReferenceStats]:
     r"""``token_stats(hidden @ kernel + bias, labels, ...)``, a chunk of the logits at a time.
@@ -330,7 +339,7 @@ def linear_token_stats(
       hidden: ``[..., D]``, a floating dtype.
       kernel: ``[D, V]``, or ``[V, D]`` with ``vocab_axis=0``; the dtype of ``hidden``.
       labels, bias, vocab_axis, num_classes, ignore_index, logit_softcap, where, vocab_axis_name,
-        token_axis_name, kernel_spec, mesh, chunk_size, precision, implementation: as in
+        token_axis_name, kernel_spec, mesh, chunk_size, precision, dtype, implementation: as in
         :func:`linear_cross_entropy`.
       temperature: as in :func:`cross_entropy`; an array needs ``"token_chunks"``.
       reference, kl_temperature, beta: a model to compare with, as in :func:`linear_stats_loss`.
@@ -369,10 +378,11 @@ def linear_token_stats(
         messages.word(call, "implementation", implementation or "token_chunks", ("token_chunks",))
         given = stats_loss.prepared(
             call,
-            arguments.product_operands(call, hidden, kernel, bias, vocab_axis),
+            product_of(call, hidden, kernel, bias, vocab_axis, dtype=dtype, precision=precision),
             labels,
             (),
             reference,
+            dtype=dtype,
             kl_temperature=kl_temperature,
             beta=beta,
             num_classes=num_classes,
@@ -386,22 +396,19 @@ def linear_token_stats(
             kernel_spec=kernel_spec,
             over=mesh,
             chunk_size=chunk_size,
-            precision=precision,
         )
         return stats_loss.token_stats(call, given)
     if kl_temperature is not None:
         messages.fail(call, "kl_temperature is for a reference", "none", "Leave it out.")
     return _losses(
         call,
-        (hidden, kernel, bias),
+        product_of(call, hidden, kernel, bias, vocab_axis, dtype=dtype, precision=precision),
         labels,
-        vocab_axis=vocab_axis,
         vocab_axis_name=vocab_axis_name,
         token_axis_name=token_axis_name,
         kernel_spec=kernel_spec,
         over=mesh,
         chunk_size=chunk_size,
-        precision=precision,
         implementation=implementation,
         numbers={"logit_softcap": logit_softcap, "temperature": temperature},
         num_classes=num_classes,
@@ -414,16 +421,14 @@ def linear_token_stats(
 
 def _losses(
     call: str,
-    operands: tuple,
+    product: Product,
     labels: Any,
     *,
-    vocab_axis: Any,
     vocab_axis_name: Any,
     token_axis_name: Any,
     kernel_spec: Any,
     over: Any,
     chunk_size: Any,
-    precision: Any,
     implementation: Any,
     numbers: dict[str, Any],
     num_classes: Any,
@@ -431,12 +436,10 @@ def _losses(
 ) -> Any:
     """The losses of the public function ``call``, from its arguments as they were given.
 
-    ``operands``: hidden, kernel, bias. ``numbers`` and ``of_tokens`` are what ``scalars`` and
+    ``numbers`` and ``of_tokens`` are what ``scalars`` and
     ``token_loss`` of the checks take.
     """
-    hidden, kernel, bias, vocab_axis = arguments.product_operands(
-        call, *operands, vocab_axis=vocab_axis
-    )
+    hidden, columns = product.hidden, product.columns
     names = arguments.axis_names(
         call,
         hidden.ndim,
@@ -446,7 +449,6 @@ def _losses(
         over=over,
     )
     vocab_axes, token_axes = names.vocab_axes, names.token_axes
-    columns = kernel.shape[vocab_axis]
     if vocab_axes:
         local = columns  # padding is masked: which device holds it is not static
     else:
@@ -454,7 +456,7 @@ def _losses(
     arrays, options = arguments.token_loss(
         call,
         "hidden @ kernel",
-        jax.ShapeDtypeStruct((*hidden.shape[:-1], local), hidden.dtype),
+        jax.ShapeDtypeStruct((*hidden.shape[:-1], local), product.narrow),
         labels,
         axis=-1,
         num_classes=num_classes,
@@ -463,15 +465,13 @@ def _losses(
         temperature=numbers["temperature"],
         **of_tokens,
     )
-    scalars = arguments.scalars(call, accumulator_dtype(hidden.dtype), **numbers)
+    scalars = arguments.scalars(call, product.wide, **numbers)
     arguments.check_bucket(call, arrays, scalars)
     tokens = {"hidden": hidden, **arguments.of_tokens(arrays)}
     arguments.check_split(
-        call, "kernel", kernel, tokens, vocab_axes=vocab_axes, token_axes=token_axes
+        call, "kernel", product.kernel, tokens, vocab_axes=vocab_axes, token_axes=token_axes
     )
-    precision = arguments.precision(call, precision)
-
-    product = Product(hidden, kernel, bias, vocab_axis, local, precision)
+    product = replace(product, num_classes=local)
     found = layout.of_call(call, names, [product], arrays)
     tokens, shards = math.prod(hidden.shape[:-1]), mesh.size(vocab_axes)
     if found is not None:
@@ -491,7 +491,7 @@ def _losses(
         implementation,
         chunk_size,
         size,
-        hidden.dtype,
+        product,
         arrays,
         options,
         scalars,

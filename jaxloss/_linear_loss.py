@@ -12,15 +12,15 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from jax.sharding import PartitionSpec as P
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
 from jaxloss._checks import arguments, messages
 from jaxloss._linear import budget, layout, token_chunks
+from jaxloss._linear.operands import product_of
 from jaxloss._linear.own_loss import OwnLoss, closed_over, reduced, refuse_types_of_a_mesh
-from jaxloss._linear.product import Product, Sweep
+from jaxloss._linear.product import Sweep
 from jaxloss._tokens.reduction import TokenWeights
-from jaxloss._types import AxisName, LossOptions, PyTree, Reduction
-from jaxloss._xla.dtypes import accumulator_dtype
+from jaxloss._types import AxisName, KernelLike, LossOptions, PyTree, Reduction
 
 
 class LinearLossOptions(TypedDict, total=False):
@@ -36,13 +36,14 @@ class LinearLossOptions(TypedDict, total=False):
     mesh: Mesh | AbstractMesh | None
     chunk_size: int | None
     precision: lax.PrecisionLike
+    dtype: DTypeLike | None
 
 
 @overload
 def linear_loss(
     loss_fn: Callable[..., PyTree],
     hidden: ArrayLike,
-    kernel: ArrayLike,
+    kernel: KernelLike,
     *per_token: ArrayLike,
     has_aux: Literal[False] = False,
     **options: Unpack[LinearLossOptions],
@@ -51,7 +52,7 @@ def linear_loss(
 def linear_loss(
     loss_fn: Callable[..., PyTree],
     hidden: ArrayLike,
-    kernel: ArrayLike,
+    kernel: KernelLike,
     *per_token: ArrayLike,
     has_aux: Literal[True],
     **options: Unpack[LinearLossOptions],
@@ -60,7 +61,7 @@ def linear_loss(
 def linear_loss(
     loss_fn: Callable[..., PyTree],
     hidden: ArrayLike,
-    kernel: ArrayLike,
+    kernel: KernelLike,
     *per_token: ArrayLike,
     has_aux: bool,
     **options: Unpack[LinearLossOptions],
@@ -68,7 +69,7 @@ def linear_loss(
 def linear_loss(
     loss_fn: Callable[..., PyTree],
     hidden: ArrayLike,
-    kernel: ArrayLike,
+    kernel: KernelLike,
     *per_token: ArrayLike,
     bias: ArrayLike | None = None,
     vocab_axis: int = -1,
@@ -81,6 +82,7 @@ def linear_loss(
     mesh: Mesh | AbstractMesh | None = None,
     chunk_size: int | None = None,
     precision: lax.PrecisionLike = None,
+    dtype: DTypeLike | None = None,
 ) -> Array | tuple[Array, PyTree]:
     r"""Any per-token loss of the logits ``hidden @ kernel + bias``, a chunk of them at a time.
 
@@ -92,10 +94,10 @@ def linear_loss(
         alone: float32 logits (float64 for float64 operands). It may close over arrays, but not over
         those that have an explicit mesh in their type.
       hidden: ``[..., D]``, a floating dtype; N tokens in all.
-      kernel: ``[D, V]``, or ``[V, D]`` with ``vocab_axis=0``; the dtype of ``hidden``.
+      kernel: ``[D, V]``, or ``[V, D]`` with ``vocab_axis=0``, as in :func:`linear_cross_entropy`.
       per_token: arrays ``[..., *rest]`` with hidden's leading shape: labels, a teacher's hidden.
       bias: ``[V]``.
-      vocab_axis, precision: as in :func:`linear_cross_entropy`.
+      vocab_axis, precision, dtype: as in :func:`linear_cross_entropy`.
       chunk_size: likewise; None takes half as many tokens, as ``loss_fn`` is taken to hold twice
         what a cross-entropy holds, and fewer beside ``per_token`` arrays that are as wide as the
         logits; never all at once for want of an accumulator.
@@ -145,23 +147,19 @@ def linear_loss(
     call = "linear_loss"
     if not callable(loss_fn):
         messages.fail(call, "loss_fn must be a function", type(loss_fn).__name__, kind=TypeError)
-    hidden, kernel, bias, vocab_axis = arguments.product_operands(
-        call, hidden, kernel, bias, vocab_axis
-    )
-    columns = kernel.shape[vocab_axis]
-    lead = hidden.shape[:-1]
+    product = product_of(call, hidden, kernel, bias, vocab_axis, dtype=dtype, precision=precision)
+    own_hidden, columns = product.hidden, product.columns
+    lead = own_hidden.shape[:-1]
     arrays = arguments.per_token(call, per_token, lead)
     sample_weight = arguments.check_sample_weight(call, sample_weight, lead)
     names = arguments.axis_names(
-        call, hidden.ndim, token_axis_name=token_axis_name, kernel_spec=kernel_spec, over=mesh
+        call, own_hidden.ndim, token_axis_name=token_axis_name, kernel_spec=kernel_spec, over=mesh
     )
-    of_tokens = {"hidden": hidden, "sample_weight": sample_weight}
+    of_tokens = {"hidden": own_hidden, "sample_weight": sample_weight}
     of_tokens |= {f"per_token[{i}]": x for i, x in enumerate(arrays)}
-    arguments.check_split(call, "kernel", kernel, of_tokens, token_axes=names.token_axes)
+    arguments.check_split(call, "kernel", product.kernel, of_tokens, token_axes=names.token_axes)
     arguments.check_reduction(call, reduction)
     empty_mean = arguments.check_empty_mean(call, empty_mean)
-    precision = arguments.precision(call, precision)
-    product = Product(hidden, kernel, bias, vocab_axis, columns, precision)
     found = layout.of_call(call, names, [product], (arrays, sample_weight), whole_rows=True)
     tokens, token_axes = math.prod(lead), names.token_axes
     if found is not None:
@@ -171,10 +169,10 @@ def linear_loss(
     most = budget.size_to_plan_for(tokens)
     rests = [(x.shape[len(lead) :], x.dtype) for x in arrays]
     beside = sum(math.prod(rest) * dtype.itemsize for rest, dtype in rests) / (4 * max(1, columns))
-    rows = budget.rows_held(hidden.dtype, none=reduction == "none", own=beside)
+    rows = budget.rows_held(product.narrow, none=reduction == "none", own=beside)
     default = budget.default_chunk(most, columns, rows=rows)
     chunk = arguments.chunk_size(call, chunk_size, default, most)
-    wide = accumulator_dtype(hidden.dtype)
+    wide = product.wide
 
     def types_of(n):
         own = (jax.ShapeDtypeStruct((n, *rest), dtype) for rest, dtype in rests)
@@ -190,7 +188,7 @@ def linear_loss(
         lead = product.hidden.shape[:-1]
         tokens = math.prod(lead)
         valid = jnp.ones(lead, bool) if sample_weight is None else sample_weight.astype(bool)
-        rows = replace(product, hidden=product.hidden.reshape(tokens, hidden.shape[-1]))
+        rows = replace(product, hidden=product.hidden.reshape(tokens, product.hidden.shape[-1]))
         flat = tuple(x.reshape(tokens, *x.shape[len(lead) :]) for x in arrays)
         return reduced(
             own,

@@ -10,12 +10,13 @@ import jax
 from jax import Array, lax
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from jax.sharding import PartitionSpec as P
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
-from jaxloss._checks import arguments, messages
+from jaxloss._checks import messages
 from jaxloss._linear import layout, stats_loss
+from jaxloss._linear.operands import product_of
 from jaxloss._linear.own_loss import OwnLoss, closed_over, reduced, refuse_types_of_a_mesh
-from jaxloss._types import AxisName, PyTree, Reduction, Reference, TopKLabels
+from jaxloss._types import AxisName, KernelLike, PyTree, Reduction, Reference, TopKLabels
 
 
 class StatsLossOptions(TypedDict, total=False):
@@ -40,13 +41,14 @@ class StatsLossOptions(TypedDict, total=False):
     mesh: Mesh | AbstractMesh | None
     chunk_size: int | None
     precision: lax.PrecisionLike
+    dtype: DTypeLike | None
 
 
 @overload
 def linear_stats_loss(
     loss_fn: Callable[..., PyTree],
     hidden: ArrayLike,
-    kernel: ArrayLike,
+    kernel: KernelLike,
     labels: ArrayLike | TopKLabels,
     *per_token: ArrayLike,
     has_aux: Literal[False] = False,
@@ -56,7 +58,7 @@ def linear_stats_loss(
 def linear_stats_loss(
     loss_fn: Callable[..., PyTree],
     hidden: ArrayLike,
-    kernel: ArrayLike,
+    kernel: KernelLike,
     labels: ArrayLike | TopKLabels,
     *per_token: ArrayLike,
     has_aux: Literal[True],
@@ -66,7 +68,7 @@ def linear_stats_loss(
 def linear_stats_loss(
     loss_fn: Callable[..., PyTree],
     hidden: ArrayLike,
-    kernel: ArrayLike,
+    kernel: KernelLike,
     labels: ArrayLike | TopKLabels,
     *per_token: ArrayLike,
     has_aux: bool,
@@ -75,7 +77,7 @@ def linear_stats_loss(
 def linear_stats_loss(
     loss_fn: Callable[..., PyTree],
     hidden: ArrayLike,
-    kernel: ArrayLike,
+    kernel: KernelLike,
     labels: ArrayLike | TopKLabels,
     *per_token: ArrayLike,
     reference: tuple[ArrayLike, ...] | Reference | None = None,
@@ -98,6 +100,7 @@ def linear_stats_loss(
     mesh: Mesh | AbstractMesh | None = None,
     chunk_size: int | None = None,
     precision: lax.PrecisionLike = None,
+    dtype: DTypeLike | None = None,
 ) -> Array | tuple[Array, PyTree]:
     r"""Any loss of each token's statistics, a chunk of the logits at a time.
 
@@ -126,7 +129,8 @@ def linear_stats_loss(
       bias, vocab_axis, num_classes, ignore_index, temperature, logit_softcap, where: as in
         :func:`linear_token_stats`.
       sample_weight, reduction, empty_mean, chunk_size, precision: as in :func:`linear_loss`.
-      vocab_axis_name, token_axis_name, kernel_spec, mesh: as in :func:`linear_cross_entropy`.
+      vocab_axis_name, token_axis_name, kernel_spec, mesh, dtype: as in
+        :func:`linear_cross_entropy`; the reference's products compute in ``dtype`` too.
 
     Returns:
       A scalar, or ``[...]`` for ``"none"``, in the dtype of the logits; with ``has_aux`` a pair.
@@ -176,10 +180,11 @@ def linear_stats_loss(
         messages.fail(call, "loss_fn must be a function", type(loss_fn).__name__, kind=TypeError)
     given = stats_loss.prepared(
         call,
-        arguments.product_operands(call, hidden, kernel, bias, vocab_axis),
+        product_of(call, hidden, kernel, bias, vocab_axis, dtype=dtype, precision=precision),
         labels,
         per_token,
         reference,
+        dtype=dtype,
         kl_temperature=kl_temperature,
         beta=beta,
         num_classes=num_classes,
@@ -195,7 +200,6 @@ def linear_stats_loss(
         kernel_spec=kernel_spec,
         over=mesh,
         chunk_size=chunk_size,
-        precision=precision,
     )
     lead, wide = given.lead, given.wide
     rests = [(x.shape[len(lead) :], x.dtype) for x in given.own]

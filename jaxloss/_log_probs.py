@@ -11,14 +11,15 @@ import jax.numpy as jnp
 from jax import Array, dtypes, lax
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from jax.sharding import PartitionSpec as P
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
 from jaxloss._checks import arguments, explicit_mesh, messages
 from jaxloss._linear import budget, layout, log_probs
+from jaxloss._linear.operands import product_of
 from jaxloss._linear.product import Product, Sweep
 from jaxloss._tokens.classes import local_classes
 from jaxloss._tokens.shapes import classes_last, mask_classes_last
-from jaxloss._types import AxisName, LossOptions, TokenArrays
+from jaxloss._types import AxisName, KernelLike, LossOptions, TokenArrays
 from jaxloss._xla.device import jit
 from jaxloss._xla.dtypes import accumulator_dtype
 from jaxloss._xla.mesh import size as axis_size
@@ -184,12 +185,13 @@ class LinearLogProbsOptions(TypedDict, total=False):
     mesh: Mesh | AbstractMesh | None
     chunk_size: int | None
     precision: lax.PrecisionLike
+    dtype: DTypeLike | None
 
 
 @overload
 def linear_log_probs_at(
     hidden: ArrayLike,
-    kernel: ArrayLike,
+    kernel: KernelLike,
     indices: ArrayLike,
     *,
     return_rest: Literal[False] = False,
@@ -198,7 +200,7 @@ def linear_log_probs_at(
 @overload
 def linear_log_probs_at(
     hidden: ArrayLike,
-    kernel: ArrayLike,
+    kernel: KernelLike,
     indices: ArrayLike,
     *,
     return_rest: Literal[True],
@@ -207,7 +209,7 @@ def linear_log_probs_at(
 @overload
 def linear_log_probs_at(
     hidden: ArrayLike,
-    kernel: ArrayLike,
+    kernel: KernelLike,
     indices: ArrayLike,
     *,
     return_rest: bool,
@@ -215,7 +217,7 @@ def linear_log_probs_at(
 ) -> Array | tuple[Array, Array]: ...
 def linear_log_probs_at(
     hidden: ArrayLike,
-    kernel: ArrayLike,
+    kernel: KernelLike,
     indices: ArrayLike,
     *,
     return_rest: bool = False,
@@ -232,6 +234,7 @@ def linear_log_probs_at(
     mesh: Mesh | AbstractMesh | None = None,
     chunk_size: int | None = None,
     precision: lax.PrecisionLike = None,
+    dtype: DTypeLike | None = None,
 ) -> Array | tuple[Array, Array]:
     r"""``log_probs_at(hidden @ kernel + bias, indices, ...)``, a chunk of the logits at a time.
 
@@ -239,11 +242,11 @@ def linear_log_probs_at(
 
     Args:
       hidden: ``[..., D]``, a floating dtype.
-      kernel: ``[D, V]``, or ``[V, D]`` with ``vocab_axis=0``; the dtype of ``hidden``.
+      kernel: ``[D, V]``, or ``[V, D]`` with ``vocab_axis=0``, as in :func:`linear_cross_entropy`.
       indices: class indices ``[..., k]`` with hidden's leading shape.
       return_rest, ignore_index, temperature, logit_softcap, where: as in :func:`log_probs_at`.
-      bias, vocab_axis, num_classes, precision, vocab_axis_name, token_axis_name, kernel_spec, mesh:
-        as in :func:`linear_cross_entropy`.
+      bias, vocab_axis, num_classes, precision, dtype, vocab_axis_name, token_axis_name,
+        kernel_spec, mesh: as in :func:`linear_cross_entropy`.
       chunk_size: tokens whose logits are held at a time; None: as :func:`linear_token_stats`.
 
     Returns:
@@ -269,12 +272,12 @@ def linear_log_probs_at(
     Source: as :func:`log_probs_at` and :func:`linear_cross_entropy`.
     """
     call = "linear_log_probs_at"
-    operands = arguments.product_operands(call, hidden, kernel, bias, vocab_axis)
-    indices = _indices(call, indices, operands[0].shape[:-1], "hidden")
+    product = product_of(call, hidden, kernel, bias, vocab_axis, dtype=dtype, precision=precision)
+    indices = _indices(call, indices, product.hidden.shape[:-1], "hidden")
     kind = arguments.ignored(call, ignore_index), messages.flag(call, "return_rest", return_rest)
     found = _by_chunks(
         call,
-        operands,
+        product,
         ((indices,), ()),
         ("named", *kind),
         num_classes=num_classes,
@@ -286,14 +289,13 @@ def linear_log_probs_at(
         kernel_spec=kernel_spec,
         over=mesh,
         chunk_size=chunk_size,
-        precision=precision,
     )
     return found if return_rest else found[0]
 
 
 def linear_top_k(
     hidden: ArrayLike,
-    kernel: ArrayLike,
+    kernel: KernelLike,
     k: int,
     *,
     bias: ArrayLike | None = None,
@@ -308,6 +310,7 @@ def linear_top_k(
     mesh: Mesh | AbstractMesh | None = None,
     chunk_size: int | None = None,
     precision: lax.PrecisionLike = None,
+    dtype: DTypeLike | None = None,
 ) -> tuple[Array, Array]:
     r"""The k most likely classes of each token and their log-probabilities, without its logits.
 
@@ -317,10 +320,11 @@ def linear_top_k(
 
     Args:
       hidden: ``[..., D]``, a floating dtype.
-      kernel: ``[D, V]``, or ``[V, D]`` with ``vocab_axis=0``; the dtype of ``hidden``.
+      kernel: ``[D, V]``, or ``[V, D]`` with ``vocab_axis=0``, as in :func:`linear_cross_entropy`.
       k: how many, at most the number of classes.
-      bias, vocab_axis, num_classes, precision, vocab_axis_name, token_axis_name, kernel_spec, mesh:
-        as in :func:`linear_cross_entropy`. Where devices share the columns, each has k or more.
+      bias, vocab_axis, num_classes, precision, dtype, vocab_axis_name, token_axis_name,
+        kernel_spec, mesh: as in :func:`linear_cross_entropy`.
+        Where devices share the columns, each has k or more.
       temperature, logit_softcap, where: as in :func:`log_probs_at`.
       chunk_size: tokens whose logits are held at a time; None: as :func:`linear_token_stats`.
 
@@ -348,12 +352,11 @@ def linear_top_k(
     Source: the definition.
     """
     call = "linear_top_k"
-    operands = arguments.product_operands(call, hidden, kernel, bias, vocab_axis)
-    columns = operands[1].shape[operands[3]]
-    k = messages.integer(call, "k", k, 1, columns, default=1)
+    product = product_of(call, hidden, kernel, bias, vocab_axis, dtype=dtype, precision=precision)
+    k = messages.integer(call, "k", k, 1, product.columns, default=1)
     return _by_chunks(
         call,
-        operands,
+        product,
         ((), ()),
         ("likeliest", k),
         num_classes=num_classes,
@@ -365,14 +368,13 @@ def linear_top_k(
         kernel_spec=kernel_spec,
         over=mesh,
         chunk_size=chunk_size,
-        precision=precision,
     )
 
 
 def linear_sample(
     key: ArrayLike,
     hidden: ArrayLike,
-    kernel: ArrayLike,
+    kernel: KernelLike,
     *,
     num_samples: int | None = None,
     bias: ArrayLike | None = None,
@@ -387,6 +389,7 @@ def linear_sample(
     mesh: Mesh | AbstractMesh | None = None,
     chunk_size: int | None = None,
     precision: lax.PrecisionLike = None,
+    dtype: DTypeLike | None = None,
 ) -> tuple[Array, Array]:
     r"""Samples of each token's next class and their log-probabilities, without its logits.
 
@@ -399,10 +402,11 @@ def linear_sample(
     Args:
       key: a key of :func:`jax.random.key`, of threefry (JAX's default).
       hidden: ``[..., D]``, a floating dtype.
-      kernel: ``[D, V]``, or ``[V, D]`` with ``vocab_axis=0``; the dtype of ``hidden``.
+      kernel: ``[D, V]``, or ``[V, D]`` with ``vocab_axis=0``, as in :func:`linear_cross_entropy`.
       num_samples: None: one a token, shaped as the losses; a number: ``[..., num_samples]``.
-      bias, vocab_axis, num_classes, precision, vocab_axis_name, token_axis_name, kernel_spec, mesh:
-        as in :func:`linear_cross_entropy`. Inside of ``shard_map`` the tokens' numbers are the
+      bias, vocab_axis, num_classes, precision, dtype, vocab_axis_name, token_axis_name,
+        kernel_spec, mesh: as in :func:`linear_cross_entropy`.
+        Inside of ``shard_map`` the tokens' numbers are the
         device's own: give each device along the tokens' axes a key of its own there. Devices that
         share the columns draw the noise of all of them.
       temperature, logit_softcap, where: as in :func:`log_probs_at`.
@@ -429,14 +433,14 @@ def linear_sample(
     (1954); as :func:`jax.random.categorical`.
     """
     call = "linear_sample"
-    operands = arguments.product_operands(call, hidden, kernel, bias, vocab_axis)
+    product = product_of(call, hidden, kernel, bias, vocab_axis, dtype=dtype, precision=precision)
     data, impl = _key(call, key)
     count = messages.integer(call, "num_samples", num_samples, 1, None, default=1)
-    lead = operands[0].shape[:-1]
+    lead = product.hidden.shape[:-1]
     number = jnp.arange(math.prod(lead), dtype=jnp.int32).reshape(lead)
     found = _by_chunks(
         call,
-        operands,
+        product,
         ((number,), (data,)),
         ("sampled", count),
         impl,
@@ -449,7 +453,6 @@ def linear_sample(
         kernel_spec=kernel_spec,
         over=mesh,
         chunk_size=chunk_size,
-        precision=precision,
     )
     index, of_it = found
     return (index[..., 0], of_it[..., 0]) if num_samples is None else (index, of_it)
@@ -486,7 +489,7 @@ def _key(call: str, given: Any) -> tuple[Array, str]:
 
 def _by_chunks(
     call: str,
-    operands: tuple,
+    product: Product,
     own: tuple[tuple, tuple],
     kind: tuple,
     impl: str | None = None,
@@ -500,11 +503,10 @@ def _by_chunks(
     kernel_spec: Any,
     over: Any,
     chunk_size: Any,
-    precision: Any,
 ) -> Any:
     """The results of ``log_probs.by_token_chunks`` for a public function's arguments."""
-    hidden, kernel, bias, vocab_axis = operands
-    lead, wide = hidden.shape[:-1], accumulator_dtype(hidden.dtype)
+    hidden, wide = product.hidden, product.wide
+    lead = hidden.shape[:-1]
     names = arguments.axis_names(
         call,
         hidden.ndim,
@@ -513,27 +515,27 @@ def _by_chunks(
         kernel_spec=kernel_spec,
         over=over,
     )
-    vocab_axes, columns = names.vocab_axes, kernel.shape[vocab_axis]
+    vocab_axes, columns = names.vocab_axes, product.columns
     every = columns * axis_size(vocab_axes)
     classes = messages.integer(call, "num_classes", num_classes, 0, every, default=every)
     if kind[0] == "likeliest" and kind[1] > classes:
         messages.fail(call, f"k must be at most num_classes, {classes}", str(kind[1]))
     local = columns if vocab_axes else classes
-    logits = jax.ShapeDtypeStruct((*lead, local), hidden.dtype)
+    logits = jax.ShapeDtypeStruct((*lead, local), product.narrow)
     # It is asked for its shape.
     mask = arguments.class_mask(call, "hidden @ kernel", where, cast(Array, logits))
     arrays = TokenArrays(
         None,
         class_mask=mask,
-        temperature=arguments.token_temperature(call, temperature, lead, hidden),
+        temperature=arguments.token_temperature(call, temperature, lead, logits),
     )
     scalars = arguments.scalars(call, wide, logit_softcap=logit_softcap, temperature=temperature)
     of_tokens = {"hidden": hidden, "temperature": arrays.temperature}
     if kind[0] == "named":
         of_tokens["indices"] = own[0][0]
     split = {"vocab_axes": vocab_axes, "token_axes": names.token_axes}
-    arguments.check_split(call, "kernel", kernel, of_tokens, **split)
-    product = Product(hidden, kernel, bias, vocab_axis, local, arguments.precision(call, precision))
+    arguments.check_split(call, "kernel", product.kernel, of_tokens, **split)
+    product = replace(product, num_classes=local)
     found = layout.of_call(call, names, [product], (own[0], arrays))
     tokens = math.prod(lead)
     if found is not None:
@@ -542,7 +544,7 @@ def _by_chunks(
         columns = found.columns(product)
         if found.vocab_axes:
             product = replace(product, num_classes=columns)
-    rows = budget.rows_held(hidden.dtype, none=True, statistics=True, mask=mask is not None)
+    rows = budget.rows_held(product.narrow, none=True, statistics=True, mask=mask is not None)
     rows += 2.0 * axis_size(names.vocab_axes) if kind[0] == "sampled" else 0
     most = budget.size_to_plan_for(tokens)
     chunk = arguments.chunk_size(

@@ -152,7 +152,8 @@ class Reference:
 
     Attributes:
       hidden: ``[..., D2]``, with the leading shape of the model's.
-      kernel: ``[D2, V2]``, or ``[V2, D2]`` with ``vocab_axis=0``.
+      kernel: ``[D2, V2]``, or ``[V2, D2]`` with ``vocab_axis=0``; it may be a
+        :class:`LowRankKernel` or a :class:`QuantizedKernel`.
       bias: ``[V2]``, or None.
       vocab_axis: the axis of ``kernel`` that holds the columns.
       logit_softcap: ``cap * tanh(logits / cap)`` of the reference's logits; None: no cap.
@@ -174,7 +175,7 @@ class Reference:
     """
 
     hidden: ArrayLike
-    kernel: ArrayLike
+    kernel: KernelLike
     _: KW_ONLY
     bias: ArrayLike | None = None
     vocab_axis: int = -1
@@ -183,6 +184,110 @@ class Reference:
 
 _storable(Reference)
 export.register_namedtuple_serialization(ReferenceStats, serialized_name="jaxloss.ReferenceStats")
+
+
+@jax.tree_util.register_pytree_with_keys_class
+@dataclass(frozen=True)
+class LowRankKernel:
+    r"""A frozen kernel with a trained update of low rank (LoRA), wherever a ``kernel`` is taken.
+
+    .. math:: h W + s \, (h A) B
+
+    No merged kernel and no gradient of its size is ever made: differentiate with respect to ``a``
+    and ``b`` alone. ``jax.grad`` makes an array of zeros for an argument without a gradient, so
+    leave the frozen kernel out of what it differentiates, as in the example.
+
+    Attributes:
+      kernel: ``[D, V]``, or ``[V, D]`` with ``vocab_axis=0``; an array or a
+        :class:`QuantizedKernel` (QLoRA). Without a gradient.
+      a: ``[D, r]``, whatever ``vocab_axis`` is.
+      b: ``[r, V]``, likewise.
+      scale: a Python number (``alpha / r``), or a scalar array, which is differentiable.
+
+    Raises (where it is used):
+      TypeError, ValueError: as for a kernel; or ``a`` and ``b`` do not fit it.
+
+    Example:
+
+      >>> import jax, jax.numpy as jnp
+      >>> import jaxloss
+      >>> normal = lambda seed, *shape: jax.random.normal(jax.random.key(seed), shape)
+      >>> hidden, kernel, labels = normal(0, 6, 4), normal(1, 4, 10), jnp.arange(6)
+      >>> trained = {"a": normal(2, 4, 2), "b": jnp.zeros((2, 10))}
+      >>> def loss_fn(trained, kernel):
+      ...     head = jaxloss.LowRankKernel(kernel, trained["a"], trained["b"], scale=2.0)
+      ...     return jaxloss.linear_cross_entropy(hidden, head, labels)
+      >>> gradients = jax.grad(loss_fn)(trained, kernel)
+      >>> gradients["b"].shape
+      (2, 10)
+
+    Source: E. J. Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models" (2021).
+    """
+
+    kernel: ArrayLike | QuantizedKernel
+    a: ArrayLike
+    b: ArrayLike
+    scale: ArrayLike = 1.0
+
+    def tree_flatten_with_keys(self):
+        # A number is static: no optimizer changes it.
+        static = isinstance(self.scale, int | float) and not isinstance(self.scale, bool)
+        names = ("kernel", "a", "b") if static else ("kernel", "a", "b", "scale")
+        children = tuple((jax.tree_util.GetAttrKey(n), getattr(self, n)) for n in names)
+        return children, (self.scale,) if static else ()
+
+    @classmethod
+    def tree_unflatten(cls, static, children):
+        return cls(*children, *static)
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("values", "scale"),
+    meta_fields=(),
+)
+@dataclass(frozen=True)
+class QuantizedKernel:
+    r"""A frozen kernel of few bits, wherever a ``kernel`` is taken; it is widened block by block.
+
+    .. math:: W_{dv} = s_v\, q_{dv}, \qquad \text{or of groups of D / G features} \quad
+              W_{dv} = s_{g(d) v}\, q_{dv}
+
+    Attributes:
+      values: ``[D, V]``, or ``[V, D]`` with ``vocab_axis=0``: int8, int4, float8_e4m3fn or
+        float8_e5m2. Without a gradient.
+      scale: ``[V]`` or ``[1, V]``, a number a column, which multiplies the float32 logits: the
+        product is of the exact ``values``. Or ``[G, V]``, a number for each column of each of G
+        groups of neighbouring features, whatever ``vocab_axis`` is: then ``scale * values`` is
+        rounded to the dtype of the product. Floating; without a gradient.
+
+    Raises (where it is used):
+      TypeError, ValueError: as for a kernel; or ``scale`` does not fit ``values``.
+
+    Example:
+
+      >>> import jax, jax.numpy as jnp
+      >>> import jaxloss
+      >>> normal = lambda seed, *shape: jax.random.normal(jax.random.key(seed), shape)
+      >>> hidden, kernel, labels = normal(0, 6, 4), normal(1, 4, 10), jnp.arange(6)
+      >>> scale = jnp.abs(kernel).max(axis=0) / 127
+      >>> head = jaxloss.QuantizedKernel(jnp.round(kernel / scale).astype(jnp.int8), scale)
+      >>> loss = jaxloss.linear_cross_entropy(hidden, head, labels)
+      >>> near = jaxloss.linear_cross_entropy(hidden, kernel, labels)
+      >>> bool(jnp.allclose(loss, near, atol=0.05))
+      True
+
+    Source: T. Dettmers et al., "LLM.int8()" (2022), for a scale a column; T. Dettmers et al.,
+    "QLoRA" (2023), for groups under a trained update.
+    """
+
+    values: ArrayLike
+    scale: ArrayLike
+
+
+KernelLike = ArrayLike | LowRankKernel | QuantizedKernel
+_storable(LowRankKernel)
+_storable(QuantizedKernel)
 
 
 class TokenArrays(NamedTuple):

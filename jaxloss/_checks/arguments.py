@@ -12,7 +12,15 @@ from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 
 from jaxloss._checks import messages
-from jaxloss._types import REDUCTIONS, RESTS, Axes, LossOptions, Scalars, TokenArrays, TopKLabels
+from jaxloss._types import (
+    REDUCTIONS,
+    RESTS,
+    Axes,
+    LossOptions,
+    Scalars,
+    TokenArrays,
+    TopKLabels,
+)
 from jaxloss._xla import mesh
 from jaxloss._xla.dtypes import accumulator_dtype
 
@@ -232,6 +240,7 @@ def chunk_size(function: str, x: Any, default: int, most: int) -> int:
 
 
 # What logits are divided by: past these, it or its reciprocal is 0 in float32.
+FINITE = -sys.float_info.max, sys.float_info.max
 DIVISORS = (float(jnp.finfo(jnp.float32).tiny), 1 / float(jnp.finfo(jnp.float32).tiny))
 
 
@@ -500,47 +509,6 @@ def per_token(function: str, given: tuple, lead: tuple[int, ...]) -> tuple[Array
             messages.fail(function, rule, messages.describe(x))
         arrays.append(x)
     return tuple(arrays)
-
-
-def product_operands(
-    function: str, hidden: Any, kernel: Any, bias: Any, vocab_axis: Any, of: str = ""
-) -> tuple[Array, Array, Array | None, int]:
-    """Checked: hidden, kernel, bias and the vocab axis; ``of`` goes before each of their names."""
-    hidden = messages.floating(function, f"{of}hidden", hidden)
-    order = f"{of}hidden, {of}kernel"
-    kernel = messages.floating(function, f"{of}kernel", kernel, order=order)
-    if hidden.ndim == 0:
-        messages.fail(function, f"{of}hidden must be [..., D]", messages.describe(hidden))
-    if kernel.ndim != 2:
-        rule = f"{of}kernel must be [D, V], or [V, D] with {of}vocab_axis=0"
-        messages.fail(function, rule, messages.describe(kernel))
-    name_of = f"{of}vocab_axis"
-    axes = messages.class_axes(function, kernel, f"{of}kernel", vocab_axis, name_of=name_of)
-    if len(axes) != 1:
-        messages.fail(function, f"{name_of} must be one axis", f"{vocab_axis}")
-    vocab_axis = axes[0]
-    size, columns = kernel.shape[1 - vocab_axis], kernel.shape[vocab_axis]
-    if hidden.shape[-1] != size:
-        transposed = hidden.shape[-1] == columns
-        messages.fail(
-            function,
-            f"{of}kernel must have {of}hidden's last dimension, D = {hidden.shape[-1]}, at axis "
-            f"{1 - vocab_axis}",
-            f"{of}hidden {messages.describe(hidden)}, {of}kernel {messages.describe(kernel)}",
-            f"For a kernel of this shape set {name_of}={1 - vocab_axis}." if transposed else "",
-        )
-    if hidden.dtype != kernel.dtype:
-        messages.fail(
-            function,
-            f"{of}hidden and {of}kernel must have one dtype",
-            f"{hidden.dtype} and {kernel.dtype}",
-            "Cast one of them: a silent cast could copy the whole kernel.",
-            TypeError,
-        )
-    if bias is not None:
-        bias = messages.floating(function, f"{of}bias", bias)
-        messages.shape(function, f"{of}bias", bias, (columns,), f"one entry a column of {of}kernel")
-    return hidden, kernel, bias, vocab_axis
 
 
 def token_loss(

@@ -111,6 +111,19 @@ def floating(function: str, name: str, given: Any, way_out: str = "", order: str
     return x
 
 
+def floating_dtype(function: str, name: str, given: Any) -> np.dtype:
+    rule = f"{name} must be a floating dtype of at least 16 bits"
+    try:
+        dtype = jnp.dtype(given)
+    except TypeError:
+        fail(function, rule, repr(given), kind=TypeError)
+    if not jnp.issubdtype(dtype, jnp.floating) or dtype.itemsize < 2:
+        fail(function, rule, str(dtype), kind=TypeError)
+    if dtypes.canonicalize_dtype(dtype) != dtype:
+        fail(function, f"{name} must be a dtype that JAX has", str(dtype), "Set jax_enable_x64.")
+    return dtype
+
+
 def shape(
     function: str, name: str, x: Array, expected: Sequence[int], rule: str, way_out: str = ""
 ) -> None:

@@ -100,6 +100,12 @@ def _shrunk(chunk: int, rows: float) -> int:
 VALUE_MIB, FROZEN_KERNEL_MIB = 256, 1024
 
 
+def widened_columns(num_features: int, num_columns: int) -> int:
+    """Columns of a kernel of few bits that are widened at a time: a power of two, or all."""
+    mebibytes = 8 if jax.default_backend() == "cpu" else 32
+    return max(1, min(num_columns, max(128, _fit(mebibytes, num_features))))
+
+
 def value_chunk(chunk: int, num_columns: int, mebibytes: int = VALUE_MIB, groups: int = 1) -> int:
     """Tokens of a sweep without an accumulator: halves of a chunk, until their logits fit."""
     while chunk % (2 * groups) == 0 and chunk > _fit(mebibytes, num_columns):

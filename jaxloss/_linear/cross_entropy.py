@@ -19,14 +19,13 @@ from jaxloss._tokens.targets import make_targets, rows_with_classes, tokens_with
 from jaxloss._types import TokenArrays, TokenStats
 from jaxloss._xla import indexing, mesh
 from jaxloss._xla.device import jit
-from jaxloss._xla.dtypes import accumulator_dtype
 
 
 @jit
 def by_token_chunks(product, arrays, scalars, *, sweep, options, fused):
     classes_of = partial(local_classes, options.num_classes, vocab_axes=sweep.vocab_axes)
     hidden, classes = product.hidden, classes_of(product.num_classes)
-    lead, dtype = hidden.shape[:-1], accumulator_dtype(hidden.dtype)
+    lead, dtype = hidden.shape[:-1], product.wide
     # A chunk has none of the tokens that are left no class: its mask may be as it is.
     token_mask = tokens_with_classes(arrays.class_mask, arrays.token_mask, lead, classes)
     of_all = arrays._replace(class_mask=None, token_mask=token_mask)
@@ -99,7 +98,7 @@ def by_token_chunks(product, arrays, scalars, *, sweep, options, fused):
 def by_vocab_blocks(product, arrays, scalars, *, sweep, options, fused):
     hidden, axes = product.hidden, sweep.vocab_axes
     classes = local_classes(options.num_classes, product.num_classes, axes, sweep.chunk)
-    lead, dtype = hidden.shape[:-1], accumulator_dtype(hidden.dtype)
+    lead, dtype = hidden.shape[:-1], product.wide
     tokens = math.prod(lead)
     token_mask = tokens_with_classes(arrays.class_mask, arrays.token_mask, lead, classes)
     mask, mask_row = rows_of_mask(arrays.class_mask, lead)

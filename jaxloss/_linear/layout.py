@@ -19,6 +19,8 @@ from jax.sharding import PartitionSpec as P
 
 from jaxloss._checks import arguments, messages
 from jaxloss._checks.explicit_mesh import devices_along, is_split, names_of, resharded, spec_of
+from jaxloss._linear import kernels
+from jaxloss._linear.kernels import base_of
 from jaxloss._linear.product import Product
 from jaxloss._types import Axes, LossOptions, Scalars, TokenArrays
 from jaxloss._xla import mesh, nested
@@ -79,7 +81,7 @@ def of_call(
         # A kernel that is the same on all devices is split as the other one.
         kernels, found = of_kernels(vocab_axes)
     if any(vocab != vocab_axes for vocab, _ in found):
-        got = ", ".join(f"{jax.typeof(p.kernel)}" for p in products)
+        got = ", ".join(f"{jax.typeof(base_of(p.kernel))}" for p in products)
         messages.fail(call, "the columns of both kernels must be split alike", got)
     if names.of_vocab and names.of_vocab != vocab_axes:
         rule = "kernel_spec must split the columns over vocab_axis_name"
@@ -90,7 +92,7 @@ def of_call(
         messages.fail(call, rule, f"columns that are split over {vocab_axes}", way_out)
     for of, product, entries in zip(("", "teacher_"), products, kernels, strict=False):
         _check_divides(call, f"{of}hidden", product.hidden, (*tokens, None), over)
-        _check_divides(call, f"{of}kernel", product.kernel, entries, over)
+        _check_divides(call, f"{of}kernel", base_of(product.kernel), entries, over)
     named = {*own, *(n for entries in kernels for e in entries for n in names_of(e))}
     axes, whole = _axes_of_shard_map(over, named)
     gathered = tuple(gathered for _, gathered in found)
@@ -129,7 +131,7 @@ def _tokens(
     # A hidden that is the same on all devices is split as other arrays of the tokens are, or over
     # what splits the kernel's features, but not over what splits its columns.
     first = products[0]
-    of_kernel, rank = spec_of(first.kernel), hidden.ndim - 1
+    of_kernel, rank = spec_of(base_of(first.kernel)), hidden.ndim - 1
     columns = {*names_of(of_kernel[first.vocab_axis]), *names.of_vocab}
     for x in jax.tree.leaves(arrays):
         found = [None if {*names_of(e)} & columns else e for e in spec_of(x)[:rank]]
@@ -147,7 +149,7 @@ def _kernel(
     ``vocab_axes``: what is to split the columns, if anything."""
     if names.of_kernel is not None:
         return names.of_kernel if product.vocab_axis == vocab_axis else names.of_kernel[::-1]
-    entries = list(spec_of(product.kernel))
+    entries = list(spec_of(base_of(product.kernel)))
     if vocab_axes:
         before = names_of(entries[product.vocab_axis])
         kept = (n for n in before if n in own and n not in vocab_axes)
@@ -168,7 +170,7 @@ def _columns_and_gathered(call: str, product: Product, entries: tuple, own: set)
                 "the kernel's features may be sharded over axes that split the tokens, its columns "
                 "over others and then over those"
             )
-            got = f"kernel {messages.describe(product.kernel)} split as {P(*entries)}, "
+            got = f"kernel {messages.describe(base_of(product.kernel))} split as {P(*entries)}, "
             got += f"tokens over {tuple(sorted(own))}"
             messages.fail(call, rule, got, "Reshard it: jax.reshard(x, spec).")
         vocab = first or vocab
@@ -232,7 +234,12 @@ def of_products(products: Iterable[Product], layout: Layout) -> tuple[tuple, tup
         replace(p, gathered=gathered) for p, gathered in zip(products, layout.gathered, strict=True)
     )
     specs = tuple(
-        replace(p, hidden=P(*tokens, None), kernel=P(*entries), bias=P(vocab))
+        replace(
+            p,
+            hidden=P(*tokens, None),
+            kernel=kernels.specs(p.kernel, entries, p.vocab_axis, layout.vocab_axes),
+            bias=P(vocab),
+        )
         for p, entries in zip(each, layout.kernels, strict=True)
     )
     return each, specs

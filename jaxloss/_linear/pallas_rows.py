@@ -20,7 +20,7 @@ from jaxloss._xla.elementary import finite
 
 
 def _computed(product: Product, label: Array, count: Any = None) -> parts.RowPart:
-    operands = product.hidden, product.kernel, product.bias
+    operands = product.hidden.astype(product.narrow), product.kernel, product.bias
     of_classes = product.vocab_axis, product.num_classes
     m, s, x_omitted = dispatch.product_parts()(*operands, label, *of_classes, count)
     return parts.RowPart(m, s, x_omitted, label)
@@ -52,14 +52,14 @@ def row_part(product: Product, label: Array, valid: Any) -> tuple[Array, Array, 
 
 
 def _slope_by_xla(product: Product, rows: tuple) -> Array:
-    return plain_gradient(product.logits(), *rows).astype(product.hidden.dtype)
+    return plain_gradient(product.logits(), *rows).astype(product.narrow)
 
 
 def slope(product: Product, rows: tuple) -> Array:
-    """[N, C] in the dtype of ``hidden``: the logits' gradient, ``rows`` being its coefficients."""
+    """The logits' gradient, [N, C] in the dtype of the products; ``rows`` are its coefficients."""
 
     def by_kernel(product, rows):
-        operands = product.hidden, product.kernel, product.bias
+        operands = product.hidden.astype(product.narrow), product.kernel, product.bias
         return dispatch.product_gradient()(*operands, rows, vocab_axis=product.vocab_axis)
 
     return with_derivative_of(_slope_by_xla, by_kernel)(product, rows)

@@ -4,6 +4,8 @@ from typing import Any, NamedTuple
 
 from jaxloss._checks import arguments, messages
 from jaxloss._linear import budget
+from jaxloss._linear.kernels import is_array
+from jaxloss._linear.product import Product
 from jaxloss._pallas import dispatch
 from jaxloss._tokens import targets
 from jaxloss._tokens.classes import is_indices, is_probabilities
@@ -33,7 +35,7 @@ def choose(
     implementation: Any,
     chunk_size: Any,
     size: ProblemSize,
-    dtype: Any,
+    product: Product,
     arrays: TokenArrays,
     options: LossOptions,
     scalars: Scalars,
@@ -43,13 +45,14 @@ def choose(
     """Checked. ``whole``: no partitioner may split arrays."""
     bucket = getattr(arrays.labels, "rest", None) == "bucket"
     divided = scalars.divided or arrays.temperature is not None
-    asked = arrays, options, scalars
+    asked, dtype = (arrays, options, scalars), product.narrow
     chip = dispatch.product_kernel()
     by_rule = implementation is None and chunk_size is None
     wanted = chip if by_rule else implementation if implementation in dispatch.KERNELS else None
-    beyond = dispatch.product_refusals(wanted, dtype, _beyond(*asked)) if wanted else []
+    beyond = {"a kernel that is no array": not is_array(product.kernel), **_beyond(*asked)}
+    refused = dispatch.product_refusals(wanted, dtype, beyond) if wanted else []
     # By its name it is taken where arrays may be split too: JAX then says that it cannot be.
-    fused = wanted and not beyond and not size.padded and (implementation or whole)
+    fused = wanted and not refused and not size.padded and (implementation or whole)
     sizes = size.tokens, size.features, size.vocab, size.columns
     fused = bool(wanted and fused and dispatch.fits_product(wanted, *sizes))
     tokens = budget.size_to_plan_for(size.tokens)
@@ -67,10 +70,10 @@ def choose(
     if divided and name == "vocab_blocks":
         rule = "a temperature that is an array needs implementation='token_chunks'"
         messages.fail(call, rule, repr(name), "Give a Python number, or leave implementation out.")
-    if name in dispatch.KERNELS and beyond:
+    if name in dispatch.KERNELS and refused:
         where = "a TPU" if name == "mosaic_tpu" else "a Hopper GPU"
         rule = f"implementation={name!r} takes class indices and bfloat16 operands on {where}"
-        messages.fail(call, rule, ", ".join(beyond), "Leave implementation out.")
+        messages.fail(call, rule, ", ".join(refused), "Leave implementation out.")
     by_tokens = name == "token_chunks"
     if by_tokens:
         most = tokens

@@ -1,7 +1,5 @@
 """The product ``hidden @ kernel + bias`` of some tokens, and its gradients.
 
-The only file that slices, gathers or splits a kernel.
-
 Letters: n tokens, D features, V columns of the kernel, C classes.
 """
 
@@ -14,6 +12,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental.layout import Layout, with_layout_constraint
 
+from jaxloss._linear import kernels
 from jaxloss._types import Axes
 from jaxloss._xla import mesh
 from jaxloss._xla.dtypes import accumulator_dtype, gradient_dtype
@@ -33,28 +32,39 @@ class Sweep(NamedTuple):
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=("hidden", "kernel", "bias"),
-    meta_fields=("vocab_axis", "num_classes", "precision", "gathered"),
+    meta_fields=("vocab_axis", "num_classes", "precision", "gathered", "dtype"),
 )
 @dataclass(frozen=True)
 class Product:
     """The operands of ``hidden @ kernel + bias``, or something for each of them."""
 
     hidden: Any  # [n, D]
-    kernel: Any  # [D, V], or [V, D] for vocab_axis 0
+    kernel: Any  # [D, V], or [V, D] for vocab_axis 0: any kind of ``kernels``
     bias: Any  # [V]; None: there is none
     vocab_axis: int  # of the kernel, 0 or 1
     num_classes: int  # C <= V
     precision: Any = None
     # Axes of the kernel that are split over mesh axes of the tokens.
     gathered: tuple[tuple[int, Axes], ...] = ()
+    dtype: Any = None  # of the products, to which they cast the operands; None: the operands'
 
     @property
     def columns(self) -> int:
-        return self.kernel.shape[self.vocab_axis]
+        return kernels.base_of(self.kernel).shape[self.vocab_axis]
+
+    @property
+    def narrow(self) -> Any:
+        """The dtype of the products."""
+        return self.dtype or self.hidden.dtype
+
+    @property
+    def wide(self) -> Any:
+        """The dtype of the logits."""
+        return accumulator_dtype(self.narrow)
 
     def logits(self) -> Array:
         """``[n, C]``, in the accumulator's dtype."""
-        x = self._dot(self.hidden, self.kernel, 1, 1 - self.vocab_axis)
+        x = kernels.times(self.hidden.astype(self.narrow), self.kernel, self.vocab_axis, self._dot)
         if self.bias is not None:
             x = x + self.bias.astype(x.dtype)[None]
         return x[:, : self.num_classes]
@@ -68,22 +78,23 @@ class Product:
         """The product of the columns from ``start`` on."""
         return replace(
             self,
-            kernel=lax.dynamic_slice_in_dim(self.kernel, start, size, self.vocab_axis),
+            kernel=kernels.block(self.kernel, start, size, self.vocab_axis),
             bias=None if self.bias is None else lax.dynamic_slice_in_dim(self.bias, start, size),
             num_classes=size,
         )
 
-    def whole(self) -> "Product":
-        """With a kernel that is gathered over the tokens' devices."""
+    def whole(self, narrow: bool = True) -> "Product":
+        """With a kernel that is gathered over the tokens' devices, and has the products' dtype if
+        it is to be ``narrow``."""
         kernel = self.kernel
-        for axis, names in self.gathered:
-            kernel = lax.all_gather(kernel, names, axis=axis, tiled=True)
-        return replace(self, kernel=kernel)
+        if narrow and kernels.is_array(kernel):
+            kernel = kernel.astype(self.narrow)
+        return replace(self, kernel=kernels.gathered(kernel, self.gathered, self.vocab_axis))
 
     def scattered(self) -> "Product":
         """The transpose of :meth:`whole`, of a product's gradients."""
         g = self.kernel
-        if g is None:
+        if g is None or not kernels.is_array(g):  # of the others nothing gathered has a gradient
             return self
         for axis, names in self.gathered[::-1]:
             g = lax.psum_scatter(g, names, scatter_dimension=axis, tiled=True)
@@ -100,23 +111,27 @@ class Product:
         """
         d_bias = jnp.sum(dx, axis=0) if active.bias else None
         # Formed in float32, narrowed once: the products take the operands' dtype.
-        dx = dx.astype(self.hidden.dtype)
-        if held and active.hidden and active.kernel and jax.default_backend() == "tpu":
+        of_array = kernels.is_array(self.kernel)
+        wide, dx = dx, dx.astype(self.narrow)
+        if held and active.hidden and of_array and active.kernel and _on("tpu"):
             dx = lax.optimization_barrier(dx)
         # On a GPU alone the product is asked for narrow sums (it adds in float32 all the same):
         # there XLA would narrow them in a pass of its own, elsewhere it needs no asking.
-        narrow = complete and jax.default_backend() == "gpu"
-        out = gradient_dtype(self.kernel.dtype) if narrow else None
-        return replace(
-            self,
-            hidden=self._dot(dx, self.kernel, 1, self.vocab_axis) if active.hidden else None,
-            kernel=self._of_kernel(dx, out) if active.kernel else None,
-            bias=d_bias,
-        )
+        narrowed = complete and of_array and self.dtype is None and _on("gpu")
+        out = gradient_dtype(self.kernel.dtype) if narrowed else None
+        axis, dot = self.vocab_axis, self._dot
+        d_hidden = None
+        if active.hidden:
+            # A kernel of few bits scales the columns before they are narrowed.
+            given = dx if of_array else wide
+            d_hidden = kernels.times_transposed(given, self.kernel, axis, self.narrow, dot)
+        own = self.hidden.astype(self.narrow)
+        d_kernel = kernels.gradient(own, dx, self.kernel, active.kernel, axis, dot, out)
+        return replace(self, hidden=d_hidden, kernel=d_kernel, bias=d_bias)
 
-    def _of_kernel(self, dx: Array, out: Any) -> Array:
-        first, second = (self.hidden, dx) if self.vocab_axis == 1 else (dx, self.hidden)
-        return self._dot(first, second, 0, 0, out)
+
+def _on(backend: str) -> bool:
+    return jax.default_backend() == backend
 
 
 def padded(dx: Array, product: Product) -> Array:
@@ -139,4 +154,4 @@ def complete_over(product: Product, axes: frozenset, sweep: Sweep) -> bool:
     """Whether no other device has a part of the kernel's gradient, ``axes`` being those of the mesh
     that the logits' gradient varies over."""
     own = mesh.varies_over(product.kernel) | {*sweep.vocab_axes}
-    return not product.gathered and not axes - own
+    return kernels.is_array(product.kernel) and not product.gathered and not axes - own

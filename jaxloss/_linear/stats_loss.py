@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxloss._checks import arguments, messages
 from jaxloss._linear import budget, layout, token_chunks, token_rules
+from jaxloss._linear.operands import product_of
 from jaxloss._linear.packing import groups_of, pack
 from jaxloss._linear.product import Product, Sweep
 from jaxloss._numerics.divergence import row_divergences
@@ -31,7 +32,6 @@ from jaxloss._types import (
     TokenStats,
 )
 from jaxloss._xla.device import jit
-from jaxloss._xla.dtypes import accumulator_dtype
 from jaxloss._xla.mesh import size as axis_size
 
 
@@ -53,7 +53,7 @@ class Prepared(NamedTuple):
 
     @property
     def wide(self) -> Any:
-        return accumulator_dtype(self.products[0].hidden.dtype)
+        return self.products[0].wide
 
     @property
     def static(self) -> dict[str, Any]:
@@ -67,11 +67,12 @@ class Prepared(NamedTuple):
 
 def prepared(
     call: str,
-    operands: tuple,
+    product: Product,
     labels: Any,
     per_token: tuple,
     reference: Any,
     *,
+    dtype: Any,
     kl_temperature: Any,
     beta: Any,
     num_classes: Any,
@@ -82,15 +83,14 @@ def prepared(
     kernel_spec: Any,
     over: Any,
     chunk_size: Any,
-    precision: Any,
     **of_tokens: Any,
 ) -> Prepared:
-    """The arguments of the public function ``call``, as they were given but for the ``operands``.
+    """The arguments of the public function ``call``, as they were given except for the product.
 
     ``of_tokens`` are what ``token_loss`` of the checks takes.
     """
-    hidden, kernel, bias, vocab_axis = operands
-    lead, wide = hidden.shape[:-1], accumulator_dtype(hidden.dtype)
+    hidden, wide = product.hidden, product.wide
+    lead = hidden.shape[:-1]
     names = arguments.axis_names(
         call,
         hidden.ndim,
@@ -100,9 +100,7 @@ def prepared(
         over=over,
     )
     vocab_axes, token_axes = names.vocab_axes, names.token_axes
-    precision = arguments.precision(call, precision)
-    product = Product(hidden, kernel, bias, vocab_axis, kernel.shape[vocab_axis], precision)
-    other, its_cap = _reference(call, reference, product, logit_softcap)
+    other, its_cap = _reference(call, reference, product, dtype, logit_softcap)
     products = [product] if other is None else [product, other]
     few, most_columns = (f(p.columns for p in products) for f in (min, max))
     if num_classes is None and few != most_columns:
@@ -117,7 +115,7 @@ def prepared(
     arrays, options = arguments.token_loss(
         call,
         "hidden @ kernel",
-        jax.ShapeDtypeStruct((*lead, local), hidden.dtype),
+        jax.ShapeDtypeStruct((*lead, local), product.narrow),
         labels,
         axis=-1,
         num_classes=classes,
@@ -152,7 +150,7 @@ def prepared(
     token_axes = token_axes if options.reduction != "none" else ()
     options = options._replace(vocab_axes=vocab_axes, token_axes=token_axes)
     rows = budget.rows_held(
-        hidden.dtype,
+        product.narrow,
         none=options.reduction == "none",
         statistics=True,
         mask=arrays.class_mask is not None,
@@ -176,7 +174,7 @@ def prepared(
 
 
 def _reference(
-    call: str, given: Any, product: Product, cap: float | None
+    call: str, given: Any, product: Product, dtype: Any, cap: float | None
 ) -> tuple[Product | None, float | None]:
     """The reference's product, without a gradient, and its soft cap."""
     if given is None:
@@ -188,16 +186,22 @@ def _reference(
     elif not isinstance(given, Reference):
         rule = "reference must be (hidden, kernel), (hidden, kernel, bias) or a jaxloss.Reference"
         messages.fail(call, rule, type(given).__name__, kind=TypeError)
-    hidden, kernel, bias, vocab_axis = arguments.product_operands(
-        call, given.hidden, given.kernel, given.bias, given.vocab_axis, of="reference."
+    own = product_of(
+        call,
+        given.hidden,
+        given.kernel,
+        given.bias,
+        given.vocab_axis,
+        dtype=dtype,
+        precision=product.precision,
+        of="reference.",
     )
     lead = product.hidden.shape[:-1]
-    if hidden.shape[:-1] != lead:
+    if own.hidden.shape[:-1] != lead:
         rule = f"reference.hidden must have hidden's leading shape, {lead}"
-        messages.fail(call, rule, messages.describe(hidden))
-    cap, _ = arguments.scaling(call, given.logit_softcap, 1.0, hidden.dtype)
-    operands = lax.stop_gradient((hidden, kernel, bias))
-    return Product(*operands, vocab_axis, kernel.shape[vocab_axis], product.precision), cap
+        messages.fail(call, rule, messages.describe(own.hidden))
+    cap, _ = arguments.scaling(call, given.logit_softcap, 1.0, own.narrow)
+    return lax.stop_gradient(own), cap
 
 
 def _of_reference(
@@ -248,7 +252,7 @@ def operands_of(
     product, *others = products
     reference = others[0] if others else None
     classes_of = partial(local_classes, options.num_classes, vocab_axes=options.vocab_axes)
-    lead, dtype = product.hidden.shape[:-1], accumulator_dtype(product.hidden.dtype)
+    lead, dtype = product.hidden.shape[:-1], product.wide
     tokens, classes = math.prod(lead), classes_of(product.num_classes)
     # A chunk has none of the tokens that are left no class: its mask may be as it is.
     token_mask = tokens_with_classes(arrays.class_mask, arrays.token_mask, lead, classes)

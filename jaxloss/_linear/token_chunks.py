@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from jaxloss._linear import kernels
 from jaxloss._linear.budget import FROZEN_KERNEL_MIB, value_chunk
 from jaxloss._linear.packing import (
     Packing,
@@ -51,7 +52,8 @@ def _of_tokens(operands: Operands) -> Operands:
     """Which have a row a token; to the gradient of any other each chunk adds a part."""
 
     def of(product):
-        return product and replace(product, hidden=True, kernel=False, bias=False)
+        kernel = product and jax.tree.map(lambda _: False, product.kernel)
+        return product and replace(product, hidden=True, kernel=kernel, bias=False)
 
     tokens, shared = len(operands.per_token), len(operands.shared)
     student, teacher = of(operands.student), of(operands.teacher)
@@ -98,7 +100,7 @@ def columns_of(operands: Operands) -> int:
 
 
 def _whole(operands: Operands) -> Operands:
-    """With kernels that are gathered over the tokens' devices."""
+    """With kernels in the products' dtype, gathered over the tokens' devices."""
     teacher = operands.teacher and operands.teacher.whole()
     return operands._replace(student=operands.student.whole(), teacher=teacher)
 
@@ -158,7 +160,7 @@ def gradients(
     part = partial(_chunk_gradients, loss_fn, active, complete, given, packing, first, cts)
     part = jax.jit(part, inline=True)  # traced once, for all steps of the sweep
     chunk = sweep.chunk
-    if not active.student.kernel:
+    if active.student.kernel is not True:  # no gradient of a whole kernel is added up
         chunk = value_chunk(chunk, columns_of(given), FROZEN_KERNEL_MIB, packing.groups)
     *like, gradient = jax.eval_shape(part, packing.some(0, chunk))
     rows = _of_tokens(operands)
@@ -255,7 +257,10 @@ def _chunk_gradients(
         dx = padded(jnp.where(real[:, None], dx, 0), product)
         return product.gradients(dx, active, complete=at_once and complete, held=True)
 
-    d_teacher = None if teacher is None else replace(teacher, hidden=None, kernel=None, bias=None)
+    d_teacher = None
+    if teacher is not None:
+        d_kernel = kernels.nothing(teacher.kernel)
+        d_teacher = replace(teacher, hidden=None, kernel=d_kernel, bias=None)
     if teacher is not None and teaches:
         own = _at(teacher, at, packing, of_teacher)
         d_teacher = of_product(own, dy[0], active.teacher, complete[1])

@@ -73,8 +73,8 @@ def _scale_of(weight: Array, operands: Operands, axes: Axes) -> Array | None:
 
     One number for all the devices along ``axes``, whose gradients are summed before it is undone.
     """
-    hidden = [p.hidden for p in (operands.student, operands.teacher) if p is not None]
-    if not any(x.dtype == jnp.float16 for x in hidden):
+    products = [p for p in (operands.student, operands.teacher) if p is not None]
+    if not any(p.narrow == jnp.float16 for p in products):
         return None
     # To at most 64: probabilities of 1e-9 are not lost, nor slopes of a thousand.
     largest = mesh.largest(jnp.max(jnp.abs(weight), initial=0), axes)

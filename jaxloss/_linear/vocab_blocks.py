@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jaxloss._linear import packing, pallas_rows
+from jaxloss._linear import kernels, packing, pallas_rows
+from jaxloss._linear.blocks import over_blocks
 from jaxloss._linear.product import Product, Sweep, in_rows
 from jaxloss._numerics import parts, ranking
 from jaxloss._numerics.logits import Logits, Scaling
@@ -72,21 +73,6 @@ class Options(NamedTuple):
     outputs: tuple[str, ...]  # of RowLosses
     dtype: Any  # of the accumulators
     fused: bool  # the log-sum-exp by the kernel for this backend
-
-
-def _over_blocks(classes: int, block: int, step, combine, begin=lambda first: first) -> Any:
-    """``combine(state, step(start, size))`` over all blocks but the first, which is short, and of
-    which the state is made."""
-    first = classes % block or block
-    state = begin(step(0, first))
-    if first == classes:
-        return state
-
-    def body(state, i):
-        compute = jax.checkpoint(partial(step, size=block), prevent_cse=False)
-        return combine(state, compute(first + i * block)), None
-
-    return lax.scan(body, state, jnp.arange((classes - first) // block, dtype=jnp.int32))[0]
 
 
 def _sealed(sweep):
@@ -158,8 +144,13 @@ def _swept(options: Options, operands: Operands, constants: Constants):
         return parts.merge(part, new_part), best, of_label
 
     size, chunk = operands.product.num_classes, options.sweep.chunk
-    part, best, of_label = _over_blocks(size, chunk, step, combine)
+    part, best, of_label = over_blocks(size, chunk, step, combine)
     return replace(part, omitted=constants.label) if labelled else part, best, of_label
+
+
+def _whole(options: Options, product: Product) -> Product:
+    """Blocks are narrowed one by one, except for a Pallas kernel, which reads the array itself."""
+    return product.whole(narrow=options.fused or bool(product.gathered))
 
 
 def _fused(options: Options, operands: Operands, constants: Constants) -> parts.RowPart:
@@ -176,7 +167,7 @@ def _fused(options: Options, operands: Operands, constants: Constants) -> parts.
 
 def _forward(options: Options, operands: Operands, constants: Constants):
     """(RowLosses, RowState). One product, and one for the rank."""
-    operands = operands._replace(product=operands.product.whole())
+    operands = operands._replace(product=_whole(options, operands.product))
     classes, axes = operands.product.num_classes, options.sweep.vocab_axes
     best = of_label = None
     if options.fused:
@@ -212,7 +203,7 @@ def _rank(options: Options, operands: Operands, constants: Constants, of_label: 
         b = _block(options, operands, constants, start, size)
         return ranking.count_ahead(_uncapped(b), of_label, label - first - start)
 
-    before = _over_blocks(classes, options.sweep.chunk, step, jnp.add)
+    before = over_blocks(classes, options.sweep.chunk, step, jnp.add)
     return jnp.where(found, lax.psum(before, axes) if axes else before, -1)
 
 
@@ -229,7 +220,7 @@ def _gradients(
     ct: RowLosses,
 ) -> Operands:
     """The gradients of ``sum(ct * losses)`` for the ``active`` operands. Three products."""
-    whole = operands._replace(product=operands.product.whole())
+    whole = operands._replace(product=_whole(options, operands.product))
     sweep = partial(_swept_gradients, options, active)
     if constants.valid is None:
         total = sweep(whole, constants, state, ct)
@@ -289,16 +280,16 @@ def _swept_gradients(
     def combine(total, new):
         start, new = new
 
-        def put(x, g, axis=-1):
+        def put(x, g):
             if x is None:
                 return None
-            return lax.dynamic_update_slice_in_dim(x, g.astype(x.dtype), start, axis)
+            return lax.dynamic_update_slice_in_dim(x, g.astype(x.dtype), start, -1)
 
         own, of_block = total.product, new.product
         product = replace(
             own,
             hidden=parts.add(own.hidden, of_block.hidden),
-            kernel=put(own.kernel, of_block.kernel, own.vocab_axis),
+            kernel=kernels.with_block(own.kernel, of_block.kernel, start, own.vocab_axis),
             bias=put(own.bias, of_block.bias),
         )
         return Operands(
@@ -312,7 +303,9 @@ def _swept_gradients(
     def begin(first):
         _, new = first
         # Of these there is a sum over blocks; of the others each block has its own.
-        own = new._replace(product=replace(new.product, hidden=None), uniform=None, extra=None)
+        kernel = kernels.for_blocks(new.product.kernel)
+        product = replace(new.product, hidden=None, kernel=kernel)
+        own = new._replace(product=product, uniform=None, extra=None)
 
         def blank(g, x):
             return None if g is None else jnp.zeros_like(x)
@@ -320,7 +313,7 @@ def _swept_gradients(
         return combine(jax.tree.map(blank, own, operands, is_leaf=lambda x: x is None), first)
 
     size, chunk = operands.product.num_classes, options.sweep.chunk
-    return _over_blocks(size, chunk, step, combine, begin)
+    return over_blocks(size, chunk, step, combine, begin)
 
 
 def _block_gradients(
@@ -342,7 +335,7 @@ def _block_gradients(
         dx = row_gradient(b, state, ct)
     of_product = product.gradients(dx, active.product)
     d_kernel = of_product.kernel
-    if d_kernel is not None:
+    if d_kernel is not None and kernels.is_array(product.kernel):
         d_kernel = in_rows(d_kernel, product.kernel.dtype)
     all_classes = operands.product.num_classes
     of_product = replace(of_product, kernel=d_kernel, num_classes=all_classes)
@@ -370,7 +363,7 @@ def _tangents(options: Options, residuals, tangents) -> RowLosses:
     def step(start, size):
         def of_operands(*args):
             full = Operands(*args)
-            full = full._replace(product=full.product.whole())
+            full = full._replace(product=_whole(options, full.product))
             b = _block(options, full, constants, start, size)
             return (b.logits.values, b.soft, b.sparse and b.sparse[1]), (b.logits.exist, b.sparse)
 
@@ -384,7 +377,7 @@ def _tangents(options: Options, residuals, tangents) -> RowLosses:
 
     combine = partial(jax.tree.map, jnp.add)
     axes = options.sweep.vocab_axes
-    total = _over_blocks(operands.product.num_classes, options.sweep.chunk, step, combine)
+    total = over_blocks(operands.product.num_classes, options.sweep.chunk, step, combine)
     return mesh.sums(total, axes) if axes else total
 
 

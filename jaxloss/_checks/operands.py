@@ -1,0 +1,128 @@
+"""What the operands of ``hidden @ kernel + bias`` must be."""
+
+from typing import Any
+
+from jax import Array, lax
+
+from jaxloss._checks import arguments, messages
+from jaxloss._types import LowRankKernel, QuantizedKernel
+from jaxloss._xla.dtypes import accumulator_dtype
+
+
+def product_operands(
+    function: str, hidden: Any, kernel: Any, bias: Any, vocab_axis: Any, dtype: Any, of: str = ""
+) -> tuple[Array, Any, Array | None, int, Any]:
+    """Checked: hidden, kernel, bias, the vocab axis, and the dtype that the products cast them to
+    (None: they have it). ``of`` goes before each of their names."""
+    hidden = messages.floating(function, f"{of}hidden", hidden)
+    kernel, base = _kernel(function, f"{of}kernel", kernel, f"{of}hidden, {of}kernel")
+    if hidden.ndim == 0:
+        messages.fail(function, f"{of}hidden must be [..., D]", messages.describe(hidden))
+    if base.ndim != 2:
+        rule = f"{of}kernel must be [D, V], or [V, D] with {of}vocab_axis=0"
+        messages.fail(function, rule, messages.describe(base))
+    name_of = f"{of}vocab_axis"
+    axes = messages.class_axes(function, base, f"{of}kernel", vocab_axis, name_of=name_of)
+    if len(axes) != 1:
+        messages.fail(function, f"{name_of} must be one axis", f"{vocab_axis}")
+    vocab_axis = axes[0]
+    size, columns = base.shape[1 - vocab_axis], base.shape[vocab_axis]
+    if hidden.shape[-1] != size:
+        transposed = hidden.shape[-1] == columns
+        messages.fail(
+            function,
+            f"{of}kernel must have {of}hidden's last dimension, D = {hidden.shape[-1]}, at axis "
+            f"{1 - vocab_axis}",
+            f"{of}hidden {messages.describe(hidden)}, {of}kernel {messages.describe(base)}",
+            f"For a kernel of this shape set {name_of}={1 - vocab_axis}." if transposed else "",
+        )
+    narrow = _dtype_of_products(function, dtype, hidden, kernel, of)
+    kernel = _fitted(function, f"{of}kernel", kernel, size, columns)
+    if bias is not None:
+        bias = messages.floating(function, f"{of}bias", bias)
+        messages.shape(function, f"{of}bias", bias, (columns,), f"one entry a column of {of}kernel")
+    return hidden, kernel, bias, vocab_axis, narrow
+
+
+_FEW_BITS = ("int4", "int8", "float8_e4m3fn", "float8_e5m2")
+
+
+def _is_low_rank(kernel: Any) -> bool:
+    return isinstance(kernel, LowRankKernel)
+
+
+def _is_quantized(kernel: Any) -> bool:
+    return isinstance(kernel, QuantizedKernel)
+
+
+def _kernel(function: str, name: str, given: Any, order: str) -> tuple[Any, Array]:
+    """The kernel, of arrays, and the array whose shape it has. What is frozen has no gradient."""
+    if _is_low_rank(given):
+        if _is_low_rank(given.kernel):
+            rule = f"{name}.kernel must be an array or a jaxloss.QuantizedKernel"
+            messages.fail(function, rule, "a LowRankKernel", kind=TypeError)
+        frozen, base = _kernel(function, f"{name}.kernel", given.kernel, order)
+        a, b = (messages.floating(function, f"{name}.{n}", getattr(given, n)) for n in "ab")
+        return LowRankKernel(lax.stop_gradient(frozen), a, b, given.scale), base
+    if not _is_quantized(given):
+        kernel = messages.floating(function, name, given, order=order)
+        return kernel, kernel
+    values = messages.array(function, f"{name}.values", given.values)
+    if values.dtype.name not in _FEW_BITS:
+        rule = f"{name}.values must be one of {', '.join(_FEW_BITS)}"
+        messages.fail(function, rule, messages.describe(values), kind=TypeError)
+    scale = messages.floating(function, f"{name}.scale", given.scale)
+    return lax.stop_gradient(QuantizedKernel(values, scale)), values
+
+
+def _fitted(function: str, name: str, kernel: Any, features: int, columns: int) -> Any:
+    """The kernel, whose parts fit its shape: an update's scale is part of its ``a``, and a scale a
+    column is ``[V]``."""
+    if _is_low_rank(kernel):
+        a, b = kernel.a, kernel.b
+        if a.ndim != 2 or b.ndim != 2 or a.shape[0] != features or b.shape != (a.shape[1], columns):
+            rule = f"{name}.a and {name}.b must be [D, r] and [r, V], D = {features}, V = {columns}"
+            got = f"{messages.describe(a)} and {messages.describe(b)}"
+            messages.fail(function, rule, got, "They are so whatever vocab_axis is.")
+        wide = accumulator_dtype(a.dtype)
+        scale = messages.scalar(
+            function, f"{name}.scale", kernel.scale, *arguments.FINITE, 1.0, wide
+        )
+        a = a if isinstance(scale, float) and scale == 1 else a.astype(wide) * scale
+        return LowRankKernel(
+            _fitted(function, f"{name}.kernel", kernel.kernel, features, columns), a, b
+        )
+    if not _is_quantized(kernel):
+        return kernel
+    scale = kernel.scale
+    groups = scale.shape[0] if scale.ndim == 2 else 1
+    wrong = scale.ndim not in (1, 2) or scale.shape[-1] != columns or not groups
+    if wrong or features % groups:
+        rule = (
+            f"{name}.scale must be [V], [1, V] or [G, V], V = {columns}, G a divisor of {features}"
+        )
+        transposed = scale.ndim == 2 and scale.shape[0] == columns
+        way_out = (
+            "Give scale.T: it has the columns last whatever vocab_axis is." if transposed else ""
+        )
+        messages.fail(function, rule, messages.describe(scale), way_out)
+    return QuantizedKernel(kernel.values, scale.reshape(columns) if groups == 1 else scale)
+
+
+def _dtype_of_products(function: str, dtype: Any, hidden: Array, kernel: Any, of: str) -> Any:
+    """What the operands are cast to; None: they all have the dtype already."""
+    own = {f"{of}hidden": hidden}
+    if _is_low_rank(kernel):
+        own |= {f"{of}kernel.a": kernel.a, f"{of}kernel.b": kernel.b}
+        kernel = kernel.kernel
+    if not _is_quantized(kernel):
+        own[f"{of}kernel"] = kernel
+    if dtype is None:
+        if len({x.dtype for x in own.values()}) > 1:
+            rule = f"{' and '.join(own)} must have one dtype"
+            got = " and ".join(str(x.dtype) for x in own.values())
+            way_out = "Say what the products compute in: dtype=jnp.bfloat16."
+            messages.fail(function, rule, got, way_out, TypeError)
+        return None
+    dtype = messages.floating_dtype(function, "dtype", dtype)
+    return None if all(x.dtype == dtype for x in own.values()) else dtype
