@@ -98,13 +98,10 @@ def _fitted(function: str, name: str, kernel: Any, features: int, columns: int) 
     groups = scale.shape[0] if scale.ndim == 2 else 1
     wrong = scale.ndim not in (1, 2) or scale.shape[-1] != columns or not groups
     if wrong or features % groups:
-        rule = (
-            f"{name}.scale must be [V], [1, V] or [G, V], V = {columns}, G a divisor of {features}"
-        )
+        of_groups = f"[G, V], V = {columns}, G a divisor of D = {features}"
+        rule = f"{name}.scale must be [V], [1, V] or {of_groups}"
         transposed = scale.ndim == 2 and scale.shape[0] == columns
-        way_out = (
-            "Give scale.T: it has the columns last whatever vocab_axis is." if transposed else ""
-        )
+        way_out = "It has the columns last whatever vocab_axis is: scale.T." if transposed else ""
         messages.fail(function, rule, messages.describe(scale), way_out)
     return QuantizedKernel(kernel.values, scale.reshape(columns) if groups == 1 else scale)
 

@@ -106,7 +106,7 @@ def times(x: Array, kernel: Any, vocab_axis: int, dot: Dot) -> Array:
     def of_block(start, size):
         values, factor = _widened(block(kernel, start, size, vocab_axis), vocab_axis, x.dtype)
         y = dot(x, values, 1, 1 - vocab_axis)
-        return start, y if factor is None else y * factor.astype(y.dtype)
+        return start, y if factor is None else y * factor.astype(y.dtype)[None]
 
     def put(out, new):
         start, y = new
@@ -134,7 +134,7 @@ def times_transposed(dx: Array, kernel: Any, vocab_axis: int, dtype: Any, dot: D
     def of_block(start, size):
         values, factor = _widened(block(kernel, start, size, vocab_axis), vocab_axis, dtype)
         own = lax.dynamic_slice_in_dim(dx, start, size, 1)
-        own = own if factor is None else own * factor.astype(own.dtype)
+        own = own if factor is None else own * factor.astype(own.dtype)[None]
         return dot(own.astype(dtype), values, 1, vocab_axis)
 
     columns = kernel.values.shape[vocab_axis]

@@ -308,7 +308,10 @@ def _swept_gradients(
         own = new._replace(product=product, uniform=None, extra=None)
 
         def blank(g, x):
-            return None if g is None else jnp.zeros_like(x)
+            if g is None:
+                return None
+            # A kernel that was narrowed for its products has a gradient of another dtype.
+            return jnp.zeros_like(x, dtype=x.dtype if operands.product.dtype is None else g.dtype)
 
         return combine(jax.tree.map(blank, own, operands, is_leaf=lambda x: x is None), first)
 
@@ -336,7 +339,8 @@ def _block_gradients(
     of_product = product.gradients(dx, active.product)
     d_kernel = of_product.kernel
     if d_kernel is not None and kernels.is_array(product.kernel):
-        d_kernel = in_rows(d_kernel, product.kernel.dtype)
+        own = product.kernel.dtype if product.dtype is None else product.wide
+        d_kernel = in_rows(d_kernel, own)
     all_classes = operands.product.num_classes
     of_product = replace(of_product, kernel=d_kernel, num_classes=all_classes)
     d_probabilities = d_weight = d_uniform = d_extra = None

@@ -101,6 +101,21 @@ def test_row_part(tpu, vocab_axis, n, d, v, columns, with_bias):
     assert np.all(np.abs(wide(x_kept)[here] - own) <= known[here])
 
 
+@pytest.mark.nan_is_meant
+def test_float32_operands_of_narrow_products(tpu):
+    """They take the kernels too, and their gradients are not rounded to bfloat16."""
+    *operands, labels, _ = problem(40, 24, 1100, 1)
+    given = [x.astype(jnp.float32) for x in operands]
+    assert NAME in program(*given, labels, dtype=jnp.bfloat16, **ALL_COUNT)
+    loss = partial(jaxloss.linear_cross_entropy, **ALL_COUNT)
+    found = jax.grad(partial(loss, dtype=jnp.bfloat16), (0, 1))(*given, labels)
+    rounded = jax.grad(loss, (0, 1))(*operands, labels)
+    assert {x.dtype for x in found} == {jnp.dtype(jnp.float32)}
+    for x, y in zip(found, rounded, strict=True):
+        assert jnp.any(x != y.astype(jnp.float32))
+        np.testing.assert_array_equal(x.astype(jnp.bfloat16), y)
+
+
 SHAPES = [(7, 16, 512, False), (40, 24, 1100, True), (1040, 16, 513, False), (3, 16, 1, True)]
 
 
