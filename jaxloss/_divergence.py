@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from typing import Any
 
@@ -254,10 +253,10 @@ def linear_kl_divergence(
     student = product_of(call, hidden, kernel, bias, vocab_axis, **shared)
     own_axis = teacher_vocab_axis
     of_teacher = teacher_hidden, teacher_kernel, teacher_bias
-    own_axis = student.vocab_axis if own_axis is None else own_axis
+    own_axis = student.vocab_axis - 2 if own_axis is None else own_axis
     teacher = product_of(call, *of_teacher, own_axis, **shared, of="teacher_")
-    lead, columns, its_columns = student.hidden.shape[:-1], student.columns, teacher.columns
-    if teacher.hidden.shape[:-1] != lead:
+    lead, columns, its_columns = student.lead, student.columns, teacher.columns
+    if teacher.lead != lead:
         its_own = messages.describe(teacher.hidden)
         got = f"hidden {messages.describe(student.hidden)}, teacher_hidden {its_own}"
         messages.fail(call, f"teacher_hidden must have hidden's leading shape, {lead}", got)
@@ -298,7 +297,7 @@ def linear_kl_divergence(
     arrays = TokenArrays(None, None, sample_weight, class_mask, token_mask)
     products = tuple(replace(p, num_classes=local) for p in (student, teacher))
     found = layout.of_call(call, names, products, arrays)
-    tokens, most_columns = math.prod(lead), max(columns, its_columns)
+    tokens, most_columns = student.tokens, max(columns, its_columns)
     if found is not None:
         tokens //= found.devices(found.token_axes)
         token_axes = (*token_axes, *found.token_axes)
@@ -349,16 +348,12 @@ def _wider(student: Product, teacher: Product) -> Any:
 
 @jit
 def _linear_kl_divergence(student, teacher, arrays, scalars, *, sweep, options, kind):
-    lead = student.hidden.shape[:-1]
+    lead = student.lead
     sample_weight, class_mask, token_mask = arrays[2:5]
     classes = local_classes(options.num_classes, student.num_classes, options.vocab_axes)
     token_mask = tokens_with_classes(class_mask, token_mask, lead, classes)
     mask_rows, mask_index = rows_of_mask(class_mask, lead)
     numbers, of_scalars = jax.tree.flatten(scalars)
-
-    def flat(product):
-        hidden = product.hidden
-        return replace(product, hidden=hidden.reshape(math.prod(lead), hidden.shape[-1]))
 
     def loss_fn(x, per_token, shared):
         (t, index), (mask, *numbers) = per_token, shared
@@ -374,7 +369,7 @@ def _linear_kl_divergence(student, teacher, arrays, scalars, *, sweep, options, 
     dtype = _wider(student, teacher)
     weights = normalised_weights(TokenWeights(valid, sample_weight), options, dtype)
     operands = token_chunks.Operands(
-        flat(student), (mask_index,), (mask_rows, *numbers), flat(teacher)
+        student.flat(), (mask_index,), (mask_rows, *numbers), teacher.flat()
     )
     scalar = options.reduction != "none"
     return token_rules.reduced(loss_fn, sweep, operands, valid, weights, scalar)[0]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from typing import Any, Literal, TypedDict, Unpack, overload
 
@@ -120,7 +119,11 @@ def linear_cross_entropy(
       hidden: ``[..., D]``, a floating dtype of 16 bits or more; N tokens in all.
       kernel: ``[D, V]``, or with ``vocab_axis=0`` ``[V, D]``: a tied embedding table as it is. The
         dtype of ``hidden``, unless ``dtype`` is given: the products take it, and accumulate in
-        float32. Or a :class:`LowRankKernel`, or a :class:`QuantizedKernel`.
+        float32. Or a :class:`LowRankKernel`, or a :class:`QuantizedKernel`. ``[K, D, V]`` are K
+        heads (``vocab_axis`` -1 or -2) of ``hidden[..., K, D]``, or of ``hidden[..., 1, D]`` that
+        all of them read: the losses and all that has an entry a token are ``[..., K]``, ``bias`` is
+        ``[K, V]``, and ``kernel_spec`` speaks of one head's kernel. Heads run one after another, in
+        the memory of one head's chunk; by ``"token_chunks"`` alone.
       labels: class indices ``[...]``, class probabilities ``[..., C]``, or :class:`TopKLabels`.
       bias: ``[V]``.
       vocab_axis: the axis of ``kernel`` that holds the V columns.
@@ -456,7 +459,7 @@ def _losses(
     arrays, options = arguments.token_loss(
         call,
         "hidden @ kernel",
-        jax.ShapeDtypeStruct((*hidden.shape[:-1], local), product.narrow),
+        jax.ShapeDtypeStruct((*product.lead, local), product.narrow),
         labels,
         axis=-1,
         num_classes=num_classes,
@@ -473,7 +476,7 @@ def _losses(
     )
     product = replace(product, num_classes=local)
     found = layout.of_call(call, names, [product], arrays)
-    tokens, shards = math.prod(hidden.shape[:-1]), mesh.size(vocab_axes)
+    tokens, shards = product.tokens, mesh.size(vocab_axes)
     if found is not None:
         tokens //= found.devices(found.token_axes)
         shards *= found.devices(found.vocab_axes)

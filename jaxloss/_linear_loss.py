@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Literal, TypedDict, Unpack, overload
 
 import jax
@@ -149,7 +148,7 @@ def linear_loss(
         messages.fail(call, "loss_fn must be a function", type(loss_fn).__name__, kind=TypeError)
     product = product_of(call, hidden, kernel, bias, vocab_axis, dtype=dtype, precision=precision)
     own_hidden, columns = product.hidden, product.columns
-    lead = own_hidden.shape[:-1]
+    lead = product.lead
     arrays = arguments.per_token(call, per_token, lead)
     sample_weight = arguments.check_sample_weight(call, sample_weight, lead)
     names = arguments.axis_names(
@@ -161,7 +160,7 @@ def linear_loss(
     arguments.check_reduction(call, reduction)
     empty_mean = arguments.check_empty_mean(call, empty_mean)
     found = layout.of_call(call, names, [product], (arrays, sample_weight), whole_rows=True)
-    tokens, token_axes = math.prod(lead), names.token_axes
+    tokens, token_axes = product.tokens, names.token_axes
     if found is not None:
         tokens //= found.devices(found.token_axes)
         token_axes = (*token_axes, *found.token_axes)
@@ -185,16 +184,15 @@ def linear_loss(
 
     def local(product, arrays, sample_weight, values):
         """Of the tokens of one device."""
-        lead = product.hidden.shape[:-1]
+        lead = product.lead
         tokens = math.prod(lead)
         valid = jnp.ones(lead, bool) if sample_weight is None else sample_weight.astype(bool)
-        rows = replace(product, hidden=product.hidden.reshape(tokens, product.hidden.shape[-1]))
         flat = tuple(x.reshape(tokens, *x.shape[len(lead) :]) for x in arrays)
         return reduced(
             own,
             lambda x, per_token, _: (x, *per_token),
             sweep,
-            token_chunks.Operands(rows, flat, ()),
+            token_chunks.Operands(product.flat(), flat, ()),
             TokenWeights(valid, sample_weight),
             options,
             wide,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Literal, TypedDict, Unpack, overload
 
@@ -220,7 +219,7 @@ def linear_stats_loss(
 
     found = given.layout
     if found is None:
-        layout.warn_if_shared(call, math.prod(lead), given.sweep.chunk)
+        layout.warn_if_shared(call, given.products[0].tokens, given.sweep.chunk)
         return of_device(given.products, given.arrays, given.own, given.numbers, outer)
     refuse_types_of_a_mesh(call, outer)
     arrays_of_mesh, specs = stats_loss.of_mesh(given)

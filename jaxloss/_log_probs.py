@@ -273,7 +273,7 @@ def linear_log_probs_at(
     """
     call = "linear_log_probs_at"
     product = product_of(call, hidden, kernel, bias, vocab_axis, dtype=dtype, precision=precision)
-    indices = _indices(call, indices, product.hidden.shape[:-1], "hidden")
+    indices = _indices(call, indices, product.lead, "hidden")
     kind = arguments.ignored(call, ignore_index), messages.flag(call, "return_rest", return_rest)
     found = _by_chunks(
         call,
@@ -436,7 +436,7 @@ def linear_sample(
     product = product_of(call, hidden, kernel, bias, vocab_axis, dtype=dtype, precision=precision)
     data, impl = _key(call, key)
     count = messages.integer(call, "num_samples", num_samples, 1, None, default=1)
-    lead = product.hidden.shape[:-1]
+    lead = product.lead
     number = jnp.arange(math.prod(lead), dtype=jnp.int32).reshape(lead)
     found = _by_chunks(
         call,
@@ -506,7 +506,7 @@ def _by_chunks(
 ) -> Any:
     """The results of ``log_probs.by_token_chunks`` for a public function's arguments."""
     hidden, wide = product.hidden, product.wide
-    lead = hidden.shape[:-1]
+    lead = product.lead
     names = arguments.axis_names(
         call,
         hidden.ndim,
@@ -537,7 +537,7 @@ def _by_chunks(
     arguments.check_split(call, "kernel", product.kernel, of_tokens, **split)
     product = replace(product, num_classes=local)
     found = layout.of_call(call, names, [product], (own[0], arrays))
-    tokens = math.prod(lead)
+    tokens = product.tokens
     if found is not None:
         tokens //= found.devices(found.token_axes)
         vocab_axes = (*vocab_axes, *found.vocab_axes)

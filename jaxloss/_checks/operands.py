@@ -18,29 +18,38 @@ def product_operands(
     kernel, base = _kernel(function, f"{of}kernel", kernel, f"{of}hidden, {of}kernel")
     if hidden.ndim == 0:
         messages.fail(function, f"{of}hidden must be [..., D]", messages.describe(hidden))
-    if base.ndim != 2:
-        rule = f"{of}kernel must be [D, V], or [V, D] with {of}vocab_axis=0"
+    if base.ndim not in (2, 3):
+        rule = f"{of}kernel must be [D, V], [V, D] with {of}vocab_axis=0, or of K heads [K, D, V]"
         messages.fail(function, rule, messages.describe(base))
-    name_of = f"{of}vocab_axis"
+    name_of, heads = f"{of}vocab_axis", base.shape[:-2]
     axes = messages.class_axes(function, base, f"{of}kernel", vocab_axis, name_of=name_of)
     if len(axes) != 1:
         messages.fail(function, f"{name_of} must be one axis", f"{vocab_axis}")
-    vocab_axis = axes[0]
-    size, columns = base.shape[1 - vocab_axis], base.shape[vocab_axis]
+    vocab_axis = axes[0] - len(heads)
+    if vocab_axis < 0:
+        messages.fail(function, f"{name_of} of several heads must be -1 or -2", f"{axes[0]}")
+    if heads and (hidden.ndim < 2 or hidden.shape[-2] not in (1, *heads)):
+        rule = f"{of}hidden must be [..., {heads[0]}, D], an entry a head, or [..., 1, D] for all"
+        got = f"{of}hidden {messages.describe(hidden)}, {of}kernel {messages.describe(base)}"
+        messages.fail(function, rule, got)
+    size, columns = base.shape[-2:][1 - vocab_axis], base.shape[-2:][vocab_axis]
     if hidden.shape[-1] != size:
         transposed = hidden.shape[-1] == columns
         messages.fail(
             function,
             f"{of}kernel must have {of}hidden's last dimension, D = {hidden.shape[-1]}, at axis "
-            f"{1 - vocab_axis}",
+            f"{1 - vocab_axis - 2 * bool(heads)}",
             f"{of}hidden {messages.describe(hidden)}, {of}kernel {messages.describe(base)}",
-            f"For a kernel of this shape set {name_of}={1 - vocab_axis}." if transposed else "",
+            f"For a kernel of this shape set {name_of}={1 - vocab_axis - 2 * bool(heads)}."
+            if transposed
+            else "",
         )
     narrow = _dtype_of_products(function, dtype, hidden, kernel, of)
-    kernel = _fitted(function, f"{of}kernel", kernel, size, columns)
+    kernel = _fitted(function, f"{of}kernel", kernel, (*heads, size, columns))
     if bias is not None:
         bias = messages.floating(function, f"{of}bias", bias)
-        messages.shape(function, f"{of}bias", bias, (columns,), f"one entry a column of {of}kernel")
+        rule = f"one entry a column of {of}kernel"
+        messages.shape(function, f"{of}bias", bias, (*heads, columns), rule)
     return hidden, kernel, bias, vocab_axis, narrow
 
 
@@ -75,35 +84,37 @@ def _kernel(function: str, name: str, given: Any, order: str) -> tuple[Any, Arra
     return lax.stop_gradient(QuantizedKernel(values, scale)), values
 
 
-def _fitted(function: str, name: str, kernel: Any, features: int, columns: int) -> Any:
-    """The kernel, whose parts fit its shape: an update's scale is part of its ``a``, and a scale a
-    column is ``[V]``."""
+def _fitted(function: str, name: str, kernel: Any, size: tuple[int, ...]) -> Any:
+    """The kernel, whose parts fit its ``size``, ``[D, V]`` or ``[K, D, V]``: an update's scale is
+    part of its ``a``, and a scale a column is ``[V]``, or ``[K, V]``."""
+    *heads, features, columns = size
+    of_heads = f"[{heads[0]}, " if heads else "["
     if _is_low_rank(kernel):
         a, b = kernel.a, kernel.b
-        if a.ndim != 2 or b.ndim != 2 or a.shape[0] != features or b.shape != (a.shape[1], columns):
-            rule = f"{name}.a and {name}.b must be [D, r] and [r, V], D = {features}, V = {columns}"
+        rank = a.shape[-1:]
+        if a.shape != (*heads, features, *rank) or b.shape != (*heads, *rank, columns):
+            rule = f"{name}.a and {name}.b must be {of_heads}D, r] and {of_heads}r, V], "
             got = f"{messages.describe(a)} and {messages.describe(b)}"
-            messages.fail(function, rule, got, "They are so whatever vocab_axis is.")
-        wide = accumulator_dtype(a.dtype)
-        scale = messages.scalar(
-            function, f"{name}.scale", kernel.scale, *arguments.FINITE, 1.0, wide
-        )
+            way_out = "They are so whatever vocab_axis is."
+            messages.fail(function, f"{rule}D = {features}, V = {columns}", got, way_out)
+        limits, wide = arguments.FINITE, accumulator_dtype(a.dtype)
+        scale = messages.scalar(function, f"{name}.scale", kernel.scale, *limits, 1.0, wide)
         a = a if isinstance(scale, float) and scale == 1 else a.astype(wide) * scale
-        return LowRankKernel(
-            _fitted(function, f"{name}.kernel", kernel.kernel, features, columns), a, b
-        )
+        return LowRankKernel(_fitted(function, f"{name}.kernel", kernel.kernel, size), a, b)
     if not _is_quantized(kernel):
         return kernel
-    scale = kernel.scale
-    groups = scale.shape[0] if scale.ndim == 2 else 1
-    wrong = scale.ndim not in (1, 2) or scale.shape[-1] != columns or not groups
+    scale, lead = kernel.scale, tuple(heads)
+    in_groups = scale.ndim == len(size)
+    groups = scale.shape[-2] if in_groups else 1
+    wrong = scale.shape not in ((*lead, columns), (*lead, groups, columns)) or not groups
     if wrong or features % groups:
-        of_groups = f"[G, V], V = {columns}, G a divisor of D = {features}"
-        rule = f"{name}.scale must be [V], [1, V] or {of_groups}"
-        transposed = scale.ndim == 2 and scale.shape[0] == columns
+        rule = f"{name}.scale must be {of_heads}V], {of_heads}1, V] or {of_heads}G, V]"
+        rule = f"{rule}, V = {columns}, G a divisor of D = {features}"
+        transposed = in_groups and groups == columns
         way_out = "It has the columns last whatever vocab_axis is: scale.T." if transposed else ""
         messages.fail(function, rule, messages.describe(scale), way_out)
-    return QuantizedKernel(kernel.values, scale.reshape(columns) if groups == 1 else scale)
+    scale = scale.reshape(*lead, columns) if groups == 1 else scale
+    return QuantizedKernel(kernel.values, scale)
 
 
 def _dtype_of_products(function: str, dtype: Any, hidden: Array, kernel: Any, of: str) -> Any:

@@ -24,8 +24,8 @@ from jaxloss._xla.device import jit
 @jit
 def by_token_chunks(product, arrays, scalars, *, sweep, options, fused):
     classes_of = partial(local_classes, options.num_classes, vocab_axes=sweep.vocab_axes)
-    hidden, classes = product.hidden, classes_of(product.num_classes)
-    lead, dtype = hidden.shape[:-1], product.wide
+    classes = classes_of(product.num_classes)
+    lead, dtype = product.lead, product.wide
     # A chunk has none of the tokens that are left no class: its mask may be as it is.
     token_mask = tokens_with_classes(arrays.class_mask, arrays.token_mask, lead, classes)
     of_all = arrays._replace(class_mask=None, token_mask=token_mask)
@@ -80,7 +80,7 @@ def by_token_chunks(product, arrays, scalars, *, sweep, options, fused):
     tokens, (labels, tree) = math.prod(lead), flat_labels(arrays.labels, lead)
     temperature = None if arrays.temperature is None else arrays.temperature.reshape(tokens)
     operands = token_chunks.Operands(
-        replace(product, hidden=hidden.reshape(tokens, hidden.shape[-1])),
+        product.flat(),
         (*labels, mask_index, temperature),
         (arrays.weight, mask_rows, *numbers),
     )

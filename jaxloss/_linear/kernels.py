@@ -86,11 +86,12 @@ def gathered(kernel: Any, over: tuple[tuple[int, Axes], ...], vocab_axis: int) -
 def specs(kernel: Any, entries: tuple, vocab_axis: int, vocab_axes: Axes) -> Any:
     """The ``PartitionSpec`` of each array of a kernel whose axes are split as ``entries`` say, its
     columns over ``vocab_axes`` for good."""
+    *heads, _, _ = entries
     if is_low_rank(kernel):
         base = specs(kernel.kernel, entries, vocab_axis, vocab_axes)
-        return replace(kernel, kernel=base, a=P(), b=P(None, vocab_axes or None))
+        return replace(kernel, kernel=base, a=P(), b=P(*heads, None, vocab_axes or None))
     if is_quantized(kernel):
-        of_scale = (*(None for _ in kernel.scale.shape[1:]), entries[vocab_axis])
+        of_scale = (*(None for _ in kernel.scale.shape[1:]), entries[-2:][vocab_axis])
         return replace(kernel, values=P(*entries), scale=P(*of_scale))
     return P(*entries)
 

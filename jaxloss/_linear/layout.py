@@ -71,7 +71,7 @@ def of_call(
     vocab_axis = products[0].vocab_axis  # kernel_spec speaks of the first kernel
 
     def of_kernels(vocab_axes):
-        each = [_kernel(names, p, vocab_axis, vocab_axes, own) for p in products]
+        each = [_kernel(call, names, p, vocab_axis, vocab_axes, own) for p in products]
         pairs = zip(products, each, strict=True)
         return each, [_columns_and_gathered(call, *pair, own) for pair in pairs]
 
@@ -92,7 +92,9 @@ def of_call(
         messages.fail(call, rule, f"columns that are split over {vocab_axes}", way_out)
     for of, product, entries in zip(("", "teacher_"), products, kernels, strict=False):
         _check_divides(call, f"{of}hidden", product.hidden, (*tokens, None), over)
-        _check_divides(call, f"{of}kernel", base_of(product.kernel), entries, over)
+        _check_divides(
+            call, f"{of}kernel", base_of(product.kernel), _of_all(product, entries), over
+        )
     named = {*own, *(n for entries in kernels for e in entries for n in names_of(e))}
     axes, whole = _axes_of_shard_map(over, named)
     gathered = tuple(gathered for _, gathered in found)
@@ -131,7 +133,7 @@ def _tokens(
     # A hidden that is the same on all devices is split as other arrays of the tokens are, or over
     # what splits the kernel's features, but not over what splits its columns.
     first = products[0]
-    of_kernel, rank = spec_of(base_of(first.kernel)), hidden.ndim - 1
+    of_kernel, rank = _spec_of_kernel(call, first), hidden.ndim - 1
     columns = {*names_of(of_kernel[first.vocab_axis]), *names.of_vocab}
     for x in jax.tree.leaves(arrays):
         found = [None if {*names_of(e)} & columns else e for e in spec_of(x)[:rank]]
@@ -142,19 +144,38 @@ def _tokens(
     return [features if divides and i == 0 else None for i in range(rank)]
 
 
+def _spec_of_kernel(call: str, product: Product) -> tuple:
+    """What splits the two axes of a head's kernel."""
+    *heads, rows, columns = spec_of(base_of(product.kernel))
+    if any(heads):
+        rule = "the heads of a kernel must not be split"
+        messages.fail(call, rule, f"{jax.typeof(base_of(product.kernel))}", "Reshard it.")
+    return rows, columns
+
+
 def _kernel(
-    names: arguments.AxisNames, product: Product, vocab_axis: int, vocab_axes: Axes, own: set
+    call: str,
+    names: arguments.AxisNames,
+    product: Product,
+    vocab_axis: int,
+    vocab_axes: Axes,
+    own: set,
 ) -> tuple:
     """What splits the axes of a kernel. ``vocab_axis``: of the one that kernel_spec speaks of;
     ``vocab_axes``: what is to split the columns, if anything."""
     if names.of_kernel is not None:
         return names.of_kernel if product.vocab_axis == vocab_axis else names.of_kernel[::-1]
-    entries = list(spec_of(base_of(product.kernel)))
+    entries = list(_spec_of_kernel(call, product))
     if vocab_axes:
         before = names_of(entries[product.vocab_axis])
         kept = (n for n in before if n in own and n not in vocab_axes)
         entries[product.vocab_axis] = (*vocab_axes, *kept)
     return tuple(entries)
+
+
+def _of_all(product: Product, entries: tuple) -> tuple:
+    """Of the axes of all heads, what splits those of one."""
+    return entries if product.heads is None else (None, *entries)
 
 
 def _columns_and_gathered(call: str, product: Product, entries: tuple, own: set) -> tuple:
@@ -237,8 +258,8 @@ def of_products(products: Iterable[Product], layout: Layout) -> tuple[tuple, tup
         replace(
             p,
             hidden=P(*tokens, None),
-            kernel=kernels.specs(p.kernel, entries, p.vocab_axis, layout.vocab_axes),
-            bias=P(vocab),
+            kernel=kernels.specs(p.kernel, _of_all(p, entries), p.vocab_axis, layout.vocab_axes),
+            bias=P(*_of_all(p, (vocab,))),
         )
         for p, entries in zip(each, layout.kernels, strict=True)
     )

@@ -4,7 +4,6 @@ Letters: n tokens of a chunk, C classes.
 """
 
 import math
-from dataclasses import replace
 from typing import Any
 
 import jax
@@ -12,7 +11,6 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxloss._linear import token_chunks, token_rules
-from jaxloss._linear.packing import groups_of, pack
 from jaxloss._numerics import log_probs
 from jaxloss._numerics.logits import Logits, scaling_of
 from jaxloss._tokens.classes import (
@@ -89,8 +87,7 @@ def by_token_chunks(product, arrays, scalars, own, *, sweep, options, kind, impl
     """``kind``: ``("named", ignore_index, return_rest)``, ``("likeliest", k)`` or
     ``("sampled", count)``. ``own``: the indices; nothing; the tokens' numbers and the key's data,
     of the ``impl``."""
-    hidden = product.hidden
-    lead, tokens = hidden.shape[:-1], math.prod(hidden.shape[:-1])
+    lead, tokens = product.lead, math.prod(product.lead)
     mask_rows, mask_index = rows_of_mask(arrays.class_mask, lead)
     numbers, of_scalars = jax.tree.flatten(scalars)
     of_tokens, shared = own
@@ -121,18 +118,12 @@ def by_token_chunks(product, arrays, scalars, own, *, sweep, options, kind, impl
     if arrays.class_mask is not None:
         some = jnp.any(arrays.class_mask, axis=-1)
         valid &= jnp.broadcast_to(anywhere(some, sweep.vocab_axes), lead)
-    packing = pack(
-        valid.reshape(-1),
-        sweep.chunk,
-        groups_of(tokens, sweep.chunk),
-        in_step=bool(sweep.vocab_axes),
-    )
     operands = token_chunks.Operands(
-        replace(product, hidden=hidden.reshape(tokens, hidden.shape[-1])),
+        product.flat(),
         (mask_index, temperature, *of_tokens),
         (mask_rows, *numbers, *shared),
     )
-    losses, others = token_rules.losses_by_token(loss_fn, sweep, operands, packing)
+    losses, others = token_rules.by_token(loss_fn, sweep, operands, valid)
     found = tuple(x.reshape(*lead, *x.shape[1:]) for x in (*losses, *others))
     if name != "named":  # of a token without classes
         index, of_it = found

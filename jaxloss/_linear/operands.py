@@ -24,5 +24,6 @@ def product_of(
         call, hidden, kernel, bias, vocab_axis, dtype, of
     )
     precision = arguments.precision(call, precision)
-    columns = kernels.base_of(kernel).shape[axis]
-    return Product(hidden, kernel, bias, axis, columns, precision, dtype=narrow)
+    *heads, rows, columns = kernels.base_of(kernel).shape
+    columns, own = (rows, columns)[axis], {"dtype": narrow, "heads": heads[0] if heads else None}
+    return Product(hidden, kernel, bias, axis, columns, precision, **own)

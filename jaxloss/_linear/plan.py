@@ -49,7 +49,9 @@ def choose(
     chip = dispatch.product_kernel()
     by_rule = implementation is None and chunk_size is None
     wanted = chip if by_rule else implementation if implementation in dispatch.KERNELS else None
-    beyond = {"a kernel that is no array": not is_array(product.kernel), **_beyond(*asked)}
+    several = product.heads is not None
+    beyond = {"a kernel that is no array": not is_array(product.kernel) or several}
+    beyond |= _beyond(*asked)
     refused = dispatch.product_refusals(wanted, dtype, beyond) if wanted else []
     # By its name it is taken where arrays may be split too: JAX then says that it cannot be.
     fused = wanted and not refused and not size.padded and (implementation or whole)
@@ -62,10 +64,14 @@ def choose(
         name = wanted
     elif name is None:
         few = budget.default_chunk(tokens, size.columns, rows=rows) < min(FEW, tokens)
-        name = "vocab_blocks" if few and not bucket and not divided else "token_chunks"
+        chunks_alone = bucket or divided or several
+        name = "vocab_blocks" if few and not chunks_alone else "token_chunks"
     messages.word(call, "implementation", name, IMPLEMENTATIONS)
     if bucket and name == "vocab_blocks":
         rule = "labels with rest='bucket' need implementation='token_chunks'"
+        messages.fail(call, rule, repr(name))
+    if several and name != "token_chunks":
+        rule = "a kernel of several heads needs implementation='token_chunks'"
         messages.fail(call, rule, repr(name))
     if divided and name == "vocab_blocks":
         rule = "a temperature that is an array needs implementation='token_chunks'"

@@ -5,6 +5,7 @@ Letters: n tokens, D features, V columns of the kernel, C classes.
 
 from dataclasses import dataclass, replace
 from functools import partial
+from math import prod
 from typing import Any, NamedTuple
 
 import jax
@@ -32,25 +33,43 @@ class Sweep(NamedTuple):
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=("hidden", "kernel", "bias"),
-    meta_fields=("vocab_axis", "num_classes", "precision", "gathered", "dtype"),
+    meta_fields=("vocab_axis", "num_classes", "precision", "gathered", "dtype", "heads"),
 )
 @dataclass(frozen=True)
 class Product:
     """The operands of ``hidden @ kernel + bias``, or something for each of them."""
 
-    hidden: Any  # [n, D]
+    hidden: Any  # [n, D]; of several heads [n, heads or 1, D], and the others by head
     kernel: Any  # [D, V], or [V, D] for vocab_axis 0: any kind of ``kernels``
     bias: Any  # [V]; None: there is none
-    vocab_axis: int  # of the kernel, 0 or 1
+    vocab_axis: int  # of a head's kernel, 0 or 1
     num_classes: int  # C <= V
     precision: Any = None
     # Axes of the kernel that are split over mesh axes of the tokens.
     gathered: tuple[tuple[int, Axes], ...] = ()
     dtype: Any = None  # of the products, to which they cast the operands; None: the operands'
+    heads: int | None = None  # None: one, without an axis of its own
 
     @property
     def columns(self) -> int:
-        return kernels.base_of(self.kernel).shape[self.vocab_axis]
+        return kernels.base_of(self.kernel).shape[-2:][self.vocab_axis]
+
+    @property
+    def lead(self) -> tuple[int, ...]:
+        """The shape of the losses: that of ``hidden`` without features, each head a token."""
+        shape = self.hidden.shape[:-1]
+        return shape if self.heads is None else (*shape[:-1], self.heads)
+
+    @property
+    def tokens(self) -> Any:
+        """Their number, of one head."""
+        return prod(self.lead if self.heads is None else self.lead[:-1])
+
+    def flat(self) -> "Product":
+        """With one axis of tokens."""
+        *lead, features = self.hidden.shape
+        own = () if self.heads is None else (lead.pop(),)
+        return replace(self, hidden=self.hidden.reshape(prod(lead), *own, features))
 
     @property
     def narrow(self) -> Any:

@@ -13,7 +13,6 @@ from jax.sharding import PartitionSpec as P
 from jaxloss._checks import arguments, messages
 from jaxloss._linear import budget, layout, token_chunks, token_rules
 from jaxloss._linear.operands import product_of
-from jaxloss._linear.packing import groups_of, pack
 from jaxloss._linear.product import Product, Sweep
 from jaxloss._numerics.divergence import row_divergences
 from jaxloss._numerics.logits import Logits, scaling_of
@@ -49,7 +48,7 @@ class Prepared(NamedTuple):
 
     @property
     def lead(self) -> tuple[int, ...]:
-        return self.products[0].hidden.shape[:-1]
+        return self.products[0].lead
 
     @property
     def wide(self) -> Any:
@@ -90,7 +89,7 @@ def prepared(
     ``of_tokens`` are what ``token_loss`` of the checks takes.
     """
     hidden, wide = product.hidden, product.wide
-    lead = hidden.shape[:-1]
+    lead = product.lead
     names = arguments.axis_names(
         call,
         hidden.ndim,
@@ -136,7 +135,7 @@ def prepared(
     for name, p in zip(("kernel", "the reference's kernel"), products, strict=False):
         arguments.check_split(call, name, p.kernel, rows_of_tokens, **split)
     found = layout.of_call(call, names, products, (arrays, own))
-    tokens = math.prod(lead)
+    tokens = product.tokens
     if found is not None:
         tokens //= found.devices(found.token_axes)
         vocab_axes = (*vocab_axes, *found.vocab_axes)
@@ -181,7 +180,7 @@ def _reference(
         return None, None
     if isinstance(given, tuple) and len(given) in (2, 3):
         bias = given[2] if len(given) == 3 else None
-        own = {"bias": bias, "vocab_axis": product.vocab_axis, "logit_softcap": cap}
+        own = {"bias": bias, "vocab_axis": product.vocab_axis - 2, "logit_softcap": cap}
         given = Reference(*given[:2], **own)
     elif not isinstance(given, Reference):
         rule = "reference must be (hidden, kernel), (hidden, kernel, bias) or a jaxloss.Reference"
@@ -196,8 +195,8 @@ def _reference(
         precision=product.precision,
         of="reference.",
     )
-    lead = product.hidden.shape[:-1]
-    if own.hidden.shape[:-1] != lead:
+    lead = product.lead
+    if own.lead != lead:
         rule = f"reference.hidden must have hidden's leading shape, {lead}"
         messages.fail(call, rule, messages.describe(own.hidden))
     cap, _ = arguments.scaling(call, given.logit_softcap, 1.0, own.narrow)
@@ -252,7 +251,7 @@ def operands_of(
     product, *others = products
     reference = others[0] if others else None
     classes_of = partial(local_classes, options.num_classes, vocab_axes=options.vocab_axes)
-    lead, dtype = product.hidden.shape[:-1], product.wide
+    lead, dtype = product.lead, product.wide
     tokens, classes = math.prod(lead), classes_of(product.num_classes)
     # A chunk has none of the tokens that are left no class: its mask may be as it is.
     token_mask = tokens_with_classes(arrays.class_mask, arrays.token_mask, lead, classes)
@@ -265,10 +264,6 @@ def operands_of(
     count = len(labels)
     # A loop's rule outlives this trace: what it reads of the scalars comes with its operands.
     given, of_numbers = jax.tree.flatten(numbers)
-
-    def flat(product: Product) -> Product:
-        hidden = product.hidden
-        return replace(product, hidden=hidden.reshape(tokens, hidden.shape[-1]))
 
     def stats(x, arrays, scalars):
         targets = make_targets(arrays, classes_of(x.shape[-1]), dtype, options.ignore_index)
@@ -312,10 +307,10 @@ def operands_of(
         return of_model, ReferenceStats(*without, *compared), *own
 
     operands = token_chunks.Operands(
-        flat(product),
+        product.flat(),
         (*labels, mask_index, temperature, *flat_own),
         (mask_rows, *given),
-        None if reference is None else flat(reference),
+        None if reference is None else reference.flat(),
     )
     return operands, args_of, weights
 
@@ -348,9 +343,7 @@ def by_token_chunks(products, arrays, own, numbers, *, sweep, options, beta):
         # Those with a derivative, and the others.
         return (*stats[:3], *reference[2:]), (*stats[3:], *reference[:2])
 
-    groups = groups_of(math.prod(lead), sweep.chunk)
-    packing = pack(valid.reshape(-1), sweep.chunk, groups, in_step=bool(sweep.vocab_axes))
-    found = token_rules.losses_by_token(loss_fn, sweep, operands, packing)
+    found = token_rules.by_token(loss_fn, sweep, operands, valid)
     moving, others = (tuple(x.reshape(lead) for x in part) for part in found)
     stats = TokenStats(*moving[:3], *others[:3])
     none = {name: jnp.where(valid, getattr(stats, name), -1) for name in RANKS}
@@ -372,5 +365,5 @@ def token_stats(call: str, given: Prepared) -> tuple[TokenStats, ReferenceStats]
     if given.layout is not None:
         without = given._replace(products=(), arrays=TokenArrays(None), own=(), numbers=())
         return over_mesh(*given.of_device, prepared=without)
-    layout.warn_if_shared(call, math.prod(given.lead), given.sweep.chunk)
+    layout.warn_if_shared(call, given.products[0].tokens, given.sweep.chunk)
     return by_token_chunks(*given.of_device, **given.static)

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jaxloss._linear import token_chunks
+from jaxloss._linear import heads, token_chunks
 from jaxloss._linear.packing import Packing, groups_of, pack
 from jaxloss._linear.product import Sweep
 from jaxloss._linear.token_chunks import LossFn, Operands, map_operands
@@ -161,13 +161,45 @@ def reduced(
     :func:`losses_by_token`. ``in_groups``: whether the tokens may be packed in groups.
     """
     each, offset = weights
-    groups = groups_of(valid.size, sweep.chunk) if in_groups else 1
-    # Devices that communicate within a loop must take as many steps.
-    packing = pack(valid.reshape(-1), sweep.chunk, groups, in_step=bool(sweep.vocab_axes))
     if scalar:
-        given = sweep, each.reshape(-1), operands, packing
-        total, others = weighted_sum(loss_fn, *given, value)
+
+        def of_head(operands, each, valid):
+            packing = _packed(valid, sweep, in_groups)
+            return weighted_sum(loss_fn, sweep, each, operands, packing, value)
+
+        given = operands, each.reshape(-1), valid.reshape(-1)
+        if heads.count(operands) is None:
+            total, others = of_head(*given)
+        else:
+            total, others = heads.of_each(of_head, *given)
+            total, others = jnp.sum(total), jax.tree.map(heads.by_token, others)
         # Added, not selected: a select's gradient scales d_kernel by 1, in a pass of its own.
         return total + offset.astype(total.dtype), others
-    (losses, *rest), others = losses_by_token(loss_fn, sweep, operands, packing, value)
+    (losses, *rest), others = by_token(loss_fn, sweep, operands, valid, value, in_groups)
     return jnp.where(valid, each * losses.reshape(valid.shape), 0), (*rest, *others)
+
+
+def by_token(
+    loss_fn: LossFn,
+    sweep: Sweep,
+    operands: Operands,
+    valid: Array,
+    value: Any = None,
+    in_groups: bool = True,
+) -> tuple[tuple, tuple]:
+    """:func:`losses_by_token` of the ``valid`` tokens."""
+
+    def of_head(operands, valid):
+        packing = _packed(valid, sweep, in_groups)
+        return losses_by_token(loss_fn, sweep, operands, packing, value)
+
+    given = operands, valid.reshape(-1)
+    if heads.count(operands) is None:
+        return of_head(*given)
+    return jax.tree.map(heads.by_token, heads.of_each(of_head, *given))
+
+
+def _packed(valid: Array, sweep: Sweep, in_groups: bool) -> Packing:
+    groups = groups_of(valid.size, sweep.chunk) if in_groups else 1
+    # Devices that communicate within a loop must take as many steps.
+    return pack(valid, sweep.chunk, groups, in_step=bool(sweep.vocab_axes))
