@@ -307,7 +307,7 @@ def linear_token_stats(
     kernel: KernelLike,
     labels: ArrayLike | TopKLabels,
     *,
-    reference: tuple[ArrayLike, ...] | Reference,
+    reference: tuple[ArrayLike, ...] | Reference | TopKLabels,
     **options: Unpack[LinearTokenStatsOptions],
 ) -> tuple[TokenStats, ReferenceStats]: ...
 def linear_token_stats(
@@ -322,7 +322,7 @@ def linear_token_stats(
     temperature: ArrayLike | None = 1.0,
     logit_softcap: float | None = None,
     where: ArrayLike | None = None,
-    reference: tuple[ArrayLike, ...] | Reference | None = None,
+    reference: tuple[ArrayLike, ...] | Reference | TopKLabels | None = None,
     kl_temperature: ArrayLike | None = None,
     beta: float = 0.5,
     vocab_axis_name: AxisName | None = None,

@@ -21,7 +21,7 @@ from jaxloss._types import AxisName, KernelLike, PyTree, Reduction, Reference, T
 class StatsLossOptions(TypedDict, total=False):
     """Of :func:`linear_stats_loss`, but for ``has_aux``, which says what it returns."""
 
-    reference: tuple[ArrayLike, ...] | Reference | None
+    reference: tuple[ArrayLike, ...] | Reference | TopKLabels | None
     kl_temperature: ArrayLike | None
     beta: float
     bias: ArrayLike | None
@@ -79,7 +79,7 @@ def linear_stats_loss(
     kernel: KernelLike,
     labels: ArrayLike | TopKLabels,
     *per_token: ArrayLike,
-    reference: tuple[ArrayLike, ...] | Reference | None = None,
+    reference: tuple[ArrayLike, ...] | Reference | TopKLabels | None = None,
     kl_temperature: ArrayLike | None = None,
     beta: float = 0.5,
     has_aux: bool = False,
@@ -119,7 +119,10 @@ def linear_stats_loss(
         log-probabilities.
       reference: a model to compare with, without a gradient: ``(hidden, kernel)`` or ``(hidden,
         kernel, bias)`` with the ``vocab_axis`` and ``logit_softcap`` given here, or a
-        :class:`Reference` with its own. Columns past ``num_classes`` are padding on both sides.
+        :class:`Reference` with its own. Columns past ``num_classes`` are padding on both sides. Or
+        :class:`TopKLabels` with ``rest="bucket"``, stored probabilities at ``kl_temperature``: its
+        entropy and the divergences are of k + 1 classes, all others being one, and it has no
+        product; its ``log_prob`` is NaN.
       kl_temperature: divides the logits of the divergences and of the reference's entropy, on both
         sides: a number or a scalar array; None: ``temperature``, which then must not be one a
         token. Nothing is multiplied by its square.
@@ -205,7 +208,7 @@ def linear_stats_loss(
 
     def types_of(n):
         own = (jax.ShapeDtypeStruct((n, *rest), dtype) for rest, dtype in rests)
-        return *stats_loss.types_of(n, wide, len(given.products) > 1), *own
+        return *stats_loss.types_of(n, wide, given.compares), *own
 
     own = OwnLoss(loss_fn, messages.flag(call, "has_aux", has_aux), types_of)
     outer = closed_over(call, own, given.sweep.chunk)
@@ -220,7 +223,7 @@ def linear_stats_loss(
     found = given.layout
     if found is None:
         layout.warn_if_shared(call, given.products[0].tokens, given.sweep.chunk)
-        return of_device(given.products, given.arrays, given.own, given.numbers, outer)
+        return of_device(*given.of_device, outer)
     refuse_types_of_a_mesh(call, outer)
     arrays_of_mesh, specs = stats_loss.of_mesh(given)
     of_rows = P(*found.tokens)

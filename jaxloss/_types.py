@@ -40,6 +40,8 @@ class TopKLabels:
         empty slots does not count. Any other index outside of ``[0, C)``, or a class named twice,
         makes its row NaN.
       probabilities: ``[..., k]``, floating: what the teacher gives these classes. Differentiable.
+        A negative one makes its row NaN, because a log-probability stands there: store
+        ``jnp.exp(log_probs)``.
       rest: what becomes of ``R``, the probability of all other classes:
 
         * ``"drop"``: nothing. The q are taken as they are (divide by their sum for a distribution).
@@ -270,7 +272,7 @@ class QuantizedKernel:
       >>> import jaxloss
       >>> normal = lambda seed, *shape: jax.random.normal(jax.random.key(seed), shape)
       >>> hidden, kernel, labels = normal(0, 6, 4), normal(1, 4, 10), jnp.arange(6)
-      >>> scale = jnp.abs(kernel).max(axis=0) / 127
+      >>> scale = jnp.abs(kernel).max(axis=0, keepdims=True) / 127
       >>> head = jaxloss.QuantizedKernel(jnp.round(kernel / scale).astype(jnp.int8), scale)
       >>> loss = jaxloss.linear_cross_entropy(hidden, head, labels)
       >>> near = jaxloss.linear_cross_entropy(hidden, kernel, labels)

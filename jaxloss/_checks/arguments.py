@@ -39,24 +39,31 @@ WITHOUT_AXIS = ("linear_cross_entropy", "linear_stats_loss", "linear_token_stats
 
 
 def top_k_labels(
-    function: str, name: str, batch: tuple[int, ...], y: TopKLabels, logits: Any = None
+    function: str,
+    name: str,
+    batch: tuple[int, ...],
+    y: TopKLabels,
+    logits: Any = None,
+    *,
+    of: str = "labels",
 ) -> TopKLabels:
-    indices = messages.array(function, "labels.indices", y.indices, of_classes=True)
-    probabilities = messages.array(function, "labels.probabilities", y.probabilities, narrow=False)
+    """``name``: what has the batch shape. ``of``: the argument's own name."""
+    indices = messages.array(function, f"{of}.indices", y.indices, of_classes=True)
+    probabilities = messages.array(function, f"{of}.probabilities", y.probabilities, narrow=False)
     if not jnp.issubdtype(indices.dtype, jnp.integer):
-        rule = "labels.indices must be class indices (an integer dtype)"
+        rule = f"{of}.indices must be class indices (an integer dtype)"
         way_out = ""
         if jnp.issubdtype(probabilities.dtype, jnp.integer):
             way_out = "jax.lax.top_k returns (values, indices), TopKLabels takes indices first."
         messages.fail(function, rule, messages.describe(indices), way_out, TypeError)
-    probabilities = messages.floating(function, "labels.probabilities", probabilities)
+    probabilities = messages.floating(function, f"{of}.probabilities", probabilities)
     if indices.shape[:-1] != batch or indices.ndim != len(batch) + 1:
-        rule = f"labels.indices must be [..., k] with the batch shape of {name}, {batch}"
+        rule = f"{of}.indices must be [..., k] with the batch shape of {name}, {batch}"
         way_out = _other_axis(function, logits, indices.shape[:-1])
         messages.fail(function, rule, messages.describe(indices), way_out)
-    rule = "the shape of labels.indices"
-    messages.shape(function, "labels.probabilities", probabilities, indices.shape, rule)
-    messages.word(function, "labels.rest", y.rest, RESTS)
+    rule = f"the shape of {of}.indices"
+    messages.shape(function, f"{of}.probabilities", probabilities, indices.shape, rule)
+    messages.word(function, f"{of}.rest", y.rest, RESTS)
     return TopKLabels(indices, probabilities, y.rest)
 
 

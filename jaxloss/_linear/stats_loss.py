@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxloss._checks import arguments, messages
 from jaxloss._linear import budget, layout, token_chunks, token_rules
+from jaxloss._linear.named_reference import reference_stats
 from jaxloss._linear.operands import product_of
 from jaxloss._linear.product import Product, Sweep
 from jaxloss._numerics.divergence import row_divergences
@@ -29,6 +30,7 @@ from jaxloss._types import (
     Scalars,
     TokenArrays,
     TokenStats,
+    TopKLabels,
 )
 from jaxloss._xla.device import jit
 from jaxloss._xla.mesh import size as axis_size
@@ -39,6 +41,7 @@ class Prepared(NamedTuple):
 
     products: tuple[Product, ...]  # the model's, and a reference's
     arrays: TokenArrays
+    named: tuple[Array, ...]  # a reference's stored classes and probabilities
     own: tuple[Array, ...]  # what a loss of the caller's reads of each token
     numbers: tuple[Scalars, Scalars]  # see :func:`operands_of`
     options: LossOptions
@@ -61,7 +64,12 @@ class Prepared(NamedTuple):
 
     @property
     def of_device(self) -> tuple:
-        return self.products, self.arrays, self.own, self.numbers
+        return self.products, self.arrays, (self.named, self.own), self.numbers
+
+    @property
+    def compares(self) -> bool:
+        """Whether there is a reference."""
+        return len(self.products) > 1 or bool(self.named)
 
 
 def prepared(
@@ -99,6 +107,9 @@ def prepared(
         over=over,
     )
     vocab_axes, token_axes = names.vocab_axes, names.token_axes
+    named: tuple[Any, ...] = ()
+    if isinstance(reference, TopKLabels):
+        named, reference = _named(call, reference, lead), None
     other, its_cap = _reference(call, reference, product, dtype, logit_softcap)
     products = [product] if other is None else [product, other]
     few, most_columns = (f(p.columns for p in products) for f in (min, max))
@@ -126,7 +137,8 @@ def prepared(
     )
     scalars = arguments.scalars(call, wide, logit_softcap=logit_softcap, temperature=temperature)
     arguments.check_bucket(call, arrays, scalars)
-    of_reference = _of_reference(call, kl_temperature, its_cap, arrays, scalars, wide, other)
+    compares = other is not None or bool(named)
+    of_reference = _of_reference(call, kl_temperature, its_cap, arrays, scalars, wide, compares)
     beta = arguments.check_beta(call, beta)
     own = arguments.per_token(call, per_token, lead)
     rows_of_tokens = {"hidden": hidden, **arguments.of_tokens(arrays)}
@@ -134,7 +146,8 @@ def prepared(
     split = {"vocab_axes": vocab_axes, "token_axes": token_axes}
     for name, p in zip(("kernel", "the reference's kernel"), products, strict=False):
         arguments.check_split(call, name, p.kernel, rows_of_tokens, **split)
-    found = layout.of_call(call, names, products, (arrays, own))
+    rows_of_tokens |= {"reference.indices": named[0]} if named else {}
+    found = layout.of_call(call, names, products, (arrays, named, own))
     tokens = product.tokens
     if found is not None:
         tokens //= found.devices(found.token_axes)
@@ -163,6 +176,7 @@ def prepared(
     return Prepared(
         tuple(replace(p, num_classes=local) for p in products),
         arrays,
+        named,
         own,
         (scalars, of_reference),
         options,
@@ -183,7 +197,8 @@ def _reference(
         own = {"bias": bias, "vocab_axis": product.vocab_axis - 2, "logit_softcap": cap}
         given = Reference(*given[:2], **own)
     elif not isinstance(given, Reference):
-        rule = "reference must be (hidden, kernel), (hidden, kernel, bias) or a jaxloss.Reference"
+        rule = "reference must be (hidden, kernel), (hidden, kernel, bias), a jaxloss.Reference or "
+        rule += "jaxloss.TopKLabels"
         messages.fail(call, rule, type(given).__name__, kind=TypeError)
     own = product_of(
         call,
@@ -203,6 +218,16 @@ def _reference(
     return lax.stop_gradient(own), cap
 
 
+def _named(call: str, given: TopKLabels, lead: tuple[int, ...]) -> tuple[Array, Array]:
+    """What is stored of a reference."""
+    if given.rest != "bucket":
+        rule = "a reference of TopKLabels must have rest='bucket'"
+        way_out = "Its divergences are of the classes that it names, and of all others together."
+        messages.fail(call, rule, repr(given.rest), way_out)
+    labels = arguments.top_k_labels(call, "hidden @ kernel", lead, given, of="reference")
+    return lax.stop_gradient((cast(Array, labels.indices), cast(Array, labels.probabilities)))
+
+
 def _of_reference(
     call: str,
     kl_temperature: Any,
@@ -210,12 +235,12 @@ def _of_reference(
     arrays: TokenArrays,
     scalars: Scalars,
     wide: Any,
-    other: Product | None,
+    compares: bool,
 ) -> Scalars:
     """The numbers of the divergences and of the reference's entropy."""
-    if kl_temperature is not None and other is None:
+    if kl_temperature is not None and not compares:
         messages.fail(call, "kl_temperature is for a reference", "none", "Leave it out.")
-    if kl_temperature is None and other is not None and arrays.temperature is not None:
+    if kl_temperature is None and compares and arrays.temperature is not None:
         rule = "kl_temperature must be given beside a temperature a token"
         messages.fail(call, rule, "None", "Divergences take one number, or a scalar array.")
     if kl_temperature is None:
@@ -231,20 +256,21 @@ def of_mesh(given: Prepared) -> tuple[tuple, tuple]:
     arrays, of_arrays = layout.of_arrays(given.arrays, found, given.products)
     products, of_operands = layout.of_products(given.products, found)
     specs = of_operands, of_arrays, P(*found.tokens), P()
-    return (products, arrays, given.own, given.numbers), specs
+    return (products, arrays, (given.named, given.own), given.numbers), specs
 
 
 def operands_of(
     products: tuple[Product, ...],
     arrays: TokenArrays,
-    own: tuple,
+    own: tuple[tuple, tuple],
     numbers: tuple[Scalars, Scalars],
     options: LossOptions,
     beta: float,
 ) -> tuple[token_chunks.Operands, Any, TokenWeights]:
     """``(operands, args_of, weights)`` of the tokens of one device.
 
-    ``args_of(logits, per_token, shared)`` are the arguments of a loss for a chunk. ``numbers`` are
+    ``args_of(logits, per_token, shared)`` are the arguments of a loss for a chunk. ``own``: what is
+    stored of a reference, what the caller's loss reads. ``numbers`` are
     those of the model; and the reference's soft cap with the temperature of its entropy and of the
     divergences.
     """
@@ -260,7 +286,7 @@ def operands_of(
     mask_rows, mask_index = rows_of_mask(arrays.class_mask, lead)
     labels, tree = flat_labels(arrays.labels, lead)
     temperature = None if arrays.temperature is None else arrays.temperature.reshape(tokens)
-    flat_own = tuple(x.reshape(tokens, *x.shape[len(lead) :]) for x in own)
+    named, own = (tuple(x.reshape(tokens, *x.shape[len(lead) :]) for x in xs) for xs in own)
     count = len(labels)
     # A loop's rule outlives this trace: what it reads of the scalars comes with its operands.
     given, of_numbers = jax.tree.flatten(numbers)
@@ -284,6 +310,12 @@ def operands_of(
         labels = tree.unflatten(labels)
         arrays = TokenArrays(labels, class_mask=mask, temperature=temperature)
         of_model = stats(x, arrays, scalars)
+        stored, own = own[: len(named)], own[len(named) :]
+        if stored:
+            of_labels = TopKLabels(*stored, rest="bucket"), mask
+            of_both = scalars._replace(temperature=of_reference.temperature)
+            here = classes_of(x.shape[-1]), options.ignore_index
+            return of_model, reference_stats(x, *of_labels, of_both, *here, beta), *own
         if t is None:
             return of_model, *own
         its_own = scalars._replace(softcap=of_reference.softcap)
@@ -308,7 +340,7 @@ def operands_of(
 
     operands = token_chunks.Operands(
         product.flat(),
-        (*labels, mask_index, temperature, *flat_own),
+        (*labels, mask_index, temperature, *named, *own),
         (mask_rows, *given),
         None if reference is None else reference.flat(),
     )
@@ -353,7 +385,9 @@ def by_token_chunks(products, arrays, own, numbers, *, sweep, options, beta):
 @jit
 def over_mesh(products, arrays, own, numbers, *, prepared):
     """:func:`by_token_chunks` inside of ``shard_map``. ``prepared``: without arrays."""
-    given = prepared._replace(products=products, arrays=arrays, own=own, numbers=numbers)
+    named, own = own
+    of_tokens = {"arrays": arrays, "named": named, "own": own}
+    given = prepared._replace(products=products, numbers=numbers, **of_tokens)
     arrays_of_mesh, specs = of_mesh(given)
 
     schedule = partial(by_token_chunks, **given.static)
@@ -363,7 +397,8 @@ def over_mesh(products, arrays, own, numbers, *, prepared):
 
 def token_stats(call: str, given: Prepared) -> tuple[TokenStats, ReferenceStats]:
     if given.layout is not None:
-        without = given._replace(products=(), arrays=TokenArrays(None), own=(), numbers=())
+        of_tokens = {"arrays": TokenArrays(None), "named": (), "own": ()}
+        without = given._replace(products=(), numbers=(), **of_tokens)
         return over_mesh(*given.of_device, prepared=without)
     layout.warn_if_shared(call, given.products[0].tokens, given.sweep.chunk)
     return by_token_chunks(*given.of_device, **given.static)

@@ -72,7 +72,8 @@ import jax
 import numpy as np
 
 import jaxloss
-from jaxloss import MetricSums, Reference, ReferenceStats, TokenStats, TopKLabels
+from jaxloss import LowRankKernel, MetricSums, QuantizedKernel
+from jaxloss import Reference, ReferenceStats, TokenStats, TopKLabels
 
 
 def pick(logits: jax.Array, labels: jax.Array) -> jax.Array:
@@ -94,6 +95,10 @@ def losses(x: jax.Array, y: jax.Array, q: jax.Array, n: np.ndarray, stats: bool)
         assert_type(jaxloss.token_stats(x, labels), TokenStats)
         assert_type(jaxloss.linear_token_stats(x, x, labels), TokenStats)
         assert_type(jaxloss.total_weight(labels), jax.Array)
+    few = QuantizedKernel(n, x)
+    for head in (few, LowRankKernel(few, x, n), LowRankKernel(x, x, x, scale=2.0)):
+        assert_type(jaxloss.linear_cross_entropy(x, head, y, dtype="bfloat16"), jax.Array)
+        assert_type(jaxloss.linear_kl_divergence(x, head, x, head, dtype=np.float32), jax.Array)
     loss, found = jaxloss.cross_entropy(x, top, return_stats=True, reduction="none")
     assert_type(loss, jax.Array)
     assert_type(found, TokenStats)
