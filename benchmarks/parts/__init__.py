@@ -19,6 +19,7 @@ PARTS: dict[str, dict[str, dict[str, Any]]] = {
     "overhead": {"overhead": {}},
     "meshes": {"scaling": {}},
     "automatic": {"automatic": {}},
+    "heads": {"heads": {}},
     "large": {"large": {}},
     "gpu": {"gpu": {}},
     "tpu": {"compiled": {}},

@@ -149,7 +149,22 @@ def own(loss_fn, **options):
     return lambda *args: (jnp.sum(jaxloss.linear_loss(loss_fn, *args, **options)), ())
 
 
+def of_head(head, **options):
+    """The loss of a head that is made of a kernel and two arrays."""
+
+    def loss(hidden, kernel, labels, *arrays):
+        out = jaxloss.linear_cross_entropy(hidden, head(kernel, *arrays), labels, **options)
+        return jnp.sum(out), ()
+
+    return loss
+
+
+def of_eight_bits(kernel, scale, *update):
+    return jaxloss.QuantizedKernel(kernel.astype(jnp.int8), scale)
+
+
 TOP = ((N, K), I32), ((N, K), F32)
+UPDATE = ((D, 8), None), ((8, V), None)
 TEACHER = (((N, D), None), ((D, V), None), MASK_OF_ROWS)
 # Name: (loss, arrays past hidden and kernel, which of all are differentiated).
 LINEAR_LOSSES = {
@@ -203,6 +218,11 @@ LINEAR_LOSSES = {
     "reverse, teacher": (of_teacher("reverse", reduction="none"), TEACHER, (0, 1, 2, 3)),
     "jensen_shannon, teacher": (
         of_teacher("jensen_shannon", reduction="none", temperature=2.0), TEACHER, (0, 1, 2, 3),
+    ),
+    "low rank": (of_head(jaxloss.LowRankKernel), [OF_TOKENS, *UPDATE], (0, 3, 4)),
+    "quantised, none": (of_head(of_eight_bits, reduction="none"), [OF_TOKENS, CLASSES], (0,)),
+    "narrow products": (
+        of_head(lambda kernel: kernel, dtype=jnp.bfloat16), [OF_TOKENS], (0, 1),
     ),
     "own loss": (own(of_own_loss), [OF_TOKENS], (0, 1)),
     "own loss of rows": (own(of_own_targets, reduction="none"), [ROWS], (0, 1, 2)),
