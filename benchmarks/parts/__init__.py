@@ -23,6 +23,7 @@ PARTS: dict[str, dict[str, dict[str, Any]]] = {
     "gpu": {"gpu": {}},
     "tpu": {"compiled": {}},
     "peers": {"peers": {}},
+    "rl": {"rl": {}},
 }
 
 
