@@ -97,7 +97,7 @@ def _stand_in(torch: Any, **settings: Any) -> SimpleNamespace:
         reduce=lambda x, reduction: x,
     )
     metrics = defaultdict(lambda: defaultdict(list))
-    model = SimpleNamespace(training=True)
+    model = SimpleNamespace(training=True, is_gradient_checkpointing=False)
     common = {"accelerator": alone, "_metrics": metrics, "model": model, "aux_loss_enabled": False}
     return SimpleNamespace(**common, **settings)
 
@@ -149,7 +149,6 @@ def trl(batch: Batch) -> Losses:
     model_of = lambda h, k, outputs: _model(head_of, whole(h), k, outputs)  # noqa: E731
     with_mask = {"input_ids": ids, "attention_mask": torch.cat([ones, mask], 1)}
     log_probs = inspect.unwrap(trainer._get_per_token_logps_and_entropies)
-    t = mask.shape[1]
 
     def policy(beta, high, loss_type, hidden, kernel, _):
         this = _stand_in(torch, **_grpo_settings(beta, high, loss_type))
@@ -166,9 +165,8 @@ def trl(batch: Batch) -> Losses:
         if beta:
             reference = model_of(x.ref_hidden, x.ref_kernel, ("log_probs",))
             with torch.no_grad():
-                inputs["ref_per_token_logps"] = log_probs(this, reference, *with_mask.values(), t)[
-                    0
-                ]
+                found = log_probs(this, reference, *with_mask.values(), mask.shape[1])
+            inputs["ref_per_token_logps"] = found[0]
         model = model_of(hidden, kernel, ("log_probs", "entropy"))
         return trainer._compute_loss(this, model, inputs)
 
@@ -178,14 +176,9 @@ def trl(batch: Batch) -> Losses:
         found = model_of(hidden, kernel, outputs)(labels=labels, fused_lm_head=True)
         return found.entropy.sum() / mask.sum()
 
-    def jsd(hidden, kernel, _):
-        return divergence(hidden, x.ref_hidden, kernel, x.ref_kernel, mask, BETA_JSD)[0]
-
     def dpo(hidden, kernel, _):
         reference = model_of(x.ref_hidden, x.ref_kernel, ("log_probs",))
         this = _stand_in(torch, **_dpo_settings(reference))
-        this.model.gradient_checkpointing_disable = lambda: None
-        this.model.is_gradient_checkpointing = False
         outputs = "log_probs", "entropy", "mean_logits", "is_top1"
         completion = {"completion_mask": torch.cat([0 * ones, mask], 1)}
         model = model_of(hidden, kernel, outputs)
@@ -195,7 +188,7 @@ def trl(batch: Batch) -> Losses:
         "GRPO": partial(policy, BETA, HIGH, "grpo"),
         "DAPO": partial(policy, 0.0, HIGH_DAPO, "dapo"),
         "entropy": entropy,
-        "JSD": jsd,
+        "JSD": lambda h, k, _: divergence(h, x.ref_hidden, k, x.ref_kernel, mask, BETA_JSD)[0],
         "DPO": dpo,
     }
 
