@@ -48,7 +48,7 @@ def environment(*packages: str) -> dict[str, Any]:
 
 
 def describe(env: dict[str, Any]) -> str:
-    where = f"{env['cpu']}, {env['cores']} cores"
+    where = f"{env['cpu']}, {env['cores']} core{'s' if env['cores'] > 1 else ''}"
     if env["device"] != "cpu":
         where = f"{env['device']} ({where})"
     versions = ", ".join(f"{name} {env[name]}" for name in ("jax", "jaxlib", "optax", "flax"))

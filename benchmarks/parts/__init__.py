@@ -24,6 +24,7 @@ PARTS: dict[str, dict[str, dict[str, Any]]] = {
     "gpu": {"gpu": {}},
     "tpu": {"compiled": {}},
     "peers": {"peers": {}},
+    "rl": {"rl": {}},
 }
 
 
