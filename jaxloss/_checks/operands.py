@@ -29,7 +29,7 @@ def product_operands(
     if vocab_axis < 0:
         messages.fail(function, f"{name_of} of several heads must be -1 or -2", f"{axes[0]}")
     if heads and (hidden.ndim < 2 or hidden.shape[-2] not in (1, *heads)):
-        rule = f"{of}hidden must be [..., {heads[0]}, D], an entry a head, or [..., 1, D] for all"
+        rule = f"{of}hidden must be [..., K, D] or [..., 1, D] for K = {heads[0]} heads"
         got = f"{of}hidden {messages.describe(hidden)}, {of}kernel {messages.describe(base)}"
         messages.fail(function, rule, got)
     size, columns = base.shape[-2:][1 - vocab_axis], base.shape[-2:][vocab_axis]

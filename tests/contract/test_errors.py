@@ -219,7 +219,16 @@ def linear_rows():
         ({"kernel": None}, TypeError, "kernel must be an array; got None"),
         ({"precision": "low"}, ValueError, "precision must be one of .*; got 'low'"),
         ({"precision": ["high"]}, ValueError, r"precision must be one of .*; got \['high'\]"),
-        ({"kernel": K[None]}, ValueError, r"kernel must be \[D, V\].*; got float32\(1, 2, 3\)"),
+        (
+            {"kernel": K[None]},
+            ValueError,
+            r"hidden must be \[..., K, D\] or .*kernel float32\(1, 2, 3\)",
+        ),
+        (
+            {"kernel": K[None, None]},
+            ValueError,
+            r"kernel must be \[D, V\].*got float32\(1, 1, 2, 3\)",
+        ),
         (
             {"kernel": K.astype(np.int32)},
             TypeError,

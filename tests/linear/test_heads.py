@@ -253,8 +253,8 @@ def test_memory_is_one_heads():
 
 
 CASES = {
-    "hidden": ((N, 2, D), -1, r"hidden must be \[..., 3, D\]"),
-    "no heads": ((D,), -1, r"hidden must be \[..., 3, D\]"),
+    "hidden": ((N, 2, D), -1, r"hidden must be \[..., K, D\] or \[..., 1, D\] for K = 3 heads"),
+    "no heads": ((D,), -1, r"hidden must be \[..., K, D\] or \[..., 1, D\] for K = 3 heads"),
     "vocab_axis": ((N, K, D), 0, "vocab_axis of several heads must be -1 or -2"),
     "features": ((N, K, 7), -1, "hidden's last dimension, D = 7, at axis -2"),
 }

@@ -251,6 +251,7 @@ PROGRAMS = (
 )
 CLASSES = {"TopKLabels": "labels", "TokenStats": "token_stats", "MetricSums": "metric_sums"}
 CLASSES |= dict.fromkeys(("Reference", "ReferenceStats"), "linear_stats_loss")
+CLASSES |= dict.fromkeys(("LowRankKernel", "QuantizedKernel"), "linear_cross_entropy")
 VALUES = st.tuples(
     st.lists(st.sampled_from(KINDS), min_size=1, max_size=3), st.integers(0, 2**32 - 1)
 )
