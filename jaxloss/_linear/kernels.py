@@ -47,11 +47,6 @@ def nothing(kernel: Any) -> Any:
     return jax.tree.map(lambda _: None, kernel)
 
 
-def any_of(active: Any) -> bool:
-    """Whether any part of the kernel is differentiated."""
-    return any(jax.tree.leaves(active))
-
-
 def block(kernel: Any, start: Any, size: int, vocab_axis: int) -> Any:
     """The columns from ``start`` on."""
 
