@@ -27,6 +27,7 @@ class Table:
     header: list[str]  # a newline may be in a name: the columns stay narrow in a terminal
     rows: list[list[str]]
     totals: int = 0  # so many rows at the end stand apart
+    words: bool = False  # its cells are read from the left
 
 
 def by(shape: Iterable[int]) -> str:
@@ -46,7 +47,7 @@ def to_rich(table: Table) -> rich.table.Table:
 
 def to_markdown(table: Table) -> str:
     header = [name.replace("-\n", "").replace("\n", " ") for name in table.header]
-    lines = [header, ["---:"] * len(header), *table.rows]
+    lines = [header, ["---" if table.words else "---:"] * len(header), *table.rows]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
