@@ -53,7 +53,7 @@ def _error(precision: dict[str, Any]) -> list[str]:
         row for row in precision["rows"] if row["dtype"] == "float32" and row["margin"] == MARGIN
     )
     error = row["loss_error"]
-    what = f"Relative error of a float32 loss of about {row['median_loss']:.0e} (margin {MARGIN})"
+    what = f"Relative error of a float32 loss where the label leads by {MARGIN}"
     zero = " (its loss is 0)" if error["optax"] == 1 else ""
     return [what, f"**{error['jaxloss']:.1g}**", _beside(error, ".1g") + zero]
 
