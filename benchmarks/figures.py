@@ -73,5 +73,6 @@ def _bandwidth(gpu: dict[str, Any]) -> list[str]:
 def tables(folder: Path) -> list[report.Table]:
     gpu, train, precision = (report.load(folder, name) for name in SOURCES)
     rows = [*_time(gpu), _memory(gpu), _ignored(train), _error(precision), _bandwidth(gpu)]
-    title = f"{gpu['environment']['device']}, bfloat16, except where a row says otherwise"
+    title = f"{gpu['environment']['device']}, bfloat16, except where a row says otherwise; "
+    title += "the sizes of a product are tokens x features x classes"
     return [report.Table(title, ["measured", "jaxloss", "others"], rows, words=True)]
