@@ -77,7 +77,8 @@ def _announce(console: Console, jobs: dict[str, argparse.Namespace], modules: di
     known = [m.about_seconds(jobs[p]) for p, m in modules.items() if hasattr(m, "about_seconds")]
     if len(known) == len(modules):
         lines.append(f"About {_minutes(sum(known))} on an idle machine.")
-    if hasattr(os, "getloadavg") and (busy := os.getloadavg()[0]) > 1:
+    half = (os.cpu_count() or 1) / 2
+    if hasattr(os, "getloadavg") and (busy := os.getloadavg()[0]) > half:
         lines.append(f"This machine is busy (load {busy:.1f}): the times will be rough.")
     console.print(*lines, sep="\n", soft_wrap=True, highlight=False)
 
