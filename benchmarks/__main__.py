@@ -5,7 +5,10 @@ both against exact values, and times both, also on hidden @ kernel.
 """
 
 import argparse
+import os
 import sys
+import time
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -62,14 +65,48 @@ def _jobs(words: list[str]) -> dict[str, argparse.Namespace]:
     return {part: _arguments(part, given) for part, given in main.items()}
 
 
+def _minutes(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} minutes"
+
+
+def _announce(console: Console, jobs: dict[str, argparse.Namespace], modules: dict) -> None:
+    """What is about to run, on what, and how long that takes."""
+    lines = [describe(environment())]
+    for part, module in modules.items():
+        lines.append(f"{part:>10}  {module.__doc__.splitlines()[0]}")
+    known = [m.about_seconds(jobs[p]) for p, m in modules.items() if hasattr(m, "about_seconds")]
+    if len(known) == len(modules):
+        lines.append(f"About {_minutes(sum(known))} on an idle machine.")
+    half = (os.cpu_count() or 1) / 2
+    if hasattr(os, "getloadavg") and (busy := os.getloadavg()[0]) > half:
+        lines.append(f"This machine is busy (load {busy:.1f}): the times will be rough.")
+    console.print(*lines, sep="\n", soft_wrap=True, highlight=False)
+
+
+def _conclude(
+    console: Console,
+    jobs: dict[str, argparse.Namespace],
+    found: dict[str, list[str]],
+    seconds: float,
+) -> None:
+    """The findings once more, below all tables, and the files to look at."""
+    say = partial(console.print, sep="\n", soft_wrap=True, highlight=False)
+    if any(found.values()):
+        say("\nFound:", *(f"- {line}" for lines in found.values() for line in lines))
+    paths = [args.out / f"{args.name}.{kind}" for args in jobs.values() for kind in ("png", "json")]
+    say("\nPictures and numbers:", *(f"- {path}" for path in paths if path.exists()))
+    say(f"\nThis took {_minutes(seconds)}.")
+
+
 def main() -> None:
+    begin = time.perf_counter()
     jobs = _jobs(sys.argv[1:])
     modules = {part: load(part) for part in jobs}
     for part, module in modules.items():
         if hasattr(module, "prepare"):
             module.prepare(jobs[part])
     console, results = Console(), {}
-    console.print(describe(environment()), soft_wrap=True, highlight=False)
+    _announce(console, jobs, modules)
     for part, tick in report.in_turn(console, jobs):
         module, args = modules[part], jobs[part]
         env = environment(*getattr(module, "PACKAGES", ()))
@@ -78,12 +115,13 @@ def main() -> None:
         if hasattr(module, "plot"):
             module.plot(results[part], args.out / f"{args.name}.png")
 
-    wide = Console(width=max(console.width, WIDTH))
+    wide, found = Console(width=max(console.width, WIDTH)), {}
     for part, data in results.items():
-        for table in modules[part].tables(data):
-            wide.print("", report.to_rich(table), sep="\n")
-    out = {str(args.out): None for args in jobs.values()}
-    console.print("\nTables as JSON, pictures as PNG:", *out, soft_wrap=True, highlight=False)
+        tables = modules[part].tables(data)
+        for table in tables:
+            wide.print("", report.to_rich(table), table.found, sep="\n", highlight=False)
+        found[part] = [table.found for table in tables if table.found]
+    _conclude(console, jobs, found, time.perf_counter() - begin)
     for part, data in results.items():
         if hasattr(modules[part], "missed") and (why := modules[part].missed(data)):
             sys.exit(why)

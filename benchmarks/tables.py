@@ -1,6 +1,7 @@
 """``python -m benchmarks.tables``: copies the tables of the committed results into the READMEs.
 
 They stand between ``<!-- gpu: begin -->`` and ``<!-- gpu: end -->``; with ``gpu 3`` the third does.
+``figures`` are those of :mod:`benchmarks.figures`, from several results.
 No number there is typed by hand. With ``--check`` nothing is written, and a README that differs
 from the results is an error.
 """
@@ -10,6 +11,7 @@ import re
 import sys
 from pathlib import Path
 
+from benchmarks import figures
 from benchmarks.harness import report
 from benchmarks.harness.environment import describe
 from benchmarks.parts import PARTS, load
@@ -20,19 +22,26 @@ MARKS = re.compile(r"<!-- (\w+)((?: \d+)?): begin -->.*?<!-- \1\2: end -->", re.
 PART_OF = {name: part for part, results in PARTS.items() for name in results}
 
 
+def _source(folder: Path, name: str) -> str:
+    env = report.load(folder, name)["environment"]
+    return f"From `{folder.as_posix()}/{name}.json`: {describe(env)}."
+
+
 def filled(text: str, folder: Path) -> str:
     """``text`` with what stands between the two marks of each table replaced."""
 
     def block(found: re.Match) -> str:
         name, number = found.groups()
-        data = report.load(folder, name)
-        tables = load(PART_OF[name]).tables(data)
+        if name == "figures":
+            tables, sources = figures.tables(folder), figures.SOURCES
+        else:
+            tables, sources = load(PART_OF[name]).tables(report.load(folder, name)), (name,)
         if number:
             tables = [tables[int(number) - 1]]
         parts = [f"{t.title}:\n\n{report.to_markdown(t)}" for t in tables]
-        source = f"From `{folder.as_posix()}/{name}.json`: {describe(data['environment'])}."
+        measured = (_source(folder, source) for source in sources)
         begin, end = (f"<!-- {name}{number}: {edge} -->" for edge in ("begin", "end"))
-        return "\n\n".join([begin, *parts, source, end])
+        return "\n\n".join([begin, *parts, "\n".join(measured), end])
 
     return MARKS.sub(block, text)
 

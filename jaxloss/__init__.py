@@ -34,6 +34,7 @@ from jaxloss._types import TokenStats as TokenStats
 from jaxloss._types import TopKLabels as TopKLabels
 
 __version__ = _version("jaxloss")
+__docformat__ = "google"
 __all__ = [
     "LowRankKernel",
     "MetricSums",

@@ -85,7 +85,7 @@ def linear_loss(
 ) -> Array | tuple[Array, PyTree]:
     r"""Any per-token loss of the logits ``hidden @ kernel + bias``, a chunk of them at a time.
 
-    .. math:: l_n = \mathrm{loss\_fn}(h_n K + b,\ t_n), \qquad
+    .. math:: l_n = \text{loss\_fn}(h_n K + b,\ t_n), \qquad
               \mathrm{mean} = \sum_n s_n l_n \Big/ \sum_n s_n
 
     Args:

@@ -103,7 +103,7 @@ def linear_stats_loss(
 ) -> Array | tuple[Array, PyTree]:
     r"""Any loss of each token's statistics, a chunk of the logits at a time.
 
-    .. math:: l_n = \mathrm{loss\_fn}(\mathrm{stats}_n, t_n), \qquad
+    .. math:: l_n = \text{loss\_fn}(\mathrm{stats}_n, t_n), \qquad
               \mathrm{mean} = \sum_n s_n l_n \Big/ \sum_n s_n
 
     with the statistics that :func:`linear_token_stats` gives of ``hidden @ kernel + bias``: losses

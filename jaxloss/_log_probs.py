@@ -314,7 +314,7 @@ def linear_top_k(
 ) -> tuple[Array, Array]:
     r"""The k most likely classes of each token and their log-probabilities, without its logits.
 
-    .. math:: \{(i_a, \log p_{i_a})\}_{a=1}^k, \qquad p = \mathrm{softmax}((h K + b) / T)
+    .. math:: (i_a, \log p_{i_a})_{a=1}^k, \qquad p = \mathrm{softmax}((h K + b) / T)
 
     What :class:`TopKLabels` are made of: ``TopKLabels(indices, jnp.exp(log_probs))``.
 

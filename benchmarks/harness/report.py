@@ -27,6 +27,8 @@ class Table:
     header: list[str]  # a newline may be in a name: the columns stay narrow in a terminal
     rows: list[list[str]]
     totals: int = 0  # so many rows at the end stand apart
+    words: bool = False  # its cells are read from the left
+    found: str = ""  # what it says, in one line
 
 
 def by(shape: Iterable[int]) -> str:
@@ -46,7 +48,7 @@ def to_rich(table: Table) -> rich.table.Table:
 
 def to_markdown(table: Table) -> str:
     header = [name.replace("-\n", "").replace("\n", " ") for name in table.header]
-    lines = [header, ["---:"] * len(header), *table.rows]
+    lines = [header, ["---" if table.words else "---:"] * len(header), *table.rows]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
@@ -54,24 +56,25 @@ def in_turn(console: Console, names: Iterable[str]) -> Iterator[tuple[str, Calla
     """Each name, with its ``tick(share, note)``: a bar shows the share that is done.
 
     The note says what is under way. It stands beside the bar, or where no terminal shows a bar, on
-    a line of its own.
+    a line of its own, after the name.
     """
     columns = (TextColumn("{task.description:>10}"), BarColumn(), TimeElapsedColumn())
     columns += (TextColumn("{task.fields[note]}"),)
     # No refresh thread: it would take turns with what is being timed.
     with Progress(*columns, console=console, auto_refresh=False, transient=True) as progress:
-        bars = {name: progress.add_task(name, total=1, start=False, note="") for name in names}
+        bars = {name: progress.add_task(name, total=1, start=False, note="waits") for name in names}
         for name, bar in bars.items():
             progress.start_task(bar)
 
-            def tick(share: float, *note: str, bar=bar) -> None:
+            def tick(share: float, *note: str, name=name, bar=bar) -> None:
                 shown = {"note": note[0]} if note else {}
                 progress.update(bar, completed=share, refresh=console.is_terminal, **shown)
                 if note and not console.is_terminal:
-                    print(*note, flush=True)
+                    print(f"{name}:", *note, flush=True)
 
-            tick(0)
+            tick(0, "starts")
             yield name, tick
+            progress.update(bar, completed=1, note="done")
 
 
 def shares(tick: Callable[..., None], cases: Sequence) -> Iterator[tuple[Any, Callable]]:
@@ -79,6 +82,13 @@ def shares(tick: Callable[..., None], cases: Sequence) -> Iterator[tuple[Any, Ca
     for i, case in enumerate(cases):
         yield case, lambda share, *note, i=i: tick((i + share) / len(cases), *note)
     tick(1)
+
+
+def span(values: Iterable[float], form: str) -> str:
+    """From the least to the most."""
+    low, *_, high = sorted([*values] * 2)
+    low, high = f"{low:{form}}", f"{high:{form}}"
+    return low if low == high else f"{low} to {high}"
 
 
 def save(folder: Path, name: str, data: dict[str, Any]) -> None:

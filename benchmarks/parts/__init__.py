@@ -1,8 +1,8 @@
 """The parts: a file each, with ``run(args, tick)``, ``tables(data)`` and what it needs of these:
 
 ``options(parser)``, ``prepare(args)`` before JAX looks for devices, ``PACKAGES`` whose versions the
-results name beside the usual ones, ``plot(data, path)``, and ``missed(data)``, which says why the
-results are a failure.
+results name beside the usual ones, ``about_seconds(args)`` that it takes on an idle machine,
+``plot(data, path)``, and ``missed(data)``, which says why the results are a failure.
 """
 
 from importlib import import_module

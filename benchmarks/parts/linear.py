@@ -20,6 +20,10 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seconds", type=float, default=10.0, help=each)
 
 
+def about_seconds(args: argparse.Namespace) -> float:
+    return len(linear_case.SHAPES) * (args.seconds + 15)
+
+
 def prepare(args: argparse.Namespace) -> None:
     measure.keep_pages()
 
@@ -51,7 +55,10 @@ def _measure(shape: tuple[int, int, int], seconds: float, tick) -> dict[str, Any
 
 def run(args: argparse.Namespace, tick: Callable[..., None]) -> dict[str, Any]:
     cases = report.shares(tick, linear_case.SHAPES)
-    rows = [_measure(shape, args.seconds, each) for shape, each in cases]
+    rows = []
+    for shape, each in cases:
+        each(0, f"hidden @ kernel, {report.by(shape)}")
+        rows.append(_measure(shape, args.seconds, each))
     return {"seconds_a_case": args.seconds, "ignored": IGNORED, "rows": rows}
 
 
@@ -66,16 +73,38 @@ def tables(data: dict[str, Any]) -> list[report.Table]:
         times.append([name, f"{row['median_ms']['floor']:.0f}", *cells])
         memory = [f"{row['temp_mib'][method]:.0f}" for method in METHODS]
         sizes.append([name, f"{row['kernel_mib']:.0f}", *memory])
+    time, memory = _found(data)
     return [
         report.Table(
-            "float32: value and both gradients, time / three bare products", header, times
+            "float32: value and both gradients, time / three bare products",
+            header,
+            times,
+            found=time,
         ),
         report.Table(
             "float32: temporary MiB",
             ["tokens x features\nx classes", "kernel\nMiB", *METHODS],
             sizes,
+            found=memory,
         ),
     ]
+
+
+def _found(data: dict[str, Any]) -> tuple[str, str]:
+    """Of the times, and of the memory."""
+
+    def span(of_row: Callable[[dict[str, Any]], float], form: str) -> str:
+        return report.span(map(of_row, data["rows"]), form)
+
+    time = f"hidden @ kernel: jaxloss takes {span(lambda row: row['of_optax'], '.2f')} of optax's "
+    time += f"time, and {span(lambda row: row['ignored_of_all'], '.2f')} of its own with "
+    time += f"{data['ignored']:.0%} of the labels ignored."
+    ours, blocks = (
+        span(lambda row, m=m: row["temp_mib"][m] / row["temp_mib"]["optax"], ".0%")
+        for m in ("jaxloss", "blocks")
+    )
+    memory = f"hidden @ kernel: jaxloss holds {ours} of optax's temporary memory, and {blocks} "
+    return time, memory + "with vocab_blocks."
 
 
 def plot(data: dict[str, Any], path: Path) -> None:

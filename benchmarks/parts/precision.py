@@ -27,6 +27,10 @@ METHODS = {
 }
 
 
+def about_seconds(args: argparse.Namespace) -> float:
+    return 10.0
+
+
 def _case(margin: float, dtype: str):
     """The label leads the largest of the others by ``margin``, before rounding to ``dtype``."""
     rng = np.random.default_rng(0)
@@ -69,6 +73,8 @@ def run(args: argparse.Namespace, tick: Callable[..., None]) -> dict[str, Any]:
     cases = [(dtype, margin) for dtype in DTYPES for margin in MARGINS]
     rows = []
     for (dtype, margin), each in report.shares(tick, cases):
+        if margin == MARGINS[0]:
+            each(0, f"{dtype}, margins of {margin} to {MARGINS[-1]}")
         logits, labels = _case(margin, dtype)
         losses, slopes = _truth(logits, labels)
         results = {name: f(logits, labels) for name, f in functions.items()}
@@ -100,8 +106,20 @@ def tables(data: dict[str, Any]) -> list[report.Table]:
                 ]
                 cells = [f"{e:.1e}" for e in errors]
                 lines.append([str(row["margin"]), f"{row['median_loss']:.0e}", *cells])
-        out.append(report.Table(title, header, lines))
+        out.append(report.Table(title, header, lines, found=_found(data, dtype)))
     return out
+
+
+def _found(data: dict[str, Any], dtype: str) -> str:
+    rows = [row for row in data["rows"] if row["dtype"] == dtype]
+    worst = max(row["loss_error"]["jaxloss"] for row in rows)
+    lost = [row["margin"] for row in rows if row["loss_error"]["optax"] >= 1]
+    found = f"{dtype}: the loss of jaxloss is off by {worst:.0e} of itself at most"
+    return (
+        f"{found}; that of optax by all of itself from a margin of {min(lost)} on."
+        if lost
+        else f"{found}."
+    )
 
 
 def plot(data: dict[str, Any], path: Path) -> None:

@@ -37,6 +37,11 @@ def options(parser: argparse.ArgumentParser) -> None:
     add("--seconds", type=float, default=5.0, help=each)
 
 
+def about_seconds(args: argparse.Namespace) -> float:
+    cases = len(args.shape or SHAPES) * len(args.dtype or DTYPES)
+    return cases * (args.seconds + 2)
+
+
 def prepare(args: argparse.Namespace) -> None:
     measure.keep_pages()
 
@@ -78,10 +83,10 @@ def _measure(shape: tuple[int, int], dtype: str, seconds: float, tick) -> dict[s
 def run(args: argparse.Namespace, tick: Callable[..., None]) -> dict[str, Any]:
     dtypes = args.dtype or DTYPES
     cases = [(shape, dtype) for dtype in dtypes for shape in args.shape or SHAPES]
-    rows = [
-        _measure(shape, dtype, args.seconds, each)
-        for (shape, dtype), each in report.shares(tick, cases)
-    ]
+    rows = []
+    for (shape, dtype), each in report.shares(tick, cases):
+        each(0, f"{dtype} {report.by(shape)}")
+        rows.append(_measure(shape, dtype, args.seconds, each))
     means = {
         dtype: {
             name: statistics.geometric_mean(row[name] for row in rows if row["dtype"] == dtype)
@@ -108,8 +113,16 @@ def tables(data: dict[str, Any]) -> list[report.Table]:
         ratios = [f"{mean['ratio']:.2f}", f"{mean['floor_ratio']:.2f}"]
         lines.append(["geometric mean", "", "", *ratios, "", "", ""])
         title = f"{dtype}: value and gradient, temporary MiB (floor: exp alone)"
-        out.append(report.Table(title, header, lines, totals=1))
+        out.append(report.Table(title, header, lines, totals=1, found=_found(data, dtype)))
     return out
+
+
+def _found(data: dict[str, Any], dtype: str) -> str:
+    rows = [row for row in data["rows"] if row["dtype"] == dtype]
+    found = f"{dtype}: jaxloss takes {data['geometric_mean'][dtype]['ratio']:.2f} of optax's time "
+    found += f"({report.span((row['ratio'] for row in rows), '.2f')}), and holds at most "
+    mib = {method: max(row["temp_mib"][method] for row in rows) for method in METHODS}
+    return found + f"{mib['jaxloss']:.1f} MiB beside the logits, optax {mib['optax']:.1f} MiB."
 
 
 def plot(data: dict[str, Any], path: Path) -> None:
@@ -136,7 +149,10 @@ def plot(data: dict[str, Any], path: Path) -> None:
     for shift, name in ((-0.2, "jaxloss"), (0.2, "optax")):
         share = [row["temp_mib"][name] / row["logits_mib"] for row in data["rows"]]
         color = report.COLORS[name]
-        memory.barh([i + shift for i in at], share, 0.4, color=color, label=name)
+        drawn = memory.barh([i + shift for i in at], share, 0.4, color=color, label=name)
+        # A bar that is too short to be seen has its number.
+        short = [("0" if x < 0.005 else f"{x:.2f}") if x < 0.05 else "" for x in share]
+        memory.bar_label(drawn, labels=short, padding=2, fontsize=7, color=color)
     memory.set(xlabel="temporary memory / the logits' own", title="Temporary memory")
     for ax in columns:
         ax.set_yticks(list(at), labels, fontsize=8)
