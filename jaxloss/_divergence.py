@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -39,6 +40,8 @@ def _kind(call: str, divergence: Any, beta: Any, temperature: Any, dtype) -> tup
     """Those of ``row_divergences`` that are static, hashable, and the temperature."""
     messages.word(call, "divergence", divergence, DIVERGENCES)
     static = (("divergence", divergence), ("beta", arguments.check_beta(call, beta)))
+    # One a token is among the arrays.
+    temperature = 1.0 if getattr(temperature, "ndim", 0) else temperature
     return static, Scalars(temperature=arguments.temperature(call, temperature, dtype))
 
 
@@ -74,10 +77,10 @@ def kl_divergence(
       divergence: ``"forward"``, which covers all the teacher's modes; ``"reverse"``, which keeps
         to some; ``"jensen_shannon"``, bounded, between the two.
       beta: of ``"jensen_shannon"`` alone, in (0, 1).
-      temperature: ``T > 0``, divides both logits: a Python number, or a scalar array, which may be
-        traced and is differentiable (out of range it makes NaN); None is 1. Nothing is multiplied
-        by ``T**2``: Hinton et al. do, to keep the gradient's size; ``T**2 * loss`` is yours to
-        write.
+      temperature: ``T > 0``, divides both logits: a Python number, a scalar array, or one entry a
+        token; arrays may be traced and are differentiable (an entry out of range makes NaN of its
+        rows); None is 1. Nothing is multiplied by ``T**2``: Hinton et al. do, to keep the
+        gradient's size; ``T**2 * loss`` is yours to write.
       sample_weight: shaped as the losses, ``s``: a weight a token, or a boolean mask.
         Differentiable.
       where: boolean. Broadcastable to ``logits``: the classes that exist, on both sides (a token
@@ -128,7 +131,8 @@ def kl_divergence(
     batch = messages.batch_shape(logits, axes)
     sample_weight = arguments.check_sample_weight(call, sample_weight, batch)
     class_mask, token_mask = arguments.masks(call, name, where, logits, axes)
-    arrays = TokenArrays(None, None, sample_weight, class_mask, token_mask)
+    own = arguments.token_temperature(call, temperature, batch, wide)
+    arrays = TokenArrays(None, None, sample_weight, class_mask, token_mask, own)
     classes = messages.num_classes(logits, axes)
     empty_mean = arguments.check_empty_mean(call, empty_mean)
     options = LossOptions(axes, classes, None, reduction, empty_mean, False, (), ())
@@ -139,12 +143,13 @@ def kl_divergence(
 def _kl_divergence(logits, teacher_logits, arrays, scalars, *, options, kind):
     axes, every = options.axes, tuple(range(logits.ndim))
     rows = tuple(i for i in every if i not in axes)
-    logits, teacher_logits, sample_weight, class_mask, token_mask = explicit_mesh.aligned(
+    logits, teacher_logits, sample_weight, class_mask, token_mask, own = explicit_mesh.aligned(
         (logits, every),
         (teacher_logits, every),
         (arrays.sample_weight, rows),
         (arrays.class_mask, every),
         (arrays.token_mask, rows),
+        (arrays.temperature, rows),
         flat=axes,
     )
     mask = mask_classes_last(class_mask, logits, axes)
@@ -152,7 +157,7 @@ def _kl_divergence(logits, teacher_logits, arrays, scalars, *, options, kind):
     arrays = TokenArrays(None, None, sample_weight, mask, token_mask)
     arrays = without_empty_rows(arrays, x.shape[:-1], local_classes(options.num_classes))
     valid = valid_tokens(sample_weight, arrays.token_mask)
-    temperature = scalars.temperature
+    temperature = scalars.temperature if own is None else own
     losses = row_divergences(x, t, arrays.class_mask, valid, temperature=temperature, **dict(kind))
     valid = jnp.ones_like(losses, bool) if valid is None else valid
     return reduce_losses(losses, TokenWeights(valid, sample_weight), options)
@@ -285,16 +290,18 @@ def linear_kl_divergence(
     logits = jax.ShapeDtypeStruct((*lead, local), student.narrow)
     axes = (len(lead),)
     class_mask, token_mask = arguments.masks(call, "hidden @ kernel", where, logits, axes)
+    own = arguments.token_temperature(call, temperature, lead, wide)
     of_tokens = {
         "hidden": student.hidden,
         "teacher_hidden": teacher.hidden,
         "sample_weight": sample_weight,
         "where": token_mask,
+        "temperature": own,
     }
     split = {"vocab_axes": vocab_axes, "token_axes": token_axes}
     arguments.check_split(call, "kernel", student.kernel, of_tokens, **split)
     arguments.check_split(call, "teacher_kernel", teacher.kernel, of_tokens, **split)
-    arrays = TokenArrays(None, None, sample_weight, class_mask, token_mask)
+    arrays = TokenArrays(None, None, sample_weight, class_mask, token_mask, own)
     products = tuple(replace(p, num_classes=local) for p in (student, teacher))
     found = layout.of_call(call, names, products, arrays)
     tokens, most_columns = student.tokens, max(columns, its_columns)
@@ -350,18 +357,20 @@ def _wider(student: Product, teacher: Product) -> Any:
 @jit
 def _linear_kl_divergence(student, teacher, arrays, scalars, *, sweep, options, kind):
     lead = student.lead
-    sample_weight, class_mask, token_mask = arrays[2:5]
+    sample_weight, class_mask, token_mask, own = arrays[2:]
+    own = None if own is None else own.reshape(math.prod(lead))
     classes = local_classes(options.num_classes, student.num_classes, options.vocab_axes)
     token_mask = tokens_with_classes(class_mask, token_mask, lead, classes)
     mask_rows, mask_index = rows_of_mask(class_mask, lead)
     numbers, of_scalars = jax.tree.flatten(scalars)
 
     def loss_fn(x, per_token, shared):
-        (t, index), (mask, *numbers) = per_token, shared
+        (t, index, own), (mask, *numbers) = per_token, shared
         mask = mask if index is None else mask[index]
         # Counted anew: traced values must not leak into the loop that this runs in.
         here = local_classes(options.num_classes, x.shape[-1], options.vocab_axes)
-        of_rows = {"temperature": of_scalars.unflatten(numbers).temperature, **dict(kind)}
+        scalars = of_scalars.unflatten(numbers)
+        of_rows = {"temperature": scalars.temperature if own is None else own, **dict(kind)}
         losses = row_divergences(x, t, existing(mask, here, 2), axes=here.axes, **of_rows)
         return (losses,), ()
 
@@ -370,7 +379,7 @@ def _linear_kl_divergence(student, teacher, arrays, scalars, *, sweep, options, 
     dtype = _wider(student, teacher)
     weights = normalised_weights(TokenWeights(valid, sample_weight), options, dtype)
     operands = token_chunks.Operands(
-        student.flat(), (mask_index,), (mask_rows, *numbers), teacher.flat()
+        student.flat(), (mask_index, own), (mask_rows, *numbers), teacher.flat()
     )
     scalar = options.reduction != "none"
     return token_rules.reduced(loss_fn, sweep, operands, valid, weights, scalar)[0]

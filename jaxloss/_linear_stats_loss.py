@@ -124,8 +124,8 @@ def linear_stats_loss(
         entropy and the divergences are of k + 1 classes, all others being one, and it has no
         product; its ``log_prob`` is NaN.
       kl_temperature: divides the logits of the divergences and of the reference's entropy, on both
-        sides: a number or a scalar array; None: ``temperature``, which then must not be one a
-        token. Nothing is multiplied by its square.
+        sides: a number, a scalar array or one entry a token; None: ``temperature``. Nothing is
+        multiplied by its square.
       beta: of ``jensen_shannon``, in (0, 1).
       has_aux: ``loss_fn`` returns ``(loss, aux)``, and so does the call, as in :func:`linear_loss`.
       bias, vocab_axis, num_classes, ignore_index, temperature, logit_softcap, where: as in

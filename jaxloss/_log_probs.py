@@ -527,7 +527,7 @@ def _by_chunks(
     arrays = TokenArrays(
         None,
         class_mask=mask,
-        temperature=arguments.token_temperature(call, temperature, lead, logits),
+        temperature=arguments.token_temperature(call, temperature, lead, wide),
     )
     scalars = arguments.scalars(call, wide, logit_softcap=logit_softcap, temperature=temperature)
     of_tokens = {"hidden": hidden, "temperature": arrays.temperature}

@@ -269,15 +269,17 @@ def temperature(function: str, x: Any, dtype) -> Any:
     return messages.scalar(function, "temperature", x, *DIVISORS, 1.0, dtype)
 
 
-def token_temperature(function: str, x: Any, batch: tuple[int, ...], logits: Any) -> Any:
+def token_temperature(
+    function: str, x: Any, batch: tuple[int, ...], dtype: Any, name: str = "temperature"
+) -> Any:
     """The temperature where it has one entry a token, otherwise None. Out of range it is NaN."""
     if not getattr(x, "ndim", 0):
         return None
-    x = messages.floating(function, "temperature", x)
-    way_out = "" if x.shape == batch else broadcast("temperature", x, x, batch)
+    x = messages.floating(function, name, x)
+    way_out = "" if x.shape == batch else broadcast(name, x, x, batch)
     rule = "no axes, or the shape of the losses"
-    messages.shape(function, "temperature", x, batch, rule, way_out)
-    return messages.in_range(x, *DIVISORS, accumulator_dtype(logits.dtype))
+    messages.shape(function, name, x, batch, rule, way_out)
+    return messages.in_range(x, *DIVISORS, dtype)
 
 
 def check_beta(function: str, x: Any) -> float:
@@ -561,7 +563,7 @@ def token_loss(
         token_axes,
     )
     temperature = token_temperature(
-        function, temperature, messages.batch_shape(logits, axes), logits
+        function, temperature, messages.batch_shape(logits, axes), accumulator_dtype(logits.dtype)
     )
     arrays = TokenArrays(labels, weight, sample_weight, class_mask, token_mask, temperature)
     return arrays, options

@@ -21,13 +21,16 @@ def reference_stats(
     x: Array,
     labels: TopKLabels,
     class_mask: Array | None,
+    temperature: Array | None,
     scalars: Scalars,
     classes: Classes,
     ignore_index: int | None,
     beta: float,
 ) -> ReferenceStats:
-    """Of rows of the model's logits; ``scalars``: its soft cap, the divergences' temperature."""
-    wide = rows_of(x, TokenArrays(None, class_mask=class_mask), scalars, classes)
+    """Of rows of the model's logits; ``scalars``: its soft cap, and the divergences' temperature
+    unless each row has its own, ``temperature``."""
+    of_rows = TokenArrays(None, class_mask=class_mask, temperature=temperature)
+    wide = rows_of(x, of_rows, scalars, classes)
     of_labels = TokenArrays(labels, class_mask=class_mask)
     targets = make_targets(of_labels, classes, wide.d.dtype, ignore_index)
     column = cast(Array, targets.column)

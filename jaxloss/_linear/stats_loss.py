@@ -42,6 +42,7 @@ class Prepared(NamedTuple):
     products: tuple[Product, ...]  # the model's, and a reference's
     arrays: TokenArrays
     named: tuple[Array, ...]  # a reference's stored classes and probabilities
+    kl_temperature: Array | None  # one entry a token
     own: tuple[Array, ...]  # what a loss of the caller's reads of each token
     numbers: tuple[Scalars, Scalars]  # see :func:`operands_of`
     options: LossOptions
@@ -63,8 +64,9 @@ class Prepared(NamedTuple):
         return {"sweep": self.sweep, "options": self.options, "beta": self.beta}
 
     @property
-    def of_device(self) -> tuple:
-        return self.products, self.arrays, (self.named, self.own), self.numbers
+    def of_device(self) -> tuple[Any, Any, Any, Any]:
+        own = self.named, self.own, self.kl_temperature
+        return self.products, self.arrays, own, self.numbers
 
     @property
     def compares(self) -> bool:
@@ -138,7 +140,13 @@ def prepared(
     scalars = arguments.scalars(call, wide, logit_softcap=logit_softcap, temperature=temperature)
     arguments.check_bucket(call, arrays, scalars)
     compares = other is not None or bool(named)
-    of_reference = _of_reference(call, kl_temperature, its_cap, arrays, scalars, wide, compares)
+    if kl_temperature is not None and not compares:
+        messages.fail(call, "kl_temperature is for a reference", "none", "Leave it out.")
+    name, of_token = "kl_temperature", arrays.temperature
+    if kl_temperature is not None:
+        of_token = arguments.token_temperature(call, kl_temperature, lead, wide, name)
+    kl_temperature = None if of_token is not None else kl_temperature
+    of_reference = _of_reference(call, kl_temperature, its_cap, scalars, wide)
     beta = arguments.check_beta(call, beta)
     own = arguments.per_token(call, per_token, lead)
     rows_of_tokens = {"hidden": hidden, **arguments.of_tokens(arrays)}
@@ -147,7 +155,8 @@ def prepared(
     for name, p in zip(("kernel", "the reference's kernel"), products, strict=False):
         arguments.check_split(call, name, p.kernel, rows_of_tokens, **split)
     rows_of_tokens |= {"reference.indices": named[0]} if named else {}
-    found = layout.of_call(call, names, products, (arrays, named, own))
+    rows_of_tokens["kl_temperature"] = of_token
+    found = layout.of_call(call, names, products, (arrays, named, of_token, own))
     tokens = product.tokens
     if found is not None:
         tokens //= found.devices(found.token_axes)
@@ -178,6 +187,7 @@ def prepared(
         tuple(replace(p, num_classes=local) for p in products),
         arrays,
         named,
+        of_token,
         own,
         (scalars, of_reference),
         options,
@@ -233,17 +243,10 @@ def _of_reference(
     call: str,
     kl_temperature: Any,
     cap: float | None,
-    arrays: TokenArrays,
     scalars: Scalars,
     wide: Any,
-    compares: bool,
 ) -> Scalars:
     """The numbers of the divergences and of the reference's entropy."""
-    if kl_temperature is not None and not compares:
-        messages.fail(call, "kl_temperature is for a reference", "none", "Leave it out.")
-    if kl_temperature is None and compares and arrays.temperature is not None:
-        rule = "kl_temperature must be given beside a temperature a token"
-        messages.fail(call, rule, "None", "Divergences take one number, or a scalar array.")
     if kl_temperature is None:
         return Scalars(softcap=cap, temperature=scalars.temperature)
     name = "kl_temperature"
@@ -257,13 +260,14 @@ def of_mesh(given: Prepared) -> tuple[tuple, tuple]:
     arrays, of_arrays = layout.of_arrays(given.arrays, found, given.products)
     products, of_operands = layout.of_products(given.products, found)
     specs = of_operands, of_arrays, P(*found.tokens), P()
-    return (products, arrays, (given.named, given.own), given.numbers), specs
+    own = given.named, given.own, given.kl_temperature
+    return (products, arrays, own, given.numbers), specs
 
 
 def operands_of(
     products: tuple[Product, ...],
     arrays: TokenArrays,
-    own: tuple[tuple, tuple],
+    own: tuple[tuple, tuple, Any],
     numbers: tuple[Scalars, Scalars],
     options: LossOptions,
     beta: float,
@@ -271,7 +275,7 @@ def operands_of(
     """``(operands, args_of, weights)`` of the tokens of one device.
 
     ``args_of(logits, per_token, shared)`` are the arguments of a loss for a chunk. ``own``: what is
-    stored of a reference, what the caller's loss reads. ``numbers`` are
+    stored of a reference, what the caller's loss reads, a kl_temperature a token. ``numbers`` are
     those of the model; and the reference's soft cap with the temperature of its entropy and of the
     divergences.
     """
@@ -287,7 +291,7 @@ def operands_of(
     mask_rows, mask_index = rows_of_mask(arrays.class_mask, lead)
     labels, tree = flat_labels(arrays.labels, lead)
     temperature = None if arrays.temperature is None else arrays.temperature.reshape(tokens)
-    named, own = (tuple(x.reshape(tokens, *x.shape[len(lead) :]) for x in xs) for xs in own)
+    named, own_of_loss, kl = jax.tree.map(lambda x: x.reshape(tokens, *x.shape[len(lead) :]), own)
     count = len(labels)
     # A loop's rule outlives this trace: what it reads of the scalars comes with its operands.
     given, of_numbers = jax.tree.flatten(numbers)
@@ -304,7 +308,7 @@ def operands_of(
         if reference is not None:
             t, *per_token = per_token
             t = lax.stop_gradient(t)
-        labels, (index, temperature, *own) = per_token[:count], per_token[count:]
+        labels, (index, temperature, kl, *own) = per_token[:count], per_token[count:]
         mask, *given = shared
         mask = mask if index is None else mask[index]
         scalars, of_reference = of_numbers.unflatten(given)
@@ -313,7 +317,7 @@ def operands_of(
         of_model = stats(x, arrays, scalars)
         stored, own = own[: len(named)], own[len(named) :]
         if stored:
-            of_labels = TopKLabels(*stored, rest="bucket"), mask
+            of_labels = TopKLabels(*stored, rest="bucket"), mask, kl
             of_both = scalars._replace(temperature=of_reference.temperature)
             here = classes_of(x.shape[-1]), options.ignore_index
             return of_model, reference_stats(x, *of_labels, of_both, *here, beta), *own
@@ -321,7 +325,7 @@ def operands_of(
             return of_model, *own
         its_own = scalars._replace(softcap=of_reference.softcap)
         log_prob = stats(t, arrays, its_own).log_prob
-        entropy = stats(t, arrays._replace(temperature=None), of_reference).entropy
+        entropy = stats(t, arrays._replace(temperature=kl), of_reference).entropy
         # Counted anew: traced values must not leak into the loop that this runs in.
         here = classes_of(x.shape[-1])
         pair = _capped(x, scalars.softcap), _capped(t, of_reference.softcap)
@@ -331,7 +335,7 @@ def operands_of(
                 existing(mask, here, 2),
                 divergence=divergence,
                 beta=beta,
-                temperature=of_reference.temperature,
+                temperature=of_reference.temperature if kl is None else kl,
                 axes=here.axes,
             )
             for divergence in DIVERGENCES
@@ -341,7 +345,7 @@ def operands_of(
 
     operands = token_chunks.Operands(
         product.flat(),
-        (*labels, mask_index, temperature, *named, *own),
+        (*labels, mask_index, temperature, kl, *named, *own_of_loss),
         (mask_rows, *given),
         None if reference is None else reference.flat(),
     )
@@ -386,8 +390,8 @@ def by_token_chunks(products, arrays, own, numbers, *, sweep, options, beta):
 @jit
 def over_mesh(products, arrays, own, numbers, *, prepared):
     """:func:`by_token_chunks` inside of ``shard_map``. ``prepared``: without arrays."""
-    named, own = own
-    of_tokens = {"arrays": arrays, "named": named, "own": own}
+    names = "named", "own", "kl_temperature"
+    of_tokens = {"arrays": arrays, **dict(zip(names, own, strict=True))}
     given = prepared._replace(products=products, numbers=numbers, **of_tokens)
     arrays_of_mesh, specs = of_mesh(given)
 
@@ -398,7 +402,7 @@ def over_mesh(products, arrays, own, numbers, *, prepared):
 
 def token_stats(call: str, given: Prepared) -> tuple[TokenStats, ReferenceStats]:
     if given.layout is not None:
-        of_tokens = {"arrays": TokenArrays(None), "named": (), "own": ()}
+        of_tokens = {"arrays": TokenArrays(None), "named": (), "own": (), "kl_temperature": None}
         without = given._replace(products=(), numbers=(), **of_tokens)
         return over_mesh(*given.of_device, prepared=without)
     layout.warn_if_shared(call, given.products[0].tokens, given.sweep.chunk)

@@ -177,11 +177,16 @@ def _distances(x: Array, t: Array, x_max: Array, t_max: Array, temperature: Any)
     of_row, e_of_row = _difference(t_max, x_max)
     # The quotient last: x / T - t / T would be a product and a sum, which compilers fuse, and then
     # equal logits differ by a rounding.
-    return ((s - of_row[..., None]) + (e - e_of_row[..., None])) / temperature
+    return ((s - of_row[..., None]) + (e - e_of_row[..., None])) / _of_classes(temperature)
 
 
 def _exponentials(x: Array, x_max: Array, temperature: Any) -> Array:
-    return exp_of_nonpositive((x - x_max[..., None]) / temperature)
+    return exp_of_nonpositive((x - x_max[..., None]) / _of_classes(temperature))
+
+
+def _of_classes(of_rows: Any) -> Any:
+    """A number of all rows, or one a row for each of its classes."""
+    return of_rows[..., None] if isinstance(of_rows, Array) and of_rows.ndim else of_rows
 
 
 def _total(x: Array, axes: Axes) -> Array:
@@ -220,8 +225,8 @@ def _pair_jvp(axes, primals, tangents):
         _moved(v, v_max, dv, temperature, d_temperature)
         for v, v_max, dv in ((x, row.x_max, dx), (t, row.t_max, dt))
     )
-    d_log_q = _log_tangent(pair.q, x, row.x_max, dx, axes) / temperature
-    d_log_p = _log_tangent(pair.p, t, row.t_max, dt, axes) / temperature
+    d_log_q = _log_tangent(pair.q, x, row.x_max, dx, axes) / _of_classes(temperature)
+    d_log_p = _log_tangent(pair.p, t, row.t_max, dt, axes) / _of_classes(temperature)
     return pair, Pair(pair.p * d_log_p, pair.q * d_log_q, d_log_p - d_log_q)
 
 
@@ -233,7 +238,7 @@ def _moved(x: Array, x_max: Array, dx: Any, temperature: Any, d_temperature: Any
     dx = jnp.zeros_like(x) if isinstance(dx, SymbolicZero) else dx
     if isinstance(d_temperature, SymbolicZero):
         return dx
-    return dx - _below_max(x, x_max) * (d_temperature / temperature)
+    return dx - _below_max(x, x_max) * _of_classes(d_temperature / temperature)
 
 
 def _below_max(x: Array, x_max: Array) -> Array:
@@ -382,8 +387,8 @@ def row_divergences(
     """The divergences of rows ``[..., C]``, one number a row; 0 for one that does not count.
 
     ``class_mask`` broadcasts to the logits, ``valid`` has one entry a row. Differentiable in both
-    logits, and in a temperature that is an array, in every mode. ``axes``: of the mesh, that the
-    classes are split over.
+    logits, and in a temperature that is an array, a scalar or one a row, in every mode. ``axes``:
+    of the mesh, that the classes are split over.
     """
     wide = accumulator_of(logits, teacher_logits)
     if logits.shape[-1] == 0:
@@ -395,6 +400,9 @@ def row_divergences(
         return x, t
 
     traced = temperature if isinstance(temperature, Array) else None
+    if traced is not None and traced.ndim and valid is not None:
+        # 0 / NaN is NaN: a row that does not count must not read its own.
+        traced = jnp.where(valid, traced, 1)
     # A rule refers to no array: a traced temperature is an argument.
     static = None if isinstance(temperature, Array) else temperature
 
@@ -429,7 +437,8 @@ def row_divergences(
         if residuals[4] is None:
             return (*narrow, None, None, None)
         slope = by_temperature(residuals, each, temperature)
-        return (*narrow, None, None, jnp.sum(scale_rows(ct, slope[..., None])))
+        slope = scale_rows(ct, slope[..., None])[..., 0]
+        return (*narrow, None, None, slope if temperature.ndim else jnp.sum(slope))
 
     def tangent(residuals, tangents):
         # Rows do not mix: the derivative of one number is the gradient at its unit cotangent.

@@ -85,9 +85,9 @@ def test_the_statistics(chunk):
 
 @pytest.mark.parametrize("name", NAMES[:3])
 def test_the_loss_and_every_mode(name):
-    def loss(h, k, chunk=5):
+    def loss(h, k):
         own = lambda stats, reference: getattr(reference, name) - 0.1 * stats.log_prob  # noqa: E731
-        options = {"reference": STORED, "kl_temperature": 2.0, "chunk_size": chunk}
+        options = {"reference": STORED, "kl_temperature": 2.0, "chunk_size": 5}
         return jaxloss.linear_stats_loss(own, h, k, LABELS, **options)
 
     def plain(h, k):
@@ -104,7 +104,19 @@ def test_the_loss_and_every_mode(name):
     found = jit_quickly(partial(along, loss))(H, KERNEL)
     with jax.enable_x64():
         assert_close(found, along(plain, *wide(H, KERNEL)), 256)
-    assert products(jax.grad(partial(loss, chunk=N), (0, 1)), H, KERNEL) == 3
+
+
+def test_it_has_no_product():
+    odd = N - 1  # a chunk that has quarters is a program of several
+
+    def loss(h, k):
+        stored = jaxloss.TopKLabels(INDICES[:odd], Q[:odd], rest="bucket")
+        own = lambda stats, reference: reference.reverse_kl - stats.log_prob  # noqa: E731
+        options = {"reference": stored, "chunk_size": odd}
+        return jaxloss.linear_stats_loss(own, h, k, LABELS[:odd], **options)
+
+    assert products(loss, H[:odd], KERNEL) == 1
+    assert products(jax.grad(loss, (0, 1)), H[:odd], KERNEL) == 3
 
 
 def test_a_student_near_its_teacher():

@@ -528,7 +528,36 @@ def test_errors_of_arrays_of_tokens_and_of_a_temperature_a_token():
     even, wide = jnp.ones((D, V - 1)), jnp.ones((D, V + 1))
     with pytest.raises(ValueError, match="as many columns where devices share them; got 18 and 20"):
         jaxloss.linear_token_stats(h, even, labels, reference=(h, wide), **options)
-    with pytest.raises(ValueError, match="kl_temperature must be given beside a temperature a"):
-        jaxloss.linear_stats_loss(
-            loss, h, k, labels, temperature=jnp.ones(3), reference=(h, k), num_classes=V
-        )
+    options = {"reference": (h, k), "kl_temperature": jnp.ones((3, 1))}
+    with pytest.raises(ValueError, match="kl_temperature must have no axes, or the shape of"):
+        jaxloss.linear_stats_loss(loss, h, k, labels, **options)
+
+
+@pytest.mark.parametrize("stored", [False, True])
+@pytest.mark.parametrize("given", ["temperature", "kl_temperature"])
+def test_a_temperature_a_token_beside_a_reference(given, stored):
+    """As a call for each of two temperatures; of tokens that do not count it may be NaN."""
+    operands_, its_own, labels = operands()
+    h, k = operands_["h"], operands_["k"]
+    reference = its_own["h"], its_own["k"]
+    if stored:
+        index, log_p = jaxloss.linear_top_k(*reference, 4)
+        reference = jaxloss.TopKLabels(index, jnp.exp(log_p), rest="bucket")
+    warm = jnp.arange(B * L).reshape(B, L) % 2 == 0
+    each = jnp.where(labels < 0, jnp.nan, jnp.where(warm, 1.7, 0.6))
+
+    def total(h, k, temperature, taken):
+        options = {given: temperature, "reference": reference, "num_classes": C, "chunk_size": 4}
+        if given == "temperature" and not isinstance(temperature, float):
+            options["kl_temperature"] = None
+        stats, found = jaxloss.linear_token_stats(h, k, labels, **options)
+        divergences = found.forward_kl + found.reverse_kl + found.jensen_shannon + found.entropy
+        return jnp.sum(jnp.where(taken, divergences - stats.log_prob, 0))
+
+    of = jax.value_and_grad(total, (0, 1))
+    found = jit_quickly(of)(h, k, each, True)
+    parts = [jit_quickly(partial(of, temperature=t))(h, k, taken=m)
+             for t, m in ((1.7, warm), (0.6, ~warm))]  # fmt: skip
+    expected = jax.tree.map(jnp.add, *parts)
+    for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5)

@@ -658,6 +658,46 @@ def test_errors_of_the_linear_form(given, kind, text):
 
 @pytest.mark.parametrize("linear", [False, True])
 @pytest.mark.parametrize("divergence", ["forward", "reverse", "jensen_shannon"])
+def test_a_temperature_a_token(divergence, linear):
+    """Value, gradients and second derivatives beside the formula's in float64."""
+    rng = np.random.default_rng(0)
+    shape = (2, 5, 7)
+    x, t = (jnp.asarray(rng.normal(size=shape), jnp.float32) for _ in range(2))
+    each = jnp.asarray(rng.uniform(0.5, 3, shape[:-1]), jnp.float32)
+    counts = jnp.asarray(rng.random(shape[:-1]) < 0.7)
+    given = x, t, jnp.where(counts, each, jnp.nan)
+    options = {"divergence": divergence, "beta": 0.3}
+
+    def ours(x, t, temperature):
+        own = {"temperature": temperature, "sample_weight": counts, "reduction": "sum"}
+        if linear:
+            eye = jnp.eye(7)
+            return jaxloss.linear_kl_divergence(x, eye, t, eye, chunk_size=3, **own, **options)
+        first = (jnp.moveaxis(v, -1, 0) for v in (x, t))
+        return jaxloss.kl_divergence(*first, axis=0, **own, **options)
+
+    def formula(x, t, temperature):
+        of_rows = partial(plain, temperature=1.0, reduction="none", **options)
+        losses = of_rows(*(v / temperature[..., None] for v in (x, t)))
+        return jnp.sum(jnp.where(counts, losses, 0))
+
+    def along(f, *given):
+        gradient = jax.grad(f, (0, 1, 2))
+        moved = jnp.ones(shape) * given[0], given[1] * 0, jnp.ones(shape[:-1]) * 0.1
+        moved = tuple(m.astype(g.dtype) for m, g in zip(moved, given, strict=True))
+        return jax.jvp(gradient, given, moved), f(*given)
+
+    found = jit_quickly(partial(along, ours))(*given)
+    with jax.enable_x64():
+        exact = [v.astype(jnp.float64) for v in (x, t, each)]
+        expected = along(formula, *exact)
+        for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+            b = np.asarray(b)
+            np.testing.assert_allclose(a, b, rtol=2e-5, atol=4e-6 * np.abs(b).max())
+
+
+@pytest.mark.parametrize("linear", [False, True])
+@pytest.mark.parametrize("divergence", ["forward", "reverse", "jensen_shannon"])
 def test_a_traced_temperature(divergence, linear):
     """A schedule's, or a learnt one: the same values, with a derivative, and second ones."""
     rng = np.random.default_rng(0)

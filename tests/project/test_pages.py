@@ -73,6 +73,6 @@ def test_signatures_are_as_they_are_written(pages):
     start = page.index('<section id="linear_cross_entropy"')
     signature = page[start : page.index("</span></span>", page.index("return-annotation", start))]
     text = html.unescape(re.sub("<[^>]*>", "", signature))
-    assert "kernel: ArrayLike," in text
+    assert "kernel: KernelLike," in text
     assert "reduction: Reduction = 'mean'," in text
     assert "numpy" not in text
