@@ -320,7 +320,6 @@ def linear_kl_divergence(
     most = budget.size_to_plan_for(tokens)
     rows = budget.rows_held(
         student.narrow,
-        composed=student.composed or teacher.composed,
         none=reduction == "none",
         divergence=divergence,
         mask=class_mask is not None,

@@ -168,9 +168,7 @@ def linear_loss(
     most = budget.size_to_plan_for(tokens)
     rests = [(x.shape[len(lead) :], x.dtype) for x in arrays]
     beside = sum(math.prod(rest) * dtype.itemsize for rest, dtype in rests) / (4 * max(1, columns))
-    rows = budget.rows_held(
-        product.narrow, composed=product.composed, none=reduction == "none", own=beside
-    )
+    rows = budget.rows_held(product.narrow, none=reduction == "none", own=beside)
     default = budget.default_chunk(most, columns, rows=rows)
     chunk = arguments.chunk_size(call, chunk_size, default, most)
     wide = product.wide

@@ -544,9 +544,7 @@ def _by_chunks(
         columns = found.columns(product)
         if found.vocab_axes:
             product = replace(product, num_classes=columns)
-    rows = budget.rows_held(
-        product.narrow, composed=product.composed, none=True, statistics=True, mask=mask is not None
-    )
+    rows = budget.rows_held(product.narrow, none=True, statistics=True, mask=mask is not None)
     rows += 2.0 * axis_size(names.vocab_axes) if kind[0] == "sampled" else 0
     most = budget.size_to_plan_for(tokens)
     chunk = arguments.chunk_size(

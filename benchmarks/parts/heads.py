@@ -65,58 +65,55 @@ def _products(h, k, gradients=2):
     return of_hidden, jax.lax.dot(h.T, x.astype(h.dtype), preferred_element_type=jnp.float32)
 
 
-def _case(name: str, x: dict[str, Any]) -> tuple[Callable, Callable, tuple, tuple, Callable]:
-    """(ours, of whole logits, their arguments, which are differentiated, the bare products)."""
-    h, k, y = x["h"], x["k"], x["y"]
+def _case(name: str, x: dict[str, Any]) -> tuple[Callable, Callable, Callable, tuple, tuple]:
+    """(ours, of whole logits, the bare products; their arguments, which are differentiated)."""
+    h, k, y, update = x["h"], x["k"], x["y"], (x["a"], x["b"])
     loss = jaxloss.linear_cross_entropy
-    frozen = partial(_products, gradients=1)
     if name == "float32":
-        return (
-            lambda h, k: loss(h, k, y), lambda h, k: _mean(h @ k, y), (h, k), (0, 1), _products,
-        )  # fmt: skip
+        whole, bare = lambda h, k, y: _mean(h @ k, y), lambda h, k, y: _products(h, k)
+        return loss, whole, bare, (h, k, y), (0, 1)
     if name == "float32 operands, dtype=bfloat16":
         return (
-            lambda h, k: loss(h, k, y, dtype=NARROW),
-            lambda h, k: _mean(h.astype(NARROW) @ k.astype(NARROW), y),
-            (h, k),
+            partial(loss, dtype=NARROW),
+            lambda h, k, y: _mean(h.astype(NARROW) @ k.astype(NARROW), y),
+            lambda h, k, y: _products(h.astype(NARROW), k.astype(NARROW)),
+            (h, k, y),
             (0, 1),
-            lambda h, k: _products(h.astype(NARROW), k.astype(NARROW)),
         )
     if name == "LowRankKernel":
         return (
-            lambda h, a, b: loss(h, jaxloss.LowRankKernel(k, a, b), y),
-            lambda h, a, b: _mean(h @ k + (h @ a) @ b, y),
-            (h, x["a"], x["b"]),
+            lambda h, a, b, k, y: loss(h, jaxloss.LowRankKernel(k, a, b), y),
+            lambda h, a, b, k, y: _mean(h @ k + (h @ a) @ b, y),
+            lambda h, a, b, k, y: _products(h, k, gradients=1),
+            (h, *update, k, y),
             (0, 1, 2),
-            lambda h, a, b: frozen(h, k),
         )
     if name in ("QuantizedKernel, int8", "QuantizedKernel, int4 in groups"):
         head = x["int8" if "int8" in name else "int4"]
         return (
-            lambda h: loss(h, head, y),
-            lambda h: _mean(h @ _dequantised(head), y),
-            (h,),
+            lambda h, head, k, y: loss(h, head, y),
+            lambda h, head, k, y: _mean(h @ _dequantised(head), y),
+            lambda h, head, k, y: _products(h, k, gradients=1),
+            (h, head, k, y),
             (0,),
-            lambda h: frozen(h, k),
         )
     if name == "LowRankKernel of int4 in groups":
-        head = x["int4"]
         return (
-            lambda h, a, b: loss(h, jaxloss.LowRankKernel(head, a, b), y),
-            lambda h, a, b: _mean(h @ _dequantised(head) + (h @ a) @ b, y),
-            (h, x["a"], x["b"]),
+            lambda h, a, b, head, k, y: loss(h, jaxloss.LowRankKernel(head, a, b), y),
+            lambda h, a, b, head, k, y: _mean(h @ _dequantised(head) + (h @ a) @ b, y),
+            lambda h, a, b, head, k, y: _products(h, k, gradients=1),
+            (h, *update, x["int4"], k, y),
             (0, 1, 2),
-            lambda h, a, b: frozen(h, k),
         )
     # As many logits, in heads.
     h, k = h.reshape(N, HEADS, -1), k.reshape(D, HEADS, -1).swapaxes(0, 1)[:, : D // HEADS]
     y = jnp.tile(y[:, None], (1, HEADS)) % (V // HEADS)
     return (
-        lambda h, k: loss(h, k, y),
-        lambda h, k: _mean(jnp.einsum("nkd,kdv->nkv", h, k), y),
-        (h, k),
+        loss,
+        lambda h, k, y: _mean(jnp.einsum("nkd,kdv->nkv", h, k), y),
+        lambda h, k, y: jax.vmap(_products)(h.swapaxes(0, 1), k),
+        (h, k, y),
         (0, 1),
-        lambda h, k: jax.vmap(_products)(h.swapaxes(0, 1), k),
     )
 
 
@@ -135,7 +132,7 @@ def run(args: argparse.Namespace, tick: Callable[..., None]) -> dict[str, Any]:
     given, rows = arrays(), []
     for name, each in report.shares(tick, CASES):
         each(0, name)
-        ours, whole, operands, which, bare = _case(name, given)
+        ours, whole, bare, operands, which = _case(name, given)
         functions = {
             "jaxloss": jax.value_and_grad(ours, which),
             "whole logits": jax.value_and_grad(whole, which),

@@ -35,7 +35,6 @@ def rows_held(
     mask: bool = False,
     statistics: bool = False,
     scaling: bool = False,
-    composed: bool = False,
     divergence: str | None = None,
     own: float | None = None,
 ) -> float:
@@ -43,9 +42,8 @@ def rows_held(
 
     Counted in what XLA:CPU compiles, which writes out more than XLA's other compilers.
 
-    ``composed``: the logits are put together of several products. ``none``: the reduction.
-    ``mask``: of classes. ``own``: a loss of the caller's own, whose arrays of a token take as many
-    rows.
+    ``none``: the reduction. ``mask``: of classes. ``own``: a loss of the caller's own, whose arrays
+    of a token take as many rows.
     """
     rows = PLAIN_ROWS
     if divergence is not None:
@@ -59,7 +57,6 @@ def rows_held(
         others = soft or top or statistics
         rows += mask * (soft or top or smoothing) + mask * statistics + scaling * others
         rows += mask * probabilities * statistics
-    rows += 2 * composed
     narrow = dtype.itemsize < 4 and jax.default_backend() == "cpu"
     if narrow and (none or rows > PLAIN_ROWS):
         rows += 0.75  # the gradient in the products' dtype, and as a CPU multiplies it

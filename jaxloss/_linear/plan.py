@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 from jaxloss._checks import arguments, messages
 from jaxloss._linear import budget
+from jaxloss._linear.kernels import is_array
 from jaxloss._linear.product import Product
 from jaxloss._pallas import dispatch
 from jaxloss._tokens import targets
@@ -49,7 +50,7 @@ def choose(
     by_rule = implementation is None and chunk_size is None
     wanted = chip if by_rule else implementation if implementation in dispatch.KERNELS else None
     several = product.heads is not None
-    beyond = {"a kernel that is no array": product.composed or several}
+    beyond = {"a kernel that is no array": not is_array(product.kernel) or several}
     beyond |= _beyond(*asked)
     refused = dispatch.product_refusals(wanted, dtype, beyond) if wanted else []
     # By its name it is taken where arrays may be split too: JAX then says that it cannot be.
@@ -57,7 +58,7 @@ def choose(
     sizes = size.tokens, size.features, size.vocab, size.columns
     fused = bool(wanted and fused and dispatch.fits_product(wanted, *sizes))
     tokens = budget.size_to_plan_for(size.tokens)
-    rows = _rows(product, *asked)
+    rows = _rows(dtype, *asked)
     name = implementation
     if name is None and fused and wanted == "mosaic_tpu":
         name = wanted
@@ -88,11 +89,10 @@ def choose(
     return Plan(by_tokens, arguments.chunk_size(call, chunk_size, default, most), fused)
 
 
-def _rows(product: Product, arrays: TokenArrays, options: LossOptions, scalars: Scalars) -> float:
+def _rows(dtype: Any, arrays: TokenArrays, options: LossOptions, scalars: Scalars) -> float:
     """What a token of a chunk holds."""
     return budget.rows_held(
-        product.narrow,
-        composed=product.composed,
+        dtype,
         none=options.reduction == "none",
         probabilities=is_probabilities(arrays.labels),
         top=isinstance(arrays.labels, TopKLabels),

@@ -65,11 +65,6 @@ class Product:
         """Their number, of one head."""
         return prod(self.lead if self.heads is None else self.lead[:-1])
 
-    @property
-    def composed(self) -> bool:
-        """Whether the logits are put together of several products."""
-        return not kernels.is_array(self.kernel)
-
     def flat(self) -> "Product":
         """With one axis of tokens."""
         *lead, features = self.hidden.shape

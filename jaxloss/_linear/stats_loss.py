@@ -172,7 +172,6 @@ def prepared(
     options = options._replace(vocab_axes=vocab_axes, token_axes=token_axes)
     rows = budget.rows_held(
         product.narrow,
-        composed=product.composed,
         none=options.reduction == "none",
         statistics=True,
         mask=arrays.class_mask is not None,
