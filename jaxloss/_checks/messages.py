@@ -218,7 +218,8 @@ def scalar(function: str, name: str, x: Any, low: float, high: float, off: float
 
 def in_range(x: Array, low: float, high: float, dtype) -> Array:
     """``x`` in ``dtype``, with NaN in place of a value out of range: a traced one is not known."""
-    x, high = x.astype(dtype), min(high, float(jnp.finfo(dtype).max))
+    most = float(jnp.finfo(dtype).max)
+    x, low, high = x.astype(dtype), max(low, -most), min(high, most)
     return jnp.where((x >= low) & (x <= high), x, jnp.nan)
 
 

@@ -3,7 +3,6 @@
 from functools import partial
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.sharding import PartitionSpec as P
@@ -73,7 +72,8 @@ def _existing(
     x, (y, *more), where, sample_weight = arrays
     y = jnp.concatenate([y, *more]) if more else y
     pairs, columns = x.shape[0], y.shape[0]
-    masks, read, counts = Masks(), None, jnp.ones(pairs, bool)
+    masks, counts = Masks(), jnp.ones(pairs, bool)
+    read: tuple[Any, Any] = None, None  # the rows of x, and of y, that are
     if where is not None and where.ndim == 1:
         there = jnp.pad(where, (0, columns - pairs), constant_values=True)
         masks, read, counts = Masks(where, there), (where, there), where
@@ -91,7 +91,10 @@ def _existing(
         if not both:  # a row that weighs nothing is in no other's sum
             read = (counts, read[1] if read else None)
     if read is not None:
-        x, y = (v if r is None else jnp.where(r[:, None], v, 0) for v, r in zip((x, y), read, strict=True))
+        x, y = (
+            v if r is None else jnp.where(r[:, None], v, 0)
+            for v, r in zip((x, y), read, strict=True)
+        )
     return x, y, masks, counts
 
 

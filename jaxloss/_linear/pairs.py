@@ -72,10 +72,12 @@ def sums_of_others(way: Way, operands: Operands, masks: Masks) -> tuple[Array, .
         return out, (operands, masks, out)
 
     def backward(active, saved, ct):
-        return _gradients(way, active[0], *saved, ct), None
+        operands, masks, results = saved
+        return _gradients(way, active[0], operands, masks, results, ct), None
 
     def tangent(saved, tangents):
-        return _tangents(way, *saved, tangents[0])
+        operands, masks, results = saved
+        return _tangents(way, operands, masks, results, tangents[0])
 
     rule = differentiable(value, forward, backward, tangent, asks=True, whole=False)
     return rule(operands, masks)
@@ -89,8 +91,8 @@ def of_pairs(operands: Operands) -> Array:
 
 
 def _product(way: Way, operands: Operands) -> Product:
-    x, y, *_ = operands
-    return Product(x, y, None, 0, y.shape[0], way.precision)
+    columns = operands.y.shape[0]
+    return Product(operands.x, operands.y, None, 0, columns, way.precision)
 
 
 def _others(way: Way, operands: Operands, left_out: Array) -> tuple[Array, Array]:
@@ -123,29 +125,30 @@ def _over_tiles(
     beside: tuple[tuple, tuple],
     nothing: tuple[Any, Any],
     part: Callable[[Tile], tuple],
-    add: Callable = jnp.add,
+    add: Callable | None = None,
 ) -> tuple[Any, Any]:
     """The sums over all tiles of ``part(tile)``, which is something of the tile's rows, and of its
     columns.
 
-    ``beside``: a tile's ``rows`` and ``columns``. ``nothing``: the sums of no tile.
+    ``beside``: a tile's ``rows`` and ``columns``. ``nothing``: the sums of no tile. ``add``: of two
+    sums; None: they are sums of numbers.
     """
     axes = way.sweep.token_axes
     x, y, *numbers = operands
     rows, columns = (x, masks.rows, masks.entries, beside[0]), (y, masks.columns, beside[1])
     given = mesh.varying((rows, columns, numbers, nothing), axes)
     rows, columns, numbers, state = mesh.varying_alike(*given)
-    size, chunk = x.shape[0], way.sweep.chunk
+    size, chunk, add = x.shape[0], way.sweep.chunk, add or partial(jax.tree.map, jnp.add)
     if size == 0:
         return state
 
     @partial(jax.checkpoint, static_argnums=0)
     def part_of_chunk(size, start, rows, columns, numbers, place, is_own):
-        x, exist, entries, *own = _cut(rows, start, size)
+        x, exist, entries, of_rows = _cut(rows, start, size)
         y, exist_columns, of_columns = columns
         of_tile = Masks(exist, exist_columns, entries)
         out = _left_out(of_tile, (size, y.shape[0]), start, place, is_own)
-        return part(Tile(Operands(x, y, *numbers), out, *own, of_columns))
+        return part(Tile(Operands(x, y, *numbers), out, of_rows, of_columns))
 
     def with_chunk(state, start, size, columns, *which):
         of_rows, of_columns = state
@@ -184,10 +187,6 @@ def _cut(xs: Any, start: Any, size: int) -> Any:
     return jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, start, size), xs)
 
 
-def _added(xs: Any, ys: Any) -> Any:
-    return jax.tree.map(jnp.add, xs, ys)
-
-
 def _results(way: Way, operands: Operands, masks: Masks) -> tuple[Array, ...]:
     """One product."""
     sums = way.sums
@@ -218,15 +217,17 @@ def _gradients(
     """Of the ``active`` operands. Three products."""
     ct = tuple(jnp.zeros_like(r) if c is None else c for c, r in zip(ct, results, strict=True))
     lift = _lift(operands.x.dtype, ct)
-    beside = tuple((r, c / lift) for r, c in zip(results, ct, strict=True))
+    of_rows, *of_columns = ((r, c / lift) for r, c in zip(results, ct, strict=True))
 
     def part(tile):
         z, products = _others(way, tile.operands, tile.left_out)
-        dz = 0
-        for axis, of in ((1, tile.rows), (0, tile.columns)):
-            if of:
-                result, ct = of
-                dz += along(ct, axis) * way.sums.slope(z, result, axis)
+
+        def slope(result, ct, axis):
+            return along(ct, axis) * way.sums.slope(z, result, axis)
+
+        dz = slope(*tile.rows, axis=1)
+        if way.both:
+            dz += slope(*tile.columns, axis=0)
         which = Product(active.x, active.y, False, 0, 0)
         new = _product(way, tile.operands).gradients(dz, which, held=True)
         d_scale = jnp.sum(dz * products, axis=1) if active.scale else None
@@ -237,10 +238,10 @@ def _gradients(
         return jnp.zeros(shape, operands.scale.dtype) if asked else None
 
     rows = operands.x.shape[:1]
-    of_rows = zeros(active.x, operands.x.shape), zeros(active.scale, rows), zeros(active.bias, rows)
-    blank = of_rows, zeros(active.y, operands.y.shape)
-    beside = (*beside, ()) if len(beside) == 1 else beside
-    found = _over_tiles(way, operands, masks, beside, blank, part, _added)
+    blank = zeros(active.x, operands.x.shape), zeros(active.scale, rows), zeros(active.bias, rows)
+    blank = blank, zeros(active.y, operands.y.shape)
+    beside = of_rows, of_columns[0] if way.both else ()
+    found = _over_tiles(way, operands, masks, beside, blank, part)
     (d_x, d_scale, d_bias), d_y = found
     d_x, d_y = (None if g is None else operands.scale * g for g in (d_x, d_y))
     d_scale, d_bias = (None if g is None else jnp.sum(g) for g in (d_scale, d_bias))
@@ -261,7 +262,9 @@ def _lift(dtype: Any, ct: tuple[Array, ...]) -> Array:
     if dtype != jnp.float16:
         return one
     of_each = [jnp.max(jnp.abs(c), initial=0) for c in ct]
-    largest = mesh.largest(jnp.maximum(of_each[0], of_each[-1]), tuple(sorted(mesh.varies_over(ct))))
+    largest = mesh.largest(
+        jnp.maximum(of_each[0], of_each[-1]), tuple(sorted(mesh.varies_over(ct)))
+    )
     # To at most 64: shares of 1e-9 are not lost.
     return jnp.where((largest > 0) & jnp.isfinite(largest), largest, one) / 64
 
@@ -269,24 +272,25 @@ def _lift(dtype: Any, ct: tuple[Array, ...]) -> Array:
 def _tangents(
     way: Way, operands: Operands, masks: Masks, results: tuple[Array, ...], tangents: Operands
 ) -> tuple[Array, ...]:
-    """Those of the results: one product, and one each for a tangent of x and of y."""
+    """Those of the results: a product for the similarities, one for each tangent of x and y."""
 
     def part(tile):
-        (*rows, d_x), (*columns, d_y) = tile.rows, tile.columns
+        (result, d_x), (of_column, d_y) = tile.rows, tile.columns
         moved = Operands(d_x, d_y, tangents.scale, tangents.bias)
 
         def similarities(*operands):
             return _others(way, Operands(*operands), tile.left_out)[0]
 
         z, dz = jvp_of_moving(similarities, tile.operands, moved)
-        found = (
-            jnp.sum(way.sums.slope(z, of[0], axis) * dz, axis=axis) if of else None
-            for axis, of in ((1, rows), (0, columns))
-        )
-        return tuple(found)
 
-    of_columns = results[1:]
-    beside = (results[0], tangents.x), (*of_columns, tangents.y)
-    blank = jnp.zeros_like(results[0]), jnp.zeros_like(results[1]) if way.both else None
-    found = _over_tiles(way, operands, masks, beside, blank, part, _added)
+        def along_entries(result, axis):
+            return jnp.sum(way.sums.slope(z, result, axis) * dz, axis=axis)
+
+        return along_entries(result, 1), along_entries(of_column, 0) if way.both else None
+
+    of_columns = results[1] if way.both else None
+    beside = (results[0], tangents.x), (of_columns, tangents.y)
+    found = _over_tiles(
+        way, operands, masks, beside, jax.tree.map(jnp.zeros_like, (results[0], of_columns)), part
+    )
     return found[: len(results)]
