@@ -1,4 +1,4 @@
-"""contrastive_loss and sigmoid_contrastive_loss: CLIP's and SigLIP's formulas without the matrix."""
+"""contrastive_loss and sigmoid_contrastive_loss: CLIP's formula and SigLIP's without the matrix."""
 
 from functools import partial
 
@@ -156,7 +156,7 @@ def test_the_formula_under_vmap_scan_and_checkpoint(way):
 
 
 def confident(margin, n=6):
-    """Pairs whose similarity is ``margin`` above all others, at a scale of 100: exact in float32."""
+    """Pairs whose similarity is ``margin`` above all others: the products are exact in float32."""
     x = np.eye(n, dtype=np.float32)
     return x, x * np.float32(margin / 128), np.float32(128)
 
@@ -206,22 +206,16 @@ def test_hard_pairs_at_a_large_common_scale():
     x, y = (rng.normal(size=(12, 5)).astype(np.float32) for _ in range(2))
     x, y = (v / np.linalg.norm(v, axis=1, keepdims=True) for v in (x, y))
     x[3], y[3] = y[4], x[4]
-    for loss, formula, numbers in (
-        (jaxloss.contrastive_loss, clip_by_pair, {"logit_scale": 100.0}),
-        (
-            jaxloss.sigmoid_contrastive_loss,
-            siglip_by_row,
-            {"logit_scale": 100.0, "logit_bias": -10.0},
-        ),
-    ):
-        step = jax.value_and_grad(partial(loss, chunk_size=5, **numbers), (0, 1))
-        got, grads = step(x, y)
+    for way in ("clip", "siglip"):
+        loss, formula = calls(way, chunk_size=5)
+        got, grads = jax.value_and_grad(loss, (0, 1))(x, y, np.float32(100), np.float32(-10))
         with jax.enable_x64(True):
-            wide = x.astype(np.float64), y.astype(np.float64)
-            truth = jax.value_and_grad(
-                lambda x, y: jnp.mean(formula(x, y, *numbers.values())), (0, 1)
-            )
-            expected, expected_grads = truth(*wide)
+            wide = *(v.astype(np.float64) for v in (x, y)), 100.0, -10.0
+
+            def truth(*args, formula=formula):
+                return jnp.mean(formula(*args))
+
+            expected, expected_grads = jax.value_and_grad(truth, (0, 1))(*wide)
         np.testing.assert_allclose(got, expected, rtol=120 * EPS)
         for g, want in zip(grads, expected_grads, strict=True):
             np.testing.assert_allclose(g, want, rtol=0, atol=2e3 * EPS * np.abs(want).max())
@@ -287,7 +281,7 @@ def test_entries_that_do_not_exist(way):
 
 
 def test_a_row_of_which_no_entry_exists_may_hold_anything():
-    x, y, scale, bias = operands(np.float32)
+    x, y, *_ = operands(np.float32)
     where = np.ones((N, N), bool)
     where[1], where[:, 1] = False, False
     holes = x.copy(), y[:N].copy()
@@ -474,8 +468,8 @@ X = np.zeros((4, 3), np.float32)
         (
             {"where": np.ones((1, 4), bool)},
             ValueError,
-            r"where must be \[N\] \(pairs that exist\), \(4,\), or \[N, M\] \(entries that exist\), "
-            r"\(4, 4\); got bool\(1, 4\)",
+            r"where must be \[N\] \(pairs that exist\), \(4,\), or \[N, M\] \(entries that "
+            r"exist\), \(4, 4\); got bool\(1, 4\)",
         ),
         ({"where": np.ones(4)}, TypeError, "where must be boolean; got float"),
         ({"sample_weight": X}, ValueError, r"sample_weight must have the shape .*\(4,\); got"),
