@@ -216,7 +216,7 @@ def _gradients(
 ) -> Operands:
     """Of the ``active`` operands. Three products."""
     ct = tuple(jnp.zeros_like(r) if c is None else c for c, r in zip(ct, results, strict=True))
-    lift = _lift(operands.x.dtype, ct)
+    lift = _lift(ct)
     of_rows, *of_columns = ((r, c / lift) for r, c in zip(results, ct, strict=True))
 
     def part(tile):
@@ -255,18 +255,15 @@ def _gradients(
     return Operands(*map(settled, grads, operands))
 
 
-def _lift(dtype: Any, ct: tuple[Array, ...]) -> Array:
-    """What the cotangents are divided by in the products, which narrow them to float16. It is one
-    number for all devices."""
-    one = jnp.ones((), ct[0].dtype)
-    if dtype != jnp.float16:
-        return one
+def _lift(ct: tuple[Array, ...]) -> Array:
+    """What the cotangents are divided by in the products, which may narrow them to float16. It is
+    one number for all devices."""
     of_each = [jnp.max(jnp.abs(c), initial=0) for c in ct]
-    largest = mesh.largest(
-        jnp.maximum(of_each[0], of_each[-1]), tuple(sorted(mesh.varies_over(ct)))
-    )
-    # To at most 64: shares of 1e-9 are not lost.
-    return jnp.where((largest > 0) & jnp.isfinite(largest), largest, one) / 64
+    largest = jnp.maximum(of_each[0], of_each[-1])
+    largest = mesh.largest(largest, tuple(sorted(mesh.varies_over(largest))))
+    # To at most 64: neither are shares of 1e-9 lost in float16, nor those of 1e-38 in float32.
+    least = jnp.finfo(largest.dtype).tiny
+    return jnp.where(jnp.isfinite(largest), jnp.maximum(largest / 64, least), 1)
 
 
 def _tangents(
