@@ -14,7 +14,13 @@ from benchmarks.harness import report
 from benchmarks.harness.environment import describe
 from benchmarks.parts import PARTS, load
 
-READMES = (Path("README.md"), Path("benchmarks/README.md"), Path("benchmarks/guides/meshes.md"))
+GUIDES = Path("benchmarks/guides")
+READMES = (
+    Path("README.md"),
+    Path("benchmarks/README.md"),
+    GUIDES / "meshes.md",
+    GUIDES / "contrastive.md",
+)
 MARKS = re.compile(r"<!-- (\w+)((?: \d+)?): begin -->.*?<!-- \1\2: end -->", re.DOTALL)
 PART_OF = {name: part for part, results in PARTS.items() for name in results}
 

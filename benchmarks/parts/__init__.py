@@ -19,6 +19,7 @@ PARTS: dict[str, dict[str, dict[str, Any]]] = {
     "overhead": {"overhead": {}},
     "meshes": {"scaling": {}},
     "automatic": {"automatic": {}},
+    "contrastive": {"contrastive": {}},
     "large": {"large": {}},
     "gpu": {"gpu": {}},
     "tpu": {"compiled": {}},
