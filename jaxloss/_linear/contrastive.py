@@ -13,7 +13,7 @@ from jaxloss._linear.product import Sweep
 from jaxloss._numerics.binary import softplus
 from jaxloss._numerics.pairs import LOG_SUM_EXP, SUM_OF_SOFTPLUS
 from jaxloss._tokens.reduction import TokenWeights, reduce_losses
-from jaxloss._types import LossOptions, with_static_numbers
+from jaxloss._types import Axes, LossOptions, with_static_numbers
 from jaxloss._xla import mesh
 from jaxloss._xla.device import jit
 from jaxloss._xla.dtypes import accumulator_dtype
@@ -65,9 +65,7 @@ def of_device(
     return reduce_losses(losses, weights, options)
 
 
-def _existing(
-    arrays: PairArrays, both: bool, axes: tuple[str, ...]
-) -> tuple[Array, Array, Masks, Array]:
+def _existing(arrays: PairArrays, both: bool, axes: Axes) -> tuple[Array, Array, Masks, Array]:
     """``(x, y, masks, which pairs count)``. Rows that no entry is of are 0, whatever they held."""
     x, (y, *more), where, sample_weight = arrays
     y = jnp.concatenate([y, *more]) if more else y

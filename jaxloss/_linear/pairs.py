@@ -20,6 +20,7 @@ from jax import Array, lax
 
 from jaxloss._linear.product import Product, Sweep
 from jaxloss._numerics.pairs import Sums, along
+from jaxloss._types import Axes
 from jaxloss._xla import mesh
 from jaxloss._xla.derivatives import differentiable, jvp_of_moving
 from jaxloss._xla.dtypes import upcast
@@ -168,6 +169,12 @@ def _over_tiles(
 
         return lax.scan(step, state, jnp.arange((size - first) // chunk, dtype=jnp.int32))[0]
 
+    return _around(axes, with_block, state, columns)
+
+
+def _around(axes: Axes, with_block: Callable, state: tuple[Any, Any], columns: Any) -> tuple:
+    """``state`` after ``with_block(state, columns, place, is_own)`` with the columns of each device
+    of the ring, which go round with what the state has of them."""
     if not axes:
         return with_block(state, columns, 0, True)
     devices, own = mesh.size(axes), lax.axis_index(axes)
@@ -180,7 +187,8 @@ def _over_tiles(
         of_columns, columns = jax.tree.map(send, (of_columns, columns))
         return ((of_rows, of_columns), columns), None
 
-    return lax.scan(hop, (state, columns), jnp.arange(devices, dtype=jnp.int32))[0][0]
+    (state, _), _ = lax.scan(hop, (state, columns), jnp.arange(devices, dtype=jnp.int32))
+    return state
 
 
 def _cut(xs: Any, start: Any, size: int) -> Any:
