@@ -18,8 +18,7 @@ from jaxloss._xla import mesh as meshes
 from jaxloss._xla.dtypes import accumulator_dtype
 
 
-def _operands(call: str, x: Any, y: Any, symmetric: bool) -> tuple[Array, Array]:
-    x, y = messages.floating(call, "x", x), messages.floating(call, "y", y)
+def _check_operands(call: str, x: Array, y: Array, symmetric: bool) -> None:
     for name, v, rows in (("x", x, "N"), ("y", y, "M")):
         if v.ndim != 2:
             messages.fail(call, f"{name} must be [{rows}, D]", messages.describe(v))
@@ -35,7 +34,6 @@ def _operands(call: str, x: Any, y: Any, symmetric: bool) -> tuple[Array, Array]
         messages.fail(call, "x and y must have a row a pair each", got, way_out)
     if x.shape[0] > y.shape[0]:
         messages.fail(call, "y must have a row for each row of x", got)
-    return x, y
 
 
 def _where(call: str, where: Any, pairs: int, columns: int) -> Array | None:
@@ -70,10 +68,11 @@ def _loss(
     precision: Any,
 ) -> Array:
     symmetric = messages.flag(call, "symmetric", symmetric)
-    x, y = _operands(call, x, y, symmetric)
-    pairs, columns = x.shape[0], y.shape[0]
+    x, y = messages.floating(call, "x", x), messages.floating(call, "y", y)
     names = arguments.axis_names(call, 2, token_axis_name=token_axis_name, over=over)
     arguments.check_pairs_split(call, x, y, names.token_axes)
+    _check_operands(call, x, y, symmetric)
+    pairs, columns = x.shape[0], y.shape[0]
     where = _where(call, where, pairs, columns * meshes.size(names.token_axes))
     sample_weight = arguments.check_sample_weight(call, sample_weight, (pairs,))
     arguments.check_reduction(call, reduction)
