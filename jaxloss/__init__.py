@@ -2,6 +2,8 @@
 
 from importlib.metadata import version as _version
 
+from jaxloss._contrastive import contrastive_loss as contrastive_loss
+from jaxloss._contrastive import sigmoid_contrastive_loss as sigmoid_contrastive_loss
 from jaxloss._cross_entropy import cross_entropy as cross_entropy
 from jaxloss._cross_entropy import log_softmax as log_softmax
 from jaxloss._cross_entropy import nll_loss as nll_loss
@@ -44,6 +46,7 @@ __all__ = [
     "TokenStats",
     "TopKLabels",
     "check_labels",
+    "contrastive_loss",
     "cross_entropy",
     "focal_loss",
     "kl_divergence",
@@ -62,6 +65,7 @@ __all__ = [
     "next_token_labels",
     "nll_loss",
     "sequence_weight",
+    "sigmoid_contrastive_loss",
     "sigmoid_cross_entropy",
     "sigmoid_focal_loss",
     "token_stats",

@@ -20,6 +20,7 @@ PARTS: dict[str, dict[str, dict[str, Any]]] = {
     "meshes": {"scaling": {}},
     "automatic": {"automatic": {}},
     "heads": {"heads": {}},
+    "contrastive": {"contrastive": {}},
     "large": {"large": {}},
     "gpu": {"gpu": {}},
     "tpu": {"compiled": {}},

@@ -486,6 +486,17 @@ def check_split(
             )
 
 
+def check_pairs_split(function: str, x: Array, y: Array, token_axes: Axes) -> None:
+    """Each device must have its own rows of both: types say what gradients are sums over."""
+    for axis in token_axes:
+        for name, v in (("x", x), ("y", y)):
+            if axis not in mesh.varies_over(v):
+                _check_types(function, "token_axis_name", axis)
+                rule = f"{name} must be split over token_axis_name"
+                got = f"{name} the same on all devices along {axis!r}"
+                messages.fail(function, rule, got, "Split it in in_specs.")
+
+
 def _check_types(function: str, name: str, axis: str) -> None:
     """Refuses where no type says what is split over the axis, so that nothing is known of it."""
     if not mesh.is_typed(axis):

@@ -129,3 +129,11 @@ def default_block(num_tokens: int, num_classes: int) -> int:
     least = 1024 if backend == "tpu" else 128
     block = 2 ** int(math.log2(max(least, budget // (4 * max(1, num_tokens)))))
     return max(1, min(block, num_classes))
+
+
+def default_chunk_of_pairs(num_pairs: Any, num_columns: int) -> int:
+    """Pairs a chunk of similarities: a power of two, or all. Two rows of them are held."""
+    if jax.default_backend() != "cpu":
+        return default_chunk(num_pairs, num_columns)
+    # Beside them the gradients of x and y are held, which have as many rows as these have columns.
+    return max(1, min(_fit(64, num_columns), 1024, num_pairs))

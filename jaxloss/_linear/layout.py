@@ -101,6 +101,42 @@ def of_call(
     return Layout(over, axes, whole, tuple(tokens), vocab_axes, tuple(kernels), gathered)
 
 
+def of_pairs(
+    call: str, names: arguments.AxisNames, x: Array, y: Sequence[Array], beside: Sequence[Any]
+) -> Layout | None:
+    """As :func:`of_call`, of pairs: the rows of all arrays are split alike, and nothing else."""
+    arrays = (x, *y, *(v for v in beside if v is not None))
+    typed = [v for v in arrays if is_split(v)]
+    if not typed and not names.asked:
+        return None
+    over = jax.typeof(typed[0]).sharding.mesh if typed else names.mesh
+    entry = None if names.of_tokens is None else names.of_tokens[0]
+    if names.of_tokens is None:
+        for name, v in (("x", x), *(("y", v) for v in y)):
+            if spec_of(v)[1] is not None:
+                rule = f"{name} must not be sharded in its last axis on an explicit mesh"
+                way_out = "Reshard it: jax.reshard(x, spec). Or name what splits the pairs: "
+                way_out += "token_axis_name=... gathers the features."
+                messages.fail(call, rule, f"{jax.typeof(v)}", way_out)
+        entry = next((e for v in arrays if (e := spec_of(v)[0]) is not None), None)
+    for name, v in (("x", x), *(("y", v) for v in y)):
+        _check_divides(call, name, v, (entry, None), over)
+    axes, whole = _axes_of_shard_map(over, {*names_of(entry)})
+    return Layout(over, axes, whole, (entry,), (), (), ())
+
+
+def warn_of_pairs(call: str, pairs: Any, chunk: int) -> None:
+    """Warns where XLA's partitioner would let each device compute the similarities of all."""
+    over = mesh.of_context()
+    if over is None or mesh.manual_axes() or not isinstance(pairs, int) or chunk >= pairs:
+        return
+    devices = devices_along(over, _axes_of(over, AxisType.Auto))
+    if devices > 1:
+        text = f"{call}: of pairs that are split over the {devices} devices of this mesh, each "
+        text += "device computes all similarities. Name the axes: token_axis_name=..."
+        warnings.warn(text, stacklevel=2)
+
+
 def warn_if_shared(call: str, tokens: Any, chunk: int) -> None:
     """Warns where the numbers of tokens and of a chunk make XLA's partitioner let each device
     compute the tokens of others."""

@@ -341,6 +341,13 @@ BESIDE["linear_kl_divergence"] |= {"teacher_hidden": H, "teacher_kernel": K}
 # Of each public function calls that would broadcast, divide by 0 or take a number that is none.
 PROMISES = {
     "check_labels": [{"labels": Y, "num_classes": -1}],
+    "contrastive_loss": [
+        {"x": X, "y": X[:1]},
+        {"x": X, "y": X[:1], "symmetric": False},
+        {"x": X, "y": X, "where": np.ones((1, 4), bool)},
+        {"x": X, "y": X, "sample_weight": X[:1, 0]},
+        {"x": X, "y": X, "logit_scale": X[0, :1]},
+    ],
     "cross_entropy": [
         {"logits": X, "labels": Y[:1]},
         {"logits": X, "labels": X[:1]},
@@ -416,6 +423,11 @@ PROMISES = {
     "sequence_weight": [
         {"labels": Y, "segment_ids": Y[:1]},
         {"labels": Y, "sample_weight": X[:1, 0]},
+    ],
+    "sigmoid_contrastive_loss": [
+        {"x": X, "y": X[:1]},
+        {"x": X, "y": X, "where": np.ones((4, 1), bool)},
+        {"x": X, "y": X, "logit_bias": np.nan},
     ],
     "sigmoid_cross_entropy": [
         {"logits": X, "labels": X[:1]},
@@ -606,6 +618,10 @@ BESIDE_TEACHER = {"hidden": H, "kernel": K, "teacher_hidden": H, "teacher_kernel
 # A call, and which of its arguments are arrays: of real numbers, of integers, masks, or anything.
 OF_ARRAYS = {
     "check_labels": ({"labels": Y, "num_classes": 3}, {"labels": "i"}),
+    "contrastive_loss": (
+        {"x": X, "y": X},
+        {"x": "f", "y": "f", "sample_weight": "w", "where": "b"},
+    ),
     "cross_entropy": (
         {"logits": X, "labels": Y},
         {"logits": "f", "labels": "y", "weight": "f", "sample_weight": "w", "where": "b"},
@@ -666,6 +682,10 @@ OF_ARRAYS = {
         {"log_probs": "f", "labels": "y", "weight": "f", "sample_weight": "w", "where": "b"},
     ),
     "sequence_weight": ({"labels": Y}, {"labels": "i", "segment_ids": "i", "sample_weight": "w"}),
+    "sigmoid_contrastive_loss": (
+        {"x": X, "y": X},
+        {"x": "f", "y": "f", "sample_weight": "w", "where": "b"},
+    ),
     "sigmoid_cross_entropy": (
         {"logits": X, "labels": X},
         {"logits": "f", "labels": "y", "weight": "f", "pos_weight": "f"}
@@ -684,6 +704,7 @@ FUNCTIONS = sorted(OF_ARRAYS)
 
 # That may be scalar arrays; that have checks of their own.
 NUMBERS = ("label_smoothing", "z_loss", "temperature", "kl_temperature")
+NUMBERS += "logit_scale", "logit_bias"
 OTHERS = ("reference", "key")
 
 

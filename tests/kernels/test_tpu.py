@@ -212,6 +212,36 @@ def test_shard_map_over_some_axes_of_four_chips(linear, traced_anew):
     assert KERNEL not in lowered(split, *args, chips=chips).compile().as_text()
 
 
+@pytest.mark.parametrize("name", ["contrastive_loss", "sigmoid_contrastive_loss"])
+def test_pairs_on_one_chip_and_on_four(name):
+    """All similarities would take 1024 MiB, and a gather of y 16 MiB on each chip."""
+    n, d, loss = 16384, 512, getattr(jaxloss, name)
+
+    def step(**options):
+        def scaled(x, y, scale):
+            return loss(x, y, logit_scale=scale, **options)
+
+        return jax.value_and_grad(scaled, (0, 1, 2))
+
+    x, scale = ((n, d), jnp.bfloat16), ((), jnp.float32)
+    program = compiled("v5e", step(), x, x, scale)
+    assert program.memory_analysis().peak_memory_in_bytes < 256 * MIB
+    chips = topology("v5e").devices
+    mesh = Mesh(np.array(chips), ("data",), axis_types=(AxisType.Auto,))
+    args = [
+        jax.ShapeDtypeStruct(
+            shape, dtype, sharding=NamedSharding(mesh, P("data") if shape else P())
+        )
+        for shape, dtype in (x, x, scale)
+    ]
+    split = lowered(step(token_axis_name="data", mesh=mesh), *args, chips=chips, devices=4)
+    program = split.compile()
+    assert program.memory_analysis().peak_memory_in_bytes < 80 * MIB
+    found = collectives(program.as_text())
+    assert {kind for kind, *_ in found} == {"all-reduce", "collective-permute"}
+    assert all(elements(shape) <= n // 4 * d for _, shape, _ in found)
+
+
 def test_the_walk_finds_materialised_logits():
     """The assertions above must be able to fail."""
 

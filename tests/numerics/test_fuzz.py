@@ -53,6 +53,12 @@ from numerics.fuzz.log_probs import (
     program_of_log_probs,
 )
 from numerics.fuzz.logits import SOFTMAX, fuzz_cross_entropy, program_of_logits, sanitized
+from numerics.fuzz.pairs import (
+    PAIRS,
+    fuzz_contrastive_loss,
+    fuzz_sigmoid_contrastive_loss,
+    program_of_pairs,
+)
 from numerics.fuzz.product import (
     LINEAR,
     fuzz_linear_cross_entropy,
@@ -184,6 +190,16 @@ FUZZ = {
     "linear_top_k": Fuzz(fuzz_linear_top_k, NAMED, ({"c": 12, "chunk_size": 4},)),
     "linear_sample": Fuzz(fuzz_linear_sample, NAMED, ({"c": 12, "chunk_size": 4},)),
     "linear_stats_loss": Fuzz(fuzz_linear_stats_loss, NAMED, ({"c": 12, "chunk_size": 4},)),
+    "contrastive_loss": Fuzz(
+        fuzz_contrastive_loss,
+        PAIRS,
+        ({"scale": 100.0}, {"where": "entries", "sample_weight": "float", "reduction": "none"}),
+    ),
+    "sigmoid_contrastive_loss": Fuzz(
+        fuzz_sigmoid_contrastive_loss,
+        PAIRS,
+        ({"bias": -10.0, "more": 3, "symmetric": False}, {"dtype": "bfloat16", "where": "pairs"}),
+    ),
     "metric_sums": Fuzz(
         fuzz_metric_sums,
         {"bins": [1, 4, 15], "top_k": [(1, 5), (3,), ()], "sample_weight": [None, "bool", "float"]},
@@ -247,6 +263,7 @@ PROGRAMS = (
     program_of_focal,
     program_of_sigmoid,
     program_of_divergence,
+    program_of_pairs,
     program_of_derivatives,
 )
 CLASSES = {"TopKLabels": "labels", "TokenStats": "token_stats", "MetricSums": "metric_sums"}
