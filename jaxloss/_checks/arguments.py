@@ -400,7 +400,7 @@ def axis_names(
     named = [x for x in (token_axis_name, vocab_axis_name, kernel_spec) if x is not None]
     if over is not None and not named:
         rule = "mesh is where axes are named"
-        messages.fail(function, rule, "none", "Give token_axis_name or vocab_axis_name too.")
+        messages.fail(function, rule, "none", "Name the axes: token_axis_name=...")
     manual = mesh.manual_axes()
     over = mesh.of_context() if over is None or manual else over
     tokens = _names(function, "token_axis_name", token_axis_name, over)
