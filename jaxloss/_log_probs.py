@@ -129,7 +129,9 @@ def log_probs_at(
     arrays = TokenArrays(
         indices,
         class_mask=mask,
-        temperature=arguments.token_temperature(call, temperature, batch, logits),
+        temperature=arguments.token_temperature(
+            call, temperature, batch, accumulator_dtype(logits.dtype)
+        ),
     )
     wide = accumulator_dtype(logits.dtype)
     scalars = arguments.scalars(call, wide, logit_softcap=logit_softcap, temperature=temperature)
