@@ -34,15 +34,14 @@ def product_operands(
         messages.fail(function, rule, got)
     size, columns = base.shape[-2:][1 - vocab_axis], base.shape[-2:][vocab_axis]
     if hidden.shape[-1] != size:
-        transposed = hidden.shape[-1] == columns
+        other = 1 - vocab_axis - 2 * len(heads)
+        way_out = f"For a kernel of this shape set {name_of}={other}."
         messages.fail(
             function,
             f"{of}kernel must have {of}hidden's last dimension, D = {hidden.shape[-1]}, at axis "
-            f"{1 - vocab_axis - 2 * bool(heads)}",
+            f"{other}",
             f"{of}hidden {messages.describe(hidden)}, {of}kernel {messages.describe(base)}",
-            f"For a kernel of this shape set {name_of}={1 - vocab_axis - 2 * bool(heads)}."
-            if transposed
-            else "",
+            way_out if hidden.shape[-1] == columns else "",
         )
     narrow = _dtype_of_products(function, dtype, hidden, kernel, of)
     kernel = _fitted(function, f"{of}kernel", kernel, (*heads, size, columns))
