@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 from jax import Array, lax
@@ -46,11 +45,6 @@ def _where(call: str, where: Any, pairs: int, columns: int) -> Array | None:
     return mask
 
 
-def _number(call: str, name: str, x: Any, off: float, dtype: Any) -> Any:
-    most = sys.float_info.max
-    return messages.scalar(call, name, x, -most, most, off, dtype)
-
-
 def _loss(
     call: str,
     x: Any,
@@ -78,8 +72,9 @@ def _loss(
     arguments.check_reduction(call, reduction)
     dtype = accumulator_dtype(x.dtype)
     scale, *bias = scalars
-    numbers = [_number(call, "logit_scale", scale, 1.0, dtype)]
-    numbers += [_number(call, "logit_bias", b, 0.0, dtype) for b in bias]
+    finite = arguments.FINITE
+    numbers = [messages.scalar(call, "logit_scale", scale, *finite, 1.0, dtype)]
+    numbers += [messages.scalar(call, "logit_bias", b, *finite, 0.0, dtype) for b in bias]
     parts = (y,) if columns == pairs else (y[:pairs], y[pairs:])
     found = layout.of_pairs(call, names, x, parts, (where, sample_weight))
     axes, devices = names.token_axes, 1

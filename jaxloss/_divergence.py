@@ -40,8 +40,6 @@ def _kind(call: str, divergence: Any, beta: Any, temperature: Any, dtype) -> tup
     """Those of ``row_divergences`` that are static, hashable, and the temperature."""
     messages.word(call, "divergence", divergence, DIVERGENCES)
     static = (("divergence", divergence), ("beta", arguments.check_beta(call, beta)))
-    # One a token is among the arrays.
-    temperature = 1.0 if getattr(temperature, "ndim", 0) else temperature
     return static, Scalars(temperature=arguments.temperature(call, temperature, dtype))
 
 

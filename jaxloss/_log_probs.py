@@ -325,8 +325,8 @@ def linear_top_k(
       kernel: ``[D, V]``, or ``[V, D]`` with ``vocab_axis=0``, as in :func:`linear_cross_entropy`.
       k: how many, at most the number of classes.
       bias, vocab_axis, num_classes, precision, dtype, vocab_axis_name, token_axis_name,
-        kernel_spec, mesh: as in :func:`linear_cross_entropy`.
-        Where devices share the columns, each has k or more.
+        kernel_spec, mesh: as in :func:`linear_cross_entropy`. Where devices share the columns, each
+        has k or more.
       temperature, logit_softcap, where: as in :func:`log_probs_at`.
       chunk_size: tokens whose logits are held at a time; None: as :func:`linear_token_stats`.
 
@@ -407,10 +407,9 @@ def linear_sample(
       kernel: ``[D, V]``, or ``[V, D]`` with ``vocab_axis=0``, as in :func:`linear_cross_entropy`.
       num_samples: None: one a token, shaped as the losses; a number: ``[..., num_samples]``.
       bias, vocab_axis, num_classes, precision, dtype, vocab_axis_name, token_axis_name,
-        kernel_spec, mesh: as in :func:`linear_cross_entropy`.
-        Inside of ``shard_map`` the tokens' numbers are the
-        device's own: give each device along the tokens' axes a key of its own there. Devices that
-        share the columns draw the noise of all of them.
+        kernel_spec, mesh: as in :func:`linear_cross_entropy`. Inside of ``shard_map`` a device
+        numbers its own tokens alone: give each device along the tokens' axes a key of its own
+        there. Devices that share the columns draw the noise of all of them.
       temperature, logit_softcap, where: as in :func:`log_probs_at`.
       chunk_size: tokens whose logits are held at a time; None: as :func:`linear_token_stats`.
 
@@ -507,8 +506,7 @@ def _by_chunks(
     chunk_size: Any,
 ) -> Any:
     """The results of ``log_probs.by_token_chunks`` for a public function's arguments."""
-    hidden, wide = product.hidden, product.wide
-    lead = product.lead
+    hidden, wide, lead = product.hidden, product.wide, product.lead
     names = arguments.axis_names(
         call,
         hidden.ndim,

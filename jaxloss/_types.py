@@ -287,6 +287,14 @@ class QuantizedKernel:
     scale: ArrayLike
 
 
+def is_low_rank(kernel: Any) -> bool:
+    return isinstance(kernel, LowRankKernel)
+
+
+def is_quantized(kernel: Any) -> bool:
+    return isinstance(kernel, QuantizedKernel)
+
+
 KernelLike = ArrayLike | LowRankKernel | QuantizedKernel
 _storable(LowRankKernel)
 _storable(QuantizedKernel)

@@ -12,15 +12,7 @@ from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 
 from jaxloss._checks import messages
-from jaxloss._types import (
-    REDUCTIONS,
-    RESTS,
-    Axes,
-    LossOptions,
-    Scalars,
-    TokenArrays,
-    TopKLabels,
-)
+from jaxloss._types import REDUCTIONS, RESTS, Axes, LossOptions, Scalars, TokenArrays, TopKLabels
 from jaxloss._xla import mesh
 from jaxloss._xla.dtypes import accumulator_dtype
 
@@ -246,8 +238,8 @@ def chunk_size(function: str, x: Any, default: int, most: int) -> int:
     return min(messages.integer(function, "chunk_size", x, 1, None, default=default), max(1, most))
 
 
-# What logits are divided by: past these, it or its reciprocal is 0 in float32.
 FINITE = -sys.float_info.max, sys.float_info.max
+# What logits are divided by: past these, it or its reciprocal is 0 in float32.
 DIVISORS = (float(jnp.finfo(jnp.float32).tiny), 1 / float(jnp.finfo(jnp.float32).tiny))
 
 
@@ -266,6 +258,8 @@ def scaling(function: str, cap: Any, x: Any, dtype) -> tuple[float | None, Any]:
 
 
 def temperature(function: str, x: Any, dtype) -> Any:
+    """A number, or a scalar of ``dtype``; 1 where :func:`token_temperature` has one a token."""
+    x = 1.0 if getattr(x, "ndim", 0) else x
     return messages.scalar(function, "temperature", x, *DIVISORS, 1.0, dtype)
 
 
@@ -609,8 +603,6 @@ def scalars(
     temperature: Any = 1.0,
 ) -> Scalars:
     """The numbers of a loss, checked. Arrays among them get the ``dtype``."""
-    # token_loss returns a temperature a token among the arrays.
-    temperature = 1.0 if getattr(temperature, "ndim", 0) else temperature
     cap, temperature = scaling(function, logit_softcap, temperature, dtype)
     return Scalars(
         smoothing(function, label_smoothing, dtype),

@@ -5,7 +5,7 @@ from typing import Any
 from jax import Array, lax
 
 from jaxloss._checks import arguments, messages
-from jaxloss._types import LowRankKernel, QuantizedKernel
+from jaxloss._types import LowRankKernel, QuantizedKernel, is_low_rank, is_quantized
 from jaxloss._xla.dtypes import accumulator_dtype
 
 
@@ -55,24 +55,16 @@ def product_operands(
 _FEW_BITS = ("int4", "int8", "float8_e4m3fn", "float8_e5m2")
 
 
-def _is_low_rank(kernel: Any) -> bool:
-    return isinstance(kernel, LowRankKernel)
-
-
-def _is_quantized(kernel: Any) -> bool:
-    return isinstance(kernel, QuantizedKernel)
-
-
 def _kernel(function: str, name: str, given: Any, order: str) -> tuple[Any, Array]:
     """The kernel, of arrays, and the array whose shape it has. What is frozen has no gradient."""
-    if _is_low_rank(given):
-        if _is_low_rank(given.kernel):
+    if is_low_rank(given):
+        if is_low_rank(given.kernel):
             rule = f"{name}.kernel must be an array or a jaxloss.QuantizedKernel"
             messages.fail(function, rule, "a LowRankKernel", kind=TypeError)
         frozen, base = _kernel(function, f"{name}.kernel", given.kernel, order)
         a, b = (messages.floating(function, f"{name}.{n}", getattr(given, n)) for n in "ab")
         return LowRankKernel(lax.stop_gradient(frozen), a, b, given.scale), base
-    if not _is_quantized(given):
+    if not is_quantized(given):
         kernel = messages.floating(function, name, given, order=order)
         return kernel, kernel
     values = messages.array(function, f"{name}.values", given.values)
@@ -88,7 +80,7 @@ def _fitted(function: str, name: str, kernel: Any, size: tuple[int, ...]) -> Any
     part of its ``a``, and a scale a column is ``[V]``, or ``[K, V]``."""
     *heads, features, columns = size
     of_heads = f"[{heads[0]}, " if heads else "["
-    if _is_low_rank(kernel):
+    if is_low_rank(kernel):
         a, b = kernel.a, kernel.b
         rank = a.shape[-1:]
         if a.shape != (*heads, features, *rank) or b.shape != (*heads, *rank, columns):
@@ -100,7 +92,7 @@ def _fitted(function: str, name: str, kernel: Any, size: tuple[int, ...]) -> Any
         scale = messages.scalar(function, f"{name}.scale", kernel.scale, *limits, 1.0, wide)
         a = a if isinstance(scale, float) and scale == 1 else a.astype(wide) * scale
         return LowRankKernel(_fitted(function, f"{name}.kernel", kernel.kernel, size), a, b)
-    if not _is_quantized(kernel):
+    if not is_quantized(kernel):
         return kernel
     scale, lead = kernel.scale, tuple(heads)
     in_groups = scale.ndim == len(size)
@@ -119,10 +111,10 @@ def _fitted(function: str, name: str, kernel: Any, size: tuple[int, ...]) -> Any
 def _dtype_of_products(function: str, dtype: Any, hidden: Array, kernel: Any, of: str) -> Any:
     """What the operands are cast to; None: they all have the dtype already."""
     own = {f"{of}hidden": hidden}
-    if _is_low_rank(kernel):
+    if is_low_rank(kernel):
         own |= {f"{of}kernel.a": kernel.a, f"{of}kernel.b": kernel.b}
         kernel = kernel.kernel
-    if not _is_quantized(kernel):
+    if not is_quantized(kernel):
         own[f"{of}kernel"] = kernel
     if dtype is None:
         if len({x.dtype for x in own.values()}) > 1:

@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxloss._linear import blocks, budget
 from jaxloss._numerics import parts
-from jaxloss._types import Axes, LowRankKernel, QuantizedKernel
+from jaxloss._types import Axes, QuantizedKernel, is_low_rank, is_quantized
 from jaxloss._xla import mesh
 
 Dot = Callable[[Array, Array, int, int], Array]
@@ -28,14 +28,6 @@ def base_of(kernel: Any) -> Array:
     if is_low_rank(kernel):
         return base_of(kernel.kernel)
     return kernel.values if is_quantized(kernel) else kernel
-
-
-def is_low_rank(kernel: Any) -> bool:
-    return isinstance(kernel, LowRankKernel)
-
-
-def is_quantized(kernel: Any) -> bool:
-    return isinstance(kernel, QuantizedKernel)
 
 
 def is_array(kernel: Any) -> bool:

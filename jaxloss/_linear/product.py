@@ -102,11 +102,11 @@ class Product:
             num_classes=size,
         )
 
-    def whole(self, narrow: bool = True) -> "Product":
-        """With a kernel that is gathered over the tokens' devices, and has the products' dtype if
-        it is to be ``narrow``."""
+    def whole(self, cast: bool = True) -> "Product":
+        """With a kernel that is gathered over the tokens' devices; ``cast``: an array gets the
+        products' dtype before it is sent."""
         kernel = self.kernel
-        if narrow and kernels.is_array(kernel):
+        if cast and kernels.is_array(kernel):
             kernel = kernel.astype(self.narrow)
         return replace(self, kernel=kernels.gathered(kernel, self.gathered, self.vocab_axis))
 

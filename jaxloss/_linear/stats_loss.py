@@ -259,8 +259,7 @@ def of_mesh(given: Prepared) -> tuple[tuple, tuple]:
     arrays, of_arrays = layout.of_arrays(given.arrays, found, given.products)
     products, of_operands = layout.of_products(given.products, found)
     specs = of_operands, of_arrays, P(*found.tokens), P()
-    own = given.named, given.own, given.kl_temperature
-    return (products, arrays, own, given.numbers), specs
+    return (products, arrays, *given.of_device[2:]), specs
 
 
 def operands_of(

@@ -150,7 +150,7 @@ def _swept(options: Options, operands: Operands, constants: Constants):
 
 def _whole(options: Options, product: Product) -> Product:
     """Blocks are narrowed one by one, except for a Pallas kernel, which reads the array itself."""
-    return product.whole(narrow=options.fused or bool(product.gathered))
+    return product.whole(cast=options.fused or bool(product.gathered))
 
 
 def _fused(options: Options, operands: Operands, constants: Constants) -> parts.RowPart:

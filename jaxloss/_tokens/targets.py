@@ -214,7 +214,7 @@ def _of_top_k(
     q = jnp.where(taken, cast(Array, labels.probabilities).astype(dtype), 0)
     # A class that does not exist makes its row NaN, from class 0. An empty slot is at none.
     wrong = index >= classes.total
-    # A log-probability that was given for a probability.
+    # A negative entry is a log-probability that the caller gave for a probability.
     wrong |= jnp.any(q < 0, axis=-1, keepdims=True)
     if index.shape[-1] > 1:  # one that is named twice: which of the two would the gradient hold?
         ordered = jnp.sort(jnp.where(taken, index, classes.total), axis=-1)

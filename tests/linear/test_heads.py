@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
+from oracle.budget import relative_errors
 from oracle.programs import jit_quickly, temporary_mib
 
 import jaxloss
@@ -112,12 +113,6 @@ CALLS = {
 }
 
 
-def errors(found, true):
-    found, true = (jax.tree.map(lambda x: np.asarray(x, float), v) for v in (found, true))
-    pairs = zip(jax.tree.leaves(found), jax.tree.leaves(true), strict=True)
-    return [np.abs(x - y).max() / np.abs(y).max() for x, y in pairs]
-
-
 def wide(xs):
     return jax.tree.map(lambda x: x.astype(jnp.float64), xs)
 
@@ -132,7 +127,7 @@ def test_value_and_gradients(name, shared):
     found = jit_quickly(of)(*given)
     with jax.enable_x64():
         true = jax.value_and_grad(lambda *x: plain(logits(*x)), (0, 1, 2))(*wide(given))
-        assert max(errors(found, true)) <= 32 * EPS
+        assert max(relative_errors(found, true)) <= 32 * EPS
 
 
 @pytest.mark.parametrize("kind", ["tied", "low rank", "quantised", "both", "bfloat16"])
@@ -172,7 +167,7 @@ def test_kernels_of_every_kind(kind):
 
         rounded = wide(jax.tree.map(lambda x: x.astype(narrow), given))
         true = jax.value_and_grad(plain, which)(*rounded)
-        assert max(errors(found, true)) <= (2.0**-8 if kind == "bfloat16" else 32 * EPS)
+        assert max(relative_errors(found, true)) <= (2.0**-8 if kind == "bfloat16" else 32 * EPS)
 
 
 def test_a_kernel_that_the_heads_share():
@@ -221,7 +216,7 @@ def test_second_derivatives(name):
     found = jit_quickly(partial(along, partial(function, chunk_size=5)))(*given)
     with jax.enable_x64():
         true = along(lambda *x: plain(logits(*x)), *wide(given))
-        assert max(errors(found, true)) <= 256 * EPS
+        assert max(relative_errors(found, true)) <= 256 * EPS
 
 
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
@@ -235,7 +230,7 @@ def test_on_a_mesh(name, axis_type):
         with_names = partial(CALLS[name][0], chunk_size=2, **names)
         found = jit_quickly(jax.value_and_grad(with_names, (0, 1, 2)))(*given)
     found = jax.tree.map(np.asarray, found)
-    assert max(errors(found, jit_quickly(of)(*given))) <= 32 * EPS
+    assert max(relative_errors(found, jit_quickly(of)(*given))) <= 32 * EPS
 
 
 def test_memory_is_one_heads():

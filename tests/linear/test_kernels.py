@@ -9,6 +9,7 @@ import pytest
 from jax import export
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
+from oracle.budget import relative_errors
 from oracle.programs import equations, jit_quickly, temporary_mib
 
 import jaxloss
@@ -148,12 +149,6 @@ def head_of(kind, vocab_axis):
     )
 
 
-def errors(found, true):
-    found, true = (jax.tree.map(lambda x: np.asarray(x, float), v) for v in (found, true))
-    pairs = zip(jax.tree.leaves(found), jax.tree.leaves(true), strict=True)
-    return [np.abs(x - y).max() / (np.abs(y).max() + 1e-30) for x, y in pairs]
-
-
 @pytest.mark.parametrize(("kind", "vocab_axis"), [*zip(KINDS, (0, 1, 0, 1, 0, 0, 1), strict=True)])
 @pytest.mark.parametrize("name", CALLS)
 def test_value_and_gradients_are_those_of_the_merged_kernel(name, kind, vocab_axis):
@@ -172,7 +167,7 @@ def test_value_and_gradients_are_those_of_the_merged_kernel(name, kind, vocab_ax
 
         true = jax.value_and_grad(of_merged, (0, 1, 2))(*map(wide, given))
         # float32 products of D terms; of groups, the kernel's own rounding.
-        assert max(errors(found, true)) <= 32 * EPS
+        assert max(relative_errors(found, true)) <= 32 * EPS
 
 
 @pytest.mark.parametrize("name", CALLS)
@@ -189,7 +184,7 @@ def test_float32_operands_of_narrow_products(name):
         rounded = (wide(x.astype(jnp.bfloat16)) for x in given)
         plain = plain_of(name, jnp.bfloat16)
         true = jax.value_and_grad(lambda h, k: plain(h @ k), (0, 1))(*rounded)
-        value, *gradients = errors(found, true)
+        value, *gradients = relative_errors(found, true)
     assert value <= 32 * EPS
     assert max(gradients) <= NARROW
     read = (x.aval.dtype for dot in dots(jax.grad(narrow, (0, 1)), *given) for x in dot.invars)
@@ -234,7 +229,7 @@ def test_gradients_come_back_in_their_operands_dtypes(dtype):
     with jax.enable_x64():
         plain = lambda h, k: CALLS["mean"][1](h @ k)  # noqa: E731
         true = jax.grad(plain, (0, 1))(wide(h.astype(dtype)), wide(k.astype(dtype)))
-        assert max(errors(found[:2], true)) <= 2 * NARROW
+        assert max(relative_errors(found[:2], true)) <= 2 * NARROW
 
 
 @pytest.mark.parametrize("kind", ["dtype", "low rank", "int8", "qlora"])
@@ -258,7 +253,7 @@ def test_every_mode(name, kind):
         narrow = jnp.bfloat16 if kind == "dtype" else jnp.float32
         of_merged = lambda h, a, b: CALLS[name][1](h @ merged(a, b))  # noqa: E731
         true = along(of_merged, *(wide(x.astype(narrow)) for x in given))
-        assert max(errors(found, true)) <= (32 * NARROW if kind == "dtype" else 256 * EPS)
+        assert max(relative_errors(found, true)) <= (32 * NARROW if kind == "dtype" else 256 * EPS)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -373,7 +368,7 @@ def test_on_a_mesh(axis_type, split, implementation, kind):
         found = jit_quickly(partial(of, **names))(h, trained, frozen)
     found = jax.tree.map(np.asarray, found)
     if kind != "dtype":
-        assert max(errors(found, alone)) <= 32 * EPS
+        assert max(relative_errors(found, alone)) <= 32 * EPS
         return
     for x, y in zip(*map(jax.tree.leaves, (found, alone)), strict=True):
         # A rounded gradient would be 2^-10 apart; a few logits' gradients round the other way.
@@ -403,7 +398,7 @@ def test_inside_of_shard_map():
         out_specs=(P(), specs[:1] + specs[3:5]),
     )
     given = h, q, scale, a, b, y
-    assert max(errors(jax.jit(over)(*given), jax.jit(of(loss))(*given))) <= 32 * EPS
+    assert max(relative_errors(jax.jit(over)(*given), jax.jit(of(loss))(*given))) <= 32 * EPS
 
 
 def test_kernels_are_pytrees():

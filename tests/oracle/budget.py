@@ -7,6 +7,7 @@ rounding each, and 16 roundings cover the arithmetic. ``assert_within`` allows a
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -88,3 +89,10 @@ def assert_allowed(got, expected, allowed, at: Precision, what=""):
             f"{what} at {tuple(map(int, i))}: got {got[i]}, expected {expected[i]}, "
             f"error {error:.3g}, allowed {allowed[i]:.3g}"
         )
+
+
+def relative_errors(found, true):
+    """Of each leaf, the largest error over the largest true entry."""
+    found, true = (jax.tree.map(lambda x: np.asarray(x, float), v) for v in (found, true))
+    pairs = zip(jax.tree.leaves(found), jax.tree.leaves(true), strict=True)
+    return [np.abs(x - y).max() / (np.abs(y).max() + 1e-30) for x, y in pairs]
