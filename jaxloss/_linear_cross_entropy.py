@@ -502,7 +502,9 @@ def _losses(
     )
     compute = by_token_chunks if chosen.by_tokens else by_vocab_blocks
     sweep = Sweep(chosen.chunk, options.vocab_axes, options.token_axes)
-    static = {"sweep": sweep, "fused": chosen.fused}
+    static: dict[str, Any] = {"sweep": sweep, "fused": chosen.fused}
+    if chosen.stored:
+        static["stored"] = True
     if found is None:
         if chosen.by_tokens:
             layout.warn_if_shared(call, tokens, chosen.chunk)

@@ -16,7 +16,9 @@ PyTree = Any  # of arrays, as a user's own function returns it
 AxisName = str | Axes  # of a mesh, as a user names one or several
 Reduction = Literal["none", "mean", "sum"]
 Divergence = Literal["forward", "reverse", "jensen_shannon"]
-Implementation = Literal["token_chunks", "vocab_blocks", "mosaic_tpu", "mosaic_gpu"]
+Implementation = Literal[
+    "token_chunks", "vocab_blocks", "stored_exponentials", "mosaic_tpu", "mosaic_gpu"
+]
 Rest = Literal["drop", "uniform", "bucket"]
 REDUCTIONS, DIVERGENCES = get_args(Reduction), get_args(Divergence)
 IMPLEMENTATIONS, RESTS = get_args(Implementation), get_args(Rest)

@@ -8,7 +8,13 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jaxloss._linear import pallas_rows, token_chunks, token_rules, vocab_blocks
+from jaxloss._linear import (
+    pallas_rows,
+    stored_exponentials,
+    token_chunks,
+    token_rules,
+    vocab_blocks,
+)
 from jaxloss._linear.packing import gather_rows, scatter_rows
 from jaxloss._numerics.logits import Logits, scaling_of
 from jaxloss._tokens.classes import existing, local_classes, local_weight
@@ -22,7 +28,7 @@ from jaxloss._xla.device import jit
 
 
 @jit
-def by_token_chunks(product, arrays, scalars, *, sweep, options, fused):
+def by_token_chunks(product, arrays, scalars, *, sweep, options, fused, stored=False):
     classes_of = partial(local_classes, options.num_classes, vocab_axes=sweep.vocab_axes)
     classes = classes_of(product.num_classes)
     lead, dtype = product.lead, product.wide
@@ -35,11 +41,15 @@ def by_token_chunks(product, arrays, scalars, *, sweep, options, fused):
     # A loop's rule outlives this trace: what it reads of ``scalars`` comes with its operands.
     numbers, of_scalars = jax.tree.flatten(scalars)
 
-    def of_chunk(labels, temperature, weight, mask, numbers, columns):
+    def of_chunk(per_token, shared, columns):
         """``token_losses``' arguments past the first."""
+        *labels, index, temperature = per_token
+        weight, mask, *numbers = shared
         scalars = of_scalars.unflatten(numbers)
-        labels = tree.unflatten(labels)
-        arrays = TokenArrays(labels, weight, class_mask=mask, temperature=temperature)
+        mask = mask if index is None else mask[index]
+        arrays = TokenArrays(
+            tree.unflatten(labels), weight, class_mask=mask, temperature=temperature
+        )
         smoothing = scalars.label_smoothing
         # Counted anew: traced values must not leak into the loop that this runs in.
         classes = classes_of(columns)
@@ -47,10 +57,7 @@ def by_token_chunks(product, arrays, scalars, *, sweep, options, fused):
         return targets, arrays, options, scalars, dtype
 
     def loss_fn(x, per_token, shared):
-        *labels, index, temperature = per_token
-        weight, mask, *numbers = shared
-        mask = mask if index is None else mask[index]
-        given = of_chunk(labels, temperature, weight, mask, numbers, x.shape[-1])
+        given = of_chunk(per_token, shared, x.shape[-1])
         _, arrays, _, scalars, _ = given
         scaling = scaling_of(scalars.softcap, scalars.temperature)
         logits = Logits(x, scaling=scaling, pallas_bytes=4)
@@ -62,7 +69,7 @@ def by_token_chunks(product, arrays, scalars, *, sweep, options, fused):
 
     def value(operands, packing):
         # Where nothing is differentiated: all chunks' tokens at once, their logits held nowhere.
-        labels, *_ = (gather_rows(x, packing.order) for x in operands.per_token)
+        per_token = tuple(gather_rows(x, packing.order) for x in operands.per_token)
 
         def rows_of(targets, outputs):
             some = operands.student
@@ -70,12 +77,19 @@ def by_token_chunks(product, arrays, scalars, *, sweep, options, fused):
             of_rows = targets.label, packing.size, outputs, sweep.vocab_axes
             return pallas_rows.row_losses(some, *of_rows)
 
-        weight, _, *numbers = operands.shared
         losses, _ = token_losses(
-            rows_of, *of_chunk([labels], None, weight, None, numbers, product.num_classes)
+            rows_of, *of_chunk(per_token, operands.shared, product.num_classes)
         )
         blank = mesh.varying(jnp.zeros(tokens, dtype), mesh.varies_over(losses))
         return (scatter_rows(packing.order, blank, losses),), ()
+
+    def loss_of_rows(rows, per_token, shared, columns):
+        losses, _ = token_losses(lambda *_: rows, *of_chunk(per_token, shared, columns))
+        return losses
+
+    def label_of(per_token, shared, columns):
+        targets, *_ = of_chunk(per_token, shared, columns)
+        return targets.label
 
     tokens, (labels, tree) = math.prod(lead), flat_labels(arrays.labels, lead)
     temperature = None if arrays.temperature is None else arrays.temperature.reshape(tokens)
@@ -85,8 +99,14 @@ def by_token_chunks(product, arrays, scalars, *, sweep, options, fused):
         (arrays.weight, mask_rows, *numbers),
     )
     weights = normalised_weights(targets.weights, options, dtype)
+    by = token_rules.By(value if fused else None)
+    if stored:
+        scaling = scaling_of(scalars.softcap, scalars.temperature)
+        row_loss = stored_exponentials.RowLoss(label_of, loss_of_rows, scaling)
+        forms = stored_exponentials.losses, stored_exponentials.gradients
+        by = token_rules.By(*(partial(form, row_loss, sweep) for form in forms))
     given = sweep, operands, targets.valid, weights, scalar
-    loss, stats = token_rules.reduced(loss_fn, *given, value if fused else None)
+    loss, stats = token_rules.reduced(loss_fn, *given, by)
     if not with_stats:
         return loss
     stats = TokenStats(*(v.reshape(lead) for v in stats))

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.sharding import PartitionSpec as P
 
-from jaxloss._linear import blocks, budget
+from jaxloss._linear import blocks, budget, packing
 from jaxloss._numerics import parts
 from jaxloss._types import Axes, QuantizedKernel, is_low_rank, is_quantized
 from jaxloss._xla import mesh
@@ -51,6 +51,13 @@ def block(kernel: Any, start: Any, size: int, vocab_axis: int) -> Any:
     if is_quantized(kernel):
         return QuantizedKernel(cut(kernel.values, vocab_axis), cut(kernel.scale, -1))
     return cut(kernel, vocab_axis)
+
+
+def columns_at(kernel: Array, index: Array, vocab_axis: int) -> Array:
+    """The columns of an array at ``index[n]`` as rows, [n, D]; 0 past the last."""
+    if vocab_axis == 0:
+        return packing.gather_rows(kernel, index)
+    return jnp.take(kernel, index, axis=1, mode="fill", fill_value=0).T
 
 
 def gathered(kernel: Any, over: tuple[tuple[int, Axes], ...], vocab_axis: int) -> Any:

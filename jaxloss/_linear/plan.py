@@ -2,6 +2,8 @@
 
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
+
 from jaxloss._checks import arguments, messages
 from jaxloss._linear import budget
 from jaxloss._linear.kernels import is_array
@@ -28,6 +30,7 @@ class Plan(NamedTuple):
     by_tokens: bool
     chunk: int  # tokens, or classes
     fused: bool
+    stored: bool
 
 
 def choose(
@@ -70,7 +73,7 @@ def choose(
     if bucket and name == "vocab_blocks":
         rule = "labels with rest='bucket' need implementation='token_chunks'"
         messages.fail(call, rule, repr(name))
-    if several and name != "token_chunks":
+    if several and name not in ("token_chunks", "stored_exponentials"):
         rule = "a kernel of several heads needs implementation='token_chunks'"
         messages.fail(call, rule, repr(name))
     if divided and name == "vocab_blocks":
@@ -80,13 +83,32 @@ def choose(
         where = "a TPU" if name == "mosaic_tpu" else "a Hopper GPU"
         rule = f"implementation={name!r} takes class indices and bfloat16 operands on {where}"
         messages.fail(call, rule, ", ".join(refused), "Leave implementation out.")
-    by_tokens = name == "token_chunks"
+    stored = name == "stored_exponentials"
+    if stored:
+        _check_stored(call, product, beyond, options, divided)
+    by_tokens = stored or name == "token_chunks"
     if by_tokens:
         most = tokens
         default = budget.default_chunk(tokens, size.columns, size.features, rows)
     else:
         most, default = size.columns, budget.default_block(tokens, size.columns)
-    return Plan(by_tokens, arguments.chunk_size(call, chunk_size, default, most), fused)
+    return Plan(by_tokens, arguments.chunk_size(call, chunk_size, default, most), fused, stored)
+
+
+def _check_stored(
+    call: str, product: Product, beyond: dict[str, bool], options: LossOptions, divided: bool
+) -> None:
+    capped = "a soft cap or a temperature"  # a number: the exponentials are of what it makes
+    beyond = {what: here for what, here in beyond.items() if what != capped}
+    beyond |= {
+        "a temperature that is an array": divided,
+        "reduction='none'": options.reduction == "none",
+        "operands of float16": product.narrow == jnp.float16,
+    }
+    refused = [what for what, here in beyond.items() if here]
+    if refused:
+        rule = "implementation='stored_exponentials' takes the mean or the sum over class indices"
+        messages.fail(call, rule, ", ".join(refused), "Leave implementation out.")
 
 
 def _rows(dtype: Any, arrays: TokenArrays, options: LossOptions, scalars: Scalars) -> float:

@@ -16,7 +16,7 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from jaxloss._linear import kernels
 from jaxloss._types import Axes
 from jaxloss._xla import mesh
-from jaxloss._xla.dtypes import accumulator_dtype, gradient_dtype
+from jaxloss._xla.dtypes import accumulator_dtype, downcast, gradient_dtype, upcast
 
 _ROWS = Layout(major_to_minor=(0, 1))
 
@@ -119,6 +119,33 @@ class Product:
             g = lax.psum_scatter(g, names, scatter_dimension=axis, tiled=True)
         return replace(self, kernel=g)
 
+    def writes_narrow(self, complete: bool) -> bool:
+        """Whether the product that makes the kernel's gradient is asked for narrow sums.
+
+        On a GPU alone (it adds in float32 all the same): there XLA would narrow them in a pass of
+        its own, elsewhere it needs no asking. ``complete``: see :meth:`gradients`.
+        """
+        return complete and kernels.is_array(self.kernel) and self.dtype is None and on("gpu")
+
+    def gradients_of_scaled(
+        self, e: Array, factor: Array, active: "Product", *, complete: bool
+    ) -> "Product":
+        """:meth:`gradients` of ``factor[:, None] * e``, where ``e[n, V]`` has the products' dtype:
+        the rows' factor multiplies what is not of the logits' size."""
+        d_hidden = d_bias = None
+        if active.bias:
+            d_bias = jnp.sum(upcast(e) * factor[:, None], axis=0)
+        if active.hidden:
+            d_hidden = kernels.times_transposed(
+                e, self.kernel, self.vocab_axis, self.narrow, self._dot
+            )
+            d_hidden = factor[:, None] * d_hidden
+        own = downcast(upcast(self.hidden.astype(self.narrow)) * factor[:, None], self.narrow)
+        out = gradient_dtype(self.kernel.dtype) if self.writes_narrow(complete) else None
+        given = e, self.kernel, active.kernel, self.vocab_axis
+        d_kernel = kernels.gradient(own, *given, self._dot, out)
+        return replace(self, hidden=d_hidden, kernel=d_kernel, bias=d_bias)
+
     def gradients(
         self, dx: Array, active: "Product", *, complete: bool = False, held: bool = False
     ) -> "Product":
@@ -132,12 +159,9 @@ class Product:
         # Formed in float32, narrowed once: the products take the operands' dtype.
         of_array = kernels.is_array(self.kernel)
         wide, dx = dx, dx.astype(self.narrow)
-        if held and active.hidden and of_array and active.kernel and _on("tpu"):
+        if held and active.hidden and of_array and active.kernel and on("tpu"):
             dx = lax.optimization_barrier(dx)
-        # On a GPU alone the product is asked for narrow sums (it adds in float32 all the same):
-        # there XLA would narrow them in a pass of its own, elsewhere it needs no asking.
-        narrowed = complete and of_array and self.dtype is None and _on("gpu")
-        out = gradient_dtype(self.kernel.dtype) if narrowed else None
+        out = gradient_dtype(self.kernel.dtype) if self.writes_narrow(complete) else None
         axis, dot = self.vocab_axis, self._dot
         d_hidden = None
         if active.hidden:
@@ -149,7 +173,7 @@ class Product:
         return replace(self, hidden=d_hidden, kernel=d_kernel, bias=d_bias)
 
 
-def _on(backend: str) -> bool:
+def on(backend: str) -> bool:
     return jax.default_backend() == backend
 
 

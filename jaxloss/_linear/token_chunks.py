@@ -39,6 +39,17 @@ from jaxloss._xla.dtypes import accumulator_dtype, gradient_dtype
 LossFn = Callable[[Array, tuple, tuple], tuple[tuple, tuple]]
 
 
+class Form(NamedTuple):
+    """How chunks are computed."""
+
+    # (operands) -> operands of which more is known of each token, before the sweep. The kernel is
+    # whole.
+    prepared: Callable
+    read: Callable  # (product) -> what the loss function takes of it
+    gradients: Callable  # as ``chunk_gradients``
+    finished: Callable  # (active, operands, others, sums of gradients) -> (others, gradients)
+
+
 class Operands(NamedTuple):
     """The operands, None where there is none; or something for each of them."""
 
@@ -77,12 +88,12 @@ def _first_rows(operands: Operands, packing: Packing) -> tuple:
     return jax.tree.map(lambda x: first_row(x, packing), arrays, is_leaf=lambda x: x is None)
 
 
-def _at(product: Product, at: Array, packing: Packing, first: Any) -> Product:
+def at_tokens(product: Product, at: Array, packing: Packing, first: Any) -> Product:
     """The product of the tokens ``at`` alone."""
     return replace(product, hidden=gather_rows_or_first(product.hidden, at, packing, first))
 
 
-def _per_token(operands: Operands, at: Array, packing: Packing, first: tuple) -> tuple:
+def of_tokens_at(operands: Operands, at: Array, packing: Packing, first: tuple) -> tuple:
     pairs = zip(operands.per_token, first, strict=True)
     return tuple(gather_rows_or_first(x, at, packing, row) for x, row in pairs)
 
@@ -91,7 +102,7 @@ def _teacher_logits(operands: Operands, at: Array, packing: Packing, first: Any)
     """Those of the tokens, where there is a teacher."""
     if operands.teacher is None:
         return ()
-    return (_at(operands.teacher, at, packing, first).logits(),)
+    return (at_tokens(operands.teacher, at, packing, first).logits(),)
 
 
 def columns_of(operands: Operands) -> int:
@@ -105,17 +116,25 @@ def _whole(operands: Operands) -> Operands:
     return operands._replace(student=operands.student.whole(), teacher=teacher)
 
 
-def losses(loss_fn: LossFn, sweep: Sweep, dynamic: bool, operands: Operands, packing: Packing):
+def losses(
+    loss_fn: LossFn,
+    sweep: Sweep,
+    dynamic: bool,
+    operands: Operands,
+    packing: Packing,
+    form: Form | None = None,
+):
     """(losses, others), each [N], 0 where a token does not count. One product."""
-    operands = _whole(operands)
+    form = form or LOGITS
+    operands = form.prepared(_whole(operands))
     operands = mesh.varying(operands, mesh.varies_over(packing.size))
 
     of_student, of_tokens, of_teacher = _first_rows(operands, packing)
 
     def part(at):
-        x = _at(operands.student, at, packing, of_student).logits()
+        x = form.read(at_tokens(operands.student, at, packing, of_student))
         y = _teacher_logits(operands, at, packing, of_teacher)
-        own = _per_token(operands, at, packing, of_tokens)
+        own = of_tokens_at(operands, at, packing, of_tokens)
         return loss_fn(x, (*y, *own), operands.shared)
 
     def update(state, at, values):
@@ -140,6 +159,7 @@ def gradients(
     operands: Operands,
     packing: Packing,
     cts: tuple,
+    form: Form | None = None,
 ):
     """(losses, others, gradients of sum(ct * losses)), the gradients of ``active`` operands alone.
 
@@ -149,15 +169,15 @@ def gradients(
     student = operands.student
     # A gradient of what no token owns is summed over the devices after the loop, not in it.
     over = mesh.varies_over(student.hidden) | mesh.varies_over(packing.order)
-    whole = _whole(operands)
-    given = mesh.varying(whole, over)
+    whole, form = _whole(operands), form or LOGITS
+    given = form.prepared(mesh.varying(whole, over))
     cts = mesh.varying(cts, mesh.varies_over(packing.size))
     of_tokens = over | mesh.varies_over(operands.per_token)
     complete = tuple(
         p is not None and complete_over(p, of_tokens, sweep) for p in (whole.student, whole.teacher)
     )
     first = _first_rows(given, packing)
-    part = partial(_chunk_gradients, loss_fn, active, complete, given, packing, first, cts)
+    part = partial(form.gradients, loss_fn, active, complete, given, packing, first, cts)
     part = jax.jit(part, inline=True)  # traced once, for all steps of the sweep
     chunk = sweep.chunk
     if active.student.kernel is not True:  # no gradient of a whole kernel is added up
@@ -188,11 +208,16 @@ def gradients(
         return replace(final, kernel=total.kernel) if final and final.gathered else final
 
     def finish(state):
-        *each, total = state
+        of_losses, others, total = state
+        others, total = form.finished(active, given, others, total)
         final = map_operands(in_its_dtype, total, operands)
-        return *each, final._replace(
-            student=wide_if_gathered(final.student, total.student),
-            teacher=wide_if_gathered(final.teacher, total.teacher),
+        return (
+            of_losses,
+            others,
+            final._replace(
+                student=wide_if_gathered(final.student, total.student),
+                teacher=wide_if_gathered(final.teacher, total.teacher),
+            ),
         )
 
     losses, others, total = over_chunks(
@@ -209,7 +234,7 @@ def _floats(g: Array, x: Array) -> Array:
     return lax.bitcast_convert_type(g, x.dtype) if g.dtype == jnp.uint16 else g
 
 
-def _chunk_gradients(
+def chunk_gradients(
     loss_fn: LossFn,
     active: Operands,
     complete: tuple[bool, ...],
@@ -225,19 +250,19 @@ def _chunk_gradients(
     """
     at_once = at.dtype == bool
     of_student, of_tokens, of_teacher = first
-    student, teacher = _at(operands.student, at, packing, of_student), operands.teacher
+    student, teacher = at_tokens(operands.student, at, packing, of_student), operands.teacher
     shared, real = operands.shared, packing.holds(at)
     x = student.logits()
     # A teacher's logits go the way of what the tokens own, and then on to its operands.
     y = _teacher_logits(operands, at, packing, of_teacher)
-    tokens = (*y, *_per_token(operands, at, packing, of_tokens))
+    tokens = (*y, *of_tokens_at(operands, at, packing, of_tokens))
     teaches = any(jax.tree.leaves(active.teacher))
     active_tokens = (*(teaches for _ in y), *active.per_token)
 
     def of_active(x, some_tokens, some_shared):
-        return loss_fn(x, _completed(some_tokens, tokens), _completed(some_shared, shared))
+        return loss_fn(x, completed(some_tokens, tokens), completed(some_shared, shared))
 
-    some = _those(active_tokens, tokens), _those(active.shared, shared)
+    some = those(active_tokens, tokens), those(active.shared, shared)
     losses, pullback, others = jax.vjp(of_active, x, *some, has_aux=True)
     ct = tuple(
         jnp.zeros_like(loss)
@@ -262,18 +287,26 @@ def _chunk_gradients(
         d_kernel = kernels.nothing(teacher.kernel)
         d_teacher = replace(teacher, hidden=None, kernel=d_kernel, bias=None)
     if teacher is not None and teaches:
-        own = _at(teacher, at, packing, of_teacher)
+        own = at_tokens(teacher, at, packing, of_teacher)
         d_teacher = of_product(own, dy[0], active.teacher, complete[1])
     d_student = of_product(student, dx, active.student, complete[0])
     return losses, others, Operands(d_student, d_tokens, d_shared, d_teacher)
 
 
-def _those(flags: tuple, every: tuple) -> tuple:
+LOGITS = Form(
+    prepared=lambda operands: operands,
+    read=Product.logits,
+    gradients=chunk_gradients,
+    finished=lambda active, operands, others, total: (others, total),
+)
+
+
+def those(flags: tuple, every: tuple) -> tuple:
     """None in place of those without a flag."""
     return tuple(x if flag else None for flag, x in zip(flags, every, strict=True))
 
 
-def _completed(some: tuple, every: tuple) -> tuple:
+def completed(some: tuple, every: tuple) -> tuple:
     return tuple(x if one is None else one for one, x in zip(some, every, strict=True))
 
 

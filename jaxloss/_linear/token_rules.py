@@ -9,7 +9,7 @@ Letters: N tokens.
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,18 @@ from jaxloss._types import Axes
 from jaxloss._xla import mesh
 from jaxloss._xla.derivatives import differentiable, jvp_of_moving
 from jaxloss._xla.dtypes import gradient_dtype
+
+
+class By(NamedTuple):
+    """What computes in place of the sweeps over chunks of logits, whose derivatives it has."""
+
+    # (operands, packing) -> (losses, others), where nothing is differentiated
+    value: Callable | None = None
+    # (active, operands, packing, cts) -> (losses, others, gradients), of a weighted sum
+    gradients: Callable | None = None
+
+
+LOGITS = By()
 
 
 def _by_loops(compute: Callable, value: Callable | None = None) -> Callable:
@@ -41,14 +53,10 @@ def _settled(grads: Operands, operands: Operands, keep=frozenset()) -> Operands:
 
 
 def losses_by_token(
-    loss_fn: LossFn, sweep: Sweep, operands: Operands, packing: Packing, value: Any = None
+    loss_fn: LossFn, sweep: Sweep, operands: Operands, packing: Packing, by: By
 ) -> tuple[tuple, tuple]:
-    """``(losses, others)``, tuples of [N]. The backward pass computes the logits again.
-
-    ``value(operands, packing)`` computes them where nothing is differentiated; None: chunk by chunk
-    too.
-    """
-    function = _by_loops(partial(token_chunks.losses, loss_fn, sweep), value)
+    """``(losses, others)``, tuples of [N]. The backward pass computes the logits again."""
+    function = _by_loops(partial(token_chunks.losses, loss_fn, sweep), by.value)
 
     def forward(_, operands, packing):
         return function(operands, packing), (operands, packing)
@@ -68,17 +76,22 @@ def losses_by_token(
     return rule(operands, packing)
 
 
-def _scale_of(weight: Array, operands: Operands, axes: Axes) -> Array | None:
+def _is_float16(operands: Operands) -> bool:
+    products = [p for p in (operands.student, operands.teacher) if p is not None]
+    return any(p.narrow == jnp.float16 for p in products)
+
+
+def _scale_of(weight: Array, axes: Axes) -> Array:
     """What the weights are divided by in the products, which narrow them to the operands' dtype.
 
     One number for all the devices along ``axes``, whose gradients are summed before it is undone.
     """
-    products = [p for p in (operands.student, operands.teacher) if p is not None]
-    if not any(p.narrow == jnp.float16 for p in products):
-        return None
     # To at most 64: probabilities of 1e-9 are not lost, nor slopes of a thousand.
     largest = mesh.largest(jnp.max(jnp.abs(weight), initial=0), axes)
-    return jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1) / 64
+    largest = jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1)
+    # A power of two, by which gradients that are narrow already are multiplied exactly.
+    _, exponent = jnp.frexp(largest)
+    return jnp.ldexp(jnp.ones_like(largest), exponent - 6)
 
 
 def weighted_sum(
@@ -87,14 +100,13 @@ def weighted_sum(
     weight: Array,
     operands: Operands,
     packing: Packing,
-    value: Any = None,
+    by: By,
 ) -> tuple[Array, tuple]:
     """``(sum(weight * loss), others)``: its gradients are taken along in the forward pass.
 
-    ``loss_fn`` has one loss; ``weight[N]`` is 0 where a token does not count; ``value`` is that of
-    :func:`losses_by_token`.
+    ``loss_fn`` has one loss; ``weight[N]`` is 0 where a token does not count.
     """
-    compute = _by_loops(partial(token_chunks.losses, loss_fn, sweep), value)
+    compute = _by_loops(partial(token_chunks.losses, loss_fn, sweep), by.value)
     wide = weight.dtype
     differentiated = weight, operands
     # The rule outlives this trace: of the arrays it knows types alone.
@@ -113,8 +125,11 @@ def weighted_sum(
 
     def forward(active, weight, operands, packing):
         of_weight, of_operands, _ = active
-        gradients = _by_loops(partial(token_chunks.gradients, loss_fn, sweep, of_operands))
-        scale = _scale_of(weight, operands, sweep.token_axes)
+        by_logits = partial(token_chunks.gradients, loss_fn, sweep, of_operands)
+        gradients = _by_loops(by_logits, by.gradients and partial(by.gradients, of_operands))
+        scale = None
+        if by.gradients or _is_float16(operands):
+            scale = _scale_of(weight, sweep.token_axes)
         cts = weight if scale is None else weight / scale
         (losses,), others, grads = gradients(operands, packing, (cts,))
         if scale is not None:
@@ -152,20 +167,20 @@ def reduced(
     valid: Array,
     weights: tuple[Array, Array],
     scalar: bool,
-    value: Any = None,
+    by: By = LOGITS,
     in_groups: bool = True,
 ) -> tuple[Array, tuple]:
     """``(loss, the losses past the first and the others)``, of ``valid[...]``' shape or a scalar.
 
-    ``weights`` are from ``reduction.normalised_weights``; ``value`` is that of
-    :func:`losses_by_token`. ``in_groups``: whether the tokens may be packed in groups.
+    ``weights`` are from ``reduction.normalised_weights``. ``in_groups``: whether the tokens may be
+    packed in groups.
     """
     each, offset = weights
     if scalar:
 
         def of_head(operands, each, valid):
             packing = _packed(valid, sweep, in_groups)
-            return weighted_sum(loss_fn, sweep, each, operands, packing, value)
+            return weighted_sum(loss_fn, sweep, each, operands, packing, by)
 
         given = operands, each.reshape(-1), valid.reshape(-1)
         if heads.count(operands) is None:
@@ -175,7 +190,7 @@ def reduced(
             total, others = jnp.sum(total), jax.tree.map(heads.by_token, others)
         # Added, not selected: a select's gradient scales d_kernel by 1, in a pass of its own.
         return total + offset.astype(total.dtype), others
-    (losses, *rest), others = by_token(loss_fn, sweep, operands, valid, value, in_groups)
+    (losses, *rest), others = by_token(loss_fn, sweep, operands, valid, by, in_groups)
     return jnp.where(valid, each * losses.reshape(valid.shape), 0), (*rest, *others)
 
 
@@ -184,14 +199,14 @@ def by_token(
     sweep: Sweep,
     operands: Operands,
     valid: Array,
-    value: Any = None,
+    by: By = LOGITS,
     in_groups: bool = True,
 ) -> tuple[tuple, tuple]:
     """:func:`losses_by_token` of the ``valid`` tokens."""
 
     def of_head(operands, valid):
         packing = _packed(valid, sweep, in_groups)
-        return losses_by_token(loss_fn, sweep, operands, packing, value)
+        return losses_by_token(loss_fn, sweep, operands, packing, by)
 
     given = operands, valid.reshape(-1)
     if heads.count(operands) is None:

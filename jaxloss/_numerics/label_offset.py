@@ -1,0 +1,35 @@
+"""Exponentials above the label's own logit, which is known before the other logits are.
+
+With ``o`` the label's logit ``x_k`` the sum ``s = sum_{j != k} exp(x_j - o)`` needs no maximum: the
+loss is ``log1p(s)``, and the part of the row (``parts``) is that of a row whose maximum is the
+label. No logit but the label's has to be read twice. Where ``s`` would be past what its products
+have room for, the row's maximum is ``o`` after all.
+"""
+
+import math
+from dataclasses import replace
+
+import jax.numpy as jnp
+from jax import Array
+
+from jaxloss._numerics.logits import Logits
+from jaxloss._numerics.passes import other_exponentials
+
+# The largest sum: of a row whose loss is 44 nats. Its reciprocal, times a token's weight and an
+# entry of its hidden, is far from float32's least.
+MOST = 2.0**64
+
+
+def exponentials(logits: Logits, offset: Array, label: Array) -> Array:
+    """exp(x_j - offset) of logits ``[n, C]``, 0 at the label, and at most a little past ``MOST``."""
+    read = logits.as_read()
+    unit = 1.0 if read.scaling is None else read.scaling.unit
+    # A sum of numbers that are all finite: 0 times what is not, a row's weight, would be NaN.
+    most = offset[:, None] + (math.log(MOST) + 1) / unit
+    read = replace(read, values=jnp.minimum(read.values, most))
+    return other_exponentials(read, offset, label)
+
+
+def fits(offset: Array, s: Array) -> Array:
+    """Whether the offset serves the row."""
+    return jnp.isfinite(offset) & (s <= MOST)
