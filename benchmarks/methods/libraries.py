@@ -165,6 +165,7 @@ LOADERS: dict[str, Callable[[], Peer]] = {
     "jaxloss": _jaxloss_schedule(None),
     "chunks": _jaxloss_schedule("token_chunks"),
     "blocks": _jaxloss_schedule("vocab_blocks"),
+    "stored": _jaxloss_schedule("stored_exponentials"),
     "kernel": _jaxloss_schedule("mosaic_tpu"),
     "mosaic_gpu": _jaxloss_schedule("mosaic_gpu"),
     "optax": lambda: Peer(_optax),

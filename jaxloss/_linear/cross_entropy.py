@@ -87,9 +87,9 @@ def by_token_chunks(product, arrays, scalars, *, sweep, options, fused, stored=F
         losses, _ = token_losses(lambda *_: rows, *of_chunk(per_token, shared, columns))
         return losses
 
-    def label_of(per_token, shared, columns):
+    def targets_of(per_token, shared, columns):
         targets, *_ = of_chunk(per_token, shared, columns)
-        return targets.label
+        return targets
 
     tokens, (labels, tree) = math.prod(lead), flat_labels(arrays.labels, lead)
     temperature = None if arrays.temperature is None else arrays.temperature.reshape(tokens)
@@ -102,7 +102,7 @@ def by_token_chunks(product, arrays, scalars, *, sweep, options, fused, stored=F
     by = token_rules.By(value if fused else None)
     if stored:
         scaling = scaling_of(scalars.softcap, scalars.temperature)
-        row_loss = stored_exponentials.RowLoss(label_of, loss_of_rows, scaling)
+        row_loss = stored_exponentials.RowLoss(targets_of, loss_of_rows, scaling)
         forms = stored_exponentials.losses, stored_exponentials.gradients
         by = token_rules.By(*(partial(form, row_loss, sweep) for form in forms))
     given = sweep, operands, targets.valid, weights, scalar

@@ -98,8 +98,8 @@ def choose(
 def _check_stored(
     call: str, product: Product, beyond: dict[str, bool], options: LossOptions, divided: bool
 ) -> None:
-    capped = "a soft cap or a temperature"  # a number: the exponentials are of what it makes
-    beyond = {what: here for what, here in beyond.items() if what != capped}
+    taken = "where over classes", "a soft cap or a temperature"  # that is a number
+    beyond = {what: here for what, here in beyond.items() if what not in taken}
     beyond |= {
         "a temperature that is an array": divided,
         "reduction='none'": options.reduction == "none",

@@ -9,8 +9,8 @@ token's weight ``w``, and ``c = -f S``::
 
 ``E`` is written once, narrow, as the product gives it: there is no pass for a maximum, none for a
 gradient of the logits, and the label's term is never rounded to the products' dtype. ``f`` and
-``c`` are ``rows.gradient_coefficients``, so that a loss of ``S`` and ``z_y`` with other weights goes
-the same way. Rows whose ``S`` is too large have their maximum for an offset (``label_offset``).
+``c`` are ``rows.gradient_coefficients``, because other losses of ``S`` and ``z_y`` have factors of
+their own. Rows whose ``S`` is too large have their maximum for an offset (``label_offset``).
 
 Letters: N tokens, n of them in a chunk, D features, V columns of the kernel, C classes.
 """
@@ -18,7 +18,7 @@ Letters: N tokens, n of them in a chunk, D features, V columns of the kernel, C 
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -33,11 +33,12 @@ from jaxloss._numerics.logits import Logits, Scaling
 from jaxloss._numerics.parts import RowPart
 from jaxloss._numerics.passes import row_max
 from jaxloss._numerics.rows import finalize, gradient_coefficients
+from jaxloss._tokens.classes import anywhere
 from jaxloss._types import Axes
 from jaxloss._xla import mesh
 from jaxloss._xla.dtypes import downcast, upcast
 from jaxloss._xla.elementary import finite
-from jaxloss._xla.indexing import is_at, scatter_classes
+from jaxloss._xla.indexing import gather_class, is_at, scatter_classes
 
 _OUTPUTS = "nll", "logsumexp"  # of RowLosses
 
@@ -46,7 +47,7 @@ class RowLoss(NamedTuple):
     """A loss of what rows give. Its functions take the tokens' arrays and those that no token owns,
     as a ``LossFn`` does, and the number of columns."""
 
-    label: Callable  # (per_token, shared, columns) -> [n] int32, C: none here
+    targets: Callable  # (per_token, shared, columns) -> Targets, of labels
     losses: Callable  # (RowLosses, per_token, shared, columns) -> [n]
     scaling: Scaling | None
 
@@ -57,6 +58,7 @@ class OfLabel(NamedTuple):
     column: Array  # int32, C: none here
     logit: Array  # wide, NaN: there is no such class
     weights: Array  # [n, D], the label's column of the kernel; 0: none here
+    exists: Array | None = None  # bool; None: every class does
 
 
 def of_labels(product: Product, column: Array, axes: Axes) -> OfLabel:
@@ -83,15 +85,20 @@ class _State(NamedTuple):
 
 
 def _exponentials(
-    product: Product, of_label: OfLabel, scaling: Scaling | None, axes: Axes, held: bool
+    product: Product,
+    of_label: OfLabel,
+    exist: Array | None,
+    scaling: Scaling | None,
+    axes: Axes,
+    held: bool,
 ) -> tuple[Any, RowPart]:
     """``(E[n, C], or None if not held; the rows' part)``. One product, and one more where a row's
     sum is too large."""
     label = of_label.column
-    own = Logits(of_label.logit[:, None], scaling=scaling).wide()[:, 0]
+    own = Logits(of_label.logit, of_label.exists, scaling).wide()
 
     def logits():
-        return Logits(product.logits(), scaling=scaling)
+        return Logits(product.logits(), exist, scaling)
 
     def above(logits, offset):
         e = label_offset.exponentials(logits, offset, label)
@@ -117,8 +124,28 @@ def _exponentials(
 def _with_labels(row_loss: RowLoss, axes: Axes, operands: Operands) -> Operands:
     """With :class:`OfLabel` as the last of what the tokens own. The kernel is whole."""
     product, *others = operands.student, operands.per_token, operands.shared
-    of_label = of_labels(product, row_loss.label(*others, product.num_classes), axes)
-    return operands._replace(per_token=(*operands.per_token, *of_label))
+    targets = row_loss.targets(*others, product.num_classes)
+    column, logit, weights, _ = of_labels(product, cast(Array, targets.label), axes)
+    return operands._replace(per_token=(*operands.per_token, column, logit, weights))
+
+
+def _existing(
+    row_loss: RowLoss,
+    of_label: OfLabel,
+    per_token: Any,
+    shared: tuple,
+    product: Product,
+    axes: Axes,
+) -> tuple[Array | None, OfLabel]:
+    """``(which classes exist, None: all; of_label with whether its class does)``, of a chunk: of
+    all tokens they might be as many as the logits."""
+    size, label = product.num_classes, of_label.column
+    exist = row_loss.targets(per_token, shared, size).existing(2)
+    if exist is None:
+        return None, of_label
+    here = jnp.broadcast_to(exist, (label.size, size))
+    missing = (label < size) & ~gather_class(here, label)
+    return exist, of_label._replace(exists=~anywhere(missing, axes))
 
 
 def losses(row_loss: RowLoss, sweep: Sweep, operands: Operands, packing: Packing):
@@ -126,8 +153,9 @@ def losses(row_loss: RowLoss, sweep: Sweep, operands: Operands, packing: Packing
 
     def loss_fn(product, per_token, shared):
         own, of_label = per_token[:-3], OfLabel(*per_token[-3:])
-        given = row_loss.scaling, sweep.vocab_axes
-        _, part = _exponentials(product, of_label, *given, held=False)
+        exist, of_label = _existing(row_loss, of_label, own, shared, product, sweep.vocab_axes)
+        given = product, of_label, exist, row_loss.scaling, sweep.vocab_axes
+        _, part = _exponentials(*given, held=False)
         rows, _ = finalize(part, _OUTPUTS)
         return (row_loss.losses(rows, own, shared, product.num_classes),), ()
 
@@ -169,9 +197,11 @@ def _chunk_gradients(
     of_student, of_tokens, _ = first
     product = token_chunks.at_tokens(operands.student, at, packing, of_student)
     *tokens, column, logit, weights = token_chunks.of_tokens_at(operands, at, packing, of_tokens)
-    of_label, shared = OfLabel(column, logit, weights), operands.shared
+    shared = operands.shared
+    given = OfLabel(column, logit, weights), tokens, shared, product, axes
+    exist, of_label = _existing(row_loss, *given)
     scaling, real = row_loss.scaling, packing.holds(at)
-    e, part = _exponentials(product, of_label, scaling, axes, held=True)
+    e, part = _exponentials(product, of_label, exist, scaling, axes, held=True)
     rows, state = finalize(part, _OUTPUTS)
 
     def of_active(rows, some_tokens, some_shared):
@@ -185,10 +215,11 @@ def _chunk_gradients(
     ct = mesh.varying(gather_rows(ct, at).astype(loss.dtype), mesh.varies_over(loss))
     of_rows, d_tokens, d_shared = pullback(ct)
     _, _, factor, at_label, _ = gradient_coefficients(state, of_rows)
-    # A token that is not there has no gradient.
+    # A token that is not there has no gradient, and no class that does not exist.
     factor, at_label = (jnp.where(real, x, 0) for x in (factor, at_label))
-    if scaling is not None:
-        at_label = at_label * Logits(of_label.logit, scaling=scaling).slope()
+    own = Logits(of_label.logit, of_label.exists, scaling)
+    at_label = at_label if scaling is None else at_label * own.slope()
+    at_label = at_label if own.exist is None else jnp.where(own.exist, at_label, 0)
     complete = at.dtype == bool and complete[0]
     rest = at_label
     if _in_place(product, complete):
@@ -232,7 +263,7 @@ def _column(product: Product, column: Array) -> Array:
 
 
 def _with_label_terms(active: Operands, operands: Operands, others: tuple, total: Operands):
-    """``((), total)``, the label's terms in the sum of the kernel's gradient, once for all chunks."""
+    """``((), total)``: the label's terms join the kernel's gradient once, for all chunks."""
     (rest,) = others
     product, own = operands.student, total.student
     if not active.student.kernel or on("tpu") or own.kernel.dtype != product.wide:

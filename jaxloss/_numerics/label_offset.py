@@ -21,7 +21,7 @@ MOST = 2.0**64
 
 
 def exponentials(logits: Logits, offset: Array, label: Array) -> Array:
-    """exp(x_j - offset) of logits ``[n, C]``, 0 at the label, and at most a little past ``MOST``."""
+    """exp(x_j - offset) of logits ``[n, C]``: 0 at the label, and little more than ``MOST``."""
     read = logits.as_read()
     unit = 1.0 if read.scaling is None else read.scaling.unit
     # A sum of numbers that are all finite: 0 times what is not, a row's weight, would be NaN.

@@ -61,6 +61,7 @@ from numerics.fuzz.pairs import (
 )
 from numerics.fuzz.product import (
     LINEAR,
+    SCHEDULES,
     fuzz_linear_cross_entropy,
     fuzz_linear_loss,
     program_of_product,
@@ -117,7 +118,7 @@ FUZZ = {
     ),
     "linear_cross_entropy": Fuzz(
         fuzz_linear_cross_entropy,
-        LINEAR,
+        SCHEDULES,
         (
             {"c": 13, "d": 4, "padding": 3, "exact": True, "chunk_size": 4, "poison": True},
             {
@@ -130,6 +131,15 @@ FUZZ = {
                 "reduction": "mean",
                 "sample_weight": "float",
                 "implementation": "vocab_blocks",
+            },
+            {
+                "c": 13,
+                "d": 4,
+                "padding": 3,
+                "weight": True,
+                "chunk_size": 4,
+                "reduction": "mean",
+                "implementation": "stored_exponentials",
             },
         ),
     ),

@@ -48,6 +48,12 @@ def blocks(h, k, b, y, **names):
     return cross_entropy(h, k, b, y, implementation="vocab_blocks", **names)
 
 
+def stored(h, k, b, y, **names):
+    options = {"num_classes": V - 5, "z_loss": 1e-3, "chunk_size": CHUNK}
+    options["implementation"] = "stored_exponentials"
+    return jaxloss.linear_cross_entropy(h, k, y, bias=b, **options, **names)
+
+
 def tied(h, k, y, kernel_spec=None, **names):
     if kernel_spec is not None:
         names["kernel_spec"] = P(*(*kernel_spec, None)[:2][::-1])
@@ -83,6 +89,7 @@ def divergence(h, k, g, m, y, kind="forward", **names):
 LOSSES = {
     "cross_entropy": cross_entropy,
     "blocks": blocks,
+    "stored": stored,
     "tied": tied,
     "probabilities": probabilities,
     "statistics": statistics,

@@ -201,6 +201,11 @@ def sanitized(config):
         config |= {"weight": False, "label_smoothing": 0.0}
         if "implementation" in config:
             config["implementation"] = "token_chunks"
+    if config.get("implementation") == "stored_exponentials":
+        config |= {"labels": "index", "label_smoothing": 0.0, "stats": False}
+        config["reduction"] = "mean" if config["reduction"] == "none" else config["reduction"]
+        if config.get("dtype") == "float16":
+            config["dtype"] = "bfloat16"
     if config.get("layout") == "two" and config["c"] % 2:
         config["layout"] = "last"
     if config.get("layout") in ("first", "middle", "two") and config.get("where") == "tokens":
