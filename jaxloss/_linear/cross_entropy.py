@@ -102,7 +102,7 @@ def by_token_chunks(product, arrays, scalars, *, sweep, options, fused, stored=F
     by = token_rules.By(value if fused else None)
     if stored:
         scaling = scaling_of(scalars.softcap, scalars.temperature)
-        row_loss = stored_exponentials.RowLoss(targets_of, loss_of_rows, scaling)
+        row_loss = stored_exponentials.RowLoss(targets_of, loss_of_rows, scaling, fused)
         forms = stored_exponentials.losses, stored_exponentials.gradients
         by = token_rules.By(*(partial(form, row_loss, sweep) for form in forms))
     given = sweep, operands, targets.valid, weights, scalar

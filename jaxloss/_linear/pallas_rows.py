@@ -51,6 +51,19 @@ def row_part(product: Product, label: Array, valid: Any) -> tuple[Array, Array, 
     return m, s, x_omitted
 
 
+def largest(product: Product, label: Array) -> Array:
+    """The rows' maxima, without a derivative."""
+    return _computed(product, label).m
+
+
+def exponentials(product: Product, label: Array, offset: Array) -> tuple[Array, Array]:
+    """``label_offset.exponentials`` [N, V] in the dtype of the products, and their sums; without a
+    derivative."""
+    operands = product.hidden.astype(product.narrow), product.kernel, product.bias
+    of_classes = product.vocab_axis, product.num_classes
+    return dispatch.product_exponentials()(*operands, label, offset, *of_classes)
+
+
 def _slope_by_xla(product: Product, rows: tuple) -> Array:
     return plain_gradient(product.logits(), *rows).astype(product.narrow)
 

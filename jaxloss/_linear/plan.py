@@ -51,13 +51,15 @@ def choose(
     asked, dtype = (arrays, options, scalars), product.narrow
     chip = dispatch.product_kernel()
     by_rule = implementation is None and chunk_size is None
+    by_rule |= implementation == "stored_exponentials"
     wanted = chip if by_rule else implementation if implementation in dispatch.KERNELS else None
     several = product.heads is not None
     beyond = {"a kernel that is no array": not is_array(product.kernel) or several}
     beyond |= _beyond(*asked)
     refused = dispatch.product_refusals(wanted, dtype, beyond) if wanted else []
     # By its name it is taken where arrays may be split too: JAX then says that it cannot be.
-    fused = wanted and not refused and not size.padded and (implementation or whole)
+    named = implementation in dispatch.KERNELS
+    fused = wanted and not refused and not size.padded and (named or whole)
     sizes = size.tokens, size.features, size.vocab, size.columns
     fused = bool(wanted and fused and dispatch.fits_product(wanted, *sizes))
     tokens = budget.size_to_plan_for(size.tokens)

@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jaxloss._linear import kernels, token_chunks
+from jaxloss._linear import kernels, pallas_rows, token_chunks
 from jaxloss._linear.packing import Packing, gather_rows
 from jaxloss._linear.product import Product, Sweep, on, padded
 from jaxloss._linear.token_chunks import Operands
@@ -50,6 +50,7 @@ class RowLoss(NamedTuple):
     targets: Callable  # (per_token, shared, columns) -> Targets, of labels
     losses: Callable  # (RowLosses, per_token, shared, columns) -> [n]
     scaling: Scaling | None
+    fused: bool  # the exponentials by the kernel for this backend, where it has a form of the call
 
 
 class OfLabel(NamedTuple):
@@ -91,26 +92,32 @@ def _exponentials(
     scaling: Scaling | None,
     axes: Axes,
     held: bool,
+    fused: bool,
 ) -> tuple[Any, RowPart]:
     """``(E[n, C], or None if not held; the rows' part)``. One product, and one more where a row's
     sum is too large."""
     label = of_label.column
     own = Logits(of_label.logit, of_label.exists, scaling).wide()
 
+    fused = fused and held and exist is None and scaling is None
+
     def logits():
-        return Logits(product.logits(), exist, scaling)
+        return None if fused else Logits(product.logits(), exist, scaling)
 
     def above(logits, offset):
-        e = label_offset.exponentials(logits, offset, label)
-        s = jnp.sum(e, axis=-1)
-        s = lax.psum(s, axes) if axes else s
-        if not held:
-            return None, s
-        return downcast(e if scaling is None else e * logits.slope(), product.narrow), s
+        if fused:
+            values, s = pallas_rows.exponentials(product, label, offset)
+        else:
+            e = label_offset.exponentials(logits, offset, label)
+            s = jnp.sum(e, axis=-1)
+            e = e if scaling is None else e * logits.slope()
+            values = downcast(e, product.narrow) if held else None
+        return values, lax.psum(s, axes) if axes else s
 
     def again(state):
         x = logits()
-        m = finite(mesh.largest(row_max(x), axes))
+        m = pallas_rows.largest(product, label) if fused else row_max(x)
+        m = finite(mesh.largest(m, axes))
         offset = jnp.where(state.fits, own, m)
         return _State(*above(x, offset), offset, state.fits | True)
 
@@ -155,7 +162,7 @@ def losses(row_loss: RowLoss, sweep: Sweep, operands: Operands, packing: Packing
         own, of_label = per_token[:-3], OfLabel(*per_token[-3:])
         exist, of_label = _existing(row_loss, of_label, own, shared, product, sweep.vocab_axes)
         given = product, of_label, exist, row_loss.scaling, sweep.vocab_axes
-        _, part = _exponentials(*given, held=False)
+        _, part = _exponentials(*given, held=False, fused=False)
         rows, _ = finalize(part, _OUTPUTS)
         return (row_loss.losses(rows, own, shared, product.num_classes),), ()
 
@@ -201,7 +208,8 @@ def _chunk_gradients(
     given = OfLabel(column, logit, weights), tokens, shared, product, axes
     exist, of_label = _existing(row_loss, *given)
     scaling, real = row_loss.scaling, packing.holds(at)
-    e, part = _exponentials(product, of_label, exist, scaling, axes, held=True)
+    given = product, of_label, exist, scaling, axes
+    e, part = _exponentials(*given, held=True, fused=row_loss.fused)
     rows, state = finalize(part, _OUTPUTS)
 
     def of_active(rows, some_tokens, some_shared):

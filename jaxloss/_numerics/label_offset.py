@@ -18,6 +18,7 @@ from jaxloss._numerics.passes import other_exponentials
 # The largest sum: of a row whose loss is 44 nats. Its reciprocal, times a token's weight and an
 # entry of its hidden, is far from float32's least.
 MOST = 2.0**64
+HIGHEST = math.log(MOST) + 1  # of a logit above the offset, in nats
 
 
 def exponentials(logits: Logits, offset: Array, label: Array) -> Array:
@@ -25,7 +26,7 @@ def exponentials(logits: Logits, offset: Array, label: Array) -> Array:
     read = logits.as_read()
     unit = 1.0 if read.scaling is None else read.scaling.unit
     # A sum of numbers that are all finite: 0 times what is not, a row's weight, would be NaN.
-    most = offset[:, None] + (math.log(MOST) + 1) / unit
+    most = offset[:, None] + HIGHEST / unit
     read = replace(read, values=jnp.minimum(read.values, most))
     return other_exponentials(read, offset, label)
 

@@ -146,6 +146,13 @@ def product_parts() -> Any:
     return linear_gpu.row_part
 
 
+def product_exponentials() -> Any:
+    """``label_offset.exponentials`` of ``hidden @ kernel``, with their sums, of this backend."""
+    from jaxloss._pallas import linear_tpu
+
+    return linear_tpu.exponentials
+
+
 def product_gradient() -> Any:
     """``slope`` of a block of ``hidden @ kernel``, or None: on a GPU XLA's form is as fast."""
     if jax.default_backend() != "tpu":

@@ -18,6 +18,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from jaxloss._numerics import label_offset
 from jaxloss._xla import mesh
 from jaxloss._xla.elementary import exp_is_long, finite, short_exp
 
@@ -206,6 +207,66 @@ def row_part(
         name="jaxloss_linear_row_part",
     )
     return tuple(x[:, 0] for x in _one_after_the_other(in_32_bits(call))(*args))
+
+
+def _exponentials_tile(label, offset, hidden, kernel, *rest, vocab_axis: int, columns: int):
+    *bias, e_out, s_out, s = rest
+    j, v = pl.program_id(1), kernel.shape[vocab_axis]
+
+    @pl.when(j == 0)
+    def _():
+        s[...] = jnp.zeros_like(s)
+
+    x = _logits(hidden, kernel, bias, vocab_axis)
+    column = lax.broadcasted_iota(jnp.int32, x.shape, 1)
+    e = exp(jnp.minimum(x - offset[...], label_offset.HIGHEST))
+    if columns % v:  # padding may hold anything
+        e = jnp.where(column < columns - j * v, e, 0)
+    e = jnp.where(column == label[...] - j * v, 0, e)
+    e_out[...] = e.astype(e_out.dtype)
+    s[...] += reduce(jnp.add, (e[:, at : at + LANES] for at in range(0, v, LANES)))
+
+    @pl.when(j == pl.num_programs(1) - 1)
+    def _():
+        s_out[...] = jnp.sum(s[...], axis=1, keepdims=True)
+
+
+def exponentials(
+    hidden: Array,
+    kernel: Array,
+    bias: Any,
+    label: Array,
+    offset: Array,
+    vocab_axis: int,
+    columns: int,
+) -> tuple[Array, Array]:
+    """``label_offset.exponentials`` of C columns ``[N, V]``, 0 past them, in the dtype of
+    ``hidden``; and their sums."""
+    tokens, features = hidden.shape
+    n, v = cast(tuple[int, int], tiles(tokens, features))
+    vocab = kernel.shape[vocab_axis]
+    specs, args = _operands(hidden, kernel, bias, vocab_axis, n, v, lambda i, j: j)
+    # No label at all, and not the column past the last.
+    label = jnp.where(label < columns, label, -1)
+    args = mesh.varying_alike(label[:, None], offset[:, None], *args)
+    kind = jax.typeof(args[0]).manual_axis_type
+    a_row = pl.BlockSpec((n, 1), lambda i, j: (i, 0))
+    call = pl.pallas_call(
+        partial(_exponentials_tile, vocab_axis=vocab_axis, columns=columns),
+        grid=(pl.cdiv(tokens, n), pl.cdiv(vocab, v)),
+        in_specs=[a_row, a_row, *specs],
+        out_specs=[pl.BlockSpec((n, v), lambda i, j: (i, j)), a_row],
+        scratch_shapes=[pltpu.VMEM((n, LANES), jnp.float32)],
+        out_shape=[
+            jax.ShapeDtypeStruct((tokens, vocab), hidden.dtype, manual_axis_type=kind),
+            jax.ShapeDtypeStruct((tokens, 1), jnp.float32, manual_axis_type=kind),
+        ],
+        compiler_params=params("parallel", "arbitrary"),
+        cost_estimate=_cost(hidden, kernel, vocab, n),
+        name="jaxloss_linear_exponentials",
+    )
+    e, s = in_32_bits(call)(*args)
+    return e, s[:, 0]
 
 
 def _slope_tile(m, label, scale, at_omitted, active, hidden, kernel, *rest, vocab_axis: int):
