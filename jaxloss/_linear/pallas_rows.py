@@ -56,9 +56,9 @@ def largest(product: Product, label: Array) -> Array:
     return _computed(product, label).m
 
 
-def exponentials(product: Product, label: Array, offset: Array) -> tuple[Array, Array]:
-    """``label_offset.exponentials`` [N, V] in the dtype of the products, and their sums; without a
-    derivative."""
+def exponentials(product: Product, label: Array, offset: Array) -> tuple[Array, ...]:
+    """``label_offset.exponentials`` [N, V] in the dtype of the products, and their sums; on a TPU
+    the labels' logits too. Without a derivative."""
     operands = product.hidden.astype(product.narrow), product.kernel, product.bias
     of_classes = product.vocab_axis, product.num_classes
     return dispatch.product_exponentials()(*operands, label, offset, *of_classes)

@@ -14,6 +14,7 @@ from jax import Array
 
 from jaxloss._numerics.logits import Logits
 from jaxloss._numerics.passes import other_exponentials
+from jaxloss._xla.elementary import exp
 
 # The largest sum: of a row whose loss is 44 nats. Its reciprocal, times a token's weight and an
 # entry of its hidden, is far from float32's least.
@@ -29,6 +30,13 @@ def exponentials(logits: Logits, offset: Array, label: Array) -> Array:
     most = offset[:, None] + HIGHEST / unit
     read = replace(read, values=jnp.minimum(read.values, most))
     return other_exponentials(read, offset, label)
+
+
+def rebased(offset: Array, x_label: Array) -> tuple[Array, Array]:
+    """``(m, exp(offset - m))``: with ``m`` no less than the label's logit, nothing is taken away
+    from a sum of both."""
+    m = jnp.maximum(offset, x_label)
+    return m, exp(offset - m)
 
 
 def fits(offset: Array, s: Array) -> Array:

@@ -210,25 +210,33 @@ def row_part(
 
 
 def _exponentials_tile(label, offset, hidden, kernel, *rest, vocab_axis: int, columns: int):
-    *bias, e_out, s_out, s = rest
+    *bias, e_out, s_out, x_label_out, s, x_label = rest
     j, v = pl.program_id(1), kernel.shape[vocab_axis]
 
     @pl.when(j == 0)
     def _():
         s[...] = jnp.zeros_like(s)
+        x_label[...] = jnp.full_like(x_label, -jnp.inf)
 
     x = _logits(hidden, kernel, bias, vocab_axis)
     column = lax.broadcasted_iota(jnp.int32, x.shape, 1)
     e = exp(jnp.minimum(x - offset[...], label_offset.HIGHEST))
     if columns % v:  # padding may hold anything
         e = jnp.where(column < columns - j * v, e, 0)
-    e = jnp.where(column == label[...] - j * v, 0, e)
+    at_label = column == label[...] - j * v
+    e = jnp.where(at_label, 0, e)
     e_out[...] = e.astype(e_out.dtype)
-    s[...] += reduce(jnp.add, (e[:, at : at + LANES] for at in range(0, v, LANES)))
+    own = x_label[...]
+    some = [slice(at, at + LANES) for at in range(0, v, LANES)]
+    for at in some:
+        own = jnp.where(at_label[:, at], x[:, at], own)
+    x_label[...] = own
+    s[...] += reduce(jnp.add, (e[:, at] for at in some))
 
     @pl.when(j == pl.num_programs(1) - 1)
     def _():
         s_out[...] = jnp.sum(s[...], axis=1, keepdims=True)
+        x_label_out[...] = jnp.max(x_label[...], axis=1, keepdims=True)
 
 
 def exponentials(
@@ -239,9 +247,9 @@ def exponentials(
     offset: Array,
     vocab_axis: int,
     columns: int,
-) -> tuple[Array, Array]:
+) -> tuple[Array, Array, Array]:
     """``label_offset.exponentials`` of C columns ``[N, V]``, 0 past them, in the dtype of
-    ``hidden``; and their sums."""
+    ``hidden``; their sums; and the labels' logits, anything where there is no label."""
     tokens, features = hidden.shape
     n, v = cast(tuple[int, int], tiles(tokens, features))
     vocab = kernel.shape[vocab_axis]
@@ -255,18 +263,21 @@ def exponentials(
         partial(_exponentials_tile, vocab_axis=vocab_axis, columns=columns),
         grid=(pl.cdiv(tokens, n), pl.cdiv(vocab, v)),
         in_specs=[a_row, a_row, *specs],
-        out_specs=[pl.BlockSpec((n, v), lambda i, j: (i, j)), a_row],
-        scratch_shapes=[pltpu.VMEM((n, LANES), jnp.float32)],
+        out_specs=[pl.BlockSpec((n, v), lambda i, j: (i, j)), a_row, a_row],
+        scratch_shapes=[pltpu.VMEM((n, LANES), jnp.float32)] * 2,
         out_shape=[
-            jax.ShapeDtypeStruct((tokens, vocab), hidden.dtype, manual_axis_type=kind),
-            jax.ShapeDtypeStruct((tokens, 1), jnp.float32, manual_axis_type=kind),
+            jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=kind)
+            for shape, dtype in (
+                ((tokens, vocab), hidden.dtype),
+                *[((tokens, 1), jnp.float32)] * 2,
+            )
         ],
         compiler_params=params("parallel", "arbitrary"),
         cost_estimate=_cost(hidden, kernel, vocab, n),
         name="jaxloss_linear_exponentials",
     )
-    e, s = in_32_bits(call)(*args)
-    return e, s[:, 0]
+    e, s, x_label = in_32_bits(call)(*args)
+    return e, s[:, 0], x_label[:, 0]
 
 
 def _slope_tile(m, label, scale, at_omitted, active, hidden, kernel, *rest, vocab_axis: int):
