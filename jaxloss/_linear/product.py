@@ -141,6 +141,8 @@ class Product:
             )
             d_hidden = factor[:, None] * d_hidden
         own = downcast(upcast(self.hidden.astype(self.narrow)) * factor[:, None], self.narrow)
+        if on("tpu"):
+            own = lax.optimization_barrier(own)
         out = gradient_dtype(self.kernel.dtype) if self.writes_narrow(complete) else None
         given = e, self.kernel, active.kernel, self.vocab_axis
         d_kernel = kernels.gradient(own, *given, self._dot, out)
