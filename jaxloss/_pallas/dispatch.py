@@ -148,9 +148,13 @@ def product_parts() -> Any:
 
 def product_exponentials() -> Any:
     """``label_offset.exponentials`` of ``hidden @ kernel``, with their sums, of this backend."""
-    from jaxloss._pallas import linear_tpu
+    if jax.default_backend() == "tpu":
+        from jaxloss._pallas import linear_tpu
 
-    return linear_tpu.exponentials
+        return linear_tpu.exponentials
+    from jaxloss._pallas import linear_gpu
+
+    return linear_gpu.exponentials
 
 
 def product_gradient() -> Any:

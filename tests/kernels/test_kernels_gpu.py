@@ -17,7 +17,7 @@ from oracle.draw import product_of_bfloat16
 from oracle.truth import wide
 
 import jaxloss
-from jaxloss._numerics import passes
+from jaxloss._numerics import label_offset, passes
 from jaxloss._pallas import linear_gpu, rows_gpu
 from jaxloss._xla import device
 from jaxloss._xla.dtypes import accumulator_dtype
@@ -332,17 +332,17 @@ def problem(n, d, v, vocab_axis=1):
     return product_of_bfloat16(n, d, v, vocab_axis, scale=d**-0.5)
 
 
+PRODUCTS = [
+    (128, 192, 256, 256, False),  # one tile
+    (300, 256, 1088, 1088, True),  # over both edges
+    (77, 192, 640, 600, False),  # padded columns, and tokens that are no whole group of rows
+]
+
+
 @pytest.mark.nan_is_meant
 @interpreted
 @pytest.mark.parametrize("vocab_axis", [0, 1])
-@pytest.mark.parametrize(
-    ("n", "d", "v", "columns", "with_bias"),
-    [
-        (128, 192, 256, 256, False),  # one tile
-        (300, 256, 1088, 1088, True),  # over both edges
-        (77, 192, 640, 600, False),  # padded columns, and tokens that are no whole group of rows
-    ],
-)
+@pytest.mark.parametrize(("n", "d", "v", "columns", "with_bias"), PRODUCTS)
 def test_row_part(hopper, vocab_axis, n, d, v, columns, with_bias):
     hidden, kernel, kept, bias = problem(n, d, v, vocab_axis)
     kept = jnp.where(jnp.arange(n) % 5 == 1, columns, kept % columns)  # columns: no such label
@@ -373,6 +373,38 @@ def test_row_part(hopper, vocab_axis, n, d, v, columns, with_bias):
     few = part(hidden, kernel, bias, kept, count=jnp.int32(40))
     for v_, w in zip(few, (m, s, x_kept), strict=True):
         np.testing.assert_array_equal(v_[:40], w[:40])
+
+
+@pytest.mark.nan_is_meant
+@interpreted
+@pytest.mark.parametrize("vocab_axis", [0, 1])
+@pytest.mark.parametrize(("n", "d", "v", "columns", "with_bias"), PRODUCTS)
+def test_exponentials(hopper, vocab_axis, n, d, v, columns, with_bias):
+    hidden, kernel, label, bias = problem(n, d, v, vocab_axis)
+    label = jnp.where(jnp.arange(n) % 5 == 1, columns, label % columns)  # columns: no such label
+    bias = bias if with_bias else None
+    past = jnp.arange(v) >= columns  # padding may hold anything
+    past = past[None] if vocab_axis == 1 else past[:, None]
+    garbage = jnp.where(past, jnp.nan, kernel).astype(kernel.dtype)
+    right = wide(kernel) if vocab_axis == 1 else wide(kernel).T
+    x = wide(hidden) @ right
+    x = (x if bias is None else x + wide(bias))[:, :columns]
+    at, some = np.arange(n), np.minimum(np.asarray(label), columns - 1)
+    # Of most rows the label's logit; of a few so little that their sums are past the most.
+    offset = np.where(at % 7 == 3, -100.0, x[at, some]).astype(np.float32)
+    made = jax.jit(partial(linear_gpu.exponentials, vocab_axis=vocab_axis, columns=columns))
+    e, s = made(hidden, garbage, bias, label, jnp.asarray(offset))
+    assert e.shape == (n, v)
+    assert e.dtype == jnp.bfloat16
+    assert not np.any(wide(e)[:, columns:])
+    truth = np.exp(np.minimum(x - offset[:, None], label_offset.HIGHEST))
+    truth[at[some == label], some[some == label]] = 0
+    size = np.abs(wide(hidden)) @ np.abs(right)
+    known = (d + 2) / 2 * EPS * np.max(size, axis=-1) + EPS * np.max(np.abs(x), axis=-1)
+    allowed = known + EPS * (np.max(np.abs(x - offset[:, None]), axis=-1) / 2 + 16)
+    assert np.all(np.abs(wide(s) - truth.sum(axis=-1)) <= allowed * truth.sum(axis=-1))
+    rounding = allowed[:, None] + 2.0**-8
+    assert np.all(np.abs(wide(e)[:, :columns] - truth) <= rounding * truth)
 
 
 def loss_of(implementation, **options):
