@@ -89,6 +89,15 @@ def default_chunk(
     return max(1, min(chunk, num_tokens))
 
 
+def default_stored_chunk(num_tokens: int, num_columns: int, num_features: int) -> int:
+    """Tokens a chunk whose exponentials a kernel stores in 2 bytes each: a power of two, or all."""
+    if jax.default_backend() == "tpu":
+        return max(1, min(_fit(1024, num_columns), 2048, num_tokens))
+    chunk = min(_fit(2048, num_columns), 8192)
+    # All at once take 2 V N bytes; chunks of n as many, and 4 D V of the accumulator.
+    return num_tokens if num_tokens <= chunk + 2 * num_features else max(1, chunk)
+
+
 def _shrunk(chunk: int, rows: float) -> int:
     """The power of two of tokens that hold no more than a plain chunk."""
     if rows <= MOST_ROWS:

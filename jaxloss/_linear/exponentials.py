@@ -67,13 +67,14 @@ class _State(NamedTuple):
     fits: Array  # bool[n]
 
 
-def _until_all_fit(above: Callable, offset: Array, highest: Callable) -> _State:
+def _until_all_fit(above: Callable, offset: Array, highest: Callable, weight: Any) -> _State:
     """``above(offset)``, and once more, with ``highest()`` for the rows whose sum is too large.
 
     A loop, and not a condition: under vmap both sides of one would be computed always.
     """
+    offset = mesh.varying(offset, mesh.varies_over(weight))
     of_offset = above(offset)
-    state = _State(of_offset, offset, label_offset.fits(offset, of_offset[0]))
+    state = _State(of_offset, offset, label_offset.fits(offset, of_offset[0], weight))
 
     def again(state):
         offset = jnp.where(state.fits, state.offset, highest())
@@ -89,14 +90,14 @@ def above_label(
     label_exists: Array | None,
     scaling: Scaling | None,
     axes: Axes,
-    *,
-    held: bool,
+    weight: Array | None,
     fused: bool,
 ) -> Exponentials:
     """One product, and one more where a row's sum is too large.
 
-    ``exist``: which classes do; ``fused``: by the kernel for this backend, which knows of no mask
-    and no scaling.
+    ``exist``: which classes do. ``weight``: of the rows' gradients; None: none is asked for, and
+    the sums are enough. ``fused``: by the kernel for this backend, which knows of no mask and no
+    scaling.
     """
     column = of_label.column
     own = Logits(of_label.logit, label_exists, scaling).wide()
@@ -112,18 +113,18 @@ def above_label(
             e = label_offset.exponentials(x, offset, column)
             s = jnp.sum(e, axis=-1)
             values = downcast(e if scaling is None else e * x.slope(), product.narrow)
-        return lax.psum(s, axes) if axes else s, values if held else None
+        return lax.psum(s, axes) if axes else s, None if weight is None else values
 
     def highest():
         m = pallas_rows.largest(product, column) if fused else row_max(logits())
         return finite(mesh.largest(m, axes))
 
-    state = _until_all_fit(above, own, highest)
+    state = _until_all_fit(above, own, highest, weight)
     s, values = state.of_offset
     return Exponentials(values, None, RowPart(state.offset, s, own, column, scaling=scaling))
 
 
-def above_few(product: Product, column: Array, axes: Axes) -> Exponentials:
+def above_few(product: Product, column: Array, axes: Axes, weight: Array | None) -> Exponentials:
     """By the kernel: one product, two more where a row's sum is too large."""
     here = column < product.num_classes
 
@@ -136,7 +137,7 @@ def above_few(product: Product, column: Array, axes: Axes) -> Exponentials:
 
     few = product.block(0, min(_FEW, product.num_classes)).logits()
     offset = finite(mesh.largest(jnp.max(few, axis=-1), axes))
-    state = _until_all_fit(above, offset, highest)
+    state = _until_all_fit(above, offset, highest, weight)
     s, values, own = state.of_offset
     m, scale = label_offset.rebased(state.offset, own)
     return Exponentials(values, scale, RowPart(m, s * scale, own, column))

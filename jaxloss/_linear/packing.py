@@ -218,7 +218,9 @@ def scatter_rows(at: Array, x: Array, rows: Array) -> Array:
     return x.at[at].set(rows, mode="drop")
 
 
-def over_chunks(packing: Packing, chunk: int, part, update, blank, finish, dynamic: bool):
+def over_chunks(
+    packing: Packing, chunk: int, part, update, blank, finish, dynamic: bool, quarters: bool = True
+):
     """``update(state, at, part(at))`` for each chunk's tokens ``at``, from ``blank()`` on; the last
     state finished.
 
@@ -240,7 +242,7 @@ def over_chunks(packing: Packing, chunk: int, part, update, blank, finish, dynam
         return finish(lax.scan(each, blank(), starts)[0])
 
     # What is left of the last chunk goes in quarters: a batch of one chunk gains by them too.
-    quarter = step_sizes(chunk, packing.groups)[-1]
+    quarter = step_sizes(chunk, packing.groups)[-1] if quarters else chunk
     whole = (packing.size + quarter - 1) // chunk
 
     def rest(state):

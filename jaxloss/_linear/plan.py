@@ -92,6 +92,8 @@ def choose(
     if by_tokens:
         most = tokens
         default = budget.default_chunk(tokens, size.columns, size.features, rows)
+        if stored and fused:
+            default = budget.default_stored_chunk(tokens, size.columns, size.features)
     else:
         most, default = size.columns, budget.default_block(tokens, size.columns)
     return Plan(by_tokens, arguments.chunk_size(call, chunk_size, default, most), fused, stored)

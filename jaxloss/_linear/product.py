@@ -28,6 +28,7 @@ class Sweep(NamedTuple):
     # On a mesh, inside of shard_map, whose types say what the gradients are sums over:
     vocab_axes: Axes = ()  # the columns are split over; the loops' steps then communicate
     token_axes: Axes = ()  # the tokens are split over, and a sum is over all of them
+    quarters: bool = True  # what is left of the last chunk of tokens goes in quarters of one
 
 
 @partial(

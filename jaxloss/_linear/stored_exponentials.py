@@ -22,7 +22,7 @@ from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
 from jaxloss._linear import token_chunks
 from jaxloss._linear.exponentials import (
@@ -32,7 +32,7 @@ from jaxloss._linear.exponentials import (
     above_label,
     of_labels,
 )
-from jaxloss._linear.packing import Packing, gather_rows
+from jaxloss._linear.packing import Packing, gather_rows, pack, scatter_rows
 from jaxloss._linear.product import Product, Sweep, on, padded
 from jaxloss._linear.token_chunks import Operands
 from jaxloss._numerics.logits import Logits, Scaling
@@ -69,21 +69,26 @@ def _by_few(row_loss: RowLoss) -> bool:
 
 
 def _of_chunk(
-    row_loss: RowLoss, axes: Axes, product: Product, per_token: tuple, shared: tuple, *, held: bool
+    row_loss: RowLoss,
+    axes: Axes,
+    product: Product,
+    per_token: tuple,
+    shared: tuple,
+    weight: Array | None,
 ) -> tuple[tuple, OfLabel, Array | None, Exponentials]:
     """``(what the loss takes of per_token, of_label, whether the labels' classes exist,
     exponentials)``."""
     *own, column, logit, weights = per_token
     of_label, size = OfLabel(column, logit, weights), product.num_classes
     if _by_few(row_loss):
-        return tuple(own), of_label, None, above_few(product, column, axes)
+        return tuple(own), of_label, None, above_few(product, column, axes, weight)
     exist, label_exists = row_loss.targets(own, shared, size).existing(2), None
     if exist is not None:  # not of all tokens at once: it may have the logits' size
         here = jnp.broadcast_to(exist, (column.size, size))
         missing = (column < size) & ~gather_class(here, column)
         label_exists = ~anywhere(missing, axes)
-    given = exist, label_exists, row_loss.scaling, axes
-    made = above_label(product, of_label, *given, held=held, fused=row_loss.fused and held)
+    given = exist, label_exists, row_loss.scaling, axes, weight
+    made = above_label(product, of_label, *given, fused=row_loss.fused and weight is not None)
     return tuple(own), of_label, label_exists, made
 
 
@@ -92,7 +97,7 @@ def losses(row_loss: RowLoss, sweep: Sweep, operands: Operands, packing: Packing
 
     def loss_fn(product, per_token, shared):
         given = row_loss, sweep.vocab_axes, product, per_token, shared
-        own, _, _, made = _of_chunk(*given, held=False)
+        own, _, _, made = _of_chunk(*given, weight=None)
         rows, _ = finalize(made.part, _OUTPUTS)
         return (row_loss.losses(rows, own, shared, product.num_classes),), ()
 
@@ -110,17 +115,63 @@ def gradients(
     cts: tuple,
 ):
     """What ``token_chunks.gradients`` returns. Three products."""
+    at_once = sweep.chunk >= packing.valid.size and on("gpu")
+    # The label's term takes the label's place in E, and is not added to d_kernel, where there is no
+    # wide sum of d_kernel; and on a TPU, which would add to columns one after another.
+    in_place = at_once or on("tpu")
     form = token_chunks.LOGITS._replace(
         prepared=partial(_with_labels, row_loss, sweep.vocab_axes),
-        gradients=partial(_chunk_gradients, row_loss, sweep.vocab_axes),
-        finished=_with_label_terms,
+        gradients=partial(_chunk_gradients, row_loss, sweep.vocab_axes, in_place),
+        finished=_without_others if in_place else _with_label_terms,
     )
-    return token_chunks.gradients(None, sweep, active, True, operands, packing, cts, form)
+    compute = partial(token_chunks.gradients, None, form=form)
+    if at_once:
+        return _at_once(compute, sweep, active, operands, packing, cts)
+    return compute(sweep, active, True, operands, packing, cts)
+
+
+def _at_once(compute, sweep, active, operands, packing, cts):
+    """Of a quarter, a half or all of the tokens, the fewest that hold those that count: in one step
+    each, which needs no accumulator.
+
+    An array's size is static: each is a program of its own.
+    """
+    tokens = packing.valid.size
+    sizes = sorted({-(-tokens // 4), -(-tokens // 2), tokens})
+
+    def of(size, operands, packing, cts):
+        own = sweep._replace(chunk=size, quarters=False)
+        if size == tokens:
+            return compute(own, active, True, operands, packing, cts)
+        at = packing.order[:size]
+
+        def some(x):
+            return gather_rows(x, at)
+
+        def of_all(x):
+            return None if x is None else scatter_rows(at, mesh.blank(x, (tokens, *x.shape[1:])), x)
+
+        hidden = some(operands.student.hidden)
+        few = operands._replace(
+            student=replace(operands.student, hidden=hidden),
+            per_token=tuple(map(some, operands.per_token)),
+        )
+        packed = pack(at < tokens, size)
+        *each, total = compute(own, active, True, few, packed, tuple(map(some, cts)))
+        student = replace(total.student, hidden=of_all(total.student.hidden))
+        total = total._replace(student=student, per_token=tuple(map(of_all, total.per_token)))
+        return *(tuple(map(of_all, x)) for x in each), total
+
+    given = operands, packing, cts
+    given = mesh.varying(given, mesh.varies_over(packing.size))
+    which = sum((packing.size > size).astype(jnp.int32) for size in sizes[:-1])
+    return lax.switch(which, [partial(of, size) for size in sizes], *given)
 
 
 def _chunk_gradients(
     row_loss: RowLoss,
     axes: Axes,
+    in_place: bool,
     _: None,
     active: Operands,
     complete: tuple[bool, ...],
@@ -136,7 +187,9 @@ def _chunk_gradients(
     per_token = token_chunks.of_tokens_at(operands, at, packing, of_tokens)
     shared, real = operands.shared, packing.holds(at)
     given = row_loss, axes, product, per_token, shared
-    tokens, of_label, label_exists, (e, scale, part) = _of_chunk(*given, held=True)
+    (ct,) = cts
+    ct = mesh.varying(gather_rows(ct, at), mesh.varies_over(product.hidden))
+    tokens, of_label, label_exists, (e, scale, part) = _of_chunk(*given, weight=ct)
     rows, state = finalize(part, _OUTPUTS)
 
     def of_active(rows, some_tokens, some_shared):
@@ -146,8 +199,7 @@ def _chunk_gradients(
 
     some = token_chunks.those(active.per_token, tokens), token_chunks.those(active.shared, shared)
     loss, pullback = jax.vjp(of_active, rows, *some)
-    (ct,) = cts
-    ct = mesh.varying(gather_rows(ct, at).astype(loss.dtype), mesh.varies_over(loss))
+    ct = mesh.varying(ct.astype(loss.dtype), mesh.varies_over(loss))
     of_rows, d_tokens, d_shared = pullback(ct)
     _, _, factor, at_label, _ = gradient_coefficients(state, of_rows)
     factor = factor if scale is None else factor * scale
@@ -158,7 +210,7 @@ def _chunk_gradients(
     factor, at_label = jnp.where(real, factor, 0), jnp.where(there, at_label, 0)
     complete = at.dtype == bool and complete[0]
     rest = at_label
-    if _in_place(product, complete):
+    if in_place:
         # Rounded as the others are; d_hidden gets what that leaves.
         held = jnp.where(factor == 0, 0, at_label / factor)
         held = downcast(jnp.where(jnp.isfinite(held), held, 0), e.dtype)
@@ -178,15 +230,6 @@ def _chunk_gradients(
     return (loss,), (rest,), Operands(of_product, tuple(d_tokens), d_shared)
 
 
-def _in_place(product: Product, complete: bool) -> bool:
-    """Whether the label's term takes the label's place in E, and not that of a sum in d_kernel.
-
-    XLA:TPU adds to columns one after another; and where d_kernel is written narrow, there is no
-    wide sum.
-    """
-    return on("tpu") or product.writes_narrow(complete)
-
-
 def _with_label(e: Array, column: Array, held: Array) -> Array:
     if on("tpu"):  # as part of the products that read it
         return jnp.where(is_at(e, column), held[:, None], e)
@@ -198,11 +241,15 @@ def _column(product: Product, column: Array) -> Array:
     return jnp.where(column < product.num_classes, column, product.columns)
 
 
+def _without_others(active: Operands, operands: Operands, others: tuple, total: Operands):
+    return (), total
+
+
 def _with_label_terms(active: Operands, operands: Operands, others: tuple, total: Operands):
     """``((), total)``: the label's terms join the kernel's gradient once, for all chunks."""
     (rest,) = others
     product, own = operands.student, total.student
-    if not active.student.kernel or on("tpu") or own.kernel.dtype != product.wide:
+    if not active.student.kernel:
         return (), total
     *_, column, _, _ = operands.per_token
     column = _column(product, column)

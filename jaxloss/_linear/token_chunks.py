@@ -221,7 +221,14 @@ def gradients(
         )
 
     losses, others, total = over_chunks(
-        packing, chunk, part, partial(_with_chunk, rows), blank, finish, dynamic
+        packing,
+        chunk,
+        part,
+        partial(_with_chunk, rows),
+        blank,
+        finish,
+        dynamic,
+        sweep.quarters,
     )
     teacher = total.teacher and total.teacher.scattered()
     total = total._replace(student=total.student.scattered(), teacher=teacher)

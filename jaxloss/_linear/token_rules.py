@@ -76,22 +76,17 @@ def losses_by_token(
     return rule(operands, packing)
 
 
-def _is_float16(operands: Operands) -> bool:
-    products = [p for p in (operands.student, operands.teacher) if p is not None]
-    return any(p.narrow == jnp.float16 for p in products)
-
-
-def _scale_of(weight: Array, axes: Axes) -> Array:
+def _scale_of(weight: Array, operands: Operands, axes: Axes) -> Array | None:
     """What the weights are divided by in the products, which narrow them to the operands' dtype.
 
     One number for all the devices along ``axes``, whose gradients are summed before it is undone.
     """
+    products = [p for p in (operands.student, operands.teacher) if p is not None]
+    if not any(p.narrow == jnp.float16 for p in products):
+        return None
     # To at most 64: probabilities of 1e-9 are not lost, nor slopes of a thousand.
     largest = mesh.largest(jnp.max(jnp.abs(weight), initial=0), axes)
-    largest = jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1)
-    # A power of two, by which gradients that are narrow already are multiplied exactly.
-    _, exponent = jnp.frexp(largest)
-    return jnp.ldexp(jnp.ones_like(largest), exponent - 6)
+    return jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1) / 64
 
 
 def weighted_sum(
@@ -127,9 +122,7 @@ def weighted_sum(
         of_weight, of_operands, _ = active
         by_logits = partial(token_chunks.gradients, loss_fn, sweep, of_operands)
         gradients = _by_loops(by_logits, by.gradients and partial(by.gradients, of_operands))
-        scale = None
-        if by.gradients or _is_float16(operands):
-            scale = _scale_of(weight, sweep.token_axes)
+        scale = _scale_of(weight, operands, sweep.token_axes)
         cts = weight if scale is None else weight / scale
         (losses,), others, grads = gradients(operands, packing, (cts,))
         if scale is not None:

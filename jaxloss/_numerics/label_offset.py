@@ -16,9 +16,9 @@ from jaxloss._numerics.logits import Logits
 from jaxloss._numerics.passes import other_exponentials
 from jaxloss._xla.elementary import exp
 
-# The largest sum: of a row whose loss is 44 nats. Its reciprocal, times a token's weight and an
-# entry of its hidden, is far from float32's least.
-MOST = 2.0**64
+# The largest sum, of a row whose loss is 44 nats; and its largest multiple of the row's weight. The
+# weight over the sum multiplies the row's hidden: that is then far from float32's least.
+MOST, MOST_OF_WEIGHT = 2.0**64, 2.0**84
 HIGHEST = math.log(MOST) + 1  # of a logit above the offset, in nats
 
 
@@ -39,6 +39,10 @@ def rebased(offset: Array, x_label: Array) -> tuple[Array, Array]:
     return m, exp(offset - m)
 
 
-def fits(offset: Array, s: Array) -> Array:
-    """Whether the offset serves the row."""
-    return jnp.isfinite(offset) & (s <= MOST)
+def fits(offset: Array, s: Array, weight: Array | None) -> Array:
+    """Whether the offset serves the row. ``weight``: what its gradient is multiplied by; None: no
+    gradient is asked for."""
+    most = MOST
+    if weight is not None:
+        most = jnp.where(weight == 0, MOST, jnp.minimum(MOST, jnp.abs(weight) * MOST_OF_WEIGHT))
+    return jnp.isfinite(offset) & (s <= most)
