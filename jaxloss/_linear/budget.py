@@ -37,13 +37,14 @@ def rows_held(
     scaling: bool = False,
     divergence: str | None = None,
     own: float | None = None,
+    stored: bool = False,
 ) -> float:
     """Float32 rows of logits that a token of a chunk holds with these options, value and gradients.
 
     Counted in what XLA:CPU compiles, which writes out more than XLA's other compilers.
 
-    ``none``: the reduction. ``mask``: of classes. ``own``: a loss of the caller's own, whose arrays
-    of a token take as many rows.
+    ``none``: the reduction. ``stored``: exponentials. ``mask``: of classes. ``own``: a loss of the
+    caller's own, whose arrays of a token take as many rows.
     """
     rows = PLAIN_ROWS
     if divergence is not None:
@@ -57,6 +58,7 @@ def rows_held(
         others = soft or top or statistics
         rows += mask * (soft or top or smoothing) + mask * statistics + scaling * others
         rows += mask * probabilities * statistics
+        rows += 2 * (stored and scaling)  # the capped logits, and their slopes
     narrow = dtype.itemsize < 4 and jax.default_backend() == "cpu"
     if narrow and (none or rows > PLAIN_ROWS):
         rows += 0.75  # the gradient in the products' dtype, and as a CPU multiplies it

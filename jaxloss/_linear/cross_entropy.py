@@ -104,7 +104,8 @@ def by_token_chunks(product, arrays, scalars, *, sweep, options, fused, stored=F
         scaling = scaling_of(scalars.softcap, scalars.temperature)
         row_loss = stored_exponentials.RowLoss(targets_of, loss_of_rows, scaling, fused)
         forms = stored_exponentials.losses, stored_exponentials.gradients
-        by = token_rules.By(*(partial(form, row_loss, sweep) for form in forms))
+        alone, beside = (partial(form, row_loss, sweep) for form in forms)
+        by = token_rules.By(value if fused else alone, beside)
     given = sweep, operands, targets.valid, weights, scalar
     loss, stats = token_rules.reduced(loss_fn, *given, by)
     if not with_stats:

@@ -67,18 +67,21 @@ class _State(NamedTuple):
     fits: Array  # bool[n]
 
 
-def _until_all_fit(above: Callable, offset: Array, highest: Callable, weight: Any) -> _State:
-    """``above(offset)``, and once more, with ``highest()`` for the rows whose sum is too large.
+def _until_all_fit(
+    read: Callable, above: Callable, offset: Array, highest: Callable, weight: Any
+) -> _State:
+    """``above(read(), offset)``; for rows whose sum is too large again, from ``highest(read())``.
 
     A loop, and not a condition: under vmap both sides of one would be computed always.
     """
     offset = mesh.varying(offset, mesh.varies_over(weight))
-    of_offset = above(offset)
+    of_offset = above(read(), offset)
     state = _State(of_offset, offset, label_offset.fits(offset, of_offset[0], weight))
 
     def again(state):
-        offset = jnp.where(state.fits, state.offset, highest())
-        return _State(above(offset), offset, state.fits | True)
+        x = read()
+        offset = jnp.where(state.fits, state.offset, finite(highest(x)))
+        return _State(above(x, offset), offset, state.fits | True)
 
     return lax.while_loop(lambda state: ~jnp.all(state.fits), again, state)
 
@@ -102,24 +105,23 @@ def above_label(
     column = of_label.column
     own = Logits(of_label.logit, label_exists, scaling).wide()
 
-    def logits():
-        return Logits(product.logits(), exist, scaling)
+    def read():
+        return None if fused else Logits(product.logits(), exist, scaling)
 
-    def above(offset):
+    def above(x, offset):
         if fused:
             values, s = pallas_rows.exponentials(product, column, offset)
         else:
-            x = logits()
             e = label_offset.exponentials(x, offset, column)
             s = jnp.sum(e, axis=-1)
             values = downcast(e if scaling is None else e * x.slope(), product.narrow)
         return lax.psum(s, axes) if axes else s, None if weight is None else values
 
-    def highest():
-        m = pallas_rows.largest(product, column) if fused else row_max(logits())
-        return finite(mesh.largest(m, axes))
+    def highest(x):
+        m = pallas_rows.largest(product, column) if fused else row_max(x)
+        return mesh.largest(m, axes)
 
-    state = _until_all_fit(above, own, highest, weight)
+    state = _until_all_fit(read, above, own, highest, weight)
     s, values = state.of_offset
     return Exponentials(values, None, RowPart(state.offset, s, own, column, scaling=scaling))
 
@@ -128,16 +130,16 @@ def above_few(product: Product, column: Array, axes: Axes, weight: Array | None)
     """By the kernel: one product, two more where a row's sum is too large."""
     here = column < product.num_classes
 
-    def above(offset):
+    def above(_, offset):
         values, s, own = pallas_rows.exponentials(product, column, offset)
         return lax.psum(s, axes) if axes else s, values, _found(own, here, axes)
 
-    def highest():
-        return finite(mesh.largest(pallas_rows.largest(product, column), axes))
+    def highest(_):
+        return mesh.largest(pallas_rows.largest(product, column), axes)
 
     few = product.block(0, min(_FEW, product.num_classes)).logits()
     offset = finite(mesh.largest(jnp.max(few, axis=-1), axes))
-    state = _until_all_fit(above, offset, highest, weight)
+    state = _until_all_fit(lambda: None, above, offset, highest, weight)
     s, values, own = state.of_offset
     m, scale = label_offset.rebased(state.offset, own)
     return Exponentials(values, scale, RowPart(m, s * scale, own, column))

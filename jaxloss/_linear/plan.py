@@ -63,7 +63,7 @@ def choose(
     sizes = size.tokens, size.features, size.vocab, size.columns
     fused = bool(wanted and fused and dispatch.fits_product(wanted, *sizes))
     tokens = budget.size_to_plan_for(size.tokens)
-    rows = _rows(dtype, *asked)
+    rows = _rows(dtype, *asked, implementation == "stored_exponentials")
     name = implementation
     if name is None and fused and wanted == "mosaic_tpu":
         name = wanted
@@ -105,6 +105,7 @@ def _check_stored(
     taken = "where over classes", "a soft cap or a temperature"  # that is a number
     beyond = {what: here for what, here in beyond.items() if what not in taken}
     beyond |= {
+        "a kernel that is no array": not is_array(product.kernel),
         "a temperature that is an array": divided,
         "reduction='none'": options.reduction == "none",
         "operands of float16": product.narrow == jnp.float16,
@@ -115,7 +116,9 @@ def _check_stored(
         messages.fail(call, rule, ", ".join(refused), "Leave implementation out.")
 
 
-def _rows(dtype: Any, arrays: TokenArrays, options: LossOptions, scalars: Scalars) -> float:
+def _rows(
+    dtype: Any, arrays: TokenArrays, options: LossOptions, scalars: Scalars, stored: bool
+) -> float:
     """What a token of a chunk holds."""
     return budget.rows_held(
         dtype,
@@ -127,6 +130,7 @@ def _rows(dtype: Any, arrays: TokenArrays, options: LossOptions, scalars: Scalar
         mask=arrays.class_mask is not None,
         statistics=options.with_stats,
         scaling=scalars.rescaled or arrays.temperature is not None,
+        stored=stored,
     )
 
 

@@ -196,6 +196,17 @@ LINEAR_LOSSES = {
         [*TOP, CLASSES, MASK_OF_ROWS],
         (0, 1, 3, 4),
     ),
+    "stored_exponentials": (
+        of_labels(implementation="stored_exponentials"), [OF_TOKENS], (0, 1),
+    ),
+    "stored_exponentials, every option": (
+        of_labels(
+            ["weight", "where", "bias"], z_loss=0.1, logit_softcap=30.0, reduction="mean",
+            implementation="stored_exponentials",
+        ),
+        [OF_TOKENS, CLASSES, MASK_OF_ROWS, ((V,), None)],
+        (0, 1, 3, 5),
+    ),
     "probabilities": (of_labels(), [ROWS], (0, 1, 2)),
     "probabilities, every option": (
         of_labels(["weight", "where", "bias"], **EVERYTHING),
