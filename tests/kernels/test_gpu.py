@@ -188,6 +188,28 @@ def resources(said):
 
 
 @pytest.mark.parametrize("vocab_axis", [0, 1])
+def test_stored_exponentials_of_all_tokens_are_all_that_is_held(vocab_axis):
+    """No logits, no accumulator, no pass over d_kernel. Where a row's sum is too large, the kernel
+    of the rows' parts finds its maximum."""
+    n = d = 4096
+    options = {"implementation": "stored_exponentials", "n": n, "d": d, "vocab_axis": vocab_axis}
+    found, said = run(**BOTH, **options)
+    assert found["kernels"] == ["jaxloss_linear_exponentials", "jaxloss_linear_row_part"]
+    assert found["temporaries"] <= 2 * n * V + 2 * n * d + 40 * MIB
+    assert set(found["on_kernel"]) == {"parameter", "get-tuple-element"}
+    registers, spilled = resources(said)
+    assert max(registers) <= 168  # of three groups of 128 threads, on a core of 65536
+    assert sum(spilled) == 0
+
+
+def test_chunks_of_stored_exponentials():
+    """Beside a float32 d_kernel; the first chunk's stand where d_kernel is written narrow."""
+    found = compiled(**BOTH, implementation="stored_exponentials", n=4 * N)
+    assert not found["logits"]
+    assert found["temporaries"] <= 4 * D * V + 2 * 4096 * V + 3 * 2 * 4 * N * D + 40 * MIB
+
+
+@pytest.mark.parametrize("vocab_axis", [0, 1])
 def test_the_value_alone_takes_the_kernel(vocab_axis):
     """Its logits stay in the registers: what it holds is three numbers a row and tile."""
     found, said = run(vocab_axis=vocab_axis)

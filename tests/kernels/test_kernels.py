@@ -20,7 +20,7 @@ from oracle.truth import wide
 import jaxloss
 from jaxloss._linear import pallas_rows, vocab_blocks
 from jaxloss._linear.product import Product
-from jaxloss._numerics import parts
+from jaxloss._numerics import label_offset, parts
 from jaxloss._numerics.logits import Logits
 from jaxloss._pallas import linear_tpu
 
@@ -66,18 +66,18 @@ def test_tiles(tokens, features, expected):
     assert linear_tpu.tiles(tokens, features) == expected
 
 
+PRODUCTS = [
+    (7, 16, 512, 512, False),  # one tile
+    (40, 24, 1100, 1100, True),  # three, the last over the edge
+    (33, 16, 700, 600, True),  # padded columns
+    (1040, 16, 513, 513, False),  # two tiles of tokens
+    (3, 16, 1, 1, False),
+]
+
+
 @pytest.mark.nan_is_meant  # the interpreter's memory is NaN until it is written
 @pytest.mark.parametrize("vocab_axis", [0, 1])
-@pytest.mark.parametrize(
-    ("n", "d", "v", "columns", "with_bias"),
-    [
-        (7, 16, 512, 512, False),  # one tile
-        (40, 24, 1100, 1100, True),  # three, the last over the edge
-        (33, 16, 700, 600, True),  # padded columns
-        (1040, 16, 513, 513, False),  # two tiles of tokens
-        (3, 16, 1, 1, False),
-    ],
-)
+@pytest.mark.parametrize(("n", "d", "v", "columns", "with_bias"), PRODUCTS)
 def test_row_part(tpu, vocab_axis, n, d, v, columns, with_bias):
     hidden, kernel, kept, bias = problem(n, d, v, vocab_axis)
     kept = jnp.where(jnp.arange(n) % 5 == 1, columns, kept % columns)  # columns: no such label
@@ -99,6 +99,35 @@ def test_row_part(tpu, vocab_axis, n, d, v, columns, with_bias):
     np.testing.assert_array_equal(np.isnan(x_kept), ~here)
     own = x[rows[here], np.asarray(kept)[here]]
     assert np.all(np.abs(wide(x_kept)[here] - own) <= known[here])
+
+
+@pytest.mark.nan_is_meant
+@pytest.mark.parametrize("vocab_axis", [0, 1])
+@pytest.mark.parametrize(("n", "d", "v", "columns", "with_bias"), PRODUCTS)
+def test_exponentials(tpu, vocab_axis, n, d, v, columns, with_bias):
+    hidden, kernel, label, bias = problem(n, d, v, vocab_axis)
+    label = jnp.where(jnp.arange(n) % 5 == 1, columns, label % columns)  # columns: no such label
+    bias = bias if with_bias else None
+    right = wide(kernel) if vocab_axis == 1 else wide(kernel).T
+    x = wide(hidden) @ right
+    x = (x if bias is None else x + wide(bias))[:, :columns]
+    at, own = np.arange(n), np.asarray(label)
+    here = own < columns
+    # Near the row's largest; of a few rows so little that their sums are past the most.
+    offset = np.where(at % 7 == 3, -100.0, x.max(axis=-1) - 3).astype(np.float32)
+    given = hidden, kernel, bias, label, jnp.asarray(offset)
+    e, s, x_label = linear_tpu.exponentials(*given, vocab_axis, columns)
+    assert e.shape == (n, v)
+    assert e.dtype == jnp.bfloat16
+    assert not np.any(wide(e)[:, columns:])
+    truth = np.exp(np.minimum(x - offset[:, None], label_offset.HIGHEST))
+    truth[at[here], own[here]] = 0
+    size = np.abs(wide(hidden)) @ np.abs(right)
+    known = (d + 2) / 2 * EPS * np.max(size, axis=-1) + EPS * np.max(np.abs(x), axis=-1)
+    allowed = known + EPS * (np.max(np.abs(x - offset[:, None]), axis=-1) / 2 + 16)
+    assert np.all(np.abs(wide(s) - truth.sum(axis=-1)) <= allowed * truth.sum(axis=-1))
+    assert np.all(np.abs(wide(e)[:, :columns] - truth) <= (allowed[:, None] + 2.0**-8) * truth)
+    assert np.all(np.abs(wide(x_label)[here] - x[at[here], own[here]]) <= known[here])
 
 
 @pytest.mark.nan_is_meant

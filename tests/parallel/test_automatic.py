@@ -1,6 +1,7 @@
 """Meshes of automatic axes, on which XLA's partitioner decides what each device computes."""
 
 import re
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -71,7 +72,8 @@ def divergence(hidden, kernel, labels):
     return jaxloss.linear_kl_divergence(*given, chunk_size=CHUNK, sample_weight=labels >= 0)
 
 
-LOSSES = [mean, with_statistics, of_top_k, own_loss, divergence]
+stored = partial(mean, implementation="stored_exponentials")
+LOSSES = [mean, with_statistics, of_top_k, own_loss, divergence, stored]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -133,6 +133,7 @@ LOSSES = {
     ),
     "token_chunks": (partial(linear, implementation="token_chunks"), "h k y b s"),
     "vocab_blocks": (partial(linear, implementation="vocab_blocks"), "h k y b s"),
+    "stored": (partial(linear, implementation="stored_exponentials"), "h k y b s"),
 }
 PER_CLASS = ("w", "b")
 

@@ -162,6 +162,9 @@ def linear(h, k, b, y, s, w=None, **options):
     + [
         ("mean over both", "token_chunks", "automatic"),
         ("manual vocabulary", "vocab_blocks", "automatic"),
+        ("mean over both", "stored_exponentials", "explicit"),
+        ("manual vocabulary", "stored_exponentials", "explicit"),
+        ("manual vocabulary", "stored_exponentials", "automatic"),
     ],
 )
 def test_linear_loss_over_manual_axes_and_others(name, schedule, kind):
