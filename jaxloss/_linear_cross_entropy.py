@@ -155,7 +155,8 @@ def linear_cross_entropy(
         to it, the logits and all sums are float32, and so is what a gradient is made of before it
         gets its operand's dtype. None: that of the operands, which then must have one. Token chunks
         hold a cast copy of the kernel, vocabulary blocks one of a block.
-      implementation: ``"token_chunks"``, or for least memory ``"vocab_blocks"``, or vocabulary
+      implementation: ``"token_chunks"``, or for least memory ``"vocab_blocks"``, or
+        ``"stored_exponentials"`` (see below), or vocabulary
         blocks whose log-sum-exp a kernel computes: ``"mosaic_tpu"`` on a TPU after v4, where a
         second one computes the logits' gradient (unless ``bias`` has one), ``"mosaic_gpu"`` on a
         Hopper GPU (an H100, an H200). A kernel takes bfloat16 operands and class indices, no
@@ -189,6 +190,18 @@ def linear_cross_entropy(
     blocks take four products whatever the reduction, but hold one block of logits beside a float32
     gradient of ``hidden`` and no accumulator for the kernel's. They compute every token; with a
     kernel its product takes those that count, the others a quarter of all tokens, a half or all.
+
+    ``"stored_exponentials"`` keeps ``exp(z - z_y)`` of a chunk of tokens, in the dtype of the
+    products, in place of its logits and of their gradient. The logit of the label is computed
+    before the others, so that no pass looks for a maximum, and the label's part of a gradient is
+    not rounded to that dtype (it is on a TPU, and on a GPU where one chunk is all tokens). It takes
+    three products, and one more for a chunk in which a label lies some 44 nats below the others
+    together. It takes class indices, a sum or mean, an array for a kernel, and none of
+    ``label_smoothing``, ``return_stats``, float16 operands and a temperature that is an array. On a
+    TPU after v4 and on a Hopper GPU a kernel stores the exponentials, of bfloat16 operands without
+    ``where`` over classes, soft cap and temperature. Then ``chunk_size=None`` takes, of 2 bytes a
+    logit, up to 2048 tokens and 512 MiB on a TPU; on a GPU up to 8192 tokens and 1 GiB, and all
+    tokens, where they are at most 2 D more than that.
 
     So tokens that fit into one chunk have all their logits held by default, as
     :func:`cross_entropy` of the product has them: N C float32 numbers. ``"vocab_blocks"`` as
@@ -510,5 +523,5 @@ def _losses(
             layout.warn_if_shared(call, tokens, chosen.chunk)
         return compute(product, arrays, scalars, options=options, **static)
     given = (product,), arrays, scalars
-    static = tuple(static.items())
-    return layout.over_mesh(*given, schedule=compute, layout=found, options=options, static=static)
+    own = {"schedule": compute, "layout": found, "options": options}
+    return layout.over_mesh(*given, **own, static=tuple(static.items()))

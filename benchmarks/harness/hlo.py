@@ -78,10 +78,23 @@ NOTHING = Scheduled({}, {})
 def cost(text: str, steps: Iterable[int] = (), scheduled: Scheduled = NOTHING) -> Cost:
     """``steps``: of those loops, in the program's order, whose number is computed when it runs."""
     bodies, open_loops = computations(text), iter(steps)
-    out = _cost(bodies, "ENTRY", open_loops, scheduled)
+    out = _cost(bodies, "ENTRY", open_loops, _with_all_kernels(bodies, scheduled))
     if left := list(open_loops):
         raise ValueError(f"The program has no more loops of an open number of steps; left: {left}.")
     return out
+
+
+def _with_all_kernels(bodies: Mapping[str, list[Instruction]], scheduled: Scheduled) -> Scheduled:
+    """Of calls of one kernel on the same shapes the compiler schedules one."""
+    bundles, steps, kernels = {}, {}, {}
+    for i in (i for body in bodies.values() for i in body if i.opcode == "custom-call"):
+        kernels.setdefault((re.sub(r"\.\d+$", "", i.name), i.dims), []).append(i.name)
+    for names in kernels.values():
+        known = next((name for name in names if name in scheduled.bundles), None)
+        if known is not None:
+            bundles |= dict.fromkeys(names, scheduled.bundles[known])
+            steps |= dict.fromkeys(names, scheduled.steps.get(known, 1))
+    return Scheduled(bundles | {**scheduled.bundles}, steps | {**scheduled.steps})
 
 
 def _cycles(i: Instruction, scheduled: Scheduled) -> int:

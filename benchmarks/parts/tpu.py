@@ -23,11 +23,13 @@ from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
 from benchmarks.harness import hlo, report
+from benchmarks.harness.environment import environment
 from benchmarks.harness.measure import MIB, refusal
 from benchmarks.methods.libraries import LOADERS, linear_loss
 from jaxloss._linear import budget
 
 PACKAGES = ("libtpu", "tokamax")
+COMPILERS = ("libtpu", "jax", "jaxlib")
 TOPOLOGIES = {"v5e": "v5e:2x2", "v6e": "v6e:2x2", "v5p": "v5p:2x2x1", "tpu7x": "tpu7x:2x2x1"}
 SHAPES = ((8192, 2048, 128256), (4096, 4096, 128256), (8192, 2304, 256000))  # N, D, V
 LARGE = (32768, 4096, 128256)
@@ -46,11 +48,17 @@ NAMES = {
     "all": "jaxloss ignore_index=None",
     "chunks": "jaxloss token_chunks",
     "blocks": "jaxloss vocab_blocks",
+    "stored": "jaxloss stored_exponentials",
     "tokamax mosaic_tpu": "tokamax mosaic_tpu",
     "tokamax chunked_xla": "tokamax chunked_xla",
     "tokamax xla": "tokamax xla",
 }
-SCHEDULES = {"chunks": "token_chunks", "blocks": "vocab_blocks", "kernel": "mosaic_tpu"}
+SCHEDULES = {
+    "chunks": "token_chunks",
+    "blocks": "vocab_blocks",
+    "kernel": "mosaic_tpu",
+    "stored": "stored_exponentials",
+}
 
 
 def quiet() -> None:
@@ -64,6 +72,11 @@ def quiet() -> None:
         TPU_LOG_DIR="disabled",
         ALLOW_MULTIPLE_LIBTPU_LOAD="1",
     )
+
+
+def options(parser: argparse.ArgumentParser) -> None:
+    what = "this method alone, added to the results that are there"
+    parser.add_argument("--add", choices=NAMES, help=what)
 
 
 def prepare(args: argparse.Namespace) -> None:
@@ -98,6 +111,11 @@ def _method(name: str, shape: tuple[int, int, int], chunk: int | None) -> tuple[
     if name == "chunks":
         tokens, _, columns = shape
         steps = _chunk_loops(tokens, chunk or budget.default_chunk(tokens, columns))
+    if name == "stored":
+        tokens, features, columns = shape
+        chunk = chunk or budget.default_stored_chunk(tokens, columns, features)
+        # In each step stands a loop over rows whose sum is too large, which none is.
+        steps = [0, *(n for steps in _chunk_loops(tokens, chunk) for n in (steps, 0))]
     return jax.value_and_grad(loss, (0, 1)), steps
 
 
@@ -143,7 +161,24 @@ def compiled(
     }
 
 
+def _added(name: str, tick: Callable[..., None]) -> dict[str, Any]:
+    """The results that are there, with this method: of the same compilers."""
+    data, now = report.load(report.RESULTS, "compiled"), environment(*PACKAGES)
+    other = [key for key in COMPILERS if now[key] != data["environment"][key]]
+    if other:
+        raise SystemExit(f"tpu --add: other versions of {', '.join(other)} made {report.RESULTS}.")
+    with TemporaryDirectory() as folder:
+        hlo.dump_to(Path(folder))
+        for row, each in report.shares(tick, data["rows"]):
+            each(0, f"{row['chip']} {tuple(row['shape'])}")
+            found = compiled(row["chip"], name, tuple(row["shape"]), None, Path(folder))
+            row["programs"][name] = {"jaxloss": now["jaxloss"], **found}
+    return data
+
+
 def run(args: argparse.Namespace, tick: Callable[..., None]) -> dict[str, Any]:
+    if args.add:
+        return _added(args.add, tick)
     names, done = ("products", *NAMES), count()
     total = len(CASES) * len(names) + sum(len(sizes) for *_, sizes in SWEEPS)
 
@@ -190,7 +225,11 @@ def _of_products(name: str, program: dict[str, Any], products: dict[str, Any]) -
 
 def tables(data: dict[str, Any]) -> list[report.Table]:
     peers = ", ".join(f"{name} {data['environment'][name]}" for name in ("tokamax", "libtpu"))
-    names = [name for name in NAMES if any("peak_mib" in r["programs"][name] for r in data["rows"])]
+    names = [
+        name
+        for name in NAMES
+        if any("peak_mib" in r["programs"].get(name, {}) for r in data["rows"])
+    ]
     case = ["chip", "tokens x features\nx classes"]
     columns = [NAMES[name].replace(" ", "\n") for name in names]
     memory, cycles, refused = [], [], {}

@@ -11,7 +11,7 @@ from jax import Array
 
 from jaxloss._linear import packing
 from jaxloss._linear.product import Product
-from jaxloss._numerics import parts
+from jaxloss._numerics import label_offset, parts
 from jaxloss._numerics.rows import RowLosses, finalize, plain_gradient
 from jaxloss._pallas import dispatch
 from jaxloss._types import Axes
@@ -61,7 +61,8 @@ def exponentials(product: Product, label: Array, offset: Array) -> tuple[Array, 
     the labels' logits too. Without a derivative."""
     operands = product.hidden.astype(product.narrow), product.kernel, product.bias
     of_classes = product.vocab_axis, product.num_classes
-    return dispatch.product_exponentials()(*operands, label, offset, *of_classes)
+    of_rows = label, offset, label_offset.HIGHEST
+    return dispatch.product_exponentials()(*operands, *of_rows, *of_classes)
 
 
 def _slope_by_xla(product: Product, rows: tuple) -> Array:

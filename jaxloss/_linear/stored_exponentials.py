@@ -121,10 +121,10 @@ def gradients(
     in_place = at_once or on("tpu")
     form = token_chunks.LOGITS._replace(
         prepared=partial(_with_labels, row_loss, sweep.vocab_axes),
-        gradients=partial(_chunk_gradients, row_loss, sweep.vocab_axes, in_place),
+        gradients=partial(_chunk_gradients, sweep.vocab_axes, in_place),
         finished=_without_others if in_place else _with_label_terms,
     )
-    compute = partial(token_chunks.gradients, None, form=form)
+    compute = partial(token_chunks.gradients, row_loss, form=form)
     if at_once:
         return _at_once(compute, sweep, active, operands, packing, cts)
     return compute(sweep, active, True, operands, packing, cts)
@@ -169,10 +169,9 @@ def _at_once(compute, sweep, active, operands, packing, cts):
 
 
 def _chunk_gradients(
-    row_loss: RowLoss,
     axes: Axes,
     in_place: bool,
-    _: None,
+    row_loss: RowLoss,
     active: Operands,
     complete: tuple[bool, ...],
     operands: Operands,
@@ -208,7 +207,6 @@ def _chunk_gradients(
     # A token that is not there has no gradient, and no class that does not exist.
     there = real if label_exists is None else real & label_exists
     factor, at_label = jnp.where(real, factor, 0), jnp.where(there, at_label, 0)
-    complete = at.dtype == bool and complete[0]
     rest = at_label
     if in_place:
         # Rounded as the others are; d_hidden gets what that leaves.
@@ -217,7 +215,7 @@ def _chunk_gradients(
         e = _with_label(e, of_label.column, held)
         rest = at_label - factor * upcast(held)
     of_product = product.gradients_of_scaled(
-        padded(e, product), factor, active.student, complete=complete
+        padded(e, product), factor, active.student, complete=at.dtype == bool and complete[0]
     )
     d_hidden, d_bias = of_product.hidden, of_product.bias
     if d_hidden is not None and of_label.weights is not None:

@@ -152,7 +152,7 @@ def _blank_rows(size: int, like):
 
 
 def gradients(
-    loss_fn: LossFn,
+    loss_fn: Any,
     sweep: Sweep,
     active: Operands,
     dynamic: bool,
@@ -162,6 +162,8 @@ def gradients(
     form: Form | None = None,
 ):
     """(losses, others, gradients of sum(ct * losses)), the gradients of ``active`` operands alone.
+
+    ``loss_fn`` is a ``LossFn``, or what the form's gradients take in its place.
 
     One product for the logits, one for d_hidden, one for d_kernel; as many for a teacher's. On a
     mesh, the gradients are this device's part.

@@ -18,7 +18,6 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jaxloss._numerics import label_offset
 from jaxloss._pallas.rows_gpu import (
     COLUMN,
     TILE,
@@ -114,11 +113,12 @@ def exponentials(
     bias: Any,
     label: Array,
     offset: Array,
+    highest: float,
     vocab_axis: int,
     columns: int,
 ) -> tuple[Array, Array]:
-    """``label_offset.exponentials`` of C columns ``[N, V]``, 0 past them, in the dtype of
-    ``hidden``; and their sums."""
+    """``exp(min(x_j - offset, highest))`` of C columns ``[N, V]``, 0 at the label and past
+    them, in the dtype of ``hidden``; and their sums."""
     tokens, vocab = hidden.shape[0], kernel.shape[vocab_axis]
     tiles = pl.cdiv(vocab, _CLASSES)
     label, _ = _labels(label, tokens, columns, tiles)
@@ -132,7 +132,7 @@ def exponentials(
             _, here = _place(i, group)
             x = _with_bias(x[...], bias, j)
             offset = load(offsets.at[here], COLUMN, optimized=False)
-            e = exp(jnp.minimum(x - across(offset, _SHAPE), label_offset.HIGHEST))
+            e = exp(jnp.minimum(x - across(offset, _SHAPE), highest))
             if columns < tiles * _CLASSES:  # padding may hold anything
                 e = jnp.where(_column() < columns - j * _CLASSES, e, 0.0)
             e = jnp.where(_at_label(labels, here, j), 0.0, e)

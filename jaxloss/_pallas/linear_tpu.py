@@ -18,7 +18,6 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from jaxloss._numerics import label_offset
 from jaxloss._xla import mesh
 from jaxloss._xla.elementary import exp_is_long, finite, short_exp
 
@@ -209,7 +208,9 @@ def row_part(
     return tuple(x[:, 0] for x in _one_after_the_other(in_32_bits(call))(*args))
 
 
-def _exponentials_tile(label, offset, hidden, kernel, *rest, vocab_axis: int, columns: int):
+def _exponentials_tile(
+    label, offset, hidden, kernel, *rest, highest: float, vocab_axis: int, columns: int
+):
     *bias, e_out, s_out, x_label_out, s, x_label = rest
     j, v = pl.program_id(1), kernel.shape[vocab_axis]
 
@@ -220,7 +221,7 @@ def _exponentials_tile(label, offset, hidden, kernel, *rest, vocab_axis: int, co
 
     x = _logits(hidden, kernel, bias, vocab_axis)
     column = lax.broadcasted_iota(jnp.int32, x.shape, 1)
-    e = exp(jnp.minimum(x - offset[...], label_offset.HIGHEST))
+    e = exp(jnp.minimum(x - offset[...], highest))
     if columns % v:  # padding may hold anything
         e = jnp.where(column < columns - j * v, e, 0)
     at_label = column == label[...] - j * v
@@ -245,11 +246,12 @@ def exponentials(
     bias: Any,
     label: Array,
     offset: Array,
+    highest: float,
     vocab_axis: int,
     columns: int,
 ) -> tuple[Array, Array, Array]:
-    """``label_offset.exponentials`` of C columns ``[N, V]``, 0 past them, in the dtype of
-    ``hidden``; their sums; and the labels' logits, anything where there is no label."""
+    """``exp(min(x_j - offset, highest))`` of C columns ``[N, V]``, 0 at the label and past them, in
+    the dtype of ``hidden``; their sums; the labels' logits, anything where there is no label."""
     tokens, features = hidden.shape
     n, v = cast(tuple[int, int], tiles(tokens, features))
     vocab = kernel.shape[vocab_axis]
@@ -260,7 +262,7 @@ def exponentials(
     kind = jax.typeof(args[0]).manual_axis_type
     a_row = pl.BlockSpec((n, 1), lambda i, j: (i, 0))
     call = pl.pallas_call(
-        partial(_exponentials_tile, vocab_axis=vocab_axis, columns=columns),
+        partial(_exponentials_tile, highest=highest, vocab_axis=vocab_axis, columns=columns),
         grid=(pl.cdiv(tokens, n), pl.cdiv(vocab, v)),
         in_specs=[a_row, a_row, *specs],
         out_specs=[pl.BlockSpec((n, v), lambda i, j: (i, j)), a_row, a_row],

@@ -115,7 +115,7 @@ def test_exponentials(tpu, vocab_axis, n, d, v, columns, with_bias):
     here = own < columns
     # Near the row's largest; of a few rows so little that their sums are past the most.
     offset = np.where(at % 7 == 3, -100.0, x.max(axis=-1) - 3).astype(np.float32)
-    given = hidden, kernel, bias, label, jnp.asarray(offset)
+    given = hidden, kernel, bias, label, jnp.asarray(offset), label_offset.HIGHEST
     e, s, x_label = linear_tpu.exponentials(*given, vocab_axis, columns)
     assert e.shape == (n, v)
     assert e.dtype == jnp.bfloat16

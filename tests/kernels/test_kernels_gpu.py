@@ -392,7 +392,8 @@ def test_exponentials(hopper, vocab_axis, n, d, v, columns, with_bias):
     at, some = np.arange(n), np.minimum(np.asarray(label), columns - 1)
     # Of most rows the label's logit; of a few so little that their sums are past the most.
     offset = np.where(at % 7 == 3, -100.0, x[at, some]).astype(np.float32)
-    made = jax.jit(partial(linear_gpu.exponentials, vocab_axis=vocab_axis, columns=columns))
+    static = {"highest": label_offset.HIGHEST, "vocab_axis": vocab_axis, "columns": columns}
+    made = jax.jit(partial(linear_gpu.exponentials, **static))
     e, s = made(hidden, garbage, bias, label, jnp.asarray(offset))
     assert e.shape == (n, v)
     assert e.dtype == jnp.bfloat16
@@ -483,6 +484,35 @@ def test_gradients_by_default_are_those_of_chunks(hopper):
         results.append(jax.jit(both)(hidden, kernel, labels))
     for v, w in zip(*map(jax.tree.leaves, results), strict=True):
         np.testing.assert_array_equal(v, w)
+
+
+@pytest.mark.nan_is_meant  # a mean over nothing
+@interpreted
+@pytest.mark.parametrize("chunk_size", [None, 16])
+@pytest.mark.parametrize("number", [40, 39, 17, 9, 1, 0])
+def test_stored_exponentials_of_as_many_tokens_as_count(hopper, number, chunk_size):
+    """Without chunks in one step: of all tokens, of a half, of a quarter."""
+    n, d, v = 40, 192, 256
+    hidden, kernel, labels, _ = problem(n, d, v)
+    counts = np.random.default_rng(0).permutation(n) < number
+    hidden = hidden.at[:: n // 4].mul(100)  # their sums are too large
+    hidden = jnp.where(counts[:, None], hidden, jnp.nan)
+    labels = jnp.where(counts, labels, -100)
+    found, expected = (
+        jax.value_and_grad(
+            partial(jaxloss.linear_cross_entropy, implementation=name, **options), (0, 1)
+        )
+        for name, options in (
+            ("stored_exponentials", {"chunk_size": chunk_size}),
+            ("token_chunks", {"chunk_size": 16}),
+        )
+    )
+    assert "jaxloss_linear_exponentials" in program(found, hidden, kernel, labels)
+    got, want = found(hidden, kernel, labels), expected(hidden, kernel, labels)
+    for x, z in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        size = np.max(np.abs(np.nan_to_num(wide(z))))
+        rounding = 2.0**-7 if x.ndim else 2.0**-19
+        np.testing.assert_allclose(wide(x), wide(z), rtol=0, atol=rounding * size)
 
 
 @interpreted
