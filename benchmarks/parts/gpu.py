@@ -2,8 +2,10 @@
 
 Copy bandwidth and matrix rate first; then the loss of ``hidden @ kernel`` in bfloat16, forward and
 with both gradients, in time and memory; ``cross_entropy`` of bfloat16 logits as a share of the copy
-bandwidth; chunk sizes. A method that does not agree with the first, cannot be imported, or refuses,
-is listed with its reason. ``--small`` runs the same code on tiny shapes, on any device.
+bandwidth, and every other function of logits; losses of a product's statistics; chunk sizes. Each
+step is saved at once, and ``--resume`` goes on from there. A method that does not agree with the
+first, cannot be imported, or refuses, is listed with its reason. ``--small`` runs the same code on
+tiny shapes, on any device.
 """
 
 import argparse
@@ -19,18 +21,23 @@ import jax.numpy as jnp
 
 from benchmarks.harness import measure, report
 from benchmarks.harness.environment import environment
-from benchmarks.methods import calls, libraries, linear_case
+from benchmarks.methods import calls, device_functions, libraries, linear_case
 from benchmarks.methods.linear_case import PASSES, PRODUCTS
 
 PACKAGES = ("jax-cuda13-plugin", "jax-cuda12-plugin", "tokamax", "torch", "liger-kernel")
 PACKAGES = (*PACKAGES, "cut-cross-entropy")
-LINEAR = (PRODUCTS, "jaxloss", "blocks", "mosaic_gpu", "optax", "tokamax chunked_xla")
+LINEAR = (PRODUCTS, "jaxloss", "stored", "blocks", "mosaic_gpu", "optax", "tokamax chunked_xla")
 LINEAR = (*LINEAR, "torch chunks", "Liger", "cut-cross-entropy")
 SHOWN = {PRODUCTS: "bare products", "blocks": "jaxloss vocab_blocks"}
-SHOWN = {**SHOWN, "mosaic_gpu": "jaxloss mosaic_gpu"}
+SHOWN = {**SHOWN, "mosaic_gpu": "jaxloss mosaic_gpu", "stored": "jaxloss stored_exponentials"}
 LOGITS = ("jaxloss", "optax", "torch")
+OF_COPY = ("ms", ".3f"), ("of_copy", ".0%")
+OF_PRODUCTS = ("ms", ".2f"), ("of_products", ".2f")
 # For the first linear shape, on an H200; of extra memory, beside a float32 d_kernel.
 MAX_BOTH_MS, MAX_FORWARD_MS, MAX_EXTRA_BYTES, MIN_OF_COPY = 20.0, 6.5, 1.2e9, 0.85
+MAX_STORED, MAX_STORED_MIB = 1.08, 1100  # of bare products; for the first shape
+MAX_STATISTICS_MS = {"linear_token_stats": 50.0, "linear_stats_loss": 38.0}
+MAX_DIVERGENCE, MIN_STATS_OF_COPY = 1.10, 0.90
 
 
 @dataclass(frozen=True)
@@ -40,6 +47,8 @@ class Cases:
     rows: int
     columns: tuple[int, ...]
     side: int  # of the ceilings' square matrices
+    logits: tuple[int, int]  # of every function of them
+    statistics: tuple[int, int, int]  # of losses of a product's statistics
 
 
 FULL = Cases(
@@ -48,13 +57,16 @@ FULL = Cases(
     32768,
     (1024, 2048, 4096, 16384, 65536, 262144),
     16384,
+    (8192, 151936),
+    (8192, 4096, 131072),
 )
-SMALL = Cases(((64, 32, 512),), (16,), 32, (128,), 128)
+SMALL = Cases(((64, 32, 512),), (16,), 32, (128,), 128, (32, 128), (64, 32, 512))
 
 
 def options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--small", action="store_true", help="tiny shapes, on whatever is there")
+    add("--resume", action="store_true", help="measure what the results do not have yet")
     add("--seconds", type=float, default=2.0, help="time for each case (default: %(default)s)")
 
 
@@ -148,6 +160,8 @@ def targets(data: dict[str, Any]) -> list[dict[str, Any]]:
         (f"{shape}, the same in a burst", "ms", burst["forward"], MAX_FORWARD_MS, -1),
         (f"{shape}, extra memory", "MiB", extra, most, -1),
         ("cross_entropy, its worst shape", "of copy bandwidth", worst, MIN_OF_COPY, 1),
+        *_targets_of_stored(data),
+        *_targets_of_functions(data),
     ]
     return [
         {
@@ -161,10 +175,43 @@ def targets(data: dict[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
+def _targets_of_stored(data: dict[str, Any]) -> list[tuple]:
+    """Of stored exponentials, where they were measured."""
+    rows = []
+    for row in (r for r in data["linear"] if "stored" in r["both_ms"]):
+        ratio = row["both_ms"]["stored"] / row["both_ms"][PRODUCTS]
+        what = f"stored_exponentials {report.by(row['shape'])}"
+        rows.append((what, "of bare products", ratio, MAX_STORED, -1))
+    if rows:
+        held = data["linear"][0]["memory"]["stored"]["planned_mib"]
+        what = f"stored_exponentials {report.by(data['linear'][0]['shape'])}, extra memory"
+        rows.append((what, "MiB", held, MAX_STORED_MIB, -1))
+    return rows
+
+
+def _targets_of_functions(data: dict[str, Any]) -> list[tuple]:
+    rows = []
+    if "statistics" in data:
+        found = data["statistics"]["functions"]
+        for name, most in MAX_STATISTICS_MS.items():
+            rows.append((name, "ms", found[name]["ms"]["both"], most, -1))
+        ratio = found["linear_kl_divergence"]["of_products"]["both"]
+        rows.append(("linear_kl_divergence", "of bare products", ratio, MAX_DIVERGENCE, -1))
+    if "functions" in data:
+        share = data["functions"]["functions"]["token_stats"]["of_copy"]["forward"]
+        rows.append(("token_stats, forward", "of copy bandwidth", share, MIN_STATS_OF_COPY, 1))
+    return rows
+
+
 def run(args: argparse.Namespace, tick: Callable[..., None]) -> dict[str, Any]:
     """Saves the results after each step too, because a GPU may be taken away."""
     cases, seconds = SMALL if args.small else FULL, args.seconds
     env, data = environment(*PACKAGES), {}
+    if args.resume and (args.out / f"{args.name}.json").exists():
+        data = report.load(args.out, args.name)
+        if data.pop("environment") != env:
+            sys.exit("gpu --resume: another machine or other versions made the results there.")
+    done = data.setdefault("done", [])
     first, *others = cases.linear
 
     def linear(shape: tuple[int, int, int]) -> tuple[str, str, Callable]:
@@ -179,6 +226,18 @@ def run(args: argparse.Namespace, tick: Callable[..., None]) -> dict[str, Any]:
     steps = [
         ("ceilings", "ceilings", lambda: ceilings(cases.side, seconds)),
         linear(first),
+        (
+            "statistics",
+            "statistics",
+            lambda: device_functions.of_products(cases.statistics, seconds),
+        ),
+        (
+            "functions",
+            "functions of logits",
+            lambda: device_functions.of_logits(
+                cases.logits, data["ceilings"]["copy_gb_s"], seconds / 4
+            ),
+        ),
         ("burst", "bursts", lambda: bursts(first)),
         ("chunk_size", "chunk_size", lambda: linear_case.chunk_sizes(first, cases.chunks, seconds)),
         *map(logits, cases.columns),
@@ -186,8 +245,11 @@ def run(args: argparse.Namespace, tick: Callable[..., None]) -> dict[str, Any]:
     ]
     for (key, what, compute), each in report.shares(tick, steps):
         each(0, what)
+        if what in done:
+            continue
         found = compute()
         data[key] = [*data.get(key, []), found] if key in ("linear", "logits") else found
+        done.append(what)
         report.save(args.out, args.name, {"environment": env, **data})
     return data
 
@@ -250,6 +312,7 @@ def tables(data: dict[str, Any]) -> list[report.Table]:
     head = ["shape", *(f"{n}\nms" for n in names), *(f"{n}\nof copy" for n in names)]
     title = "bfloat16 logits: value and gradient (of copy: two reads and a write at its bandwidth)"
     out.append(report.Table(title, head, lines))
+    out += _of_functions(data)
     refused = {}
     for row in (*rows, *data["logits"]):
         for name, why in row["refused"].items():
@@ -263,6 +326,31 @@ def tables(data: dict[str, Any]) -> list[report.Table]:
         for t in targets(data)
     ]
     out.append(report.Table("Targets, for an H200", ["what", "got", "target", "", ""], lines))
+    return out
+
+
+def _of_functions(data: dict[str, Any]) -> list[report.Table]:
+    """None in results of before they were measured."""
+    out = []
+    if "functions" in data:
+        found, head = data["functions"], ["function", "forward ms", "of copy", "both ms", "of copy"]
+        lines = [
+            [name, *(_cell(f[key], p, form) for p in PASSES for key, form in OF_COPY)]
+            for name, f in found["functions"].items()
+        ]
+        title = "(of copy: what must be read and written, at its bandwidth)"
+        title = f"Functions of bfloat16 logits, {report.by(found['shape'])} {title}"
+        out.append(report.Table(title, head, lines))
+    if "statistics" in data:
+        found = data["statistics"]
+        head = ["loss", "forward ms", "of products", "both ms", "of products"]
+        lines = [
+            [name, *(_cell(f[key], p, form) for p in PASSES for key, form in OF_PRODUCTS)]
+            for name, f in found["functions"].items()
+        ]
+        title = f"Losses of a product's statistics, {report.by(found['shape'])}"
+        title += " (of products: of the bare products that each needs)"
+        out.append(report.Table(title, head, lines))
     return out
 
 

@@ -11,6 +11,7 @@ import jax
 import pytest
 
 from benchmarks.harness import hlo, report
+from benchmarks.methods.device_functions import OF_LOGITS, OF_PRODUCTS
 from benchmarks.methods.linear_case import PRODUCTS
 from benchmarks.parts import gpu, tpu
 
@@ -53,6 +54,10 @@ def test_the_gpu_program_on_small_shapes(tmp_path):
         assert {*row["ms"], *row["refused"]} == {*gpu.LOGITS}
         assert row["of_copy"].keys() == row["ms"].keys()
     assert [row["chunk_size"] for row in data["chunk_size"]] == list(gpu.SMALL.chunks)
+    for step, functions in (("functions", OF_LOGITS), ("statistics", OF_PRODUCTS)):
+        assert {*data[step]["functions"]} == {*functions}
+        for row in data[step]["functions"].values():
+            assert {*row["ms"]} == {"forward", "both"}, row["refused"]
     assert all(isinstance(target["reached"], bool) for target in gpu.targets(data))
     for table in gpu.tables(data):
         assert all(len(row) == len(table.header) for row in table.rows)
