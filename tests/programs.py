@@ -277,6 +277,12 @@ def _on_a_mesh():
             partial(jaxloss.linear_cross_entropy, implementation="vocab_blocks", chunk_size=24),
             "hkys",
         ),
+        "stored": (
+            partial(
+                jaxloss.linear_cross_entropy, implementation="stored_exponentials", chunk_size=8
+            ),
+            "hkys",
+        ),
     }
     for name, (loss, letters) in losses.items():
         call, _ = of(loss, letters)
@@ -299,6 +305,7 @@ def _with_kernels():
             ("none", partial(jaxloss.cross_entropy, reduction="none"), (x, y)),
             ("linear", linear, (h, k, y)),
             ("blocks", partial(linear, implementation="vocab_blocks"), (h, k, y)),
+            ("stored", partial(linear, implementation="stored_exponentials"), (h, k, y)),
         ):
             for mode in ("value", "gradient", "second"):
                 yield f"{name}, {mode}, {backend}", backend, MODES[mode](call), args

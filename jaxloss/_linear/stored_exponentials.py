@@ -115,7 +115,8 @@ def gradients(
     cts: tuple,
 ):
     """What ``token_chunks.gradients`` returns. Three products."""
-    at_once = sweep.chunk >= packing.valid.size and on("gpu")
+    tokens = packing.valid.size  # jax.export may leave it open
+    at_once = on("gpu") and isinstance(tokens, int) and sweep.chunk >= tokens
     # The label's term takes the label's place in E, and is not added to d_kernel, where there is no
     # wide sum of d_kernel; and on a TPU, which would add to columns one after another.
     in_place = at_once or on("tpu")

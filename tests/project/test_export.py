@@ -63,6 +63,7 @@ CASES = {
     "token_chunks-none": linear("token_chunks", "none"),
     "vocab_blocks-mean": linear("vocab_blocks"),
     "vocab_blocks-none": linear("vocab_blocks", "none"),
+    "stored_exponentials-mean": linear("stored_exponentials"),
 }
 
 
@@ -234,9 +235,10 @@ def materialised(hidden, kernel, labels):
         (jaxloss.cross_entropy, jnp.bfloat16),
         (linear("token_chunks"), jnp.float32),
         (linear("vocab_blocks", chunk_size=None), jnp.float32),
+        (linear("stored_exponentials"), jnp.float32),
         (own_loss, jnp.float32),
     ],
-    ids=["cross_entropy", "bfloat16", "token_chunks", "vocab_blocks", "linear_loss"],
+    ids=["cross_entropy", "bfloat16", "token_chunks", "vocab_blocks", "stored", "linear_loss"],
 )
 def test_open_batch(loss, dtype):
     """One program for any number of tokens: the symbolic dimensions of jax.export."""

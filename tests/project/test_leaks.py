@@ -37,6 +37,7 @@ CASES = {
     "top k": (lambda x: jaxloss.cross_entropy(x, TOP), X),
     "sample_weight": (lambda s: LINEAR(K, Y, weight=W, sample_weight=s), S),
     "vocab_blocks": (lambda k: LINEAR(k, Y, implementation="vocab_blocks"), K),
+    "stored": (lambda k: LINEAR(k, Y, implementation="stored_exponentials"), K),
     "reduction none": (lambda k: jnp.sum(LINEAR(k, Y, reduction="none")), K),
     "linear_loss": (lambda k: jaxloss.linear_loss(own_loss, H, k, jnp.abs(Y) % C, **ODD), K),
     "kl_divergence": (lambda x: jaxloss.kl_divergence(x, T), X),
