@@ -128,7 +128,7 @@ def of_pairs(
 def warn_of_pairs(call: str, pairs: Any, chunk: int) -> None:
     """Warns where XLA's partitioner would let each device compute the similarities of all."""
     over = mesh.of_context()
-    if over is None or mesh.manual_axes() or not isinstance(pairs, int) or chunk >= pairs:
+    if over is None or not isinstance(pairs, int) or chunk >= pairs:
         return
     devices = devices_along(over, _axes_of(over, AxisType.Auto))
     if devices > 1:
@@ -141,7 +141,7 @@ def warn_if_shared(call: str, tokens: Any, chunk: int) -> None:
     """Warns where the numbers of tokens and of a chunk make XLA's partitioner let each device
     compute the tokens of others."""
     over = mesh.of_context()
-    if over is None or mesh.manual_axes() or not isinstance(tokens, int) or chunk >= tokens:
+    if over is None or not isinstance(tokens, int) or chunk >= tokens:
         return
     devices = devices_along(over, _axes_of(over, AxisType.Auto))
     if math.gcd(tokens, chunk, devices) < devices:
