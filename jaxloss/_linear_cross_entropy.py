@@ -504,8 +504,7 @@ def _losses(
     sweep = Sweep(chosen.chunk, options.vocab_axes, options.token_axes)
     static = {"sweep": sweep, "fused": chosen.fused}
     if found is None:
-        if chosen.by_tokens:
-            layout.warn_if_shared(call, tokens, chosen.chunk)
+        layout.warn_if_shared(call, product, chosen.chunk if chosen.by_tokens else None)
         return compute(product, arrays, scalars, options=options, **static)
     given = (product,), arrays, scalars
     static = tuple(static.items())

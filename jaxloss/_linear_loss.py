@@ -202,7 +202,7 @@ def linear_loss(
         )
 
     if found is None:
-        layout.warn_if_shared(call, tokens, chunk)
+        layout.warn_if_shared(call, product, chunk)
         return local(product, arrays, sample_weight, outer)
     refuse_types_of_a_mesh(call, outer)
     (product,), of_operands = layout.of_products([product], found)
