@@ -110,6 +110,7 @@ def tables(data: dict[str, Any]) -> list[report.Table]:
         "MiB that a device sends for value and gradients, by kind of collective, once and in all "
         "steps of the loops, and MiB of its temporary memory, with names and without "
         f"({B} x {L} tokens, D {D}, V {V}, bfloat16, `token_chunks` of {CHUNK} tokens of all "
-        "devices, eight v5e chips, by compilation; kinds below 1 MiB are left out)"
+        "devices, eight v5e chips, by compilation at the compiler's lowest effort; kinds below "
+        "1 MiB are left out)"
     )
     return [report.Table(title, header, rows)]
