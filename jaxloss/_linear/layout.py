@@ -169,12 +169,14 @@ def _axes_of_sequences(product: Product, over: Any) -> Axes:
     hidden, rank = product.hidden, len(product.lead) - (product.heads is not None)
     if rank < 2:
         return ()
+    spec = None
     if not isinstance(hidden, Tracer):
-        spec = getattr(hidden.sharding, "spec", ())
-        over = getattr(hidden.sharding, "mesh", None)
-        named = [name for entry in spec[1:rank] for name in names_of(entry)]
-    else:
-        named = [] if over is None else _axes_of(over, AxisType.Auto) & SEQUENCES
+        over, spec = (getattr(hidden.sharding, name, None) for name in ("mesh", "spec"))
+    if over is None:
+        return ()
+    named = _axes_of(over, AxisType.Auto) & SEQUENCES
+    if spec is not None:
+        named = {name for entry in spec[1:rank] for name in names_of(entry)}
     return tuple(sorted(name for name in named if over.shape[name] > 1))
 
 
