@@ -329,7 +329,7 @@ def linear_kl_divergence(
     options = LossOptions(axes, classes, None, reduction, empty_mean, False, vocab_axes, summed)
     static = {"sweep": sweep, "kind": kind}
     if found is None:
-        layout.warn_if_shared(call, tokens, sweep.chunk)
+        layout.warn_if_shared(call, products[0], sweep.chunk)
         return _linear_kl_divergence(*products, arrays, scalars, options=options, **static)
     return layout.over_mesh(
         products,

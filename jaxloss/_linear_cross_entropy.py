@@ -519,8 +519,7 @@ def _losses(
     if chosen.stored:
         static["stored"] = True
     if found is None:
-        if chosen.by_tokens:
-            layout.warn_if_shared(call, tokens, chosen.chunk)
+        layout.warn_if_shared(call, product, chosen.chunk if chosen.by_tokens else None)
         return compute(product, arrays, scalars, options=options, **static)
     given = (product,), arrays, scalars
     own = {"schedule": compute, "layout": found, "options": options}

@@ -90,8 +90,9 @@ def linear_loss(
 
     Args:
       loss_fn: ``loss_fn(logits[n, V], *per_token[n, ...]) -> [n]``, of any n tokens at a time, each
-        alone: float32 logits (float64 for float64 operands). It may close over arrays, but not over
-        those that have an explicit mesh in their type.
+        alone: float32 logits (float64 for float64 operands). It may close over arrays. Where an
+        explicit mesh splits the operands, arrays with that mesh in their type are refused: call it
+        inside of ``jax.shard_map`` then, and close over the arrays that this gives.
       hidden: ``[..., D]``, a floating dtype; N tokens in all.
       kernel: ``[D, V]``, or ``[V, D]`` with ``vocab_axis=0``, as in :func:`linear_cross_entropy`.
       per_token: arrays ``[..., *rest]`` with hidden's leading shape: labels, a teacher's hidden.
@@ -201,7 +202,7 @@ def linear_loss(
         )
 
     if found is None:
-        layout.warn_if_shared(call, tokens, chunk)
+        layout.warn_if_shared(call, product, chunk)
         return local(product, arrays, sample_weight, outer)
     refuse_types_of_a_mesh(call, outer)
     (product,), of_operands = layout.of_products([product], found)

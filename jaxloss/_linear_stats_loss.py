@@ -222,7 +222,7 @@ def linear_stats_loss(
 
     found = given.layout
     if found is None:
-        layout.warn_if_shared(call, given.products[0].tokens, given.sweep.chunk)
+        layout.warn_if_shared(call, given.products[0], given.sweep.chunk)
         return of_device(*given.of_device, outer)
     refuse_types_of_a_mesh(call, outer)
     arrays_of_mesh, specs = stats_loss.of_mesh(given)

@@ -554,7 +554,7 @@ def _by_chunks(
     options = LossOptions((len(lead),), classes, None, "none", None, False, vocab_axes, ())
     static = {"sweep": sweep, "kind": kind, "impl": impl}
     if found is None:
-        layout.warn_if_shared(call, tokens, chunk)
+        layout.warn_if_shared(call, product, chunk)
         return log_probs.by_token_chunks(product, arrays, scalars, own, options=options, **static)
     return _over_mesh(
         product, arrays, scalars, own, layout_=found, options=options, static=tuple(static.items())

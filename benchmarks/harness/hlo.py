@@ -15,6 +15,7 @@ class Instruction(NamedTuple):
     opcode: str
     operands: list[str]
     attributes: str
+    result: str  # its type, or a tuple's
 
 
 @dataclass
@@ -46,7 +47,7 @@ def computations(text: str) -> dict[str, list[Instruction]]:
             dims = re.search(r"\[([\d,]*)\]", kind)
             sizes = tuple(int(n) for n in dims[1].split(",") if n) if dims else ()
             operands = re.findall(r"%([\w.\-]+)", rest.split(")", 1)[0])
-            body.append(Instruction(name, sizes, opcode, operands, rest))
+            body.append(Instruction(name, sizes, opcode, operands, rest, kind))
     return out
 
 
@@ -140,6 +141,69 @@ def _cost(
                 # A fusion's cycles are its own, and no instruction within it has any.
                 out.add(_cost(bodies, called, open_loops, scheduled))
     return out
+
+
+_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "f64": 8}
+# Of the bytes of the result, what each of n devices sends by a ring.
+_SENDS = {
+    "all-gather": lambda n: (n - 1) / n,
+    "all-reduce": lambda n: 2 * (n - 1) / n,
+    "reduce-scatter": lambda n: n - 1,
+    "all-to-all": lambda n: (n - 1) / n,
+    "collective-permute": lambda n: 1,
+}
+
+
+def sent(text: str, steps: Iterable[int] = ()) -> dict[str, dict[str, float]]:
+    """Bytes that a device sends, by kind of collective: outside of loops (``once``), and in all
+    steps of loops (``in loops``). ``steps`` as in :func:`cost`."""
+    bodies, open_loops = computations(text), iter(steps)
+    out: dict[str, dict[str, float]] = {"once": {}, "in loops": {}}
+    for kind, size, looped in _sent(bodies, "ENTRY", open_loops):
+        part = out["in loops" if looped else "once"]
+        part[kind] = part.get(kind, 0) + size
+    if left := list(open_loops):
+        raise ValueError(f"The program has no more loops of an open number of steps; left: {left}.")
+    return out
+
+
+def _sent(
+    bodies: dict[str, list[Instruction]], name: str, open_loops: Iterator[int]
+) -> list[tuple[str, float, bool]]:
+    """(kind, bytes, whether in a loop)"""
+    out = []
+    for i in bodies[name]:
+        kind = i.opcode.removesuffix("-start")
+        if kind in _SENDS:
+            out.append((kind, _SENDS[kind](_group(i)) * _result_bytes(i), False))
+        elif i.opcode == "while":
+            (condition,), (body,) = (_called(i.attributes, x) for x in ("condition", "body"))
+            steps = _steps(bodies[condition])
+            steps = next(open_loops) if steps is None else steps
+            each = _sent(bodies, body, open_loops)
+            out += [(kind, steps * size, True) for kind, size, _ in each]
+        elif i.opcode == "conditional":
+            names = "branch_computations", "true_computation", "false_computation"
+            branches = [_sent(bodies, b, open_loops) for b in _called(i.attributes, *names)]
+            out += max(branches, key=lambda found: sum(size for _, size, _ in found))
+        else:
+            for called in _called(i.attributes, "calls"):
+                out += _sent(bodies, called, open_loops)
+    return out
+
+
+def _result_bytes(i: Instruction) -> int:
+    arrays = re.findall(r"([a-z]+\d*)\[([\d,]*)\]", i.result)
+    sizes = [_BYTES[dtype] * prod(int(n) for n in dims.split(",") if n) for dtype, dims in arrays]
+    # The result of a start is a pair of operand and result, with what it needs beside them.
+    return max(sizes) if i.opcode.endswith("-start") and len(sizes) > 1 else sum(sizes)
+
+
+def _group(i: Instruction) -> int:
+    """Devices that take part together."""
+    listed = re.search(r"replica_groups=\{\{([\d,]+)\}", i.attributes)
+    counted = re.search(r"replica_groups=\[\d+,(\d+)\]", i.attributes)
+    return listed[1].count(",") + 1 if listed else int(counted[1]) if counted else 2
 
 
 # The instructions that the TPU compiler scheduled: its estimates leave them out. It takes an

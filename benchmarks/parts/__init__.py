@@ -19,6 +19,7 @@ PARTS: dict[str, dict[str, dict[str, Any]]] = {
     "overhead": {"overhead": {}},
     "meshes": {"scaling": {}},
     "automatic": {"automatic": {}},
+    "sent": {"sent": {}},
     "heads": {"heads": {}},
     "contrastive": {"contrastive": {}},
     "large": {"large": {}},

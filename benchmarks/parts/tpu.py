@@ -84,7 +84,7 @@ def prepare(args: argparse.Namespace) -> None:
     warnings.simplefilter("ignore")
 
 
-def _chunk_loops(tokens: int, chunk: int) -> list[int]:
+def chunk_loops(tokens: int, chunk: int) -> list[int]:
     """Steps of the loops over chunks and over quarters of one, where every label counts."""
     chunks, left = divmod(tokens, chunk)
     quarter = chunk // 4 if chunk % 4 == 0 else chunk
@@ -110,12 +110,12 @@ def _method(name: str, shape: tuple[int, int, int], chunk: int | None) -> tuple[
         loss = partial(loss, chunk_size=chunk)
     if name == "chunks":
         tokens, _, columns = shape
-        steps = _chunk_loops(tokens, chunk or budget.default_chunk(tokens, columns))
+        steps = chunk_loops(tokens, chunk or budget.default_chunk(tokens, columns))
     if name == "stored":
         tokens, features, columns = shape
         chunk = chunk or budget.default_stored_chunk(tokens, columns, features)
         # In each step stands a loop over rows whose sum is too large, which none is.
-        steps = [0, *(n for steps in _chunk_loops(tokens, chunk) for n in (steps, 0))]
+        steps = [0, *(n for steps in chunk_loops(tokens, chunk) for n in (steps, 0))]
     return jax.value_and_grad(loss, (0, 1)), steps
 
 

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.core import Tracer
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
@@ -25,6 +26,9 @@ from jaxloss._linear.product import Product
 from jaxloss._types import Axes, LossOptions, Scalars, TokenArrays
 from jaxloss._xla import mesh, nested
 from jaxloss._xla.device import jit
+
+# What trainers call the axis of a mesh that splits sequences.
+SEQUENCES = {"context", "cp", "seq", "sequence", "sp"}
 
 
 class Layout(NamedTuple):
@@ -128,7 +132,7 @@ def of_pairs(
 def warn_of_pairs(call: str, pairs: Any, chunk: int) -> None:
     """Warns where XLA's partitioner would let each device compute the similarities of all."""
     over = mesh.of_context()
-    if over is None or mesh.manual_axes() or not isinstance(pairs, int) or chunk >= pairs:
+    if over is None or not isinstance(pairs, int) or chunk >= pairs:
         return
     devices = devices_along(over, _axes_of(over, AxisType.Auto))
     if devices > 1:
@@ -137,11 +141,19 @@ def warn_of_pairs(call: str, pairs: Any, chunk: int) -> None:
         warnings.warn(text, stacklevel=2)
 
 
-def warn_if_shared(call: str, tokens: Any, chunk: int) -> None:
-    """Warns where the numbers of tokens and of a chunk make XLA's partitioner let each device
-    compute the tokens of others."""
-    over = mesh.of_context()
-    if over is None or mesh.manual_axes() or not isinstance(tokens, int) or chunk >= tokens:
+def warn_if_shared(call: str, product: Product, chunk: int | None) -> None:
+    """Warns where XLA's partitioner lets each device compute the tokens of others: because of the
+    numbers of tokens and of a chunk (None: there are no chunks), or of what splits them."""
+    over, tokens = mesh.of_context(), product.tokens
+    sequence = _axes_of_sequences(product, over)
+    if sequence:
+        text = (
+            f"{call}: where {sequence} split the sequence, the second axis of hidden, each device "
+        )
+        text += "computes the tokens of all devices along them. Name what splits the tokens: "
+        text += f"token_axis_name=jax.sharding.PartitionSpec(..., {sequence[0]!r})."
+        warnings.warn(text, stacklevel=2)
+    if over is None or chunk is None or not isinstance(tokens, int) or chunk >= tokens:
         return
     devices = devices_along(over, _axes_of(over, AxisType.Auto))
     if math.gcd(tokens, chunk, devices) < devices:
@@ -149,6 +161,23 @@ def warn_if_shared(call: str, tokens: Any, chunk: int) -> None:
         way_out = "that share them, which then compute each other's tokens. Name the axes that "
         way_out += "split the tokens: token_axis_name=..., or take multiples of the devices."
         warnings.warn(f"{call}: {rule} {way_out}", stacklevel=2)
+
+
+def _axes_of_sequences(product: Product, over: Any) -> Axes:
+    """Axes of several devices that split the sequence, so far as that is known: an array that is
+    not traced says it, of traced ones on automatic axes the axes' names alone."""
+    hidden, rank = product.hidden, len(product.lead) - (product.heads is not None)
+    if rank < 2:
+        return ()
+    spec = None
+    if not isinstance(hidden, Tracer):
+        over, spec = (getattr(hidden.sharding, name, None) for name in ("mesh", "spec"))
+    if over is None:
+        return ()
+    named = _axes_of(over, AxisType.Auto) & SEQUENCES
+    if spec is not None:
+        named = {name for entry in spec[1:rank] for name in names_of(entry)}
+    return tuple(sorted(name for name in named if over.shape[name] > 1))
 
 
 def _tokens(

@@ -18,6 +18,11 @@ from jaxloss._types import LossOptions
 from jaxloss._xla.mesh import other_axes, varies_over, varying
 from jaxloss._xla.programs import run
 
+_WAY_OUT = (
+    "Call it inside of jax.shard_map, that array among the arguments; or hand over one number a "
+    "token among per_token."
+)
+
 
 class OwnLoss(NamedTuple):
     """``loss_fn(*args)`` is a number for each of n tokens, or (these, what goes along)."""
@@ -42,7 +47,13 @@ def _zeros(kind: jax.ShapeDtypeStruct) -> Array:
 def closed_over(call: str, own: OwnLoss, n: int) -> tuple:
     """The arrays that ``loss_fn`` closes over; what it returns is checked."""
     examples = own.examples(n)
-    program, out = jax.make_jaxpr(own.loss_fn, return_shape=True)(*examples)
+    try:
+        program, out = jax.make_jaxpr(own.loss_fn, return_shape=True)(*examples)
+    except Exception as error:
+        if type(error).__name__ != "ShardingTypeError":  # JAX has no public name for it
+            raise
+        rule = "loss_fn must not close over arrays that an explicit mesh splits"
+        messages.fail(call, rule, f"{error}", _WAY_OUT)
     first = messages.describe(jax.tree.leaves(examples)[0])
     if own.has_aux:
         if not isinstance(out, tuple) or len(out) != 2:
@@ -67,8 +78,7 @@ def refuse_types_of_a_mesh(call: str, outer: tuple) -> None:
     for x in outer:
         if AxisType.Explicit in jax.typeof(x).sharding.mesh.axis_types:
             rule = "loss_fn must not close over arrays of an explicit mesh"
-            way_out = "Hand it over among per_token, an entry a token: jnp.broadcast_to(x, shape)."
-            messages.fail(call, rule, f"{jax.typeof(x)}", way_out)
+            messages.fail(call, rule, f"{jax.typeof(x)}", _WAY_OUT)
 
 
 def _converted(own: OwnLoss, sizes: list[int], axes: frozenset) -> tuple[Callable, tuple, Any]:

@@ -81,10 +81,9 @@ def pack(valid: Array, chunk: int, groups: int = 1, in_step: bool = False) -> Pa
     """``in_step``: the devices of a mesh take as many steps, the longest's."""
     tokens = valid.shape[0]
     if groups > 1:
-        return _packed_in_groups(valid, chunk, groups)
-    own = size = jnp.sum(valid, dtype=jnp.int32)
-    if in_step and mesh.varies_over(size):
-        size = lax.pmax(size, tuple(sorted(mesh.varies_over(size))))
+        return _packed_in_groups(valid, chunk, groups, in_step)
+    own = jnp.sum(valid, dtype=jnp.int32)
+    size = _of_the_fullest(own) if in_step else own
     order = valid_first(valid)
     # One that does not count is not named: its hidden may hold NaN, and NaN * 0 is NaN.
     order = jnp.where(jnp.arange(tokens, dtype=jnp.int32) < own, order, tokens)
@@ -92,7 +91,11 @@ def pack(valid: Array, chunk: int, groups: int = 1, in_step: bool = False) -> Pa
     return Packing(jnp.pad(order, (0, room), constant_values=tokens), size, valid)
 
 
-def _packed_in_groups(valid: Array, chunk: int, groups: int) -> Packing:
+def _of_the_fullest(size: Array) -> Array:
+    return mesh.largest(size, tuple(sorted(mesh.varies_over(size))))
+
+
+def _packed_in_groups(valid: Array, chunk: int, groups: int, in_step: bool) -> Packing:
     tokens, each = valid.size // groups, chunk // groups
     of_groups = valid.reshape(groups, tokens)
     own = jnp.sum(of_groups, axis=1, dtype=jnp.int32)
@@ -100,7 +103,8 @@ def _packed_in_groups(valid: Array, chunk: int, groups: int) -> Packing:
     order = jnp.where(jnp.arange(tokens, dtype=jnp.int32)[None] < own[:, None], order, tokens)
     room = -(-tokens // each) * each - tokens
     order = jnp.pad(order, ((0, 0), (0, room)), constant_values=tokens)
-    return Packing(order, jnp.max(own) * groups, valid)
+    size = jnp.max(own) * groups
+    return Packing(order, _of_the_fullest(size) if in_step else size, valid)
 
 
 def first_row(x: Any, packing: Packing) -> Any:

@@ -403,5 +403,5 @@ def token_stats(call: str, given: Prepared) -> tuple[TokenStats, ReferenceStats]
         of_tokens = {"arrays": TokenArrays(None), "named": (), "own": (), "kl_temperature": None}
         without = given._replace(products=(), numbers=(), **of_tokens)
         return over_mesh(*given.of_device, prepared=without)
-    layout.warn_if_shared(call, given.products[0].tokens, given.sweep.chunk)
+    layout.warn_if_shared(call, given.products[0], given.sweep.chunk)
     return by_token_chunks(*given.of_device, **given.static)

@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -24,9 +25,12 @@ def _devices() -> int:
 
 
 def devices_of_a_partitioner() -> int:
-    """Over how many devices a partitioner may split an array that is computed here; 1 inside of
-    ``shard_map``, whose arrays are one device's."""
-    return 1 if mesh.manual_axes() else _devices()
+    """Over how many devices a partitioner may split an array that is computed here: inside of
+    ``shard_map`` those along the axes that it leaves out."""
+    if not mesh.manual_axes():
+        return _devices()
+    sizes = jax.sharding.get_abstract_mesh().shape
+    return math.prod(sizes[name] for name in mesh.other_axes())
 
 
 def is_whole() -> bool:

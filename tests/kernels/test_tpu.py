@@ -360,3 +360,97 @@ def test_on_four_chips(name, schedule, spec):
         scattered = ("reduce-scatter", shard // 2)
         assert large == sorted([d_hidden, ("all-gather", shard), scattered]), found
     assert not [c for c in found if c[2] and elements(c[1]) > N]
+
+
+# The names of a mesh's axes outside of shard_map, and inside of one over another axis.
+
+SMALL = {"h": (8, 256, 256), "k": (256, 4096), "y": (8, 256)}  # tokens in sequences
+CHUNKS = {"chunk_size": 128}
+
+
+def of_logits(x, y):
+    return jaxloss.cross_entropy(x, y, reduction="none") ** 2
+
+
+def of_stats(stats, reference):
+    return reference.reverse_kl - stats.log_prob
+
+
+CALLS = {
+    "token_chunks": lambda h, k, y, **names: jaxloss.linear_cross_entropy(
+        h, k, y, implementation="token_chunks", **CHUNKS, **names
+    ),
+    "vocab_blocks": lambda h, k, y, **names: jaxloss.linear_cross_entropy(
+        h, k, y, implementation="vocab_blocks", chunk_size=1024, **names
+    ),
+    "statistics": lambda h, k, y, **names: jaxloss.linear_token_stats(
+        h, k, y, **CHUNKS, **names
+    ).entropy.sum(),
+    "linear_stats_loss": lambda h, k, y, **names: jaxloss.linear_stats_loss(
+        of_stats, h, k, y, reference=(h + 1, k), **CHUNKS, **names
+    ),
+    "divergence": lambda h, k, y, **names: jaxloss.linear_kl_divergence(
+        h, k, h + 1, k, sample_weight=y >= 0, **CHUNKS, **names
+    ),
+    "linear_loss": lambda h, k, y, **names: jaxloss.linear_loss(
+        of_logits, h, k, y, **CHUNKS, **names
+    ),
+}
+
+
+def small_mesh():
+    chips = topology("v5e").devices
+    mesh = Mesh(np.array(chips).reshape(2, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
+    return chips, mesh
+
+
+def small_operands(mesh, of_kernel):
+    specs = {"h": P("data"), "k": of_kernel, "y": P("data")}
+    dtypes = {"h": jnp.bfloat16, "k": jnp.bfloat16, "y": jnp.int32}
+    return [
+        jax.ShapeDtypeStruct(shape, dtypes[n], sharding=NamedSharding(mesh, specs[n]))
+        for n, shape in SMALL.items()
+    ]
+
+
+def assert_little_is_sent(text, kernel_is_gathered):
+    """In loops numbers of a token and a chunk's d_hidden alone; the kernel once, if at all."""
+    found = collectives(text)
+    assert found
+    tokens, features = SMALL["y"], SMALL["h"][-1]
+    assert all(elements(shape) <= 128 * features for _, shape, loop in found if loop)
+    large = [kind for kind, shape, _ in found if elements(shape) > np.prod(tokens) // 2 * features]
+    assert large.count("all-gather") == (1 if kernel_is_gathered else 0)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_named_calls_on_four_chips(name):
+    chips, mesh = small_mesh()
+    whole_rows = name == "linear_loss"
+    spec = P("data") if whole_rows else P(None, "tensor")
+    names = {"token_axis_name": "data", "kernel_spec": spec, "mesh": mesh}
+    step = jax.value_and_grad(partial(CALLS[name], **names), (0, 1))
+    split = lowered(step, *small_operands(mesh, spec), chips=chips, devices=4)
+    program = split.compile()
+    assert_little_is_sent(program.as_text(), kernel_is_gathered=whole_rows)
+    d_hidden, d_kernel = program.output_shardings[1]
+    assert d_hidden.is_equivalent_to(NamedSharding(mesh, P("data")), 3)
+    assert d_kernel.is_equivalent_to(NamedSharding(mesh, spec), 2)
+
+
+@pytest.mark.parametrize("name", ["token_chunks", "linear_stats_loss", "divergence"])
+@pytest.mark.parametrize("named", [False, True])
+def test_inside_of_shard_map_over_another_axis_on_four_chips(name, named):
+    """The tokens over the manual axis; the classes over one that the call names, or does not."""
+    chips, mesh = small_mesh()
+    names = {"token_axis_name": "data"} | ({"vocab_axis_name": "tensor"} if named else {})
+    of_rows = P("data")
+
+    def local(h, k, y):
+        return CALLS[name](h, k, y, **names)
+
+    given = {"axis_names": {"data"}, "in_specs": (of_rows, P(), of_rows), "out_specs": P()}
+    step = jax.value_and_grad(jax.shard_map(local, mesh=mesh.abstract_mesh, **given), (0, 1))
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        split = lowered(step, *small_operands(mesh, P(None, "tensor")), chips=chips, devices=4)
+    assert_little_is_sent(split.compile().as_text(), kernel_is_gathered=False)

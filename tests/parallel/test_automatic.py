@@ -109,3 +109,59 @@ def test_tokens_that_are_none_of_a_device_leave_no_trace():
     hidden = hidden.at[:2].set(jnp.nan)
     got = jax.jit(jax.grad(own_loss))(*split("data", hidden, kernel, labels))
     np.testing.assert_allclose(got, expected, rtol=2e-5, atol=2e-6)
+
+
+BLOCKS = {"implementation": "vocab_blocks", "chunk_size": 24}
+
+
+def blocks(hidden, kernel, labels, **names):
+    return jaxloss.linear_cross_entropy(hidden, kernel, labels, **BLOCKS, **names)
+
+
+def statistics(hidden, kernel, labels):
+    return jaxloss.linear_token_stats(hidden, kernel, labels, chunk_size=CHUNK).entropy
+
+
+@pytest.mark.parametrize("axis", ["context", "sp"])
+@pytest.mark.parametrize("loss", [*LOSSES, blocks, statistics], ids=lambda f: f.__name__)
+def test_a_sequence_that_the_mesh_splits_is_said(loss, axis):
+    """Of traced arrays by the axis's name, which is all that is known of an automatic axis."""
+    mesh = jax.make_mesh((4, 2), ("d", axis), axis_types=(AxisType.Auto,) * 2)
+    given = operands()
+    with jax.set_mesh(mesh), pytest.warns(UserWarning, match=rf"where \('{axis}',\) split the seq"):
+        jax.eval_shape(loss, *given)
+
+
+def test_no_such_warning_where_nothing_of_the_kind_is_known():
+    hidden, kernel, labels = operands()
+    mesh = jax.make_mesh((4, 2), ("d", "context"), axis_types=(AxisType.Auto,) * 2)
+    with jax.set_mesh(mesh):
+        jax.eval_shape(mean, hidden.reshape(-1, D), kernel, labels.reshape(-1))  # no sequences
+        for loss in (mean, blocks):
+            function = partial(loss, token_axis_name=P("d", "context"))
+            jax.eval_shape(function, hidden, kernel, labels)
+    jax.eval_shape(mean, hidden, kernel, labels)
+    with jax.set_mesh(jax.make_mesh((8, 1), ("d", "context"), axis_types=(AxisType.Auto,) * 2)):
+        jax.eval_shape(mean, hidden, kernel, labels)
+
+
+def test_an_array_says_itself_what_splits_it():
+    with pytest.warns(UserWarning, match=r"'c',\) split the seq.*PartitionSpec\(..., 'c'\)"):
+        mean(*split("context", *operands()))
+    mean(*split("data", *operands()))
+
+
+@pytest.mark.parametrize("loss", [mean, blocks])
+@pytest.mark.parametrize("names", [P(None, "context"), P("d", "context")], ids=str)
+def test_with_the_name_each_device_computes_its_own_sequences(loss, names):
+    shape = {"d": 4 if "d" in names else 1, "context": 2 if "d" in names else 8}
+    mesh = jax.make_mesh(tuple(shape.values()), tuple(shape), axis_types=(AxisType.Auto,) * 2)
+    hidden, kernel, labels = operands()
+    place = lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec))  # noqa: E731
+    given = place(hidden, names), place(kernel, P()), place(labels, names)
+    named = partial(loss, token_axis_name=names, mesh=mesh)
+    text = jax.jit(jax.value_and_grad(named, (0, 1))).lower(*given).compile().as_text()
+    rows = [int(n) for n in re.findall(r"= f32\[(\d+),\d+\]\S* dot\(", text)]
+    assert {n for n in rows if n != D} <= ({4, 8, 16} if loss is mean else {B * L // 8})
+    assert "all-gather" not in text
+    np.testing.assert_allclose(jax.jit(named)(*given), loss(hidden, kernel, labels), rtol=1e-5)

@@ -170,6 +170,8 @@ def linear(h, k, b, y, s, w=None, **options):
 def test_linear_loss_over_manual_axes_and_others(name, schedule, kind):
     """The names of the manual axes hold beside what the types say of the others."""
     specs, names, options, out = LINEAR[name]
+    if kind == "automatic":
+        options = options | {"chunk_size": 4}  # it is a chunk of four devices
     whole = partial(linear, implementation=schedule, **options)
     check(partial(whole, **names), whole, kind, specs, out)
 

@@ -124,6 +124,43 @@ def test_the_cost_of_what_was_scheduled(bundles, cycles):
     assert cost.kernel_cycles == (3 + 5) * 7 * 11
 
 
+SENDING = """\
+HloModule sends
+
+%body.1 (p.1: (s32[], f32[4,8])) -> (s32[], f32[4,8]) {
+  %x.1 = f32[4,8]{1,0} get-tuple-element(%p.1), index=1
+  %r.1 = f32[4,8]{1,0} all-reduce(%x.1), replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%add
+}
+
+%open.1 (p.3: (s32[], f32[4,8])) -> pred[] {
+  %i.2 = s32[] get-tuple-element(%p.3), index=0
+  %n.2 = s32[] get-tuple-element(%p.3), index=1
+  ROOT %c.2 = pred[] compare(%i.2, %n.2), direction=LT
+}
+
+ENTRY %main.1 (a: f32[4,8]) -> f32[4,8] {
+  %g.1 = (bf16[4,8]{1,0}, bf16[8,8]{1,0}) all-gather-start(%a.1), replica_groups=[4,2]<=[8]
+  %s.1 = (f32[2,8]{1,0}, s32[2]{0}) reduce-scatter(%a.1, %b.1), replica_groups={{0,1},{2,3}}
+  %p.1 = pred[16]{0} collective-permute(%c.1), source_target_pairs={{0,1},{1,0}}
+  ROOT %w.2 = (s32[], f32[4,8]{1,0}) while(%t.1), condition=%open.1, body=%body.1
+}
+"""
+
+
+def test_what_is_sent_in_a_loop_is_sent_in_all_its_steps():
+    """Of rings: n - 1 of n parts of what is gathered, and twice that of what is summed."""
+    assert hlo.sent(SENDING, steps=(5,)) == {
+        "once": {
+            "all-gather": 2 * 8 * 8 / 2,
+            "reduce-scatter": 4 * 2 * 8 + 4 * 2,
+            "collective-permute": 16,
+        },
+        "in loops": {"all-reduce": 5 * 2 * 3 / 4 * 4 * 4 * 8},
+    }
+    with pytest.raises(ValueError, match="no more loops"):
+        hlo.sent(SENDING, steps=(5, 0))
+
+
 LIBTPU = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None,
     reason="libtpu is not installed: pip install -e '.[tpu-compile]'",
