@@ -14,7 +14,7 @@ from jaxloss._tokens.classes import local_classes
 from jaxloss._tokens.losses import combined, rows_of_logits, token_losses
 from jaxloss._tokens.reduction import reduce_losses
 from jaxloss._tokens.shapes import all_classes_last
-from jaxloss._tokens.targets import make_targets, without_empty_rows
+from jaxloss._tokens.targets import is_zero, make_targets, without_empty_rows
 from jaxloss._types import Reduction, Scalars, TokenArrays, TopKLabels
 from jaxloss._xla.device import jit
 from jaxloss._xla.dtypes import accumulator_dtype, upcast
@@ -26,7 +26,7 @@ def focal_loss(
     labels: ArrayLike,
     *,
     axis: int | tuple[int, ...] = -1,
-    gamma: float = 2.0,
+    gamma: ArrayLike | None = 2.0,
     weight: ArrayLike | None = None,
     ignore_index: int | None = -100,
     label_smoothing: ArrayLike | None = 0.0,
@@ -51,7 +51,9 @@ def focal_loss(
       logits: ``[..., C]``, C at ``axis``; a floating dtype.
       labels: class indices (an integer dtype, the shape of ``logits`` without ``axis``), or class
         probabilities (floating, the shape of ``logits``; differentiable).
-      gamma: a Python number, at least 0. 0 is :func:`cross_entropy`.
+      gamma: at least 0: a Python number, or a scalar array, which may be traced and is
+        differentiable (out of range it makes NaN of the losses); None is 2. 0 is
+        :func:`cross_entropy`.
       weight: ``[C]``, one weight a class, often called alpha. Differentiable.
       axis, ignore_index, label_smoothing, sample_weight, where, reduction, empty_mean: as in
         :func:`cross_entropy`, the ``"mean"`` too.
@@ -65,8 +67,8 @@ def focal_loss(
       TypeError, ValueError: as :func:`cross_entropy`; ``labels`` are :class:`TopKLabels`, or
         ``gamma`` is negative.
 
-    Differentiable in ``logits``, probabilities and the weights, in every mode. Probabilities and
-    smoothing hold a few float32 arrays of the logits' size. Inside of :func:`linear_loss` a
+    Differentiable in ``logits``, probabilities, the weights and ``gamma``, in every mode.
+    Probabilities and smoothing hold a few float32 arrays of the logits' size. Inside of :func:`linear_loss` a
     chunk of the logits is held at a time.
 
     Example:
@@ -88,7 +90,6 @@ def focal_loss(
     """
     call = "focal_loss"
     logits = messages.floating(call, "logits", logits)
-    gamma = arguments.gamma(call, gamma)
     arrays, options = arguments.token_loss(
         call,
         "logits",
@@ -107,11 +108,12 @@ def focal_loss(
         messages.fail(call, rule, "TopKLabels", "cross_entropy takes them.", TypeError)
     dtype = accumulator_dtype(logits.dtype)
     scalars = arguments.scalars(call, dtype, label_smoothing=label_smoothing)
-    return _focal_loss(logits, arrays, scalars, gamma=gamma, options=options)
+    scalars = scalars._replace(gamma=arguments.check_gamma(call, gamma, dtype))
+    return _focal_loss(logits, arrays, scalars, options=options)
 
 
 @jit
-def _focal_loss(logits, arrays, scalars, *, gamma, options):
+def _focal_loss(logits, arrays, scalars, *, options):
     pallas_bytes = 2 if options.axes == (logits.ndim - 1,) else 0
     logits, arrays = explicit_mesh.aligned_tokens(logits, options.axes, arrays)
     dtype, classes = accumulator_dtype(logits.dtype), local_classes(options.num_classes)
@@ -122,7 +124,7 @@ def _focal_loss(logits, arrays, scalars, *, gamma, options):
     valid = targets.valid
 
     def factor(nll):
-        return modulated(nll, gamma) if gamma else nll
+        return nll if is_zero(scalars.gamma) else modulated(nll, scalars.gamma)
 
     nll = soft = None
     if targets.label is not None:

@@ -351,6 +351,8 @@ class Scalars(NamedTuple):
     z_loss: Any = 0.0
     softcap: float | None = None
     temperature: Any = 1.0
+    beta: Any = 0.5  # of Jensen-Shannon divergences
+    gamma: Any = 0.0  # of focal losses
 
     @property
     def plain(self) -> bool:

@@ -46,7 +46,6 @@ class Prepared(NamedTuple):
     own: tuple[Array, ...]  # what a loss of the caller's reads of each token
     numbers: tuple[Scalars, Scalars]  # see :func:`operands_of`
     options: LossOptions
-    beta: float
     sweep: Sweep
     layout: layout.Layout | None
 
@@ -61,7 +60,7 @@ class Prepared(NamedTuple):
     @property
     def static(self) -> dict[str, Any]:
         """Those of :func:`by_token_chunks`."""
-        return {"sweep": self.sweep, "options": self.options, "beta": self.beta}
+        return {"sweep": self.sweep, "options": self.options}
 
     @property
     def of_device(self) -> tuple[Any, Any, Any, Any]:
@@ -147,7 +146,7 @@ def prepared(
         of_token = arguments.token_temperature(call, kl_temperature, lead, wide, name)
     kl_temperature = None if of_token is not None else kl_temperature
     of_reference = _of_reference(call, kl_temperature, its_cap, scalars, wide)
-    beta = arguments.check_beta(call, beta)
+    of_reference = of_reference._replace(beta=arguments.check_beta(call, beta, wide))
     own = arguments.per_token(call, per_token, lead)
     rows_of_tokens = {"hidden": hidden, **arguments.of_tokens(arrays)}
     rows_of_tokens |= {f"per_token[{i}]": x for i, x in enumerate(own)}
@@ -190,7 +189,6 @@ def prepared(
         own,
         (scalars, of_reference),
         options,
-        beta,
         Sweep(chunk, vocab_axes, token_axes),
         found,
     )
@@ -268,14 +266,13 @@ def operands_of(
     own: tuple[tuple, tuple, Any],
     numbers: tuple[Scalars, Scalars],
     options: LossOptions,
-    beta: float,
 ) -> tuple[token_chunks.Operands, Any, TokenWeights]:
     """``(operands, args_of, weights)`` of the tokens of one device.
 
     ``args_of(logits, per_token, shared)`` are the arguments of a loss for a chunk. ``own``: what is
     stored of a reference, what the caller's loss reads, a kl_temperature a token. ``numbers`` are
-    those of the model; and the reference's soft cap with the temperature of its entropy and of the
-    divergences.
+    those of the model; and the reference's soft cap with the beta of the divergences and the
+    temperature of its entropy and of the divergences.
     """
     product, *others = products
     reference = others[0] if others else None
@@ -316,9 +313,9 @@ def operands_of(
         stored, own = own[: len(named)], own[len(named) :]
         if stored:
             of_labels = TopKLabels(*stored, rest="bucket"), mask, kl
-            of_both = scalars._replace(temperature=of_reference.temperature)
+            of_both = of_reference._replace(softcap=scalars.softcap)
             here = classes_of(x.shape[-1]), options.ignore_index
-            return of_model, reference_stats(x, *of_labels, of_both, *here, beta), *own
+            return of_model, reference_stats(x, *of_labels, of_both, *here), *own
         if t is None:
             return of_model, *own
         its_own = scalars._replace(softcap=of_reference.softcap)
@@ -332,7 +329,7 @@ def operands_of(
                 *pair,
                 existing(mask, here, 2),
                 divergence=divergence,
-                beta=beta,
+                beta=of_reference.beta,
                 temperature=of_reference.temperature if kl is None else kl,
                 axes=here.axes,
             )
@@ -368,9 +365,9 @@ def types_of(n: int, dtype: Any, with_reference: bool) -> tuple:
 
 
 @jit
-def by_token_chunks(products, arrays, own, numbers, *, sweep, options, beta):
+def by_token_chunks(products, arrays, own, numbers, *, sweep, options):
     """``(TokenStats, ReferenceStats)`` of all tokens, differentiable."""
-    operands, args_of, weights = operands_of(products, arrays, own, numbers, options, beta)
+    operands, args_of, weights = operands_of(products, arrays, own, numbers, options)
     lead, valid = weights.valid.shape, weights.valid
 
     def loss_fn(x, per_token, shared):
