@@ -103,9 +103,9 @@ def kl_divergence(
       ValueError: a shape, an axis, or an option's value is wrong. Nothing is ever broadcast.
 
     Differentiable in both logits, ``sample_weight`` and the numbers, in forward and reverse mode to
-    any order: a teacher that shares parameters with the student wants ``jax.lax.stop_gradient``. The backward
-    pass keeps both logits and a few numbers a row. Its ``q - p`` has no cancellation: a student at
-    a distance of 1e-6 has a gradient of six digits.
+    any order: a teacher that shares parameters with the student wants ``jax.lax.stop_gradient``.
+    The backward pass keeps both logits and a few numbers a row. Its ``q - p`` has no cancellation:
+    a student at a distance of 1e-6 has a gradient of six digits.
 
     Example:
 

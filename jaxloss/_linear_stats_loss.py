@@ -145,8 +145,8 @@ def linear_stats_loss(
         does not fit the model.
 
     Differentiable in ``hidden``, ``kernel``, ``bias``, floating ``per_token``, ``sample_weight``,
-    the temperatures, ``beta`` and what ``loss_fn`` closes over, in every mode that ``loss_fn`` is. Through
-    ``log_prob``, ``logsumexp``, ``entropy`` and the divergences gradients reach the model;
+    the temperatures, ``beta`` and what ``loss_fn`` closes over, in every mode that ``loss_fn`` is.
+    Through ``log_prob``, ``logsumexp``, ``entropy`` and the divergences gradients reach the model;
     ``prediction``, ``confidence``, ``rank`` and all of the reference have none.
 
     A scalar loss takes its gradients along in the forward pass: three products in all, and one more

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxloss._numerics import ranking
-from jaxloss._numerics.logits import Logits
+from jaxloss._numerics.logits import Logits, over_temperature
 from jaxloss._numerics.parts import Rows
 from jaxloss._numerics.rows import RowLosses, row_losses
 from jaxloss._tokens.bucket import bucket_rows
@@ -37,7 +37,7 @@ def rows_of_logits(logits: Logits, temperature: Any = 1.0) -> RowsOf:
         if isinstance(temperature, Array):
             # 0 / NaN is NaN: a token that does not count must not read its own.
             of_rows = jnp.where(targets.valid, temperature, 1) if temperature.ndim else temperature
-            divided, m = _divided(own, of_rows, classes.axes)
+            divided, m = divided_rows(own, of_rows, classes.axes)
             rows = rows_of_logits(divided)(targets, of_row)
             if rows.logsumexp is not None:
                 rows = rows._replace(logsumexp=rows.logsumexp + m)
@@ -63,7 +63,7 @@ def temperature_of(arrays: TokenArrays, scalars: Scalars) -> Any:
     return scalars.temperature if arrays.temperature is None else arrays.temperature
 
 
-def _divided(logits: Logits, temperature: Array, axes: Axes) -> tuple[Logits, Array]:
+def divided_rows(logits: Logits, temperature: Array, axes: Axes) -> tuple[Logits, Array]:
     """``((x - m) / temperature, m / temperature)`` of the capped logits and their maximum m.
 
     The difference comes first: it is exact whatever offset the logits share.
@@ -71,9 +71,20 @@ def _divided(logits: Logits, temperature: Array, axes: Axes) -> tuple[Logits, Ar
     x = logits.wide()
     m = mesh.largest(jnp.max(x, axis=-1), axes)
     m = jnp.where(jnp.isfinite(m), m, 0)
-    of_classes = temperature[..., None] if temperature.ndim else temperature
-    divided = logits.nats(x - m[..., None]) / of_classes
-    return Logits(divided, pallas_bytes=0), logits.nats(m) / temperature
+    below = over_temperature(logits.nats(x - m[..., None]), temperature)
+    return Logits(below, pallas_bytes=0), logits.nats(m) / temperature
+
+
+def over_temperature_of(logits: Logits, scalars: Scalars, of_rows: Array | None) -> Logits:
+    """Logits without a scaling over the temperature, of which ``of_rows`` has one a row; each row
+    less a number of its own."""
+    temperature = scalars.temperature if of_rows is None else of_rows
+    if not isinstance(temperature, Array):
+        if temperature == 1:
+            return logits
+        temperature = jnp.asarray(temperature, accumulator_dtype(logits.values.dtype))
+    divided, _ = divided_rows(logits, temperature, ())
+    return Logits(divided.values, logits.exist)
 
 
 def token_losses(
