@@ -18,7 +18,16 @@ from jaxloss._linear.product import Product, Sweep
 from jaxloss._numerics.divergence import row_divergences
 from jaxloss._numerics.logits import Logits, scaling_of
 from jaxloss._tokens.classes import existing, local_classes
-from jaxloss._tokens.losses import RANKS, rows_of_logits, temperature_of, token_losses
+from jaxloss._tokens.losses import (
+    CONSTANT,
+    MOVING,
+    RANKS,
+    in_two,
+    of_two,
+    rows_of_logits,
+    temperature_of,
+    token_losses,
+)
 from jaxloss._tokens.reduction import TokenWeights
 from jaxloss._tokens.shapes import flat_labels, rows_of_mask
 from jaxloss._tokens.targets import make_targets, tokens_with_classes
@@ -372,14 +381,15 @@ def by_token_chunks(products, arrays, own, numbers, *, sweep, options):
 
     def loss_fn(x, per_token, shared):
         stats, reference = args_of(x, per_token, shared)
-        # Those with a derivative, and the others.
-        return (*stats[:3], *reference[2:]), (*stats[3:], *reference[:2])
+        moving, constant = in_two(stats)
+        return (*moving, *reference[2:]), (*constant, *reference[:2])
 
     found = token_rules.by_token(loss_fn, sweep, operands, valid)
     moving, others = (tuple(x.reshape(lead) for x in part) for part in found)
-    stats = TokenStats(*moving[:3], *others[:3])
+    first, few = len(MOVING), len(CONSTANT)
+    stats = of_two(moving[:first], others[:few])
     none = {name: jnp.where(valid, getattr(stats, name), -1) for name in RANKS}
-    return stats._replace(**none), ReferenceStats(*others[3:], *moving[3:])
+    return stats._replace(**none), ReferenceStats(*others[few:], *moving[first:])
 
 
 @jit

@@ -21,6 +21,9 @@ from jaxloss._xla.dtypes import accumulator_dtype
 # and returns the named ones of RowLosses, and ``soft`` where there are soft targets.
 RowsOf = Callable[[Targets, tuple[str, ...]], RowLosses]
 RANKS = ("prediction", "rank")  # the integers among the outputs
+# Of TokenStats, those with a derivative and the others.
+MOVING = ("log_prob", "logsumexp", "entropy", "sum_sq_probs", "z_loss")
+CONSTANT = ("prediction", "confidence", "rank")
 
 
 def rows_of_logits(logits: Logits, temperature: Any = 1.0) -> RowsOf:
@@ -57,6 +60,17 @@ def rows_of_logits(logits: Logits, temperature: Any = 1.0) -> RowsOf:
         return rows
 
     return rows_of
+
+
+def in_two(stats: TokenStats) -> tuple[tuple, tuple]:
+    """``(those with a derivative, the others)``."""
+    moving, constant = (tuple(getattr(stats, f) for f in names) for names in (MOVING, CONSTANT))
+    return moving, constant
+
+
+def of_two(moving: tuple, constant: tuple) -> TokenStats:
+    """The inverse of :func:`in_two`."""
+    return TokenStats(**dict(zip((*MOVING, *CONSTANT), (*moving, *constant), strict=True)))
 
 
 def temperature_of(arrays: TokenArrays, scalars: Scalars) -> Any:
@@ -103,7 +117,8 @@ def token_losses(
     outputs = _outputs(targets, scalars, with_stats)
     if targets.classes.total == 0:
         nan = jnp.full(valid.shape, jnp.nan, dtype)
-        rows = RowLosses(*[nan] * 5, prediction=jnp.full_like(nan, -1, jnp.int32))
+        none = jnp.full_like(nan, -1, jnp.int32)
+        rows = RowLosses(*[nan] * 6, prediction=none)
     else:
         rows = rows_of(targets, outputs)
     # Before anything multiplies them: lse^2 of a masked row's inf has a gradient of 0 * inf.
@@ -132,7 +147,16 @@ def token_losses(
         prediction=jnp.where(predicted, rows.prediction, -1),
         confidence=lax.stop_gradient(rows.confidence),
         rank=jnp.where(predicted, rank, -1),
+        sum_sq_probs=rows.sum_sq_probs,
+        z_loss=_penalty(rows, valid, scalars.z_loss),
     )
+
+
+def _penalty(rows: RowLosses, valid: Array, z_loss: Any) -> Array:
+    lse = cast(Array, rows.logsumexp)
+    if is_zero(z_loss):  # its square may be inf
+        return mesh.varying(jnp.zeros_like(lse), mesh.varies_over(lse))
+    return jnp.where(valid, z_loss * lse**2, 0)
 
 
 def _outputs(targets: Targets, scalars: Scalars, with_stats: bool) -> tuple[str, ...]:
@@ -142,7 +166,7 @@ def _outputs(targets: Targets, scalars: Scalars, with_stats: bool) -> tuple[str,
     names += ("logsumexp",) if with_stats or not is_zero(scalars.z_loss) else ()
     if not with_stats:
         return names
-    return (*names, "entropy", "confidence", *RANKS[: 1 + labelled])
+    return (*names, "entropy", "sum_sq_probs", "confidence", *RANKS[: 1 + labelled])
 
 
 def combined(rows: RowLosses, targets: Targets, z_loss: Any = 0.0) -> Array:
