@@ -40,7 +40,10 @@ from jaxloss._xla.indexing import gather_class, is_at, is_elsewhere, of_rank, sc
 
 
 class RowLosses(NamedTuple):
-    """One number a row (an Array); None where it was not asked for. First those with a derivative."""
+    """One number a row (an Array); None where it was not asked for.
+
+    Those with a derivative come first: a rule gives tangents to the first few.
+    """
 
     nll: Any = None  # logsumexp(x) - x_k
     soft: Any = None  # sum_j q_j (logsumexp(x) - x_j), for soft targets q

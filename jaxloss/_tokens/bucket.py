@@ -15,7 +15,6 @@ from jaxloss._tokens.targets import Targets
 from jaxloss._xla import indexing, mesh
 from jaxloss._xla.elementary import finite
 
-
 OF_ALL = ("entropy", "confidence", "sum_sq_probs")  # statistics that are not of k + 1 classes
 
 
