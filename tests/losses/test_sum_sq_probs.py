@@ -55,25 +55,25 @@ def test_values_and_slopes(how):
         return jnp.sum(found), found
 
     slopes, values = jax.grad(total, has_aux=True)(jnp.asarray(X))
-    wanted, wanted_slopes = (
-        np.where(COUNTS.reshape(-1, *[1] * (v.ndim - 1)), v, 0) for v in exact(X)
-    )
+    wanted, wanted_slopes = exact(X)
+    wanted, wanted_slopes = wanted * COUNTS, wanted_slopes * COUNTS[:, None]
     spread = np.ptp(X, axis=-1)
     allowed = (2 * spread + 32) * EPS
     assert np.all(np.abs(values - wanted.astype(float)) <= allowed * wanted.astype(float))
-    # 2 p_j (gap - (1 - e_j)): each of the two to a few roundings.
+    # 2 p_j p_max (gap - (1 - e_j)): each of the two to a few roundings, of 1 where an e is near it.
     p = np.exp(np.asarray(X, LD) - np.logaddexp.reduce(np.asarray(X, LD), axis=-1, keepdims=True))
     e = np.exp(np.asarray(X, LD) - np.max(X, axis=-1, keepdims=True).astype(LD))
     gap = np.sum(p * (1 - e), axis=-1, keepdims=True)
-    size = 2 * p * p.max(-1, keepdims=True) * (gap + (1 - e) + (e > 0.5) * EPS)
+    near = np.any((e > 0.5) & (e < 1), axis=-1, keepdims=True)
+    roundings = allowed[:, None] * (gap + (1 - e)) + 4 * EPS * near
     error = np.abs(np.asarray(slopes, LD) - wanted_slopes)
-    assert np.all(error <= allowed[:, None] * size + np.finfo(np.float32).tiny)
+    allowed = 2 * p * p.max(-1, keepdims=True) * roundings + np.finfo(np.float32).tiny
+    assert np.all(error <= allowed), np.max(error / allowed)
     np.testing.assert_array_equal(np.asarray(slopes)[~COUNTS], 0)
 
 
-@pytest.mark.parametrize("how", ["whole", "token_chunks", "vocab_blocks"])
-def test_every_derivative(how):
-    name = next(n for n in FORMS if n.replace(" ", "_").startswith(how) or n == how)
+@pytest.mark.parametrize("name", FORMS)
+def test_every_derivative(name):
     labels = jnp.asarray(LABELS[:6])
     with jax.enable_x64(True):
         x = jnp.asarray(RNG.normal(size=(6, C)) * 2)
@@ -126,7 +126,7 @@ def test_the_penalty_is_reported_apart(reduction):
         less, without = call(*given, **options)
         np.testing.assert_array_equal(without.z_loss, 0)
         np.testing.assert_allclose(stats.z_loss, 0.01 * stats.logsumexp**2, rtol=4 * EPS)
-        penalty = more - less if reduction == "none" else (more - less) * (y >= 0).sum()
+        penalty = more - less if reduction == "none" else (more - less) * float(np.sum(COUNTS[4:10]))
         reported = stats.z_loss if reduction == "none" else jnp.sum(stats.z_loss)
         np.testing.assert_allclose(penalty, reported, rtol=1e-5, atol=32 * EPS)
     if reduction == "none":

@@ -141,7 +141,7 @@ def without_class_3(name, x, t):
     if name == "cross_entropy":
         at = jnp.maximum(moved["LABELS"], 0)[:, None]
         found = jnp.take_along_axis(log_p, at, -1)[:, 0]
-        return -jnp.sum(jnp.where(COUNTS, found, 0)) / COUNTS.sum()
+        return -jnp.sum(jnp.where(COUNTS, found, 0)) / float(COUNTS.sum())
     if name == "entropy":
         return jnp.sum(jnp.where(COUNTS, -jnp.sum(jnp.exp(log_p) * log_p, -1), 0))
     return jnp.sum(jnp.take_along_axis(log_p, moved["INDICES"], -1))
