@@ -12,14 +12,16 @@ from jax.typing import ArrayLike
 from jaxloss._checks import arguments, explicit_mesh, messages
 from jaxloss._checks import reference as of_divergences
 from jaxloss._linear.named_reference import reference_stats
-from jaxloss._tokens.classes import local_classes
+from jaxloss._tokens.classes import Classes, local_classes
 from jaxloss._tokens.reference import beside, stats_of_logits
 from jaxloss._tokens.shapes import all_classes_last, classes_last
 from jaxloss._tokens.targets import make_targets, without_empty_rows
 from jaxloss._types import (
     AxisName,
+    LossOptions,
     Reference,
     ReferenceStats,
+    Scalars,
     TokenArrays,
     TokenStats,
     TopKLabels,
@@ -195,34 +197,37 @@ def _reference(
 
 @jit
 def _token_stats(logits, arrays, scalars, *, options):
-    x, arrays, classes = _rows(logits, arrays, options)
-    return _of_rows(logits, x, arrays, scalars, classes, options)
-
-
-def _rows(logits: Array, arrays: TokenArrays, options: Any) -> tuple[Array, TokenArrays, Any]:
     logits, arrays = explicit_mesh.aligned_tokens(logits, options.axes, arrays)
+    return _of_rows(logits, arrays, scalars, options)[0]
+
+
+def _of_rows(
+    logits: Array, arrays: TokenArrays, scalars: Scalars, options: LossOptions
+) -> tuple[TokenStats, tuple[Array, TokenArrays, Classes]]:
+    """The statistics, and the rows that they are of."""
+    pallas_bytes = 2 if options.axes == (logits.ndim - 1,) else 0
     x, arrays = all_classes_last(logits, arrays, options.axes)
     classes = local_classes(options.num_classes, x.shape[-1], options.vocab_axes)
-    return x, without_empty_rows(arrays, x.shape[:-1], classes), classes
-
-
-def _of_rows(logits, x, arrays, scalars, classes, options) -> TokenStats:
-    pallas_bytes = 2 if options.axes == (logits.ndim - 1,) else 0
+    arrays = without_empty_rows(arrays, x.shape[:-1], classes)
     given = x, arrays, scalars, classes, options, accumulator_dtype(x.dtype)
-    return stats_of_logits(*given, pallas_bytes=pallas_bytes)
+    return stats_of_logits(*given, pallas_bytes=pallas_bytes), (x, arrays, classes)
+
+
+def _aligned(logits: Array, axes: tuple[int, ...], other: Any, stored: Any, kl: Any) -> list:
+    every = tuple(range(logits.ndim))
+    rows = tuple(i for i in every if i not in axes)
+    of_reference = (other, every), (stored, (*rows, None)), (kl, rows)
+    return explicit_mesh.aligned((logits, every), *of_reference, flat=axes)
 
 
 @jit
 def _beside_reference(logits, arrays, other, stored, kl, numbers, *, options):
-    every = tuple(range(logits.ndim))
-    of_rows = tuple(i for i in every if i not in options.axes)
-    logits, other, stored, kl = explicit_mesh.aligned(
-        (logits, every), (other, every), (stored, (*of_rows, None)), (kl, of_rows),
-        flat=options.axes,
-    )  # fmt: skip
-    x, arrays, classes = _rows(logits, arrays, options)
     scalars, of_reference = numbers
-    stats = _of_rows(logits, x, arrays, scalars, classes, options)
+    # The reference too may be what alone is split, and what is to be split as the labels are.
+    logits, *given = _aligned(logits, options.axes, other, stored, kl)
+    logits, arrays = explicit_mesh.aligned_tokens(logits, options.axes, arrays)
+    logits, other, stored, kl = _aligned(logits, options.axes, *given)
+    stats, (x, arrays, classes) = _of_rows(logits, arrays, scalars, options)
     dtype = accumulator_dtype(x.dtype)
     valid = make_targets(arrays, classes, dtype, options.ignore_index).valid
     # Selected before a cap, or a quotient, whose derivatives there would be 0 * NaN.
@@ -230,8 +235,8 @@ def _beside_reference(logits, arrays, other, stored, kl, numbers, *, options):
     kl = None if kl is None else jnp.where(valid, kl, 1)
     if stored is not None:
         of_both = of_reference._replace(softcap=scalars.softcap)
-        given = lax.stop_gradient(stored), arrays.class_mask, kl
-        found = reference_stats(x, *given, of_both, classes, options.ignore_index)
+        own = lax.stop_gradient(stored), arrays.class_mask, kl
+        found = reference_stats(x, *own, of_both, classes, options.ignore_index)
     else:
         t = jnp.where(valid[..., None], classes_last(other, options.axes), 0)
         own = None if arrays.temperature is None else jnp.where(valid, arrays.temperature, 1)

@@ -126,7 +126,9 @@ def test_the_penalty_is_reported_apart(reduction):
         less, without = call(*given, **options)
         np.testing.assert_array_equal(without.z_loss, 0)
         np.testing.assert_allclose(stats.z_loss, 0.01 * stats.logsumexp**2, rtol=4 * EPS)
-        penalty = more - less if reduction == "none" else (more - less) * float(np.sum(COUNTS[4:10]))
+        penalty = (
+            more - less if reduction == "none" else (more - less) * float(np.sum(COUNTS[4:10]))
+        )
         reported = stats.z_loss if reduction == "none" else jnp.sum(stats.z_loss)
         np.testing.assert_allclose(penalty, reported, rtol=1e-5, atol=32 * EPS)
     if reduction == "none":
