@@ -146,8 +146,8 @@ def linear_stats_loss(
 
     Differentiable in ``hidden``, ``kernel``, ``bias``, floating ``per_token``, ``sample_weight``,
     the temperatures, ``beta`` and what ``loss_fn`` closes over, in every mode that ``loss_fn`` is.
-    Through ``log_prob``, ``logsumexp``, ``entropy`` and the divergences gradients reach the model;
-    ``prediction``, ``confidence``, ``rank`` and all of the reference have none.
+    Through ``log_prob``, ``logsumexp``, ``entropy``, ``sum_sq_probs`` and the divergences gradients
+    reach the model; ``prediction``, ``confidence``, ``rank`` and all of the reference have none.
 
     A scalar loss takes its gradients along in the forward pass: three products in all, and one more
     with a reference; one, or two, where nothing is differentiated. ``reduction="none"`` computes
