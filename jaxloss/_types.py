@@ -110,8 +110,8 @@ class TokenStats(NamedTuple):
         where it is the prediction, so that ``rank < k`` says whether it is among the first k. -1
         where there is no prediction, or no one label. int32.
       sum_sq_probs: ``sum_j p_j^2``, the probability that two samples are one class: 1 where the
-        model is sure, 1 / C where it knows nothing. A pass over the logits, which a compiled program
-        that does not read it leaves out.
+        model is sure, 1 / C where it knows nothing. It takes a pass over the logits, which a
+        compiled program that does not read it leaves out.
       z_loss: ``z * logsumexp**2``, what ``z_loss`` adds to the token's loss, without weights; 0
         where it is not asked for.
     """

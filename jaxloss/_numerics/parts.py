@@ -217,13 +217,13 @@ def _square_sums(given: Logits, m: Array) -> tuple[Array, Array]:
     """``(sum_j e_j^2, sum_j (e_j - e_j^2))``, each in a pass of its own: the one is read by the
     value, the other by the gradient."""
 
-    def summed(term, before):
-        x, (high, _) = reread(given.values, (m, before))
-        e = replace(given, values=x)
-        e = e.exp(e.read(high), high)
-        return jnp.sum(term(e), axis=-1)
+    def exponentials():
+        x, high = reread(given.values, m)
+        again = replace(given, values=x)
+        return again.exp(again.read(high), high)
 
-    return summed(lambda e: e * e, m), summed(lambda e: e - e * e, m)
+    e, own = exponentials(), exponentials()
+    return jnp.sum(e * e, axis=-1), jnp.sum(own - own * own, axis=-1)
 
 
 def distance(x: Array, m: Array, unless: Array) -> Array:
