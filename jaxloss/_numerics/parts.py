@@ -22,7 +22,7 @@ from jaxloss._numerics.passes import (
 )
 from jaxloss._types import Axes
 from jaxloss._xla import mesh
-from jaxloss._xla.elementary import exp, expm1, finite
+from jaxloss._xla.elementary import exp, exp_of_nonpositive, expm1, finite
 from jaxloss._xla.fusion import lies_below, opaque, reread
 from jaxloss._xla.indexing import gather_class, is_elsewhere
 
@@ -217,13 +217,16 @@ def _square_sums(given: Logits, m: Array) -> tuple[Array, Array]:
     """``(sum_j e_j^2, sum_j (e_j - e_j^2))``, each in a pass of its own: the one is read by the
     value, the other by the gradient."""
 
-    def exponentials():
-        x, high = reread(given.values, m)
+    def distances(before):
+        x, (high, _) = reread(given.values, (m, before))
         again = replace(given, values=x)
-        return again.exp(again.read(high), high)
+        return again.difference(again.read(high), high)
 
-    e, own = exponentials(), exponentials()
-    return jnp.sum(e * e, axis=-1), jnp.sum(own - own * own, axis=-1)
+    # Of an exponential that is read twice XLA:CPU writes out both.
+    d = distances(m)
+    square_sum = jnp.sum(exp_of_nonpositive(d + d), axis=-1)
+    d = distances(square_sum)
+    return square_sum, jnp.sum(exp_of_nonpositive(d) - exp_of_nonpositive(d + d), axis=-1)
 
 
 def distance(x: Array, m: Array, unless: Array) -> Array:
