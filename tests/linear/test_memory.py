@@ -124,7 +124,8 @@ def of_labels(names=(), top=None, **options):
 
 def of_stats(hidden, kernel, labels):
     stats = jaxloss.linear_token_stats(hidden, kernel, labels, temperature=0.7, logit_softcap=30.0)
-    return jnp.sum(stats.log_prob + stats.logsumexp + stats.entropy), stats.rank
+    squares = stats.sum_sq_probs
+    return jnp.sum(stats.log_prob + stats.logsumexp + stats.entropy + squares), stats.rank
 
 
 def of_teacher(divergence, **options):
