@@ -7,7 +7,6 @@ from jaxloss._contrastive import sigmoid_contrastive_loss as sigmoid_contrastive
 from jaxloss._cross_entropy import cross_entropy as cross_entropy
 from jaxloss._cross_entropy import log_softmax as log_softmax
 from jaxloss._cross_entropy import nll_loss as nll_loss
-from jaxloss._cross_entropy import token_stats as token_stats
 from jaxloss._divergence import kl_divergence as kl_divergence
 from jaxloss._divergence import linear_kl_divergence as linear_kl_divergence
 from jaxloss._focal import focal_loss as focal_loss
@@ -28,6 +27,7 @@ from jaxloss._sequences import next_token_labels as next_token_labels
 from jaxloss._sequences import sequence_weight as sequence_weight
 from jaxloss._sigmoid import sigmoid_cross_entropy as sigmoid_cross_entropy
 from jaxloss._sigmoid import sigmoid_focal_loss as sigmoid_focal_loss
+from jaxloss._token_stats import token_stats as token_stats
 from jaxloss._types import LowRankKernel as LowRankKernel
 from jaxloss._types import QuantizedKernel as QuantizedKernel
 from jaxloss._types import Reference as Reference

@@ -13,7 +13,13 @@ from jaxloss._numerics import one_pass, rows
 from jaxloss._numerics.logits import Logits, scaling_of
 from jaxloss._pallas import dispatch
 from jaxloss._tokens.classes import local_classes
-from jaxloss._tokens.losses import combined, rows_of_logits, temperature_of, token_losses
+from jaxloss._tokens.losses import (
+    combined,
+    over_temperature_of,
+    rows_of_logits,
+    temperature_of,
+    token_losses,
+)
 from jaxloss._tokens.reduction import normalised_weights, reduce_losses
 from jaxloss._tokens.shapes import (
     all_classes_last,
@@ -22,21 +28,25 @@ from jaxloss._tokens.shapes import (
     mask_classes_last,
 )
 from jaxloss._tokens.targets import make_targets, without_empty_rows
-from jaxloss._types import AxisName, Reduction, TokenStats, TopKLabels
+from jaxloss._types import AxisName, Reduction, Scalars, TokenStats, TopKLabels
 from jaxloss._xla import indexing
 from jaxloss._xla.derivatives import differentiable
 from jaxloss._xla.device import jit
-from jaxloss._xla.dtypes import accumulator_dtype
+from jaxloss._xla.dtypes import accumulator_dtype, downcast
 
 
 def log_softmax(
-    logits: ArrayLike, axis: int | tuple[int, ...] = -1, *, where: ArrayLike | None = None
+    logits: ArrayLike,
+    axis: int | tuple[int, ...] = -1,
+    *,
+    temperature: ArrayLike | None = 1.0,
+    where: ArrayLike | None = None,
 ) -> Array:
     r"""Logarithm of the softmax, exact at every confidence.
 
-    .. math:: \mathrm{out}_j = x_j - \log \sum_i e^{x_i}
+    .. math:: \mathrm{out}_j = z_j - \log \sum_i e^{z_i}, \qquad z = x / T
 
-    computed as ``(x_j - m) - log1p(s)`` with ``s`` the sum over all entries but one at the maximum
+    computed as ``(z_j - m) - log1p(s)`` with ``s`` the sum over all entries but one at the maximum
     ``m``, so that the most likely class of a confident row has -1e-12 and not 0. So
     ``nll_loss(log_softmax(x), y)`` equals ``cross_entropy(x, y)``, gradients included.
 
@@ -44,6 +54,10 @@ def log_softmax(
       logits: any shape ``[..., C, ...]``, a floating dtype. float16 and bfloat16 are computed in
         float32.
       axis: the class axis, or a tuple of axes over which the probabilities sum to 1.
+      temperature: ``T > 0``, what the logits are divided by: a Python number, a scalar array, or
+        one entry a row (the shape of ``logits`` without ``axis``). Arrays may be traced and are
+        differentiable (out of range they make NaN of the rows that they apply to); None is 1. The
+        logits' differences are divided, so that an offset that they share costs no digits.
       where: boolean, broadcastable to ``logits``: the classes that exist. The others have -inf,
         and their gradient is 0.
 
@@ -52,11 +66,13 @@ def log_softmax(
       -inf, is NaN.
 
     Raises:
-      TypeError: ``logits`` are not floating, or ``axis`` or ``where`` has the wrong type.
-      ValueError: ``axis`` is out of range, or ``where`` does not broadcast to ``logits``.
+      TypeError: ``logits`` are not floating, or another argument has the wrong type.
+      ValueError: ``axis`` is out of range, ``temperature`` is not positive or has another shape, or
+        ``where`` does not broadcast to ``logits``.
 
-    Differentiable in ``logits``, in forward and reverse mode to any order. The backward pass keeps
-    the logits and a few numbers a row.
+    Differentiable in ``logits`` and ``temperature``, in forward and reverse mode to any order. The
+    backward pass keeps the logits and a few numbers a row; with a temperature other than 1 it keeps
+    the divided logits too, in the accumulator's dtype.
 
     Example:
 
@@ -72,19 +88,27 @@ def log_softmax(
     call = "log_softmax"
     logits = messages.floating(call, "logits", logits)
     axes = messages.class_axes(call, logits, "logits", axis)
+    wide, batch = accumulator_dtype(logits.dtype), messages.batch_shape(logits, axes)
+    own = arguments.token_temperature(call, temperature, batch, wide)
+    scalars = Scalars(temperature=arguments.temperature(call, temperature, wide))
     mask = arguments.class_mask(call, "logits", where, logits)
     if logits.size == 0:
         return logits
-    return _log_softmax(logits, mask, axes=axes)
+    return _log_softmax(logits, mask, own, scalars, axes=axes)
 
 
 @jit
-def _log_softmax(logits, class_mask, *, axes):
+def _log_softmax(logits, class_mask, own, scalars, *, axes):
     every, given = tuple(range(logits.ndim)), logits
-    logits, class_mask = explicit_mesh.aligned((logits, every), (class_mask, every), flat=axes)
+    of_rows = tuple(i for i in every if i not in axes)
+    logits, class_mask, own = explicit_mesh.aligned(
+        (logits, every), (class_mask, every), (own, of_rows), flat=axes
+    )
     class_mask = mask_classes_last(class_mask, logits, axes)
-    out = rows.row_log_softmax(Logits(classes_last(logits, axes), class_mask))
-    return explicit_mesh.as_split(classes_back(out, logits.shape, axes), given)
+    read = Logits(classes_last(logits, axes), class_mask)
+    out = rows.row_log_softmax(over_temperature_of(read, scalars, own))
+    out = downcast(classes_back(out, logits.shape, axes), logits.dtype)
+    return explicit_mesh.as_split(out, given)
 
 
 def nll_loss(
@@ -386,95 +410,6 @@ def cross_entropy(
     )
     arguments.check_bucket(call, arrays, scalars)
     return _cross_entropy(logits, arrays, scalars, options=options)
-
-
-def token_stats(
-    logits: ArrayLike,
-    labels: ArrayLike | TopKLabels,
-    *,
-    axis: int | tuple[int, ...] = -1,
-    num_classes: int | None = None,
-    ignore_index: int | None = -100,
-    temperature: ArrayLike | None = 1.0,
-    logit_softcap: float | None = None,
-    where: ArrayLike | None = None,
-    vocab_axis_name: AxisName | None = None,
-) -> TokenStats:
-    r"""Each token's log-probability, log-sum-exp, entropy, prediction, confidence and rank.
-
-    With ``z = x / T`` the logits (capped first, if asked for) over the temperature,
-
-    .. math:: \log p_y = z_y - \mathrm{lse}(z), \qquad p = e^{z - \mathrm{lse}(z)}, \qquad
-              H = -\sum_j p_j \log p_j
-
-    What policy gradients are made of: the log-probabilities of the tokens that were sampled, at the
-    temperature they were sampled at, and the entropy for a bonus. :func:`cross_entropy` with
-    ``return_stats=True`` returns the same beside a loss.
-
-    Args:
-      logits: ``[..., C]``, C at ``axis``; a floating dtype.
-      labels: the tokens in question: class indices (an integer dtype, the shape of ``logits``
-        without ``axis``), class probabilities (floating, the shape of ``logits``), or
-        :class:`TopKLabels`.
-      axis, num_classes, ignore_index, where, vocab_axis_name: as in :func:`cross_entropy`.
-      temperature, logit_softcap: as in :func:`cross_entropy`: of ``z`` are all statistics.
-
-    Returns:
-      :class:`TokenStats`, each shaped as the losses: float32 (float64 for float64 logits) and
-      int32. A token that does not count has 0 in the floats and -1 in the integers.
-
-    Raises:
-      TypeError, ValueError: as :func:`cross_entropy`; or ``temperature`` is not positive.
-
-    ``log_prob``, ``logsumexp`` and ``entropy`` are differentiable in ``logits`` (and in
-    probabilities as labels), in forward and reverse mode to any order. The backward pass keeps the
-    logits, the labels and a few numbers a row.
-
-    Example: the clipped objective of PPO.
-
-      >>> import jax, jax.numpy as jnp
-      >>> import jaxloss
-      >>> logits = jax.random.normal(jax.random.key(0), (3, 5))
-      >>> actions, advantages = jnp.array([1, 4, 0]), jnp.array([1.0, -0.5, 2.0])
-      >>> old = jaxloss.token_stats(logits + 0.1, actions, temperature=0.7).log_prob
-      >>> def objective(logits):
-      ...     stats = jaxloss.token_stats(logits, actions, temperature=0.7)
-      ...     ratio = jnp.exp(stats.log_prob - old)
-      ...     clipped = jnp.clip(ratio, 0.8, 1.2)
-      ...     return jnp.mean(jnp.minimum(ratio * advantages, clipped * advantages))
-      >>> print(round(float(objective(logits)), 4))
-      0.8333
-
-    Source: the definitions; J. Schulman et al., "Proximal Policy Optimization Algorithms" (2017)
-    for their use.
-    """
-    call = "token_stats"
-    logits = messages.floating(call, "logits", logits, order="logits, labels")
-    arrays, options = arguments.token_loss(
-        call,
-        "logits",
-        logits,
-        labels,
-        axis=axis,
-        ignore_index=ignore_index,
-        where=where,
-        reduction="none",
-        num_classes=num_classes,
-        vocab_axes=arguments.mesh_axes(call, "vocab_axis_name", vocab_axis_name),
-        return_stats=True,
-        temperature=temperature,
-    )
-    dtype = accumulator_dtype(logits.dtype)
-    scalars = arguments.scalars(call, dtype, logit_softcap=logit_softcap, temperature=temperature)
-    arguments.check_split(
-        call,
-        "logits",
-        logits,
-        arguments.of_tokens(arrays),
-        vocab_axes=options.vocab_axes,
-        token_axes=options.token_axes,
-    )
-    return _cross_entropy(logits, arrays, scalars, options=options)[1]
 
 
 @jit

@@ -37,10 +37,11 @@ from jaxloss._xla.mesh import size as axis_size
 
 
 def _kind(call: str, divergence: Any, beta: Any, temperature: Any, dtype) -> tuple:
-    """Those of ``row_divergences`` that are static, hashable, and the temperature."""
+    """Those of ``row_divergences`` that are static, hashable, and the numbers."""
     messages.word(call, "divergence", divergence, DIVERGENCES)
-    static = (("divergence", divergence), ("beta", arguments.check_beta(call, beta)))
-    return static, Scalars(temperature=arguments.temperature(call, temperature, dtype))
+    temperature = arguments.temperature(call, temperature, dtype)
+    beta = arguments.check_beta(call, beta, dtype)
+    return (("divergence", divergence),), Scalars(temperature=temperature, beta=beta)
 
 
 def kl_divergence(
@@ -49,7 +50,7 @@ def kl_divergence(
     *,
     axis: int | tuple[int, ...] = -1,
     divergence: Divergence = "forward",
-    beta: float = 0.5,
+    beta: ArrayLike | None = 0.5,
     temperature: ArrayLike | None = 1.0,
     sample_weight: ArrayLike | None = None,
     where: ArrayLike | None = None,
@@ -74,7 +75,9 @@ def kl_divergence(
       axis: the class axis, or a tuple of axes over which the probabilities sum to 1.
       divergence: ``"forward"``, which covers all the teacher's modes; ``"reverse"``, which keeps
         to some; ``"jensen_shannon"``, bounded, between the two.
-      beta: of ``"jensen_shannon"`` alone, in (0, 1).
+      beta: of ``"jensen_shannon"`` alone, in (0, 1): a Python number, or a scalar array, which may
+        be traced and is differentiable (out of range it makes NaN of the losses); None is
+        0.5.
       temperature: ``T > 0``, divides both logits: a Python number, a scalar array, or one entry a
         token; arrays may be traced and are differentiable (an entry out of range makes NaN of its
         rows); None is 1. Nothing is multiplied by ``T**2``: Hinton et al. do, to keep the
@@ -99,10 +102,10 @@ def kl_divergence(
       TypeError: an argument has the wrong dtype, or an option is no Python number.
       ValueError: a shape, an axis, or an option's value is wrong. Nothing is ever broadcast.
 
-    Differentiable in both logits and ``sample_weight``, in forward and reverse mode to any order: a
-    teacher that shares parameters with the student wants ``jax.lax.stop_gradient``. The backward
-    pass keeps both logits and a few numbers a row. Its ``q - p`` has no cancellation: a student at
-    a distance of 1e-6 has a gradient of six digits.
+    Differentiable in both logits, ``sample_weight`` and the numbers, in forward and reverse mode to
+    any order: a teacher that shares parameters with the student wants ``jax.lax.stop_gradient``.
+    The backward pass keeps both logits and a few numbers a row. Its ``q - p`` has no cancellation:
+    a student at a distance of 1e-6 has a gradient of six digits.
 
     Example:
 
@@ -155,8 +158,8 @@ def _kl_divergence(logits, teacher_logits, arrays, scalars, *, options, kind):
     arrays = TokenArrays(None, None, sample_weight, mask, token_mask)
     arrays = without_empty_rows(arrays, x.shape[:-1], local_classes(options.num_classes))
     valid = valid_tokens(sample_weight, arrays.token_mask)
-    temperature = scalars.temperature if own is None else own
-    losses = row_divergences(x, t, arrays.class_mask, valid, temperature=temperature, **dict(kind))
+    numbers = {"temperature": scalars.temperature if own is None else own, "beta": scalars.beta}
+    losses = row_divergences(x, t, arrays.class_mask, valid, **numbers, **dict(kind))
     valid = jnp.ones_like(losses, bool) if valid is None else valid
     return reduce_losses(losses, TokenWeights(valid, sample_weight), options)
 
@@ -173,7 +176,7 @@ def linear_kl_divergence(
     teacher_vocab_axis: int | None = None,
     num_classes: int | None = None,
     divergence: Divergence = "forward",
-    beta: float = 0.5,
+    beta: ArrayLike | None = 0.5,
     temperature: ArrayLike | None = 1.0,
     sample_weight: ArrayLike | None = None,
     where: ArrayLike | None = None,
@@ -367,8 +370,9 @@ def _linear_kl_divergence(student, teacher, arrays, scalars, *, sweep, options, 
         # Counted anew: traced values must not leak into the loop that this runs in.
         here = local_classes(options.num_classes, x.shape[-1], options.vocab_axes)
         scalars = of_scalars.unflatten(numbers)
-        of_rows = {"temperature": scalars.temperature if own is None else own, **dict(kind)}
-        losses = row_divergences(x, t, existing(mask, here, 2), axes=here.axes, **of_rows)
+        numbers = {"temperature": scalars.temperature if own is None else own, "beta": scalars.beta}
+        of_all = {"axes": here.axes, **numbers, **dict(kind)}
+        losses = row_divergences(x, t, existing(mask, here, 2), **of_all)
         return (losses,), ()
 
     valid = valid_tokens(sample_weight, token_mask)

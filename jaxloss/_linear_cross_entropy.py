@@ -294,7 +294,7 @@ class LinearTokenStatsOptions(TypedDict, total=False):
     logit_softcap: float | None
     where: ArrayLike | None
     kl_temperature: ArrayLike | None
-    beta: float
+    beta: ArrayLike | None
     vocab_axis_name: AxisName | None
     token_axis_name: AxisName | PartitionSpec | None
     kernel_spec: PartitionSpec | None
@@ -337,7 +337,7 @@ def linear_token_stats(
     where: ArrayLike | None = None,
     reference: tuple[ArrayLike, ...] | Reference | TopKLabels | None = None,
     kl_temperature: ArrayLike | None = None,
-    beta: float = 0.5,
+    beta: ArrayLike | None = 0.5,
     vocab_axis_name: AxisName | None = None,
     token_axis_name: AxisName | PartitionSpec | None = None,
     kernel_spec: PartitionSpec | None = None,

@@ -23,7 +23,7 @@ class StatsLossOptions(TypedDict, total=False):
 
     reference: tuple[ArrayLike, ...] | Reference | TopKLabels | None
     kl_temperature: ArrayLike | None
-    beta: float
+    beta: ArrayLike | None
     bias: ArrayLike | None
     vocab_axis: int
     num_classes: int | None
@@ -81,7 +81,7 @@ def linear_stats_loss(
     *per_token: ArrayLike,
     reference: tuple[ArrayLike, ...] | Reference | TopKLabels | None = None,
     kl_temperature: ArrayLike | None = None,
-    beta: float = 0.5,
+    beta: ArrayLike | None = 0.5,
     has_aux: bool = False,
     bias: ArrayLike | None = None,
     vocab_axis: int = -1,
@@ -126,7 +126,8 @@ def linear_stats_loss(
       kl_temperature: divides the logits of the divergences and of the reference's entropy, on both
         sides: a number, a scalar array or one entry a token; None: ``temperature``. Nothing is
         multiplied by its square.
-      beta: of ``jensen_shannon``, in (0, 1).
+      beta: of ``jensen_shannon``, in (0, 1): a number or a scalar array, as in
+        :func:`kl_divergence`.
       has_aux: ``loss_fn`` returns ``(loss, aux)``, and so does the call, as in :func:`linear_loss`.
       bias, vocab_axis, num_classes, ignore_index, temperature, logit_softcap, where: as in
         :func:`linear_token_stats`.
@@ -144,9 +145,9 @@ def linear_stats_loss(
         does not fit the model.
 
     Differentiable in ``hidden``, ``kernel``, ``bias``, floating ``per_token``, ``sample_weight``,
-    the temperatures and what ``loss_fn`` closes over, in every mode that ``loss_fn`` is. Through
-    ``log_prob``, ``logsumexp``, ``entropy`` and the divergences gradients reach the model;
-    ``prediction``, ``confidence``, ``rank`` and all of the reference have none.
+    the temperatures, ``beta`` and what ``loss_fn`` closes over, in every mode that ``loss_fn`` is.
+    Through ``log_prob``, ``logsumexp``, ``entropy``, ``sum_sq_probs`` and the divergences gradients
+    reach the model; ``prediction``, ``confidence``, ``rank`` and all of the reference have none.
 
     A scalar loss takes its gradients along in the forward pass: three products in all, and one more
     with a reference; one, or two, where nothing is differentiated. ``reduction="none"`` computes
@@ -215,7 +216,7 @@ def linear_stats_loss(
 
     def of_device(products, arrays, own_arrays, numbers, values):
         operands, args_of, weights = stats_loss.operands_of(
-            products, arrays, own_arrays, numbers, given.options, given.beta
+            products, arrays, own_arrays, numbers, given.options
         )
         options = given.options, wide, outer, values
         return reduced(own, args_of, given.sweep, operands, weights, *options)

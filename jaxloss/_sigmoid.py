@@ -51,12 +51,11 @@ def _losses(
     *,
     ignore_index,
     alpha,
-    gamma,
     reduction,
     empty_mean,
 ):
     dtype, rank = accumulator_dtype(logits.dtype), logits.ndim
-    label_smoothing = scalars.label_smoothing
+    label_smoothing, gamma = scalars.label_smoothing, scalars.gamma
     arrays = logits, labels, weight, pos_weight, sample_weight, where
     every = tuple(range(rank))
     logits, labels, weight, pos_weight, sample_weight, where = explicit_mesh.aligned(
@@ -77,7 +76,7 @@ def _losses(
         if not targets.is_zero(label_smoothing):
             # As z (1 - eps) + eps / 2, XLA adds a small eps / 2 to the 1 of 1 - y, and loses it.
             y, z = (v + label_smoothing * (0.5 - v) for v in (y, z))
-        if gamma:
+        if not targets.is_zero(gamma):
             a, b = jnp.ones_like(y), jnp.ones_like(z)
             down, up = focal_half(x, y, z, gamma), focal_half(-x, z, y, gamma)
         else:
@@ -176,6 +175,7 @@ def _loss_of(
         messages.shape(function, "where", mask, logits.shape, "the shape of logits", way_out)
         where = mask
     arguments.check_reduction(function, reduction)
+    dtype = accumulator_dtype(logits.dtype)
     return _losses(
         logits,
         labels,
@@ -183,10 +183,12 @@ def _loss_of(
         pos_weight,
         sample_weight,
         where,
-        Scalars(arguments.smoothing(function, label_smoothing, accumulator_dtype(logits.dtype))),
+        Scalars(
+            arguments.smoothing(function, label_smoothing, dtype),
+            gamma=arguments.check_gamma(function, gamma, dtype),
+        ),
         ignore_index=arguments.ignored(function, ignore_index, labels),
         alpha=_alpha(function, alpha),
-        gamma=arguments.gamma(function, gamma),
         reduction=reduction,
         empty_mean=arguments.check_empty_mean(function, empty_mean),
     )
@@ -282,7 +284,7 @@ def sigmoid_focal_loss(
     labels: ArrayLike,
     *,
     alpha: float | None = None,
-    gamma: float = 2.0,
+    gamma: ArrayLike | None = 2.0,
     weight: ArrayLike | None = None,
     pos_weight: ArrayLike | None = None,
     ignore_index: int | None = -100,
@@ -307,8 +309,9 @@ def sigmoid_focal_loss(
       labels: the shape of ``logits``: 0 and 1, booleans, or probabilities (floating).
       alpha: a Python number in [0, 1]: positives weigh ``alpha``, negatives ``1 - alpha``; None:
         both weigh 1.
-      gamma: a Python number, at least 0. With 0 and no ``alpha`` it is
-        :func:`sigmoid_cross_entropy`.
+      gamma: at least 0: a Python number, or a scalar array, which may be traced and is
+        differentiable (out of range it makes NaN of the losses); None is 2. With 0 and no ``alpha``
+        it is :func:`sigmoid_cross_entropy`.
       weight, pos_weight, ignore_index, label_smoothing, sample_weight, where, reduction,
         empty_mean: as in :func:`sigmoid_cross_entropy`. Detectors often divide the ``"sum"`` by the
         number of positives instead of taking the ``"mean"``.
@@ -320,8 +323,8 @@ def sigmoid_focal_loss(
       TypeError, ValueError: as :func:`sigmoid_cross_entropy`; or ``alpha`` or ``gamma`` is out of
         range.
 
-    Differentiable in ``logits``, probabilities and the weights, in every mode. The backward pass
-    keeps the arguments and nothing else.
+    Differentiable in ``logits``, probabilities, the weights and ``gamma``, in every mode. The
+    backward pass keeps the arguments and nothing else.
 
     Example:
 

@@ -111,6 +111,11 @@ class TokenStats(NamedTuple):
       rank: the label's place in the order of predictions, by falling logit and then by index: 0
         where it is the prediction, so that ``rank < k`` says whether it is among the first k. -1
         where there is no prediction, or no one label. int32.
+      sum_sq_probs: ``sum_j p_j^2``, the probability that two samples are one class: 1 where the
+        model is sure, 1 / C where it knows nothing. It takes a pass over the logits, which a
+        compiled program that does not read it leaves out.
+      z_loss: ``z * logsumexp**2``, what ``z_loss`` adds to the token's loss, without weights; 0
+        where it is not asked for.
     """
 
     log_prob: Array
@@ -119,6 +124,8 @@ class TokenStats(NamedTuple):
     prediction: Array
     confidence: Array
     rank: Array
+    sum_sq_probs: Array
+    z_loss: Array
 
 
 # A program that returns them can be stored, and run where jaxloss is imported.
@@ -353,6 +360,8 @@ class Scalars(NamedTuple):
     z_loss: Any = 0.0
     softcap: float | None = None
     temperature: Any = 1.0
+    beta: Any = 0.5  # of Jensen-Shannon divergences
+    gamma: Any = 0.0  # of focal losses
 
     @property
     def plain(self) -> bool:

@@ -66,6 +66,8 @@ def _token_stats(x, labels):
         prediction=jnp.argmax(x, axis=-1),
         confidence=jax.lax.stop_gradient(jnp.max(p, axis=-1)),
         rank=jnp.sum((x > own) | ((x == own) & first), axis=-1),
+        sum_sq_probs=jnp.sum(p * p, axis=-1),
+        z_loss=jnp.zeros(len(x), x.dtype),
     )
 
 

@@ -10,11 +10,13 @@ import argparse
 import math
 import os
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from matplotlib.axes import Axes
 
 from benchmarks.harness import measure, report
 from benchmarks.methods import calls, objectives, torch_objectives
@@ -24,6 +26,13 @@ from benchmarks.methods.objectives import OBJECTIVES, Batch
 PACKAGES = ("torch", "trl", "liger-kernel", "transformers")
 OURS, PLAIN = "jaxloss", "formula"
 METHODS = (OURS, PLAIN, *torch_objectives.LOADERS)
+COLORS = {
+    OURS: report.COLORS["jaxloss"],
+    PLAIN: report.COLORS["floor"],
+    "TRL": "#d55e00",
+    "TRL of logits": "#e69f00",
+    "Liger": "#009e73",
+}
 SMALL = 8, 16, 64, 2000  # answers, tokens of each, D, V
 SHAPES = ((8, 64, 256, 8192), (8, 128, 512, 32000))
 
@@ -216,6 +225,43 @@ def error_tables(data: dict[str, Any]) -> list[report.Table]:
         lines.sort(key=lambda line: list(OBJECTIVES).index(line[0]))
         out.append(report.Table(title, ["objective", "logits", *METHODS], lines))
     return out
+
+
+def plot(data: dict[str, Any], path: Path) -> None:
+    """The largest shape's times and memory, and the confident rows' errors."""
+    shape = max((row["shape"] for row in data["cost"]), key=math.prod)
+    costs = [row for row in data["cost"] if row["shape"] == shape]
+    setting = objectives.SETTINGS[1]
+    errors = [row for row in data["errors"] if row["setting"] == setting]
+    times, memory, off = report.axes(3)
+    of_tokens = [
+        {"objective": row["objective"], "token": {m: e["token"] for m, e in row["errors"].items()}}
+        for row in errors
+    ]
+    for ax, rows, kind in (
+        (times, costs, "of_products"),
+        (memory, costs, "temp_mib"),
+        (off, of_tokens, "token"),
+    ):
+        _bars(ax, rows, kind)
+    times.axhline(1, color="black", lw=1)
+    times.set(ylabel="time / that of the bare products", title=f"{report.by(shape)}, float32")
+    memory.set(yscale="log", ylabel="MiB", title="Temporary memory")
+    memory.set_ylim(10)
+    off.set(yscale="log", ylabel="relative error", title=f"Worst token's gradient, {setting}")
+    off.set_ylim(1e-7)
+    report.legend_below(times, len(COLORS))
+    report.save_figure(times, path)
+
+
+def _bars(ax: Axes, rows: list[dict[str, Any]], kind: str) -> None:
+    """A group of bars for each objective, a bar for each method that has it."""
+    width = 0.8 / len(COLORS)
+    for i, (method, color) in enumerate(COLORS.items()):
+        found = [(at, row[kind][method]) for at, row in enumerate(rows) if method in row[kind]]
+        left = [at + (i - (len(COLORS) - 1) / 2) * width for at, _ in found]
+        ax.bar(left, [y for _, y in found], width, color=color, label=method)
+    ax.set_xticks(range(len(rows)), [row["objective"] for row in rows])
 
 
 def missed(data: dict[str, Any]) -> str | None:

@@ -276,8 +276,10 @@ def token_temperature(
     return messages.in_range(x, *DIVISORS, dtype)
 
 
-def check_beta(function: str, x: Any) -> float:
-    x = messages.number(function, "beta", x)
+def check_beta(function: str, x: Any, dtype: Any) -> Any:
+    x = messages.scalar(function, "beta", x, *FINITE, 0.5, dtype)
+    if isinstance(x, Array):
+        return jnp.where((x > 0) & (x < 1), x, jnp.nan)
     if not 0 < x < 1:
         way_out = "At its ends the divergences are 'forward' and 'reverse', times 0."
         messages.fail(function, "beta must be in (0, 1)", repr(x), way_out)
@@ -589,8 +591,8 @@ def of_tokens(arrays: TokenArrays) -> dict[str, Any]:
     }
 
 
-def gamma(function: str, x: Any) -> float:
-    return messages.number(function, "gamma", x, 0)
+def check_gamma(function: str, x: Any, dtype: Any) -> Any:
+    return messages.scalar(function, "gamma", x, 0, sys.float_info.max, 2.0, dtype)
 
 
 def scalars(

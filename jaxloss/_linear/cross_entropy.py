@@ -18,7 +18,15 @@ from jaxloss._linear import (
 from jaxloss._linear.packing import gather_rows, scatter_rows
 from jaxloss._numerics.logits import Logits, scaling_of
 from jaxloss._tokens.classes import existing, local_classes, local_weight
-from jaxloss._tokens.losses import RANKS, rows_of_logits, temperature_of, token_losses
+from jaxloss._tokens.losses import (
+    MOVING,
+    RANKS,
+    in_two,
+    of_two,
+    rows_of_logits,
+    temperature_of,
+    token_losses,
+)
 from jaxloss._tokens.reduction import normalised_weights, reduce_losses
 from jaxloss._tokens.shapes import flat_labels, rows_of_mask
 from jaxloss._tokens.targets import make_targets, rows_with_classes, tokens_with_classes
@@ -65,7 +73,8 @@ def by_token_chunks(product, arrays, scalars, *, sweep, options, fused, stored=F
         losses, stats = token_losses(rows_of, *given)
         if stats is None:
             return (losses,), ()
-        return ((losses,), tuple(stats)) if scalar else ((losses, *stats[:3]), stats[3:])
+        moving, constant = in_two(stats)
+        return ((losses,), (*moving, *constant)) if scalar else ((losses, *moving), constant)
 
     def value(operands, packing):
         # Where nothing is differentiated: all chunks' tokens at once, their logits held nowhere.
@@ -110,7 +119,8 @@ def by_token_chunks(product, arrays, scalars, *, sweep, options, fused, stored=F
     loss, stats = token_rules.reduced(loss_fn, *given, by)
     if not with_stats:
         return loss
-    stats = TokenStats(*(v.reshape(lead) for v in stats))
+    stats = tuple(v.reshape(lead) for v in stats)
+    stats = of_two(stats[: len(MOVING)], stats[len(MOVING) :])
     none = {name: jnp.where(targets.valid, getattr(stats, name), -1) for name in RANKS}
     return loss, stats._replace(**none)
 

@@ -25,10 +25,9 @@ def reference_stats(
     scalars: Scalars,
     classes: Classes,
     ignore_index: int | None,
-    beta: float,
 ) -> ReferenceStats:
-    """Of rows of the model's logits; ``scalars``: its soft cap, and the divergences' temperature
-    unless each row has its own, ``temperature``."""
+    """Of rows of the model's logits; ``scalars``: its soft cap, beta, and the divergences'
+    temperature unless each row has its own, ``temperature``."""
     of_rows = TokenArrays(None, class_mask=class_mask, temperature=temperature)
     wide = rows_of(x, of_rows, scalars, classes)
     of_labels = TokenArrays(labels, class_mask=class_mask)
@@ -47,7 +46,8 @@ def reference_stats(
 
     def compared(divergence: str) -> Array:
         given = model, log_q, exist, targets.valid
-        return row_divergences(*given, divergence=divergence, beta=beta, temperature=1.0)
+        numbers = {"beta": scalars.beta, "temperature": 1.0}
+        return row_divergences(*given, divergence=divergence, **numbers)
 
     entropy = -jnp.sum(jnp.where(exist & (q != 0), q * log_q, 0), axis=-1)
     entropy = jnp.where(targets.valid, entropy, 0)

@@ -11,19 +11,18 @@ from jax import Array, lax
 from jax.sharding import PartitionSpec as P
 
 from jaxloss._checks import arguments, messages
+from jaxloss._checks import reference as of_divergences
 from jaxloss._linear import budget, layout, token_chunks, token_rules
 from jaxloss._linear.named_reference import reference_stats
 from jaxloss._linear.operands import product_of
 from jaxloss._linear.product import Product, Sweep
-from jaxloss._numerics.divergence import row_divergences
-from jaxloss._numerics.logits import Logits, scaling_of
-from jaxloss._tokens.classes import existing, local_classes
-from jaxloss._tokens.losses import RANKS, rows_of_logits, temperature_of, token_losses
+from jaxloss._tokens.classes import local_classes
+from jaxloss._tokens.losses import CONSTANT, MOVING, RANKS, in_two, of_two
 from jaxloss._tokens.reduction import TokenWeights
+from jaxloss._tokens.reference import beside, stats_of_logits
 from jaxloss._tokens.shapes import flat_labels, rows_of_mask
 from jaxloss._tokens.targets import make_targets, tokens_with_classes
 from jaxloss._types import (
-    DIVERGENCES,
     LossOptions,
     Reference,
     ReferenceStats,
@@ -46,7 +45,6 @@ class Prepared(NamedTuple):
     own: tuple[Array, ...]  # what a loss of the caller's reads of each token
     numbers: tuple[Scalars, Scalars]  # see :func:`operands_of`
     options: LossOptions
-    beta: float
     sweep: Sweep
     layout: layout.Layout | None
 
@@ -61,7 +59,7 @@ class Prepared(NamedTuple):
     @property
     def static(self) -> dict[str, Any]:
         """Those of :func:`by_token_chunks`."""
-        return {"sweep": self.sweep, "options": self.options, "beta": self.beta}
+        return {"sweep": self.sweep, "options": self.options}
 
     @property
     def of_device(self) -> tuple[Any, Any, Any, Any]:
@@ -140,14 +138,17 @@ def prepared(
     scalars = arguments.scalars(call, wide, logit_softcap=logit_softcap, temperature=temperature)
     arguments.check_bucket(call, arrays, scalars)
     compares = other is not None or bool(named)
-    if kl_temperature is not None and not compares:
-        messages.fail(call, "kl_temperature is for a reference", "none", "Leave it out.")
-    name, of_token = "kl_temperature", arrays.temperature
-    if kl_temperature is not None:
-        of_token = arguments.token_temperature(call, kl_temperature, lead, wide, name)
-    kl_temperature = None if of_token is not None else kl_temperature
-    of_reference = _of_reference(call, kl_temperature, its_cap, scalars, wide)
-    beta = arguments.check_beta(call, beta)
+    of_token, of_reference = of_divergences.numbers(
+        call,
+        scalars,
+        its_cap,
+        arrays.temperature,
+        kl_temperature,
+        beta,
+        lead,
+        wide,
+        compares=compares,
+    )
     own = arguments.per_token(call, per_token, lead)
     rows_of_tokens = {"hidden": hidden, **arguments.of_tokens(arrays)}
     rows_of_tokens |= {f"per_token[{i}]": x for i, x in enumerate(own)}
@@ -190,7 +191,6 @@ def prepared(
         own,
         (scalars, of_reference),
         options,
-        beta,
         Sweep(chunk, vocab_axes, token_axes),
         found,
     )
@@ -230,27 +230,8 @@ def _reference(
 
 def _named(call: str, given: TopKLabels, lead: tuple[int, ...]) -> tuple[Array, Array]:
     """What is stored of a reference."""
-    if given.rest != "bucket":
-        rule = "a reference of TopKLabels must have rest='bucket'"
-        way_out = "Its divergences are of the classes that it names, and of all others together."
-        messages.fail(call, rule, repr(given.rest), way_out)
-    labels = arguments.top_k_labels(call, "hidden @ kernel", lead, given, of="reference")
+    labels = of_divergences.stored(call, "hidden @ kernel", lead, given)
     return lax.stop_gradient((cast(Array, labels.indices), cast(Array, labels.probabilities)))
-
-
-def _of_reference(
-    call: str,
-    kl_temperature: Any,
-    cap: float | None,
-    scalars: Scalars,
-    wide: Any,
-) -> Scalars:
-    """The numbers of the divergences and of the reference's entropy."""
-    if kl_temperature is None:
-        return Scalars(softcap=cap, temperature=scalars.temperature)
-    name = "kl_temperature"
-    kl_temperature = messages.scalar(call, name, kl_temperature, *arguments.DIVISORS, 1.0, wide)
-    return Scalars(softcap=cap, temperature=kl_temperature)
 
 
 def of_mesh(given: Prepared) -> tuple[tuple, tuple]:
@@ -268,14 +249,13 @@ def operands_of(
     own: tuple[tuple, tuple, Any],
     numbers: tuple[Scalars, Scalars],
     options: LossOptions,
-    beta: float,
 ) -> tuple[token_chunks.Operands, Any, TokenWeights]:
     """``(operands, args_of, weights)`` of the tokens of one device.
 
     ``args_of(logits, per_token, shared)`` are the arguments of a loss for a chunk. ``own``: what is
     stored of a reference, what the caller's loss reads, a kl_temperature a token. ``numbers`` are
-    those of the model; and the reference's soft cap with the temperature of its entropy and of the
-    divergences.
+    those of the model; and the reference's soft cap with the beta of the divergences and the
+    temperature of its entropy and of the divergences.
     """
     product, *others = products
     reference = others[0] if others else None
@@ -294,52 +274,29 @@ def operands_of(
     # A loop's rule outlives this trace: what it reads of the scalars comes with its operands.
     given, of_numbers = jax.tree.flatten(numbers)
 
-    def stats(x, arrays, scalars):
-        targets = make_targets(arrays, classes_of(x.shape[-1]), dtype, options.ignore_index)
-        scaling = scaling_of(scalars.softcap, scalars.temperature)
-        logits = Logits(x, scaling=scaling, pallas_bytes=4)
-        rows_of = rows_of_logits(logits, temperature_of(arrays, scalars))
-        return cast(TokenStats, token_losses(rows_of, targets, arrays, options, scalars, dtype)[1])
-
     def args_of(x, per_token, shared):
         t = None
         if reference is not None:
             t, *per_token = per_token
-            t = lax.stop_gradient(t)
         labels, (index, temperature, kl, *own) = per_token[:count], per_token[count:]
         mask, *given = shared
         mask = mask if index is None else mask[index]
         scalars, of_reference = of_numbers.unflatten(given)
         labels = tree.unflatten(labels)
         arrays = TokenArrays(labels, class_mask=mask, temperature=temperature)
-        of_model = stats(x, arrays, scalars)
+        # Counted anew: traced values must not leak into the loop that this runs in.
+        here = classes_of(x.shape[-1])
+        of_model = stats_of_logits(x, arrays, scalars, here, options, dtype)
         stored, own = own[: len(named)], own[len(named) :]
         if stored:
             of_labels = TopKLabels(*stored, rest="bucket"), mask, kl
-            of_both = scalars._replace(temperature=of_reference.temperature)
-            here = classes_of(x.shape[-1]), options.ignore_index
-            return of_model, reference_stats(x, *of_labels, of_both, *here, beta), *own
-        if t is None:
+            of_both = of_reference._replace(softcap=scalars.softcap)
+            found = reference_stats(x, *of_labels, of_both, here, options.ignore_index)
+        elif t is None:
             return of_model, *own
-        its_own = scalars._replace(softcap=of_reference.softcap)
-        log_prob = stats(t, arrays, its_own).log_prob
-        entropy = stats(t, arrays._replace(temperature=kl), of_reference).entropy
-        # Counted anew: traced values must not leak into the loop that this runs in.
-        here = classes_of(x.shape[-1])
-        pair = _capped(x, scalars.softcap), _capped(t, of_reference.softcap)
-        compared = (
-            row_divergences(
-                *pair,
-                existing(mask, here, 2),
-                divergence=divergence,
-                beta=beta,
-                temperature=of_reference.temperature if kl is None else kl,
-                axes=here.axes,
-            )
-            for divergence in DIVERGENCES
-        )
-        without = lax.stop_gradient((log_prob, entropy))
-        return of_model, ReferenceStats(*without, *compared), *own
+        else:
+            found = beside(x, t, arrays, kl, (scalars, of_reference), here, options, dtype)
+        return of_model, found, *own
 
     operands = token_chunks.Operands(
         product.flat(),
@@ -348,10 +305,6 @@ def operands_of(
         None if reference is None else reference.flat(),
     )
     return operands, args_of, weights
-
-
-def _capped(x: Array, cap: float | None) -> Array:
-    return x if cap is None else cap * jnp.tanh(x / cap)
 
 
 def types_of(n: int, dtype: Any, with_reference: bool) -> tuple:
@@ -368,21 +321,22 @@ def types_of(n: int, dtype: Any, with_reference: bool) -> tuple:
 
 
 @jit
-def by_token_chunks(products, arrays, own, numbers, *, sweep, options, beta):
+def by_token_chunks(products, arrays, own, numbers, *, sweep, options):
     """``(TokenStats, ReferenceStats)`` of all tokens, differentiable."""
-    operands, args_of, weights = operands_of(products, arrays, own, numbers, options, beta)
+    operands, args_of, weights = operands_of(products, arrays, own, numbers, options)
     lead, valid = weights.valid.shape, weights.valid
 
     def loss_fn(x, per_token, shared):
         stats, reference = args_of(x, per_token, shared)
-        # Those with a derivative, and the others.
-        return (*stats[:3], *reference[2:]), (*stats[3:], *reference[:2])
+        moving, constant = in_two(stats)
+        return (*moving, *reference[2:]), (*constant, *reference[:2])
 
     found = token_rules.by_token(loss_fn, sweep, operands, valid)
     moving, others = (tuple(x.reshape(lead) for x in part) for part in found)
-    stats = TokenStats(*moving[:3], *others[:3])
+    first, few = len(MOVING), len(CONSTANT)
+    stats = of_two(moving[:first], others[:few])
     none = {name: jnp.where(valid, getattr(stats, name), -1) for name in RANKS}
-    return stats._replace(**none), ReferenceStats(*others[3:], *moving[3:])
+    return stats._replace(**none), ReferenceStats(*others[few:], *moving[first:])
 
 
 @jit

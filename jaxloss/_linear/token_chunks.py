@@ -268,13 +268,18 @@ def chunk_gradients(
     teaches = any(jax.tree.leaves(active.teacher))
     active_tokens = (*(teaches for _ in y), *active.per_token)
 
+    # A loss without a cotangent has no part in the pullback: zeros would cost what it costs.
+    asked = tuple(c is not None for c in cts)
+
     def of_active(x, some_tokens, some_shared):
-        return loss_fn(x, completed(some_tokens, tokens), completed(some_shared, shared))
+        every = completed(some_tokens, tokens), completed(some_shared, shared)
+        losses, others = loss_fn(x, *every)
+        return those(asked, losses), (losses, others)
 
     some = those(active_tokens, tokens), those(active.shared, shared)
-    losses, pullback, others = jax.vjp(of_active, x, *some, has_aux=True)
+    _, pullback, (losses, others) = jax.vjp(of_active, x, *some, has_aux=True)
     ct = tuple(
-        jnp.zeros_like(loss)
+        None
         if c is None
         else mesh.varying(gather_rows(c, at).astype(loss.dtype), mesh.varies_over(loss))
         for c, loss in zip(cts, losses, strict=True)

@@ -5,7 +5,7 @@ another one is 0.
 """
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -68,7 +68,9 @@ def _terms(x: Array, y: Array, z: Array) -> _Terms:
     # A negative u (of a "probability" past 1) has no logarithm, and stays NaN.
     underflows = (u >= 0) & (u < tiny)
     divisor = jnp.where(underflows, 1, u)
-    log_u = jnp.where(underflows, -jnp.abs(x), log(divisor))
+    # Finite: a gamma of 0 multiplies it.
+    least = float(jnp.finfo(x.dtype).min)
+    log_u = jnp.where(underflows, jnp.maximum(-jnp.abs(x), least), log(divisor))
     # Where u underflows, one of its terms is 0 by its label, and the other is all of u.
     of_y = jnp.where(underflows, jnp.where(y == 0, 0, 1), y * no / divisor)
     of_z = jnp.where(underflows, jnp.where(y == 0, 1, 0), z * yes / divisor)
@@ -82,13 +84,14 @@ def _bounded(n: Array) -> Array:
     return jnp.minimum(n, 1e4)
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(3,))
-def focal_half(x: Array, y: Array, z: Array, gamma: float) -> Array:
+@jax.custom_jvp
+def focal_half(x: Array, y: Array, z: Array, gamma: Any) -> Array:
     """``u^gamma y n``, with ``u = y S(-x) + z S(x)`` and ``n = -log S(x)``: the focal loss of what
     is a yes with probability y, and a no with z, but for the part that it has as a no.
 
     Since ``d n = -S(-x)``, and ``d log u`` is ``of_z S(-x) - of_y S(x)`` by x, the derivatives are
-    these. In none of them is anything divided by u, whose powers are taken of its logarithm.
+    these. In none of them is anything divided by u, whose powers are taken of its logarithm. By
+    gamma, a scalar, each is ``log u`` times itself, and the derivative of its other factors.
     """
     t = _terms(x, y, z)
     return exp(gamma * t.log_u) * (y * jnp.where((y == 0) & jnp.isinf(t.n), 0, t.n))
@@ -108,6 +111,47 @@ def _by_y(x, y, z, gamma):
 def _by_z(x, y, z, gamma):
     t = _terms(x, y, z)
     return gamma * exp(gamma * t.log_u) * t.yes * (t.of_y * t.ratio)
+
+
+def _by_gamma(x, y, z, gamma):
+    return _times(_log_u(x, y, z), focal_half(x, y, z, gamma))
+
+
+def _times(log_u: Array, x: Array) -> Array:
+    """``log_u x``; 0 where u is 1, because its logarithm falls faster than x grows."""
+    return jnp.where(log_u == 0, 0, log_u * x)
+
+
+def _log_u(x: Array, y: Array, z: Array) -> Array:
+    """``log u``, exact where u is rounded to 1 too: its complement is ``y S(x) + z S(-x)``."""
+    log_u = _terms(x, y, z).log_u
+    no, yes = sigmoids(x)
+    complement = y * yes + z * no
+    near_1 = jnp.abs(complement) < 0.5
+    return jnp.where(near_1, log1p(-jnp.where(near_1, complement, 0)), log_u)
+
+
+def _by_x_and_gamma(x, y, z, gamma):
+    t = _terms(x, y, z)
+    rest = exp(gamma * t.log_u) * t.slope * (y * _bounded(t.n))
+    return _times(_log_u(x, y, z), _by_x(x, y, z, gamma)) + rest
+
+
+def _by_y_and_gamma(x, y, z, gamma):
+    t = _terms(x, y, z)
+    power = exp(gamma * t.log_u)
+    rest = power * jnp.where(power == 0, 0, t.n) * t.of_y
+    return _times(_log_u(x, y, z), _by_y(x, y, z, gamma)) + rest
+
+
+def _by_z_and_gamma(x, y, z, gamma):
+    t = _terms(x, y, z)
+    rest = exp(gamma * t.log_u) * t.yes * (t.of_y * t.ratio)
+    return _times(_log_u(x, y, z), _by_z(x, y, z, gamma)) + rest
+
+
+def _by_gamma_twice(x, y, z, gamma):
+    return _times(_log_u(x, y, z), _by_gamma(x, y, z, gamma))
 
 
 def _by_xx(x, y, z, gamma):
@@ -155,10 +199,10 @@ def _with_slopes(function, slopes):
     a label may be infinite."""
 
     @partial(function.defjvp, symbolic_zeros=True)
-    def _(gamma, primals, tangents):
-        out = function(*primals, gamma)
+    def _(primals, tangents):
+        out = function(*primals)
         moved = [
-            slope(*primals, gamma) * t
+            slope(*primals) * t
             for slope, t in zip(slopes, tangents, strict=True)
             if not isinstance(t, SymbolicZero)
         ]
@@ -166,7 +210,7 @@ def _with_slopes(function, slopes):
 
 
 def _slope(formula, *curvatures):
-    function = jax.custom_jvp(formula, nondiff_argnums=(3,))
+    function = jax.custom_jvp(formula)
     _with_slopes(function, curvatures)
     return function
 
@@ -174,8 +218,9 @@ def _slope(formula, *curvatures):
 _with_slopes(
     focal_half,
     [
-        _slope(_by_x, _by_xx, _by_xy, _by_xz),
-        _slope(_by_y, _by_xy, _by_yy, _by_yz),
-        _slope(_by_z, _by_xz, _by_yz, _by_zz),
+        _slope(_by_x, _by_xx, _by_xy, _by_xz, _by_x_and_gamma),
+        _slope(_by_y, _by_xy, _by_yy, _by_yz, _by_y_and_gamma),
+        _slope(_by_z, _by_xz, _by_yz, _by_zz, _by_z_and_gamma),
+        _slope(_by_gamma, _by_x_and_gamma, _by_y_and_gamma, _by_z_and_gamma, _by_gamma_twice),
     ],
 )

@@ -262,7 +262,7 @@ class Mixture(NamedTuple):
     below: Array  # log(m / s)
 
 
-def _mixture(pair: Pair, beta: float) -> Mixture:
+def _mixture(pair: Pair, beta: Any) -> Mixture:
     more, s, b, d = _sides(pair)
     # Both selected: 1 - 0.99 is 0.01 to six digits.
     of_b, of_s = jnp.where(more, beta, 1 - beta), jnp.where(more, 1 - beta, beta)
@@ -292,13 +292,20 @@ def _logs_by_mixture(s: Array, b: Array, d: Array, gap: Array, of_s: Array, of_b
     return jnp.where(below_is_found, rest, found), jnp.where(below_is_found, found, rest)
 
 
-@_logs_by_mixture.defjvp
 def _logs_by_mixture_jvp(primals, tangents):
-    # Functions of d: -log(of_b + of_s e^-d), and d less that.
-    s, b, d, _, of_s, of_b = primals
+    # Functions of d and of_b, with of_s = 1 - of_b: -log(of_b + of_s e^-d), and d less that.
+    s, b, d, gap, of_s, of_b = primals
     share_of_s, share_of_b = _shares(s, b, d, of_s, of_b)
-    dd = tangents[2]
-    return _logs_by_mixture(*primals), (share_of_s * dd, share_of_b * dd)
+    dd, d_of_b = tangents[2], tangents[5]
+    dd = jnp.zeros_like(d) if isinstance(dd, SymbolicZero) else dd
+    above, below = share_of_s * dd, share_of_b * dd
+    if not isinstance(d_of_b, SymbolicZero):
+        moved = _over(gap, of_b * b + of_s * s) * d_of_b
+        above, below = above - moved, below + moved
+    return _logs_by_mixture(*primals), (above, below)
+
+
+_logs_by_mixture.defjvp(_logs_by_mixture_jvp, symbolic_zeros=True)
 
 
 @jax.custom_jvp
@@ -308,14 +315,23 @@ def _shares(s: Array, b: Array, d: Array, of_s: Array, of_b: Array) -> tuple[Arr
     return _over(of_s * s, m), _over(of_b * b, m)
 
 
-@_shares.defjvp
 def _shares_jvp(primals, tangents):
+    s, b, _, of_s, of_b = primals
     share_of_s, share_of_b = _shares(*primals)
-    moved = share_of_s * share_of_b * tangents[2]
+    dd, d_of_b = tangents[2], tangents[4]
+    moved = jnp.zeros_like(s)
+    if not isinstance(dd, SymbolicZero):
+        moved = share_of_s * share_of_b * dd
+    if not isinstance(d_of_b, SymbolicZero):
+        m = of_b * b + of_s * s
+        moved += _over(s, m) * _over(b, m) * d_of_b
     return (share_of_s, share_of_b), (-moved, moved)
 
 
-def _divergences(pair: Pair, divergence: str, beta: float, axes: Axes) -> tuple[Any, Any]:
+_shares.defjvp(_shares_jvp, symbolic_zeros=True)
+
+
+def _divergences(pair: Pair, divergence: str, beta: Any, axes: Axes) -> tuple[Any, Any]:
     """(the teacher's, the student's) from the other, or from the mixture."""
     more, s, b, d = _sides(pair)
     total = partial(_total, axes=axes)
@@ -329,7 +345,7 @@ def _divergences(pair: Pair, divergence: str, beta: float, axes: Axes) -> tuple[
     return total(jnp.where(more, of_b, of_s)), total(jnp.where(more, of_s, of_b))
 
 
-def _loss(row: Row, divergence: str, beta: float) -> Array:
+def _loss(row: Row, divergence: str, beta: Any) -> Array:
     if divergence == "forward":
         return row.of_teacher
     if divergence == "reverse":
@@ -352,7 +368,7 @@ def _balanced(p: Array, slopes: Array, axes: Axes) -> Array:
     return jnp.where(p > 0.5, -_total(others, axes)[..., None], others)
 
 
-def _slopes(pair: Pair, row: Row, divergence: str, beta: float, axes: Axes) -> tuple:
+def _slopes(pair: Pair, row: Row, divergence: str, beta: Any, axes: Axes) -> tuple:
     """The derivatives of a row's loss with respect to ``x_j / T`` and ``t_j / T``.
 
     Of ``f(q)`` by ``x_j / T``: ``q_j (df/dq_j - sum_i q_i df/dq_i)``, and so for ``p`` and ``t``.
@@ -360,7 +376,8 @@ def _slopes(pair: Pair, row: Row, divergence: str, beta: float, axes: Axes) -> t
     - ``KL(p || q)``: ``df/dq = -p / q`` gives ``q - p``, ``df/dp = a + 1`` gives ``p (a - KL)``;
     - ``KL(q || p)``: the same with ``p`` and ``q`` exchanged and ``-a``;
     - mixed: ``df/dp = beta log(p / m)`` gives ``beta p (log(p / m) - KL(p || m))``, because the
-      mixture's own share, ``-beta (beta p + (1 - beta) q) / m``, is constant; so for ``q``.
+      mixture's own share, ``-beta (beta p + (1 - beta) q) / m``, is constant; so for ``q``, and
+      by ``beta`` it is ``KL(p || m) - KL(q || m)``.
     """
     if divergence == "forward":
         return -_p_minus_q(pair), _weighed(pair.p, pair.a - row.of_teacher[..., None], axes)
@@ -380,15 +397,15 @@ def row_divergences(
     valid: Array | None = None,
     *,
     divergence: str,
-    beta: float,
+    beta: Any,
     temperature: Any,
     axes: Axes = (),
 ) -> Array:
     """The divergences of rows ``[..., C]``, one number a row; 0 for one that does not count.
 
     ``class_mask`` broadcasts to the logits, ``valid`` has one entry a row. Differentiable in both
-    logits, and in a temperature that is an array, a scalar or one a row, in every mode. ``axes``:
-    of the mesh, that the classes are split over.
+    logits, in a temperature that is an array, a scalar or one a row, and in a beta that is a scalar
+    array, in every mode. ``axes``: of the mesh, that the classes are split over.
     """
     wide = accumulator_of(logits, teacher_logits)
     if logits.shape[-1] == 0:
@@ -399,16 +416,22 @@ def row_divergences(
         x, t = (_prepared(v, mask, valid, wide) for v in (logits, teacher_logits))
         return x, t
 
-    traced = temperature if isinstance(temperature, Array) else None
-    if traced is not None and traced.ndim and valid is not None:
+    if divergence != "jensen_shannon":  # a traced beta is read by none of the others
+        beta = 0.5
+    if isinstance(temperature, Array) and temperature.ndim and valid is not None:
         # 0 / NaN is NaN: a row that does not count must not read its own.
-        traced = jnp.where(valid, traced, 1)
-    # A rule refers to no array: a traced temperature is an argument.
-    static = None if isinstance(temperature, Array) else temperature
+        temperature = jnp.where(valid, temperature, 1)
+    # A rule refers to no array: traced numbers are arguments.
+    numbers = temperature, beta
+    static = tuple(None if isinstance(n, Array) else n for n in numbers)
+    traced = tuple(n if isinstance(n, Array) else None for n in numbers)
+
+    def numbers_of(traced):
+        return (s if n is None else n for s, n in zip(static, traced, strict=True))
 
     def forward(logits, teacher_logits, mask, valid, traced):
         x, t = both(logits, teacher_logits, mask, valid)
-        temperature = static if traced is None else traced
+        temperature, beta = numbers_of(traced)
         row = _row(x, t, temperature, axes)
         pair = _pair(x, t, row, temperature, axes)
         of_teacher, of_student = _divergences(pair, divergence, beta, axes)
@@ -417,7 +440,7 @@ def row_divergences(
 
     def slopes(residuals) -> tuple[tuple, Any]:
         *given, traced, row = residuals
-        temperature = static if traced is None else traced
+        temperature, beta = numbers_of(traced)
         pair = _pair(*both(*given), row, temperature, axes)
         return _slopes(pair, row, divergence, beta, axes), temperature
 
@@ -430,23 +453,40 @@ def row_divergences(
         moved = sum(_total(s * b, axes) for s, b in zip(slopes, below, strict=True))
         return -moved / temperature**2
 
+    def by_numbers(residuals, slopes, temperature, moving):
+        """The derivatives with respect to T and beta, one number a row; None of one that does not
+        move."""
+        row = residuals[5]
+        of_temperature, of_beta = (n is not None for n in moving)
+        return (
+            by_temperature(residuals, slopes, temperature) if of_temperature else None,
+            row.of_teacher - row.of_student if of_beta else None,
+        )
+
     def backward(residuals, ct):
         each, temperature = slopes(residuals)
         moved = (scale_rows(ct / temperature, slope) for slope in each)
         narrow = (downcast(g, x.dtype) for g, x in zip(moved, residuals, strict=False))
-        if residuals[4] is None:
-            return (*narrow, None, None, None)
-        slope = by_temperature(residuals, each, temperature)
-        slope = scale_rows(ct, slope[..., None])[..., 0]
-        return (*narrow, None, None, slope if temperature.ndim else jnp.sum(slope))
+
+        def summed(slope, number):
+            if number is None:
+                return None
+            slope = scale_rows(ct, slope[..., None])[..., 0]
+            return slope if number.ndim else jnp.sum(slope)
+
+        traced = residuals[4]
+        of_numbers = by_numbers(residuals, each, temperature, traced)
+        return *narrow, None, None, tuple(map(summed, of_numbers, traced))
 
     def tangent(residuals, tangents):
         # Rows do not mix: the derivative of one number is the gradient at its unit cotangent.
         each, temperature = slopes(residuals)
         moving = zip(each, tangents, strict=False)
         moved = [_total(s * d.astype(wide), axes) / temperature for s, d in moving if d is not None]
-        if tangents[4] is not None:
-            moved.append(by_temperature(residuals, each, temperature) * tangents[4])
+        d_numbers = tangents[4]
+        of_numbers = by_numbers(residuals, each, temperature, d_numbers)
+        pairs = zip(of_numbers, d_numbers, strict=True)
+        moved += [slope * d for slope, d in pairs if slope is not None]
         return sum(moved[1:], start=moved[0])
 
     rule = differentiable(lambda *args: forward(*args)[0], forward, backward, tangent)

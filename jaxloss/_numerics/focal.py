@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.custom_derivatives import SymbolicZero
 
-from jaxloss._xla.elementary import exp, expm1, log
+from jaxloss._xla.elementary import exp, expm1, log, log1p
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(1,))
-def modulated(nll: Array, gamma: float) -> Array:
-    """``(1 - p)^gamma nll``, for ``p = e^-nll`` and a gamma above 0.
+@jax.custom_jvp
+def modulated(nll: Array, gamma: Any) -> Array:
+    """``(1 - p)^gamma nll``, for ``p = e^-nll`` and a gamma of at least 0, one for all entries.
 
-    A function of ``nll`` alone, with ``u = 1 - p``, ``E = e^nll - 1 = u / p`` and ``h = nll / E``::
+    With ``u = 1 - p``, ``E = e^nll - 1 = u / p``, ``h = nll / E`` and ``L = log u``, by ``nll`` and
+    by ``gamma``::
 
-        d = u^gamma (1 + gamma h)
-        d^2 = gamma u^gamma ((2 + (gamma - 1) h) / E - h)
+        d = u^gamma (1 + gamma h)                                 u^gamma L nll
+        d^2 = gamma u^gamma ((2 + (gamma - 1) h) / E - h)         u^gamma L^2 nll
+        mixed: u^gamma (L (1 + gamma h) + h)
 
     No loss is divided by a ``u`` that is as small, and no tangent: such a quotient's derivative has
     u^-2, which is inf long before the loss is 0.
@@ -26,31 +29,55 @@ def modulated(nll: Array, gamma: float) -> Array:
     return _power(nll, gamma) * nll
 
 
-def _power(nll: Array, gamma: float) -> Array:
-    return exp(gamma * log(-expm1(-nll)))
+def _power(nll: Array, gamma: Any) -> Array:
+    # Of a loss of 0 the logarithm is -inf, and 0 times that is NaN: a gamma may be 0.
+    least = float(jnp.finfo(nll.dtype).min)
+    return exp(gamma * jnp.maximum(log(-expm1(-nll)), least))
 
 
-@modulated.defjvp
-def _modulated_jvp(gamma, primals, tangents):
-    return modulated(*primals, gamma), _modulated_slope(*primals, gamma) * tangents[0]
+def _log_u(nll: Array) -> Array:
+    """``log(1 - e^-nll)``, exact where ``1 - e^-nll`` is rounded to 1 too."""
+    far = nll > 0.5
+    near = jnp.where(far, 1, nll)
+    return jnp.where(far, log1p(-exp(-jnp.where(far, nll, 1))), log(-expm1(-near)))
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(1,))
-def _modulated_slope(nll: Array, gamma: float) -> Array:
+def _by_nll(nll, gamma):
     _, h = _ratios(nll)
     return _power(nll, gamma) * (1 + gamma * h)
 
 
-@_modulated_slope.defjvp
-def _modulated_slope_jvp(gamma, primals, tangents):
-    nll = primals[0]
-    e, h = _ratios(nll)
+def _by_gamma(nll, gamma):
+    moving, nll = _moving(nll)
+    log_u = _log_u(nll)
+    # At a loss of inf, u is 1: the product's limit is 0.
+    slope = jnp.where(log_u == 0, 0, log_u * nll)
+    return jnp.where(moving, _power(nll, gamma) * slope, 0)
+
+
+def _by_nll_twice(nll, gamma):
     # For gamma < 1 it grows as nll^(gamma - 1); what it multiplies, a slope, is as small as nll.
-    moving = nll >= jnp.finfo(nll.dtype).tiny
-    over_e = jnp.where(moving, (2 + (gamma - 1) * h) / jnp.where(moving, e, 1), 0)
-    curvature = gamma * _power(jnp.where(moving, nll, 1), gamma) * (over_e - h)
-    curvature = jnp.where(moving | jnp.isnan(nll), curvature, 0)
-    return _modulated_slope(nll, gamma), curvature * tangents[0]
+    moving, nll = _moving(nll)
+    e, h = _ratios(nll)
+    curvature = gamma * _power(nll, gamma) * ((2 + (gamma - 1) * h) / e - h)
+    return jnp.where(moving, curvature, 0)
+
+
+def _by_both(nll, gamma):
+    moving, nll = _moving(nll)
+    _, h = _ratios(nll)
+    return jnp.where(moving, _power(nll, gamma) * (_log_u(nll) * (1 + gamma * h) + h), 0)
+
+
+def _by_gamma_twice(nll, gamma):
+    log_u = _log_u(_moving(nll)[1])
+    return jnp.where(log_u == 0, 0, log_u) * _by_gamma(nll, gamma)
+
+
+def _moving(nll: Array) -> tuple[Array, Array]:
+    """Whether a loss has a slope (one of 0 has none), and it, with 1 in place of a 0."""
+    moving = (nll >= jnp.finfo(nll.dtype).tiny) | jnp.isnan(nll)
+    return moving, jnp.where(moving, nll, 1)
 
 
 def _ratios(nll: Array) -> tuple[Array, Array]:
@@ -58,3 +85,23 @@ def _ratios(nll: Array) -> tuple[Array, Array]:
     e = expm1(nll)
     some = (e > 0) & (e < jnp.inf)
     return e, jnp.where(some, nll / jnp.where(some, e, 1), jnp.where(e > 0, 0, 1))
+
+
+def _with_slopes(function, by_nll, by_gamma):
+    """The rule of ``function(nll, gamma)``. What does not move has no part in it."""
+
+    def jvp(primals, tangents):
+        slopes = zip((by_nll, by_gamma), tangents, strict=True)
+        moved = [f(*primals) * t for f, t in slopes if not isinstance(t, SymbolicZero)]
+        out = function(*primals)
+        return out, sum(moved[1:], start=moved[0]) if moved else jnp.zeros_like(out)
+
+    function.defjvp(jvp, symbolic_zeros=True)
+    return function
+
+
+_with_slopes(
+    modulated,
+    _with_slopes(jax.custom_jvp(_by_nll), _by_nll_twice, _by_both),
+    _with_slopes(jax.custom_jvp(_by_gamma), _by_both, _by_gamma_twice),
+)

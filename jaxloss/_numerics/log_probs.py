@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jaxloss._numerics.logits import Logits
+from jaxloss._numerics.logits import Logits, over_temperature
 from jaxloss._numerics.passes import one_near_max
 from jaxloss._types import Axes
 from jaxloss._xla import mesh
@@ -42,7 +42,7 @@ def differences(logits: Logits, temperature: Any, axes: Axes) -> Differences:
     of_max = _total(jnp.where(at_max, x, 0), axes)
     d = logits.nats(x - of_max[..., None])
     if isinstance(temperature, Array):
-        d = d / (temperature[..., None] if temperature.ndim else temperature)
+        d = over_temperature(d, temperature)
     d = jnp.where(at_max, 0, d)
     others = _total(jnp.where(at_max, 0, jnp.exp(d)), axes)
     # A row of NaN or +inf, or of nothing but -inf, is no distribution.

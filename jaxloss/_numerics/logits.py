@@ -32,6 +32,16 @@ def scaling_of(softcap: float | None, temperature: Any = 1.0) -> Scaling | None:
     return Scaling(softcap, (softcap or 1) / temperature)
 
 
+def over_temperature(below: Array, temperature: Array) -> Array:
+    """``below[..., C]``, differences with the row's maximum, over a scalar or a number a row.
+
+    A class at -inf stays there and has no derivative by the temperature: it would be 0 * inf.
+    """
+    nowhere = below == -jnp.inf
+    of_classes = temperature[..., None] if temperature.ndim else temperature
+    return jnp.where(nowhere, -jnp.inf, jnp.where(nowhere, 0, below) / of_classes)
+
+
 def in_nats(x: Array, scaling: Scaling | None) -> Array:
     """``x``, logits that were read or their differences, in nats."""
     return x if scaling is None else x * scaling.unit

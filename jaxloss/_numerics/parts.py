@@ -22,7 +22,7 @@ from jaxloss._numerics.passes import (
 )
 from jaxloss._types import Axes
 from jaxloss._xla import mesh
-from jaxloss._xla.elementary import exp, finite
+from jaxloss._xla.elementary import exp, exp_of_nonpositive, expm1, finite
 from jaxloss._xla.fusion import lies_below, opaque, reread
 from jaxloss._xla.indexing import gather_class, is_elsewhere
 
@@ -42,7 +42,7 @@ class Rows(NamedTuple):
 
 
 # Fields of a part that are there where they are asked for.
-SUMS = ("below", "mass", "other_mass", "entropy_sum", "sum_below_max")
+SUMS = ("below", "mass", "other_mass", "entropy_sum", "sum_below_max", "square_sum", "gap_sum")
 
 
 @partial(
@@ -66,6 +66,8 @@ class RowPart:
     other_mass: Any = None  # sum_{j != k} q_j
     entropy_sum: Any = None  # sum_j exp(x_j - m) (m - x_j)
     sum_below_max: Any = None  # sum of exp(x_j - m) over the x_j < m, for an entropy beside a label
+    square_sum: Any = None  # sum_j e_j^2 with e_j = exp(x_j - m)
+    gap_sum: Any = None  # sum_j (e_j - e_j^2)
     scaling: Scaling | None = None
     labelled: bool = True  # the entry left out is a label's; otherwise it is one at the maximum
 
@@ -93,7 +95,8 @@ def row_part(rows: Rows, outputs: tuple[str, ...], *, backward_follows: bool = F
         s = row_sum(replace(logits, values=x), high, place, written)
     x_omitted = _omitted_logit(rows, highest)
     part = RowPart(highest, s, x_omitted, rows.omitted, scaling=logits.scaling, labelled=labelled)
-    if rows.soft is None and rows.sparse is None and "entropy" not in outputs:
+    more = "entropy" in outputs or "sum_sq_probs" in outputs
+    if rows.soft is None and rows.sparse is None and not more:
         return part
     given = logits.for_passes()
     # m again, and the logits, for the reductions below.
@@ -111,6 +114,9 @@ def row_part(rows: Rows, outputs: tuple[str, ...], *, backward_follows: bool = F
         entropy_sum = _entropy_sum(*again, logits.cap is not None)
         sum_below_max = _sum_below_max(given, m, entropy_sum) if labelled else None
         part = replace(part, entropy_sum=entropy_sum, sum_below_max=sum_below_max)
+    if "sum_sq_probs" in outputs:
+        square_sum, gap_sum = _square_sums(given, m)
+        part = replace(part, square_sum=square_sum, gap_sum=gap_sum)
     return part
 
 
@@ -207,6 +213,22 @@ def _sum_below_max(given: Logits, m: Array, entropy_sum: Array) -> Array:
     return jnp.sum(lies_below(x, m, 2.0) * given.exp(x, m), axis=-1) / 2
 
 
+def _square_sums(given: Logits, m: Array) -> tuple[Array, Array]:
+    """``(sum_j e_j^2, sum_j (e_j - e_j^2))``, each in a pass of its own: the one is read by the
+    value, the other by the gradient."""
+
+    def distances(before):
+        x, (high, _) = reread(given.values, (m, before))
+        again = replace(given, values=x)
+        return again.difference(again.read(high), high)
+
+    # Of an exponential that is read twice XLA:CPU writes out both.
+    d = distances(m)
+    square_sum = jnp.sum(exp_of_nonpositive(d + d), axis=-1)
+    d = distances(square_sum)
+    return square_sum, jnp.sum(exp_of_nonpositive(d) - exp_of_nonpositive(d + d), axis=-1)
+
+
 def distance(x: Array, m: Array, unless: Array) -> Array:
     """m - x, finite where nothing is asked for."""
     return m[..., None] - jnp.where(unless, m[..., None], x)
@@ -241,12 +263,19 @@ def _rescaled(part: RowPart, m: Array, keeps: Array) -> RowPart:
         entropy_sum = lifted(scale * entropy_sum, scale * whole)
     if sum_below_max is not None:
         sum_below_max = scale * jnp.where(part.m == m, sum_below_max, whole)
+    square_sum, gap_sum = part.square_sum, part.gap_sum
+    if square_sum is not None:
+        # Of c e_j: its square, and c e - (c e)^2 = c (e - e^2) + c (1 - c) e^2.
+        apart = scale * -expm1(part.nats(part.m - finite(m)))
+        square_sum, gap_sum = scale**2 * square_sum, scale * gap_sum + apart * square_sum
     s = scale * jnp.where(keeps, part.s, whole)
     sums = {
         "below": below,
         "other_mass": other_mass,
         "entropy_sum": entropy_sum,
         "sum_below_max": sum_below_max,
+        "square_sum": square_sum,
+        "gap_sum": gap_sum,
     }
     return replace(part, m=m, s=s, **sums)
 

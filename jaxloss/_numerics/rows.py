@@ -40,12 +40,16 @@ from jaxloss._xla.indexing import gather_class, is_at, is_elsewhere, of_rank, sc
 
 
 class RowLosses(NamedTuple):
-    """One number a row (an Array); None where it was not asked for."""
+    """One number a row (an Array); None where it was not asked for.
+
+    Those with a derivative come first: a rule gives tangents to the first few.
+    """
 
     nll: Any = None  # logsumexp(x) - x_k
     soft: Any = None  # sum_j q_j (logsumexp(x) - x_j), for soft targets q
     logsumexp: Any = None
     entropy: Any = None
+    sum_sq_probs: Any = None  # sum_j p_j^2
     confidence: Any = None  # max_j p_j; without a derivative
     lse_above_max: Any = None  # logsumexp(x) - max_j x_j; without a derivative
     prediction: Any = None  # see ``ranking``; of rows that are read whole, ``ranking`` computes it
@@ -66,6 +70,7 @@ class RowState(NamedTuple):
     mass: Any  # sum_j q_j
     other_mass: Any  # sum_{j != k} q_j
     entropy_rest: Any  # entropy - r
+    gap: Any  # sum_j p_j (1 - exp(x_j - m))
 
 
 def finalize(part: RowPart, outputs: tuple[str, ...]) -> tuple[RowLosses, RowState]:
@@ -89,8 +94,11 @@ def finalize(part: RowPart, outputs: tuple[str, ...]) -> tuple[RowLosses, RowSta
         entropy=None if entropy_rest is None else entropy_rest + of_all,
         confidence=_confidence(t) if "confidence" in outputs else None,
         lse_above_max=r if "lse_above_max" in outputs else None,
+        sum_sq_probs=None if part.square_sum is None else part.square_sum / (1 + t) ** 2,
     )
-    return losses, RowState(m, part.s, d, t, part.omitted, part.mass, part.other_mass, entropy_rest)
+    gap = None if part.gap_sum is None else part.gap_sum / (1 + t)
+    own = m, part.s, d, t, part.omitted, part.mass, part.other_mass, entropy_rest, gap
+    return losses, RowState(*own)
 
 
 def _confidence(t: Array) -> Array:
@@ -122,9 +130,10 @@ def gradient_coefficients(
 
     With ``p`` the softmax, ``q`` the soft targets of mass ``Q``, ``H`` the entropy:
     ``d nll = p - [j = k]``, ``d soft = Q p - q``, ``d logsumexp = p``,
-    ``d entropy = -p (log p + H) = p ((m - x_j) - (H - r))``.
+    ``d entropy = -p (log p + H) = p ((m - x_j) - (H - r))``, and with ``e_j = exp(x_j - m)``
+    ``d sum p^2 = 2 p_j (p_j - sum p^2) = 2 k p_j (gap - (1 - e_j))``, exact at a p of nearly 1.
     """
-    m, s, d, t, omitted, mass, other_mass, entropy_rest = state
+    m, s, d, t, omitted, mass, other_mass, entropy_rest, gap = state
     k = 1 / (1 + t)
     p_omitted_minus_1 = -s * k
     p_omitted = exp(-d) * k
@@ -148,10 +157,13 @@ def gradient_coefficients(
         # A label at -inf: p (log p + H) is 0 there, and not 0 * inf.
         at_omitted += ct.entropy * p_omitted * jnp.where(p_omitted > 0, d - entropy_rest, 0)
         asked |= ct.entropy != 0
+    if ct.sum_sq_probs is not None:
+        at_omitted += 2 * k * ct.sum_sq_probs * p_omitted * (gap + expm1(-d))
+        asked |= ct.sum_sq_probs != 0
 
     # A row that is asked for nothing gets 0, whatever its logits hold: 0 * NaN would be NaN. Where
     # nothing is NaN it is 0 times its slope: selected, that 0 would not have this derivative.
-    active = asked | _sound(state)
+    active = asked | _sound(state, ct.entropy is not None)
     at_omitted = jnp.where(active, at_omitted, 0)
     return m, omitted, k * of_p, at_omitted, active
 
@@ -163,15 +175,20 @@ def _dense_gradient(rows: Rows, state: RowState, ct: RowLosses, dtype: Any) -> A
     soft = None if ct.soft is None or rows.soft is None else (ct.soft, rows.soft)
     entropy = None if ct.entropy is None else (ct.entropy / (1 + state.t), state.entropy_rest)
     own = logits.values.dtype
+    square = None
+    if ct.sum_sq_probs is not None:
+        square = 2 * ct.sum_sq_probs / (1 + state.t) ** 2, state.gap
     same = dtype == own and own.itemsize <= logits.pallas_bytes
-    if soft is None and entropy is None and logits.plain and same:
+    if soft is None and entropy is None and square is None and logits.plain and same:
         return gradient_pass(plain_gradient, logits.values, *given)
-    return logits_gradient(logits, *given, soft, entropy, dtype)
+    return logits_gradient(logits, *given, soft, entropy, square, dtype)
 
 
-def _sound(state: RowState) -> Array:
+def _sound(state: RowState, with_entropy: bool = True) -> Array:
     """The rows that have a distribution, and targets that are numbers."""
-    numbers = (state.m, 1 / (1 + state.t), state.mass, state.entropy_rest)
+    # Not the entropy where nothing is asked of it: that would be a pass.
+    entropy = state.entropy_rest if with_entropy else None
+    numbers = (state.m, 1 / (1 + state.t), state.mass, entropy)
     return reduce(jnp.logical_and, (jnp.isfinite(x) for x in numbers if x is not None))
 
 
@@ -189,12 +206,15 @@ def logits_gradient(
     active: Array,
     soft: Any = None,
     entropy: Any = None,
+    square: Any = None,
     dtype: Any = None,
 ) -> Array:
     """``scale exp(x_j - m)``, at the omitted entry ``at_omitted``, in a row that is not active 0.
 
     ``soft`` is ``(ct, q)`` and takes ``ct q_j`` away; ``entropy`` is ``(ct, H - r)`` and adds
-    ``ct exp(x_j - m) ((m - x_j) - (H - r))``. Then the chain rule of the scaling, and the mask.
+    ``ct exp(x_j - m) ((m - x_j) - (H - r))``; ``square`` is ``(ct, gap)`` and adds
+    ``ct e_j (gap - (1 - e_j))`` with ``e_j = exp(x_j - m)``. Then the chain rule of the scaling,
+    and the mask.
     """
     wide = logits.as_read()
     x = wide.values
@@ -206,6 +226,9 @@ def logits_gradient(
         ct, entropy_rest = entropy
         below = logits.nats(m[..., None] - jnp.where(e > 0, x, 0))
         dx += jnp.where(e > 0, e * ct[..., None] * (below - entropy_rest[..., None]), 0)
+    if square is not None:
+        ct, gap = square
+        dx += e * ct[..., None] * (gap[..., None] - (1 - e))
     if soft is not None:
         ct, soft_targets = soft
         dx -= ct[..., None] * soft_targets.astype(x.dtype)

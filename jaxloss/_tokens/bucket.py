@@ -15,6 +15,8 @@ from jaxloss._tokens.targets import Targets
 from jaxloss._xla import indexing, mesh
 from jaxloss._xla.elementary import finite
 
+OF_ALL = ("entropy", "confidence", "sum_sq_probs")  # statistics that are not of k + 1 classes
+
 
 def bucket_rows(logits: Logits, targets: Targets, outputs: tuple[str, ...]) -> RowLosses:
     """The loss over k + 1 classes: those named, and one of all others, whose logit is their lse.
@@ -60,7 +62,8 @@ def bucket_rows(logits: Logits, targets: Targets, outputs: tuple[str, ...]) -> R
     rows = row_losses(Rows(Logits(few, some), soft=asked), tuple({"logsumexp"} & {*outputs}))
     if rows.logsumexp is not None:
         rows = rows._replace(logsumexp=rows.logsumexp + logits.nats(m))
-    if "entropy" in outputs:
-        stats = losses(Rows(logits), ("entropy", "confidence"))
-        rows = rows._replace(entropy=stats.entropy, confidence=stats.confidence)
+    asked = tuple(name for name in outputs if name in OF_ALL)
+    if asked:
+        stats = losses(Rows(logits), asked)
+        rows = rows._replace(**{name: getattr(stats, name) for name in asked})
     return rows

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxloss._numerics import ranking
-from jaxloss._numerics.logits import Logits
+from jaxloss._numerics.logits import Logits, over_temperature
 from jaxloss._numerics.parts import Rows
 from jaxloss._numerics.rows import RowLosses, row_losses
 from jaxloss._tokens.bucket import bucket_rows
@@ -21,6 +21,9 @@ from jaxloss._xla.dtypes import accumulator_dtype
 # and returns the named ones of RowLosses, and ``soft`` where there are soft targets.
 RowsOf = Callable[[Targets, tuple[str, ...]], RowLosses]
 RANKS = ("prediction", "rank")  # the integers among the outputs
+# Of TokenStats, those with a derivative and the others.
+MOVING = ("log_prob", "logsumexp", "entropy", "sum_sq_probs", "z_loss")
+CONSTANT = ("prediction", "confidence", "rank")
 
 
 def rows_of_logits(logits: Logits, temperature: Any = 1.0) -> RowsOf:
@@ -37,7 +40,7 @@ def rows_of_logits(logits: Logits, temperature: Any = 1.0) -> RowsOf:
         if isinstance(temperature, Array):
             # 0 / NaN is NaN: a token that does not count must not read its own.
             of_rows = jnp.where(targets.valid, temperature, 1) if temperature.ndim else temperature
-            divided, m = _divided(own, of_rows, classes.axes)
+            divided, m = divided_rows(own, of_rows, classes.axes)
             rows = rows_of_logits(divided)(targets, of_row)
             if rows.logsumexp is not None:
                 rows = rows._replace(logsumexp=rows.logsumexp + m)
@@ -59,11 +62,22 @@ def rows_of_logits(logits: Logits, temperature: Any = 1.0) -> RowsOf:
     return rows_of
 
 
+def in_two(stats: TokenStats) -> tuple[tuple, tuple]:
+    """``(those with a derivative, the others)``."""
+    moving, constant = (tuple(getattr(stats, f) for f in names) for names in (MOVING, CONSTANT))
+    return moving, constant
+
+
+def of_two(moving: tuple, constant: tuple) -> TokenStats:
+    """The inverse of :func:`in_two`."""
+    return TokenStats(**dict(zip((*MOVING, *CONSTANT), (*moving, *constant), strict=True)))
+
+
 def temperature_of(arrays: TokenArrays, scalars: Scalars) -> Any:
     return scalars.temperature if arrays.temperature is None else arrays.temperature
 
 
-def _divided(logits: Logits, temperature: Array, axes: Axes) -> tuple[Logits, Array]:
+def divided_rows(logits: Logits, temperature: Array, axes: Axes) -> tuple[Logits, Array]:
     """``((x - m) / temperature, m / temperature)`` of the capped logits and their maximum m.
 
     The difference comes first: it is exact whatever offset the logits share.
@@ -71,9 +85,20 @@ def _divided(logits: Logits, temperature: Array, axes: Axes) -> tuple[Logits, Ar
     x = logits.wide()
     m = mesh.largest(jnp.max(x, axis=-1), axes)
     m = jnp.where(jnp.isfinite(m), m, 0)
-    of_classes = temperature[..., None] if temperature.ndim else temperature
-    divided = logits.nats(x - m[..., None]) / of_classes
-    return Logits(divided, pallas_bytes=0), logits.nats(m) / temperature
+    below = over_temperature(logits.nats(x - m[..., None]), temperature)
+    return Logits(below, pallas_bytes=0), logits.nats(m) / temperature
+
+
+def over_temperature_of(logits: Logits, scalars: Scalars, of_rows: Array | None) -> Logits:
+    """Logits without a scaling over the temperature, of which ``of_rows`` has one a row; each row
+    less a number of its own."""
+    temperature = scalars.temperature if of_rows is None else of_rows
+    if not isinstance(temperature, Array):
+        if temperature == 1:
+            return logits
+        temperature = jnp.asarray(temperature, accumulator_dtype(logits.values.dtype))
+    divided, _ = divided_rows(logits, temperature, ())
+    return Logits(divided.values, logits.exist)
 
 
 def token_losses(
@@ -92,7 +117,8 @@ def token_losses(
     outputs = _outputs(targets, scalars, with_stats)
     if targets.classes.total == 0:
         nan = jnp.full(valid.shape, jnp.nan, dtype)
-        rows = RowLosses(*[nan] * 5, prediction=jnp.full_like(nan, -1, jnp.int32))
+        none = jnp.full_like(nan, -1, jnp.int32)
+        rows = RowLosses(*[nan] * 6, prediction=none)
     else:
         rows = rows_of(targets, outputs)
     # Before anything multiplies them: lse^2 of a masked row's inf has a gradient of 0 * inf.
@@ -121,7 +147,16 @@ def token_losses(
         prediction=jnp.where(predicted, rows.prediction, -1),
         confidence=lax.stop_gradient(rows.confidence),
         rank=jnp.where(predicted, rank, -1),
+        sum_sq_probs=rows.sum_sq_probs,
+        z_loss=_penalty(rows, valid, scalars.z_loss),
     )
+
+
+def _penalty(rows: RowLosses, valid: Array, z_loss: Any) -> Array:
+    lse = cast(Array, rows.logsumexp)
+    if is_zero(z_loss):  # its square may be inf
+        return mesh.varying(jnp.zeros_like(lse), mesh.varies_over(lse))
+    return jnp.where(valid, z_loss * lse**2, 0)
 
 
 def _outputs(targets: Targets, scalars: Scalars, with_stats: bool) -> tuple[str, ...]:
@@ -131,7 +166,7 @@ def _outputs(targets: Targets, scalars: Scalars, with_stats: bool) -> tuple[str,
     names += ("logsumexp",) if with_stats or not is_zero(scalars.z_loss) else ()
     if not with_stats:
         return names
-    return (*names, "entropy", "confidence", *RANKS[: 1 + labelled])
+    return (*names, "entropy", "sum_sq_probs", "confidence", *RANKS[: 1 + labelled])
 
 
 def combined(rows: RowLosses, targets: Targets, z_loss: Any = 0.0) -> Array:

@@ -361,12 +361,15 @@ PROMISES = {
     "focal_loss": [
         {"logits": X, "labels": Y[:1]},
         {"logits": X, "labels": Y, "gamma": -1.0},
+        {"logits": X, "labels": Y, "gamma": X[0, :1]},
+        {"logits": X, "labels": Y, "temperature": X[:1, 0]},
         {"logits": X, "labels": Y, "weight": X[0, :1]},
     ],
     "kl_divergence": [
         {"logits": X, "teacher_logits": X[:1]},
         {"logits": X, "teacher_logits": X, "temperature": 0.0},
         {"logits": X, "teacher_logits": X, "beta": 2.0},
+        {"logits": X, "teacher_logits": X, "beta": X[0, :1]},
         {"logits": X, "teacher_logits": X, "sample_weight": X[:1, 0]},
     ],
     "linear_cross_entropy": [
@@ -403,9 +406,14 @@ PROMISES = {
     ],
     "linear_token_stats": [
         {"hidden": H, "kernel": K, "labels": Y[:1]},
+        {"hidden": H, "kernel": K, "labels": Y, "reference": (H, K), "beta": 1.0},
         {"hidden": H, "kernel": K, "labels": Y, "temperature": 0.0},
     ],
-    "log_softmax": [{"logits": X, "where": np.ones((4, 2), bool)}],
+    "log_softmax": [
+        {"logits": X, "where": np.ones((4, 2), bool)},
+        {"logits": X, "temperature": 0.0},
+        {"logits": X, "temperature": X[:1, 0]},
+    ],
     "metric_sums": [
         {"stats": STATS._replace(rank=Y[:1])},
         {"stats": STATS, "sample_weight": X[:1, 0]},
@@ -440,10 +448,13 @@ PROMISES = {
         {"logits": X, "labels": X[:1]},
         {"logits": X, "labels": X, "alpha": 2.0},
         {"logits": X, "labels": X, "gamma": -1.0},
+        {"logits": X, "labels": X, "gamma": X[0, :1]},
     ],
     "token_stats": [
         {"logits": X, "labels": Y[:1]},
         {"logits": X, "labels": Y, "temperature": 0.0},
+        {"logits": X, "labels": Y, "reference": X[:1]},
+        {"logits": X, "labels": Y, "kl_temperature": 1.0},
     ],
     "total_weight": [
         {"labels": Y, "sample_weight": X[:1, 0]},
@@ -560,8 +571,10 @@ def test_an_empty_batch_with_every_option(name, case, probabilities):
 def test_statistics_of_nothing(name, reduction):
     right = {k: v[:0] if k in ("logits", "labels", "hidden") else v for k, v in RIGHT[name].items()}
     _, stats = getattr(jaxloss, name)(**right, return_stats=True, reduction=reduction)
-    assert [v.shape for v in stats] == [(0,)] * 6
-    assert [v.dtype for v in stats] == [*[jnp.float32] * 3, jnp.int32, jnp.float32, jnp.int32]
+    integers = ("prediction", "rank")
+    for field, v in stats._asdict().items():
+        assert v.shape == (0,)
+        assert v.dtype == (jnp.int32 if field in integers else jnp.float32), field
 
 
 def test_an_empty_batch_is_checked_too():
@@ -703,7 +716,7 @@ FUNCTIONS = sorted(OF_ARRAYS)
 
 
 # That may be scalar arrays; that have checks of their own.
-NUMBERS = ("label_smoothing", "z_loss", "temperature", "kl_temperature")
+NUMBERS = ("label_smoothing", "z_loss", "temperature", "kl_temperature", "beta", "gamma")
 NUMBERS += "logit_scale", "logit_bias"
 OTHERS = ("reference", "key")
 

@@ -127,6 +127,11 @@ def of_stats(hidden, kernel, labels):
     return jnp.sum(stats.log_prob + stats.logsumexp + stats.entropy), stats.rank
 
 
+def of_squares(hidden, kernel, labels):
+    stats = jaxloss.linear_token_stats(hidden, kernel, labels, temperature=0.7, logit_softcap=30.0)
+    return jnp.sum(stats.log_prob + stats.sum_sq_probs), stats.rank
+
+
 def of_teacher(divergence, **options):
     def loss(*operands):
         *product, where = operands
@@ -236,6 +241,7 @@ LINEAR_LOSSES = {
         of_head(lambda kernel: kernel, dtype=jnp.bfloat16), [OF_TOKENS], (0, 1),
     ),
     "own loss": (own(of_own_loss), [OF_TOKENS], (0, 1)),
+    "squares": (of_squares, [OF_TOKENS], (0, 1)),
     "own loss of rows": (own(of_own_targets, reduction="none"), [ROWS], (0, 1, 2)),
 }  # fmt: skip
 

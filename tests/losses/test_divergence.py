@@ -610,7 +610,7 @@ H, K, G, L = (np.zeros(s, np.float32) for s in ((4, 2), (2, 3), (4, 5), (5, 3)))
         ({"beta": 1.0}, ValueError, r"beta must be in \(0, 1\); got 1\.0.*'reverse'"),
         ({"beta": 0}, ValueError, r"beta must be in \(0, 1\); got 0"),
         ({"beta": float("nan")}, ValueError, "beta must be"),
-        ({"beta": "0.5"}, TypeError, "beta must be a Python number; got str"),
+        ({"beta": "0.5"}, TypeError, "beta must be a number, or a real scalar array; got str"),
         ({"temperature": 0.0}, ValueError, "temperature must be in .*; got 0.0"),
         ({"sample_weight": X[0]}, ValueError, r"sample_weight must .*, \(4,\); got float32\(3,\)"),
         ({"where": X}, TypeError, "where must be boolean"),

@@ -107,7 +107,9 @@ def stats_of(confidence, rank=0, log_prob=-1.0):
     confidence = jnp.asarray(confidence, jnp.float32)
     rank = jnp.broadcast_to(jnp.asarray(rank, jnp.int32), confidence.shape)
     log_prob = jnp.full_like(confidence, log_prob)
-    return jaxloss.TokenStats(log_prob, log_prob, -log_prob, rank, confidence, rank)
+    return jaxloss.TokenStats(
+        log_prob, log_prob, -log_prob, rank, confidence, rank, *[confidence] * 2
+    )
 
 
 @pytest.mark.parametrize("bins", [1, 3, 10, 15])

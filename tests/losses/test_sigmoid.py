@@ -672,7 +672,7 @@ BOTH = [
 ]
 GAMMA = [
     ({"gamma": -1.0}, ValueError, r"gamma must be in \[0, .*; got -1\.0"),
-    ({"gamma": "2"}, TypeError, "gamma must be a Python number; got str"),
+    ({"gamma": "2"}, TypeError, "gamma must be a number, or a real scalar array; got str"),
     ({"gamma": np.nan}, ValueError, r"gamma must be in \[0, .*; got nan"),
 ]
 ALPHA = [

@@ -312,7 +312,7 @@ def test_a_clipped_policy_objective(schedule):
             at = jnp.maximum(answers, 0)[..., None]
             log_prob = jnp.take_along_axis(log_p, at, axis=-1)[..., 0]
             entropy = -jnp.sum(jnp.exp(log_p) * log_p, axis=-1)
-            return TokenStats(log_prob, *[None] * 1, entropy, *[None] * 3)
+            return TokenStats(log_prob, *[None] * 1, entropy, *[None] * 5)
 
         fixed = jax.lax.stop_gradient(hidden)
         old, of_reference = (stats(fixed, w).log_prob for w in (old_kernel, reference_kernel))

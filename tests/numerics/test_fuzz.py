@@ -257,7 +257,7 @@ FEW = {
         "implementation": "vocab_blocks",
     },
     "linear_token_stats": {"c": 5, "labels": "bucket", "where": "classes", "chunk_size": 2},
-    "focal_loss": {"c": 5, "weight": True, "gamma": 0.5},
+    "focal_loss": {"c": 5, "weight": True, "gamma": 0.5, "temperature": 0.3},
 }
 
 

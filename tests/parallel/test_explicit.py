@@ -72,6 +72,12 @@ def linear(h, k, y, b, s, **options):
     return jaxloss.linear_cross_entropy(h, k, y, **options)
 
 
+def beside_stored(x, y, reference, **options):
+    """Without the log-probability, which nobody stored."""
+    stats, found = jaxloss.token_stats(x, y, reference=reference, **options)
+    return stats, found[1:]
+
+
 # Functions of arrays, and these by name: first what decides how all are split.
 LOSSES = {
     "mean": (
@@ -99,6 +105,21 @@ LOSSES = {
         "x y w s",
     ),
     "focal_loss": (lambda x, y, w, m: jaxloss.focal_loss(x, y, weight=w, where=m), "x y w exists"),
+    "temperatures": (
+        lambda x, y, s, m: (
+            jnp.maximum(jaxloss.log_softmax(x, temperature=1 + s * s, where=m), -50),
+            jaxloss.focal_loss(x, y, temperature=1 + s * s, where=m, label_smoothing=0.1),
+        ),
+        "x y s exists",
+    ),
+    "reference": (
+        lambda x, t, y, s: jaxloss.token_stats(x, y, reference=t, kl_temperature=1 + s * s),
+        "x teacher y s",
+    ),
+    "stored reference": (
+        lambda x, y, s, *q: beside_stored(x, y, top(*q, "bucket"), kl_temperature=1 + s * s),
+        "x y s top top_q",
+    ),
     "kl_divergence": (
         lambda x, t, s, m: jaxloss.kl_divergence(x, t, sample_weight=s, where=m),
         "x teacher s counts",

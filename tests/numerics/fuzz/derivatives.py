@@ -123,14 +123,16 @@ def library_statistics(config, operands, data):
 
 
 def library_log_softmax(config, operands, data):
-    out = jaxloss.log_softmax(operands["logits"], where=data.get("where"))
+    options = {"temperature": config["temperature"], "where": data.get("where")}
+    out = jaxloss.log_softmax(operands["logits"], **options)
     return jnp.sum(jnp.where(data["exists"], out, 0) * data["ct"])
 
 
 def library_loss(config, operands, data):
     """The functions that take logits, labels and few options."""
     names = {
-        "nll_loss": (), "focal_loss": ("gamma",), "sigmoid_cross_entropy": ("label_smoothing",),
+        "nll_loss": (), "focal_loss": ("gamma", "temperature"),
+        "sigmoid_cross_entropy": ("label_smoothing",),
         "sigmoid_focal_loss": ("label_smoothing", "gamma", "alpha"),
     }[config["of"]]  # fmt: skip
     options = {k: config[k] for k in ("ignore_index", "reduction", *names)}
@@ -342,11 +344,13 @@ SPACES = {
     "linear_cross_entropy": {**ROWS, **PRODUCT, "stats": [False, True]},
     "linear_loss": {**ROWS, **PRODUCT, "labels": ["index"], "ignore_index": [None],
                     "where": [None, "classes"]},
-    "log_softmax": {k: ROWS[k] for k in ("c", "way")} | {"where": [None, "classes"]},
+    "log_softmax": {k: ROWS[k] for k in ("c", "way")}
+    | {"where": [None, "classes"], "temperature": STATS["temperature"]},
     "nll_loss": {**FEW, "labels": ["index", "probabilities"], "where": [None, "tokens"]},
     "token_stats": OF_STATISTICS,
     "linear_token_stats": {**OF_STATISTICS, **PRODUCT},
-    "focal_loss": {**FEW, "labels": ["index"], "gamma": FOCAL["gamma"]},
+    "focal_loss": {**FEW, "labels": ["index"], "gamma": FOCAL["gamma"],
+                   "temperature": STATS["temperature"]},
     "sigmoid_cross_entropy": BINARY,
     "sigmoid_focal_loss": {**BINARY, **FOCAL},
     "kl_divergence": APART,

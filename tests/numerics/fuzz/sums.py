@@ -21,7 +21,7 @@ def fuzz_metric_sums(config, rng, kinds):
     floats = [(-(10.0 ** rng.uniform(-8, 1, n))), rng.random(n) * 5]
     log_prob, entropy = (np.where(counts, v, 0).astype(np.float32) for v in floats)
     rank = np.where(counts, rng.integers(0, 7, n), -1).astype(np.int32)
-    stats = jaxloss.TokenStats(log_prob, entropy, entropy, rank, confidence, rank)
+    stats = jaxloss.TokenStats(log_prob, entropy, entropy, rank, confidence, rank, *[entropy] * 2)
     weight, s = None, np.ones(n)
     if config["sample_weight"]:
         weight = weights_of(rng, n)
