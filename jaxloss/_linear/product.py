@@ -108,7 +108,7 @@ class Product:
         products' dtype before it is sent."""
         kernel = self.kernel
         if cast and kernels.is_array(kernel):
-            kernel = kernel.astype(self.narrow)
+            kernel = mesh.unsplit(kernel.astype(self.narrow), 1 - self.vocab_axis)
         return replace(self, kernel=kernels.gathered(kernel, self.gathered, self.vocab_axis))
 
     def scattered(self) -> "Product":

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.interpreters import pxla
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 from jaxloss._types import Axes
 
@@ -34,6 +36,20 @@ def of_context() -> Any:
         resources = getattr(pxla, "thread_resources", None)
     older = resources and resources.env.physical_mesh
     return older if older and older.axis_names else None
+
+
+def unsplit(x: Array, axis: int) -> Array:
+    """``x``, not split along the axis where a partitioner decides and ``jax.set_mesh`` says over
+    what: XLA:TPU gathers what a loop's products read in each step, where it is not told before.
+
+    Not of the older ``with mesh:``, in which arrays may be on other devices.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.size <= 1 or any(kind != AxisType.Auto for kind in mesh.axis_types):
+        return x
+    spec = [P.UNCONSTRAINED] * x.ndim
+    spec[axis] = None
+    return lax.with_sharding_constraint(x, P(*spec))
 
 
 def varies_over(xs: Any) -> frozenset:

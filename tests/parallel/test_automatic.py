@@ -11,6 +11,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxloss
+from parallel.test_mesh import collectives
 
 B, L, D, V, CHUNK = 16, 8, 16, 96, 32
 LAYOUTS = {
@@ -72,7 +73,10 @@ def divergence(hidden, kernel, labels):
     return jaxloss.linear_kl_divergence(*given, chunk_size=CHUNK, sample_weight=labels >= 0)
 
 
-stored = partial(mean, implementation="stored_exponentials")
+def stored(hidden, kernel, labels):
+    return mean(hidden, kernel, labels, implementation="stored_exponentials")
+
+
 LOSSES = [mean, with_statistics, of_top_k, own_loss, divergence, stored]
 
 
@@ -100,6 +104,25 @@ def test_each_device_computes_its_own_tokens_and_sends_none(loss, layout):
     assert all(np.prod([int(n) for n in shape.split(",")]) < CHUNK * D for shape in gathered)
     hidden = jax.jit(jax.grad(loss))(*given)
     assert hidden.sharding.is_equivalent_to(given[0].sharding, hidden.ndim)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_kernel_whose_features_are_split_is_whole_before_the_loop(loss):
+    """Where ``jax.set_mesh`` says what there is to split over."""
+    given = operands()
+    expected = jax.jit(jax.value_and_grad(loss, (0, 1)))(*given)
+    mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Auto,))
+    with jax.set_mesh(mesh):
+        hidden, kernel, labels = (jax.device_put(x, NamedSharding(mesh, P("d"))) for x in given)
+        program = jax.jit(jax.value_and_grad(loss, (0, 1))).lower(hidden, kernel, labels).compile()
+        got = program(hidden, kernel, labels)
+    for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(x, y, rtol=2e-5, atol=2e-6)
+    assert got[1][0].sharding.is_equivalent_to(hidden.sharding, hidden.ndim)
+    found = collectives(program.as_text())
+    gathered = [c[2] for c in found if c[0] == "all-gather" and f"{V}]" in str(c[1])]
+    assert gathered
+    assert not any(gathered)
 
 
 def test_tokens_that_are_none_of_a_device_leave_no_trace():
