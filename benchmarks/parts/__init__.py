@@ -21,6 +21,7 @@ PARTS: dict[str, dict[str, dict[str, Any]]] = {
     "automatic": {"automatic": {}},
     "heads": {"heads": {}},
     "contrastive": {"contrastive": {}},
+    "adoption": {"adoption": {}},
     "large": {"large": {}},
     "gpu": {"gpu": {}},
     "tpu": {"compiled": {}},
