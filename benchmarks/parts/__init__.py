@@ -14,6 +14,7 @@ PARTS: dict[str, dict[str, dict[str, Any]]] = {
     "precision": {"precision": {}},
     "speed": {"speed": {}},
     "linear": {"linear": {}},
+    "memory": {"memory": {}},
     "train": {"train_lm": {}, "train_lm_ignore": {"ignore": 0.75}},
     "formulas": {"formulas": {}},
     "overhead": {"overhead": {}},
