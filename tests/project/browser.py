@@ -21,7 +21,8 @@ PATIENCE = 300
 LINKS = """[...document.querySelectorAll("a[href]")].map(a => a.getAttribute("href"))"""
 DEAD = """[...document.querySelectorAll("a[href^='#']")].map(a => a.hash.slice(1))
           .filter(id => id && !document.getElementById(decodeURIComponent(id)))"""
-TYPESET = """window.MathJax?.startup?.document?.state() >= 150"""  # MathJax: INSERTED is 200
+TYPESET = """(window.MathJax?.startup?.promise?.then(() => {window.typeset = true}),
+              window.typeset)"""
 FORMULAS = """({shown: document.querySelectorAll("mjx-container").length,
                 wrong: document.querySelectorAll("mjx-merror").length,
                 left: document.body.innerText.split("$$").length - 1})"""
@@ -69,6 +70,12 @@ class Browser:
             self.pause(100)
         return answer
 
+    def close(self) -> None:
+        """Qt aborts where Python frees the view after the application."""
+        self.view.close()
+        self.view.deleteLater()
+        self.pause(100)
+
     def picture(self, name: str) -> None:
         self.pause(500)
         self.view.grab().save(str(self.folder / f"{name}.png"))
@@ -90,6 +97,7 @@ def main(page: Path, folder: Path) -> dict:
     browser.ask(SEARCH)
     found["search"] = browser.until(f"(x => x.length ? x : null)({FOUND})")
     browser.picture("search")
+    browser.close()
     return found
 
 

@@ -49,6 +49,7 @@ def test_every_public_name_has_an_anchor(pages):
 
 def test_no_link_is_broken(pages):
     page = pages["jaxloss.html"]
+    page = re.sub("<script.*?</script>", "", page, flags=re.DOTALL)  # the search makes links
     links = {link for link in re.findall(r'href="([^"]*)"', page) if not link.startswith("https:")}
     assert "#linear_cross_entropy" in links
     for link in links:
