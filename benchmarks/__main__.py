@@ -1,7 +1,7 @@
 """Measures jaxloss, and writes tables as JSON and pictures as PNG.
 
 Without a part, this trains a digits classifier with jaxloss and with optax, measures the errors of
-both against exact values, and times both, also on hidden @ kernel.
+both against exact values, times both, also on hidden @ kernel, and compares their memory.
 """
 
 import argparse
@@ -61,6 +61,7 @@ def _jobs(words: list[str]) -> dict[str, argparse.Namespace]:
         "precision": out,
         "speed": ["--seconds", str(args.seconds), *out],
         "linear": ["--seconds", str(2 * args.seconds), *out],
+        "memory": out,
     }
     return {part: _arguments(part, given) for part, given in main.items()}
 

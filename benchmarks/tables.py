@@ -1,7 +1,8 @@
 """``python -m benchmarks.tables``: copies the tables of the committed results into the READMEs.
 
 They stand between ``<!-- gpu: begin -->`` and ``<!-- gpu: end -->``; with ``gpu 3`` the third does.
-``figures`` are those of :mod:`benchmarks.figures`, from several results.
+``figures`` are those of :mod:`benchmarks.figures`, from several results. A trainer's name stands
+for the lines of its step that jaxloss replaces, from :mod:`benchmarks.trainers`.
 No number there is typed by hand. With ``--check`` nothing is written, and a README that differs
 from the results is an error.
 """
@@ -11,7 +12,7 @@ import re
 import sys
 from pathlib import Path
 
-from benchmarks import figures
+from benchmarks import figures, trainers
 from benchmarks.harness import report
 from benchmarks.harness.environment import describe
 from benchmarks.parts import PARTS, load
@@ -32,6 +33,9 @@ def filled(text: str, folder: Path) -> str:
 
     def block(found: re.Match) -> str:
         name, number = found.groups()
+        begin, end = (f"<!-- {name}{number}: {edge} -->" for edge in ("begin", "end"))
+        if name in trainers.NAMES:
+            return "\n".join([begin, "", "```diff", *trainers.difference(name), "```", "", end])
         if name == "figures":
             tables, sources = figures.tables(folder), figures.SOURCES
         else:
@@ -40,7 +44,6 @@ def filled(text: str, folder: Path) -> str:
             tables = [tables[int(number) - 1]]
         parts = [f"{t.title}:\n\n{report.to_markdown(t)}" for t in tables]
         measured = (_source(folder, source) for source in sources)
-        begin, end = (f"<!-- {name}{number}: {edge} -->" for edge in ("begin", "end"))
         return "\n\n".join([begin, *parts, "\n".join(measured), end])
 
     return MARKS.sub(block, text)

@@ -20,6 +20,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 RESULTS = Path("benchmarks/results")  # committed; from the checkout's top
 COLORS = {"jaxloss": "#0072b2", "optax": "#d55e00", "two-step": "#009e73", "floor": "#7f7f7f"}
 
+EXPLAINED = {"two-step": "two-step (log_softmax, then the label's entry)"}  # in legends
+
 
 @dataclass(frozen=True)
 class Table:
@@ -112,6 +114,13 @@ def axes(columns: int = 1) -> list[Axes]:
 def legend_below(ax: Axes, columns: int) -> None:
     where = {"loc": "upper center", "bbox_to_anchor": (0.5, 0), "ncols": columns}
     ax.get_figure().legend(*ax.get_legend_handles_labels(), **where)  # pyright: ignore
+
+
+def mark_zero(ax: Axes) -> None:
+    """Says, in a picture of relative errors, what an error of 1 is."""
+    ax.set_ylim(top=10)
+    where = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points", "ha": "right"}
+    ax.annotate("error 1: 0 is returned", (1, 1), (0, 6), fontsize=9, **where)
 
 
 def save_figure(ax: Axes, path: Path) -> None:

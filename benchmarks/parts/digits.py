@@ -2,7 +2,6 @@
 
 import argparse
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -93,16 +92,3 @@ def tables(data: dict[str, Any]) -> list[report.Table]:
     found = f"Trained with jaxloss the classifier has {right['jaxloss']} test images right, with "
     found += f"optax {right['optax']}; the losses are {data['curves_apart']:.0e} apart at most."
     return [report.Table(title, header, rows, found=found)]
-
-
-def plot(data: dict[str, Any], path: Path) -> None:
-    (ax,) = report.axes()
-    # The curves lie on each other: a wide one below, a dashed one above.
-    styles = {"jaxloss": {"lw": 4, "alpha": 0.45}, "optax": {"lw": 1.2, "ls": "--"}}
-    for name, result in data["runs"].items():
-        label = f"{name} (test accuracy {result['correct'] / result['of']:.2%})"
-        ax.plot(result["losses"], color=report.COLORS[name], label=label, **styles[name])
-    ax.set(yscale="log", xlabel="step", ylabel="training loss (mean of the batch)")
-    ax.set_title("Digits: one Flax NNX classifier, two loss functions")
-    ax.legend(frameon=False)
-    report.save_figure(ax, path)

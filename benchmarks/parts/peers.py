@@ -207,20 +207,25 @@ def _plot_cost(data: dict[str, Any], path: Path) -> None:
     times, memory = report.axes(2)
     sweep = [list(shape) for shape in SWEEP]
     rows = [r for r in data["rows"] if r["dtype"] == "float32" and r["shape"] in sweep]
-    for ax, kind in ((times, "median_ms"), (memory, "temp_mib")):
+    classes = [row["shape"][2] for row in rows]
+    for ax, kind in ((times, "of_products"), (memory, "temp_mib")):
         for name, style in _look().items():
             found = [(row["shape"][2], row[kind].get(name)) for row in rows]
             found = [(v, y) for v, y in found if y is not None and y > 0]
             if found:
-                ax.plot(*zip(*found, strict=True), label=name, **style)
+                label = report.EXPLAINED.get(name, name)
+                ax.plot(*zip(*found, strict=True), label=label, **style)
         ax.set(xscale="log", yscale="log", xlabel="classes")
-        vocabularies = [row["shape"][2] for row in rows]
-        ax.set_xticks(vocabularies, [f"{v:,}" for v in vocabularies])
+        ax.set_xticks(classes, [f"{v:,}" for v in classes])
         ax.minorticks_off()
+    ticks = [1, 1.5, 2, 3, 4, 6, 8]
+    times.set_yticks(ticks, [f"{x:g}" for x in ticks])
+    times.axhline(1, color=COLORS[PRODUCTS], lw=1, label="bare products")
     n, d, _ = SWEEP[0]
-    times.set(ylabel="ms", title=f"Value and both gradients, {n} tokens x {d}, float32")
+    times.set(ylabel="time / three bare products")
+    times.set_title(f"Value and both gradients, {n} tokens x {d}, float32", fontsize=10)
     memory.set(ylabel="MiB", title="Temporary memory")
-    report.legend_below(times, 5)
+    report.legend_below(times, 4)
     report.save_figure(times, path)
 
 
@@ -231,8 +236,10 @@ def _plot_errors(rows: list[dict], path: Path) -> None:
     for ax, (kind, title) in zip(columns, kinds.items(), strict=True):
         for name in rows[0][kind]:
             # On a log axis an error of exactly 0 would leave the picture.
-            ax.plot(margins, [max(row[kind][name], 1e-9) for row in rows], label=name, **look[name])
+            errors = [max(row[kind][name], 1e-9) for row in rows]
+            ax.plot(margins, errors, label=report.EXPLAINED.get(name, name), **look[name])
         ax.set(yscale="log", xlabel="margin of the label's logit over the others", title=title)
         ax.set_ylabel("largest relative error")
-    report.legend_below(columns[0], 5)
+        report.mark_zero(ax)
+    report.legend_below(columns[0], 4)
     report.save_figure(columns[0], path)

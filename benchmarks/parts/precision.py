@@ -128,15 +128,16 @@ def plot(data: dict[str, Any], path: Path) -> None:
     # optax and two-step lie on each other in places: a wide line below, narrow ones above.
     widths = {"jaxloss": 1.6, "optax": 4, "two-step": 1.6}
     for ax, (kind, title) in zip(columns, kinds.items(), strict=True):
-        for dtype, style in zip(DTYPES, ("o-", "s--"), strict=True):
-            rows = [row for row in data["rows"] if row["dtype"] == dtype]
-            margins = [row["margin"] for row in rows]
-            for m, lw in widths.items():
+        for m, lw in widths.items():
+            for dtype, style in zip(DTYPES, ("o-", "s--"), strict=True):
+                rows = [row for row in data["rows"] if row["dtype"] == dtype]
                 # On a log axis an error of exactly 0 would leave the picture.
                 errors = [max(row[kind][m], 1e-9) for row in rows]
                 look = {"color": report.COLORS[m], "lw": lw, "ms": 4, "zorder": 2 + 1 / lw}
-                ax.plot(margins, errors, style, label=f"{m}, {dtype}", **look)
+                look["label"] = f"{report.EXPLAINED.get(m, m)}, {dtype}"
+                ax.plot([row["margin"] for row in rows], errors, style, **look)
         ax.set(yscale="log", xlabel="margin of the label's logit over the others", title=title)
         ax.set_ylabel("largest relative error")
-    columns[0].legend(frameon=False, fontsize=8, ncols=2)
+        report.mark_zero(ax)
+    report.legend_below(columns[0], 3)
     report.save_figure(columns[0], path)

@@ -28,7 +28,6 @@ def run(*command):
         env={**env, "JAX_PLATFORMS": "cpu"},
         capture_output=True,
         text=True,
-        timeout=600,
         check=False,
     )
 
@@ -217,11 +216,21 @@ def test_the_notebook_runs_from_top_to_bottom(tmp_path):
     assert "forward and both gradients, ms" in done.stdout
 
 
-def test_the_outputs_of_the_notebook_name_their_device():
-    outputs = [output for cell in _cells("code") for output in cell["outputs"]]
-    assert all(cell["outputs"] for cell in _cells("code")[1:])  # the first finds the folder
-    assert {o["output_type"] for o in outputs} == {"stream", "display_data"}
-    text = ["".join(o["text"]) for o in outputs if o["output_type"] == "stream"]
-    assert "small shapes" in text[0]
-    assert sum("cpu" in part for part in text) == len(text)
+@pytest.mark.skipif(
+    importlib.util.find_spec("nbconvert") is None,
+    reason="Jupyter is not installed: pip install -e '.[notebook]'",
+)
+def test_the_notebook_runs_in_jupyter(tmp_path):
+    command = ("nbconvert", "--to", "notebook", "--execute", "--output-dir", str(tmp_path))
+    done = run("-m", *command, "--ExecutePreprocessor.timeout=-1", str(NOTEBOOK))
+    assert done.returncode == 0, done.stderr[-2000:]
+    cells = json.loads((tmp_path / NOTEBOOK.name).read_text())["cells"]
+    outputs = [output for cell in cells for output in cell.get("outputs", ())]
+    text = ["".join(o["text"]) for o in outputs if o.get("name") == "stdout"]
+    assert sum("cpu" in part for part in text) == len(text) > 4
     assert sum("image/png" in o.get("data", {}) for o in outputs) == 3
+
+
+def test_the_notebook_comes_without_outputs():
+    """They would be those of another device than the reader's."""
+    assert not [output for cell in _cells("code") for output in cell["outputs"]]

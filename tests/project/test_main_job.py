@@ -9,7 +9,7 @@ from benchmarks import __main__ as job
 from benchmarks.harness import report
 from benchmarks.parts import load
 
-PARTS = ("digits", "precision", "speed", "linear")
+PARTS = ("digits", "precision", "speed", "linear", "memory")
 
 
 @pytest.mark.parametrize("part", PARTS)
