@@ -47,8 +47,7 @@ def unsplit(x: Array, axis: int) -> Array:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.size <= 1 or any(kind != AxisType.Auto for kind in mesh.axis_types):
         return x
-    spec = [P.UNCONSTRAINED] * x.ndim
-    spec[axis] = None
+    spec = (None if i == axis else P.UNCONSTRAINED for i in range(x.ndim))
     return lax.with_sharding_constraint(x, P(*spec))
 
 
