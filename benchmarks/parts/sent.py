@@ -1,8 +1,8 @@
 """What the devices of a mesh send for the linear loss, as the TPU compiler makes it.
 
 Value and both gradients, compiled for eight chips that are not there, and never run: with the names
-of the mesh's axes, and without them. The bytes are those of rings on paper; in loops a collective
-counts as often as its loop runs where every label counts.
+of the mesh's axes, and without them, where the context says what the mesh is. The bytes are those
+of rings on paper; in loops a collective counts as often as its loop runs where every label counts.
 """
 
 import argparse
@@ -57,6 +57,7 @@ def compiled(name: str, named: bool) -> dict[str, Any]:
     loss = jax.value_and_grad(partial(jaxloss.linear_cross_entropy, **options), (0, 1))
     jax.clear_caches()  # what is traced goes by the chip
     with (
+        jax.sharding.use_abstract_mesh(mesh.abstract_mesh),  # as jax.set_mesh, of chips not here
         mock.patch.object(jax, "default_backend", return_value="tpu"),
         mock.patch.object(jax, "devices", return_value=list(chips)),
         mock.patch.object(jax, "device_count", return_value=len(chips)),
