@@ -73,6 +73,7 @@ def looked_up(table: Array, index: Array) -> Array:
     if not told or not mesh.manual_axes():
         return table.at[index].get(out_sharding=split if told else None)
     # A gather that is told has no gradient inside of shard_map over other axes.
+    table, index = mesh.varying_alike(table, index)  # or all rows of its gradient would be sent
     split = jax.NamedSharding(split.mesh, P(*split.spec, None))
     shape = (*index.shape, table.shape[0])
     x = lax.broadcast_in_dim(table, shape, (index.ndim,), out_sharding=split)
