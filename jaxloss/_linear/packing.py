@@ -51,7 +51,7 @@ class Packing(NamedTuple):
 
 def step_sizes(chunk: int, groups: int = 1) -> tuple[int, ...]:
     """Tokens a step of a sweep takes: a chunk, or a quarter of one."""
-    return (chunk, chunk // 4) if chunk % (4 * groups) == 0 else (chunk,)
+    return (chunk, chunk // 4) if groups == 1 and chunk % 4 == 0 else (chunk,)
 
 
 def groups_of(tokens: Any, chunk: int) -> int:
@@ -245,8 +245,14 @@ def over_chunks(
         each = lambda state, start: (from_place(state, start, chunk), None)  # noqa: E731
         return finish(lax.scan(each, blank(), starts)[0])
 
+    if packing.groups > 1:
+        # One loop: a partitioner sums over the devices what each loop, or branch, adds up.
+        steps = (packing.size + chunk - 1) // chunk
+        each = lambda i, state: from_place(state, i * chunk, chunk)  # noqa: E731
+        return finish(lax.fori_loop(0, steps, each, blank()))
+
     # What is left of the last chunk goes in quarters: a batch of one chunk gains by them too.
-    quarter = step_sizes(chunk, packing.groups)[-1] if quarters else chunk
+    quarter = step_sizes(chunk)[-1] if quarters else chunk
     whole = (packing.size + quarter - 1) // chunk
 
     def rest(state):
