@@ -203,6 +203,10 @@ def _group(i: Instruction) -> int:
     """Devices that take part together."""
     listed = re.search(r"replica_groups=\{\{([\d,]+)\}", i.attributes)
     counted = re.search(r"replica_groups=\[\d+,(\d+)\]", i.attributes)
+    if found := re.search(r"replica_groups=mesh\[([^\]]*)\](?: \{([^}]*)\})?", i.attributes):
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", found[1]))
+        names = re.findall(r"'(\w+)'", found[2]) if found[2] else sizes
+        return prod(int(sizes[name]) for name in names)
     return listed[1].count(",") + 1 if listed else int(counted[1]) if counted else 2
 
 

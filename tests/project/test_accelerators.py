@@ -146,6 +146,25 @@ ENTRY %main.1 (a: f32[4,8]) -> f32[4,8] {
 """
 
 
+@pytest.mark.parametrize(
+    ("groups", "devices"),
+    [
+        ("{{0,1,2,3},{4,5,6,7}}", 4),
+        ("[4,2]<=[8]", 2),
+        ("mesh['axis_0'=4,'axis_1'=2] {'axis_0'}", 4),
+        ("mesh['axis_0'=4,'axis_1'=2]", 8),
+    ],
+)
+def test_of_how_many_devices_a_sum_is(groups, devices):
+    program = f"""\
+ENTRY %main.1 (a: f32[100]) -> f32[100] {{
+  ROOT %r.1 = f32[100]{{0}} all-reduce(%a), replica_groups={groups}, use_global_device_ids=true
+}}
+"""
+    found = hlo.sent(program)["once"]
+    assert found == {"all-reduce": pytest.approx(400 * 2 * (devices - 1) / devices)}
+
+
 def test_what_is_sent_in_a_loop_is_sent_in_all_its_steps():
     """Of rings: n - 1 of n parts of what is gathered, and twice that of what is summed."""
     assert hlo.sent(SENDING, steps=(5,)) == {
