@@ -1,6 +1,7 @@
 """How everything here is measured: compiled once, checked to agree, timed turn by turn."""
 
 import ctypes
+import os
 import platform
 import random
 import statistics
@@ -13,6 +14,13 @@ import jax.numpy as jnp
 
 MIB = 2**20
 MIN_ROUNDS, MAX_ROUNDS = 5, 500
+
+
+def on_cpu_devices(count: int) -> None:
+    """So many on this machine, for JAX that has not looked for devices yet."""
+    jax.config.update("jax_platforms", "cpu")
+    flags = os.environ.get("XLA_FLAGS", "")
+    os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={count}"
 
 
 def keep_pages() -> None:

@@ -5,7 +5,6 @@ are in ``benchmarks/trainers``. Times are the processors' time of all devices to
 """
 
 import argparse
-import os
 import time
 from collections.abc import Callable
 from functools import partial
@@ -28,9 +27,7 @@ METHODS = {
 
 
 def prepare(args: argparse.Namespace) -> None:
-    jax.config.update("jax_platforms", "cpu")
-    flags = os.environ.get("XLA_FLAGS", "")
-    os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={DEVICES}"
+    measure.on_cpu_devices(DEVICES)
     measure.keep_pages()
 
 

@@ -5,7 +5,6 @@ devices together: a device that computes the tokens of others shows there, on a 
 """
 
 import argparse
-import os
 import re
 import statistics
 import time
@@ -69,9 +68,7 @@ WAYS = ("shard_map", "alone", "named")
 
 
 def prepare(args: argparse.Namespace) -> None:
-    jax.config.update("jax_platforms", "cpu")
-    flags = os.environ.get("XLA_FLAGS", "")
-    os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={DEVICES}"
+    measure.on_cpu_devices(DEVICES)
     measure.keep_pages()
 
 

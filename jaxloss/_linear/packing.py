@@ -12,6 +12,7 @@ Letters: N tokens, n of them in a chunk, D features, V columns of the kernel, G 
 """
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -117,6 +118,15 @@ def first_row(x: Any, packing: Packing) -> Any:
     if x is None or packing.groups == 1:
         return None
     return gather_rows(x, jnp.argmax(packing.valid).astype(jnp.int32)[None])
+
+
+def of_fewest(number: Array, tokens: int, of: Callable, *given: Any) -> Any:
+    """``of(size, *given)``, with ``size`` a quarter, a half or all of the tokens, the fewest that
+    hold ``number``. An array's size is static, so that each size is a program of its own."""
+    sizes = sorted({-(-tokens // 4), -(-tokens // 2), tokens})
+    given = mesh.varying(given, mesh.varies_over(number))
+    which = sum((number > size).astype(jnp.int32) for size in sizes[:-1])
+    return lax.switch(which, [lambda size=size: of(size, *given) for size in sizes])
 
 
 def _each(mask: Array, rows: Array) -> Array:
@@ -246,7 +256,8 @@ def over_chunks(
         return finish(lax.scan(each, blank(), starts)[0])
 
     if packing.groups > 1:
-        # One loop: a partitioner sums over the devices what each loop, or branch, adds up.
+        # One loop takes all chunks, because XLA's partitioner sums a gradient of the kernel over
+        # the devices for each loop and each branch that adds to it, and holds each (libtpu 0.0.42).
         steps = (packing.size + chunk - 1) // chunk
         each = lambda i, state: from_place(state, i * chunk, chunk)  # noqa: E731
         return finish(lax.fori_loop(0, steps, each, blank()))

@@ -22,7 +22,7 @@ from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 
 from jaxloss._linear import token_chunks
 from jaxloss._linear.exponentials import (
@@ -32,7 +32,7 @@ from jaxloss._linear.exponentials import (
     above_label,
     of_labels,
 )
-from jaxloss._linear.packing import Packing, gather_rows, pack, scatter_rows
+from jaxloss._linear.packing import Packing, gather_rows, of_fewest, pack, scatter_rows
 from jaxloss._linear.product import Product, Sweep, on, padded
 from jaxloss._linear.token_chunks import Operands
 from jaxloss._numerics.logits import Logits, Scaling
@@ -132,13 +132,8 @@ def gradients(
 
 
 def _at_once(compute, sweep, active, operands, packing, cts):
-    """Of a quarter, a half or all of the tokens, the fewest that hold those that count: in one step
-    each, which needs no accumulator.
-
-    An array's size is static: each is a program of its own.
-    """
+    """One step takes all tokens that count, so that no accumulator is needed."""
     tokens = packing.valid.size
-    sizes = sorted({-(-tokens // 4), -(-tokens // 2), tokens})
 
     def of(size, operands, packing, cts):
         own = sweep._replace(chunk=size, quarters=False)
@@ -163,10 +158,7 @@ def _at_once(compute, sweep, active, operands, packing, cts):
         total = total._replace(student=student, per_token=tuple(map(of_all, total.per_token)))
         return *(tuple(map(of_all, x)) for x in each), total
 
-    given = operands, packing, cts
-    given = mesh.varying(given, mesh.varies_over(packing.size))
-    which = sum((packing.size > size).astype(jnp.int32) for size in sizes[:-1])
-    return lax.switch(which, [partial(of, size) for size in sizes], *given)
+    return of_fewest(packing.size, tokens, of, operands, packing, cts)
 
 
 def _chunk_gradients(

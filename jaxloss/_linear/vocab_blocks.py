@@ -241,7 +241,6 @@ def _of_valid(sweep, operands: Operands, constants: Constants, state, ct) -> Ope
     """
     valid, tokens = constants.valid, constants.valid.size
     order, positions = packing.valid_first(valid), packing.positions(valid)
-    sizes = sorted({-(-tokens // 4), -(-tokens // 2), tokens})
 
     def with_hidden(operands, hidden):
         return operands._replace(product=replace(operands.product, hidden=hidden))
@@ -257,10 +256,7 @@ def _of_valid(sweep, operands: Operands, constants: Constants, state, ct) -> Ope
 
     # Nothing in a sweep communicates: each device of a mesh has a size of its own.
     number = jnp.sum(valid, dtype=jnp.int32)
-    given = operands, constants, state, ct
-    given = mesh.varying(given, mesh.varies_over(number))
-    which = sum((number > size).astype(jnp.int32) for size in sizes[:-1])
-    return lax.switch(which, [lambda size=size: of(size, *given) for size in sizes])
+    return packing.of_fewest(number, tokens, of, operands, constants, state, ct)
 
 
 def _swept_gradients(

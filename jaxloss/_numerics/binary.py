@@ -4,14 +4,13 @@ Each has its derivatives in closed form, so that no factor of a second derivativ
 another one is 0.
 """
 
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.custom_derivatives import SymbolicZero
 
+from jaxloss._xla.derivatives import with_slopes
 from jaxloss._xla.elementary import exp, exp_of_nonpositive, log, log1p
 
 
@@ -84,8 +83,7 @@ def _bounded(n: Array) -> Array:
     return jnp.minimum(n, 1e4)
 
 
-@jax.custom_jvp
-def focal_half(x: Array, y: Array, z: Array, gamma: Any) -> Array:
+def _focal_half(x: Array, y: Array, z: Array, gamma: Any) -> Array:
     """``u^gamma y n``, with ``u = y S(-x) + z S(x)`` and ``n = -log S(x)``: the focal loss of what
     is a yes with probability y, and a no with z, but for the part that it has as a no.
 
@@ -194,33 +192,10 @@ def _by_zz(x, y, z, gamma):
     return gamma * (gamma - 1) * exp((gamma - 1) * t.log_u - 2 * t.n) * (t.of_y * t.ratio)
 
 
-def _with_slopes(function, slopes):
-    """The rule of ``function(x, y, z, gamma)``. What does not move has no part in it: the slope by
-    a label may be infinite."""
-
-    @partial(function.defjvp, symbolic_zeros=True)
-    def _(primals, tangents):
-        out = function(*primals)
-        moved = [
-            slope(*primals) * t
-            for slope, t in zip(slopes, tangents, strict=True)
-            if not isinstance(t, SymbolicZero)
-        ]
-        return out, sum(moved[1:], start=moved[0]) if moved else jnp.zeros_like(out)
-
-
-def _slope(formula, *curvatures):
-    function = jax.custom_jvp(formula)
-    _with_slopes(function, curvatures)
-    return function
-
-
-_with_slopes(
-    focal_half,
-    [
-        _slope(_by_x, _by_xx, _by_xy, _by_xz, _by_x_and_gamma),
-        _slope(_by_y, _by_xy, _by_yy, _by_yz, _by_y_and_gamma),
-        _slope(_by_z, _by_xz, _by_yz, _by_zz, _by_z_and_gamma),
-        _slope(_by_gamma, _by_x_and_gamma, _by_y_and_gamma, _by_z_and_gamma, _by_gamma_twice),
-    ],
+focal_half = with_slopes(
+    _focal_half,
+    with_slopes(_by_x, _by_xx, _by_xy, _by_xz, _by_x_and_gamma),
+    with_slopes(_by_y, _by_xy, _by_yy, _by_yz, _by_y_and_gamma),
+    with_slopes(_by_z, _by_xz, _by_yz, _by_zz, _by_z_and_gamma),
+    with_slopes(_by_gamma, _by_x_and_gamma, _by_y_and_gamma, _by_z_and_gamma, _by_gamma_twice),
 )

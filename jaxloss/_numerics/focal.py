@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.custom_derivatives import SymbolicZero
 
+from jaxloss._xla.derivatives import with_slopes
 from jaxloss._xla.elementary import exp, expm1, log, log1p
 
 
-@jax.custom_jvp
-def modulated(nll: Array, gamma: Any) -> Array:
+def _modulated(nll: Array, gamma: Any) -> Array:
     """``(1 - p)^gamma nll``, for ``p = e^-nll`` and a gamma of at least 0, one for all entries.
 
     With ``u = 1 - p``, ``E = e^nll - 1 = u / p``, ``h = nll / E`` and ``L = log u``, by ``nll`` and
@@ -87,21 +85,8 @@ def _ratios(nll: Array) -> tuple[Array, Array]:
     return e, jnp.where(some, nll / jnp.where(some, e, 1), jnp.where(e > 0, 0, 1))
 
 
-def _with_slopes(function, by_nll, by_gamma):
-    """The rule of ``function(nll, gamma)``. What does not move has no part in it."""
-
-    def jvp(primals, tangents):
-        slopes = zip((by_nll, by_gamma), tangents, strict=True)
-        moved = [f(*primals) * t for f, t in slopes if not isinstance(t, SymbolicZero)]
-        out = function(*primals)
-        return out, sum(moved[1:], start=moved[0]) if moved else jnp.zeros_like(out)
-
-    function.defjvp(jvp, symbolic_zeros=True)
-    return function
-
-
-_with_slopes(
-    modulated,
-    _with_slopes(jax.custom_jvp(_by_nll), _by_nll_twice, _by_both),
-    _with_slopes(jax.custom_jvp(_by_gamma), _by_both, _by_gamma_twice),
+modulated = with_slopes(
+    _modulated,
+    with_slopes(_by_nll, _by_nll_twice, _by_both),
+    with_slopes(_by_gamma, _by_both, _by_gamma_twice),
 )

@@ -26,7 +26,7 @@ def exponentials(logits: Logits, offset: Array, label: Array) -> Array:
     """exp(x_j - offset) of logits ``[n, C]``: 0 at the label, and little more than ``MOST``."""
     read = logits.as_read()
     unit = 1.0 if read.scaling is None else read.scaling.unit
-    # A sum of numbers that are all finite: 0 times what is not, a row's weight, would be NaN.
+    # All are finite, because a row that counts for nothing is multiplied by 0, and 0 * inf is NaN.
     most = offset[:, None] + HIGHEST / unit
     read = replace(read, values=jnp.minimum(read.values, most))
     return other_exponentials(read, offset, label)

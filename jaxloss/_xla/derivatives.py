@@ -336,6 +336,21 @@ def with_derivative_of(plain: Callable, kernel: Callable) -> Callable:
     return rule
 
 
+def with_slopes(formula: Callable, *slopes: Callable) -> Callable:
+    """``formula(*args)`` of arrays that broadcast, with its derivative by each argument, a function
+    of them all. The slope by an argument that does not move is not computed: it may be infinite."""
+    function = jax.custom_jvp(formula)
+
+    def jvp(primals, tangents):
+        out, moving = function(*primals), moving_of(tangents)
+        each = zip(compress(slopes, moving), compress(tangents, moving), strict=True)
+        moved = [slope(*primals) * t for slope, t in each]
+        return out, sum(moved[1:], start=moved[0]) if moved else jnp.zeros_like(out)
+
+    function.defjvp(jvp, symbolic_zeros=True)
+    return function
+
+
 def unbroadcast(x: Array, like: Array) -> Array:
     """The cotangent of ``like``, which was broadcast, from what it was broadcast to."""
     spread = tuple(i for i, n in enumerate(like.shape) if n != x.shape[i])

@@ -6,21 +6,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from oracle.programs import jit_quickly
 
 import jaxloss
 from parallel.test_mesh import assert_close
+from parallel.test_names import mesh_of
 
 pytestmark = pytest.mark.jax_leaks("jit(grad(shard_map))")
 N, D, V, CHUNK = 32, 8, 24, 2
-KINDS = {"automatic": AxisType.Auto, "explicit": AxisType.Explicit}
-
-
-@cache
-def mesh_of(kind):
-    return jax.make_mesh((4, 2), ("d", "t"), axis_types=(KINDS[kind],) * 2)
 
 
 @cache
