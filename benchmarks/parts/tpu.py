@@ -134,6 +134,7 @@ def compiled(
         with (
             mock.patch.object(jax, "default_backend", return_value="tpu"),
             mock.patch.object(jax, "devices", return_value=[device]),
+            mock.patch.object(jax, "device_count", return_value=1),
             jax.default_device(device),
         ):
             function, steps = _method(name, shape, chunk)
