@@ -308,6 +308,7 @@ def linear_kl_divergence(
     tokens, most_columns = student.tokens, max(columns, its_columns)
     if found is not None:
         tokens //= found.devices(found.token_axes)
+        chunk_size = found.chunk_size(chunk_size)
         token_axes = (*token_axes, *found.token_axes)
         vocab_axes = (*vocab_axes, *found.vocab_axes)
         most_columns = max(found.columns(p) for p in products)

@@ -233,8 +233,11 @@ def linear_cross_entropy(
     before (they are resharded to fit), and axes that are not named stay with the partitioner.
     Without names, and where the mesh splits the first axis of ``hidden``, each device computes its
     own tokens, if the number of tokens and ``chunk_size`` are multiples of the number of devices.
-    Where it splits another axis (the sequence), or they are not, devices compute the tokens of
-    others too, and ``"vocab_blocks"`` gathers a kernel whose columns are split.
+    Where it splits the second axis (the sequence), the same holds if that is known: of an array
+    that is not traced, or in the context of a mesh (``jax.set_mesh``) with an axis of the name
+    ``context``, ``cp``, ``seq``, ``sequence`` or ``sp``. ``chunk_size`` counts the tokens of all
+    devices then. Otherwise devices compute the tokens of others too, and ``"vocab_blocks"`` gathers
+    a kernel whose columns are split.
 
     Inside of ``shard_map`` over some of the axes of an explicit mesh both hold: the names say what
     those axes split, the types what the others do. The backward pass then computes the forward
@@ -492,6 +495,7 @@ def _losses(
     tokens, shards = product.tokens, mesh.size(vocab_axes)
     if found is not None:
         tokens //= found.devices(found.token_axes)
+        chunk_size = found.chunk_size(chunk_size)
         shards *= found.devices(found.vocab_axes)
         columns = local = found.columns(product)
         product = replace(product, num_classes=local)

@@ -164,6 +164,7 @@ def linear_loss(
     tokens, token_axes = product.tokens, names.token_axes
     if found is not None:
         tokens //= found.devices(found.token_axes)
+        chunk_size = found.chunk_size(chunk_size)
         token_axes = (*token_axes, *found.token_axes)
     token_axes = token_axes if reduction != "none" else ()
     most = budget.size_to_plan_for(tokens)

@@ -540,6 +540,7 @@ def _by_chunks(
     tokens = product.tokens
     if found is not None:
         tokens //= found.devices(found.token_axes)
+        chunk_size = found.chunk_size(chunk_size)
         vocab_axes = (*vocab_axes, *found.vocab_axes)
         columns = found.columns(product)
         if found.vocab_axes:

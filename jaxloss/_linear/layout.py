@@ -41,6 +41,7 @@ class Layout(NamedTuple):
     vocab_axes: Axes
     kernels: tuple[tuple, ...]  # of each kernel's axes
     gathered: tuple[tuple[tuple[int, Axes], ...], ...]  # what splits the tokens and a kernel
+    unasked: int = 1  # devices that split the tokens though neither names nor types say so
 
     @property
     def token_axes(self) -> Axes:
@@ -52,6 +53,11 @@ class Layout(NamedTuple):
     def columns(self, product: Product) -> int:
         """On each device, once the kernel is gathered."""
         return product.columns // self.devices(self.vocab_axes)
+
+    def chunk_size(self, asked: Any) -> Any:
+        """That of a device: where nobody names axes, a caller counts the tokens of all devices."""
+        # The least integer that is enough: 0 stays 0, which is refused later.
+        return -(-asked // self.unasked) if isinstance(asked, int) else asked
 
 
 def of_call(
@@ -67,6 +73,9 @@ def of_call(
     ``arrays``: what else has a row a token. ``whole_rows``: no device may have some columns alone.
     """
     typed = [x for x in jax.tree.leaves((products, arrays)) if is_split(x)]
+    sequence = None if typed or names.asked else _sequence(products[0], names.mesh)
+    if sequence is not None:
+        names = names._replace(mesh=sequence[0], of_tokens=sequence[1])
     if not typed and not names.asked:
         return None
     over = jax.typeof(typed[0]).sharding.mesh if typed else names.mesh
@@ -102,7 +111,8 @@ def of_call(
     named = {*own, *(n for entries in kernels for e in entries for n in names_of(e))}
     axes, whole = _axes_of_shard_map(over, named)
     gathered = tuple(gathered for _, gathered in found)
-    return Layout(over, axes, whole, tuple(tokens), vocab_axes, tuple(kernels), gathered)
+    unasked = 1 if sequence is None else devices_along(over, own)
+    return Layout(over, axes, whole, tuple(tokens), vocab_axes, tuple(kernels), gathered, unasked)
 
 
 def of_pairs(
@@ -143,16 +153,8 @@ def warn_of_pairs(call: str, pairs: Any, chunk: int) -> None:
 
 def warn_if_shared(call: str, product: Product, chunk: int | None) -> None:
     """Warns where XLA's partitioner lets each device compute the tokens of others: because of the
-    numbers of tokens and of a chunk (None: there are no chunks), or of what splits them."""
+    numbers of tokens and of a chunk (None: there are no chunks)."""
     over, tokens = mesh.of_context(), product.tokens
-    sequence = _axes_of_sequences(product, over)
-    if sequence:
-        text = (
-            f"{call}: where {sequence} split the sequence, the second axis of hidden, each device "
-        )
-        text += "computes the tokens of all devices along them. Name what splits the tokens: "
-        text += f"token_axis_name=jax.sharding.PartitionSpec(..., {sequence[0]!r})."
-        warnings.warn(text, stacklevel=2)
     if over is None or chunk is None or not isinstance(tokens, int) or chunk >= tokens:
         return
     devices = devices_along(over, _axes_of(over, AxisType.Auto))
@@ -163,21 +165,27 @@ def warn_if_shared(call: str, product: Product, chunk: int | None) -> None:
         warnings.warn(f"{call}: {rule} {way_out}", stacklevel=2)
 
 
-def _axes_of_sequences(product: Product, over: Any) -> Axes:
-    """Axes of several devices that split the sequence, so far as that is known: an array that is
-    not traced says it, of traced ones on automatic axes the axes' names alone."""
-    hidden, rank = product.hidden, len(product.lead) - (product.heads is not None)
+def _sequence(product: Product, over: Any) -> tuple[Any, tuple] | None:
+    """(the mesh, what splits hidden's leading axes) where the second of them, the sequence, is
+    known to be split on automatic axes: an array that is not traced says it, of a traced one the
+    axes' names alone."""
+    hidden, lead = product.hidden, product.lead
+    rank = len(lead) - (product.heads is not None)
     if rank < 2:
-        return ()
-    spec = None
+        return None
+    tokens: tuple = ()
     if not isinstance(hidden, Tracer):
         over, spec = (getattr(hidden.sharding, name, None) for name in ("mesh", "spec"))
-    if over is None:
-        return ()
-    named = _axes_of(over, AxisType.Auto) & SEQUENCES
-    if spec is not None:
-        named = {name for entry in spec[1:rank] for name in names_of(entry)}
-    return tuple(sorted(name for name in named if over.shape[name] > 1))
+        tokens = tuple(spec or ())[:rank]
+    elif over is not None:
+        named = _axes_of(over, AxisType.Auto) & SEQUENCES
+        tokens = None, tuple(sorted(name for name in named if over.shape[name] > 1))
+    if over is None or not any(devices_along(over, names_of(entry)) > 1 for entry in tokens[1:]):
+        return None
+    sizes = zip(lead, tokens, strict=False)
+    if any(not isinstance(n, int) or n % devices_along(over, names_of(e)) for n, e in sizes):
+        return None
+    return over, tuple(names_of(e) or None for e in tokens) + (None,) * (len(lead) - len(tokens))
 
 
 def _tokens(

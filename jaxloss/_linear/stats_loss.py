@@ -161,6 +161,7 @@ def prepared(
     tokens = product.tokens
     if found is not None:
         tokens //= found.devices(found.token_axes)
+        chunk_size = found.chunk_size(chunk_size)
         vocab_axes = (*vocab_axes, *found.vocab_axes)
         token_axes = (*token_axes, *found.token_axes)
         local = found.columns(products[0]) if found.vocab_axes else local
