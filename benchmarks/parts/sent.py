@@ -46,7 +46,7 @@ def compiled(name: str, named: bool) -> dict[str, Any]:
         for (shape, dtype), spec in zip(shapes, (of_hidden, of_kernel, of_hidden), strict=True)
     ]
     tokens, chunk = B * L, CHUNK
-    by_axes = named or set(sizes) == {"context"}  # whose name says itself what it splits
+    by_axes = named or "context" in sizes  # whose name says itself what it splits
     if by_axes:
         own = [n for e in of_hidden for n in (e if isinstance(e, tuple) else (e,)) if n]
         devices = int(np.prod([sizes[n] for n in own], initial=1))

@@ -27,8 +27,9 @@ from jaxloss._types import Axes, LossOptions, Scalars, TokenArrays
 from jaxloss._xla import mesh, nested
 from jaxloss._xla.device import jit
 
-# What trainers call the axis of a mesh that splits sequences.
+# What trainers call the axes of a mesh that split sequences, and those that split a batch of them.
 SEQUENCES = {"context", "cp", "seq", "sequence", "sp"}
+BATCHES = {"batch", "data", "dp", "fsdp", "replica"}
 
 
 class Layout(NamedTuple):
@@ -167,25 +168,29 @@ def warn_if_shared(call: str, product: Product, chunk: int | None) -> None:
 
 def _sequence(product: Product, over: Any) -> tuple[Any, tuple] | None:
     """(the mesh, what splits hidden's leading axes) where the second of them, the sequence, is
-    known to be split on automatic axes: an array that is not traced says it, of a traced one the
-    axes' names alone."""
+    known to be split on automatic axes: an array that is not traced says what splits it, of a
+    traced one the axes' names alone. Operands that are split otherwise are resharded."""
     hidden, lead = product.hidden, product.lead
-    rank = len(lead) - (product.heads is not None)
-    if rank < 2:
+    if len(lead) - (product.heads is not None) < 2:
         return None
-    tokens: tuple = ()
     if not isinstance(hidden, Tracer):
         over, spec = (getattr(hidden.sharding, name, None) for name in ("mesh", "spec"))
-        tokens = tuple(spec or ())[:rank]
+        tokens = tuple(names_of(entry) or None for entry in spec or ())[: len(lead)]
     elif over is not None:
-        named = _axes_of(over, AxisType.Auto) & SEQUENCES
-        tokens = None, tuple(sorted(name for name in named if over.shape[name] > 1))
-    if over is None or not any(devices_along(over, names_of(entry)) > 1 for entry in tokens[1:]):
+        automatic = _axes_of(over, AxisType.Auto)
+
+        def split(size, kind):
+            found = tuple(n for n in over.axis_names if n in automatic & kind)
+            devices = devices_along(over, found)
+            divides = isinstance(size, int) and size % devices == 0
+            return found if devices > 1 and divides else None
+
+        tokens = split(lead[0], BATCHES), split(lead[1], SEQUENCES)
+    else:
         return None
-    sizes = zip(lead, tokens, strict=False)
-    if any(not isinstance(n, int) or n % devices_along(over, names_of(e)) for n, e in sizes):
+    if not any(tokens[1:]):
         return None
-    return over, tuple(names_of(e) or None for e in tokens) + (None,) * (len(lead) - len(tokens))
+    return over, (*tokens, *(None for _ in lead[len(tokens) :]))
 
 
 def _tokens(

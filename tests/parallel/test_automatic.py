@@ -158,12 +158,12 @@ def rows_of_products(function, *given):
 
 
 @pytest.mark.parametrize("of_context", [jax.set_mesh, older_context], ids=["set_mesh", "with"])
-@pytest.mark.parametrize("axes", [{"context": 8}, {"d": 4, "sp": 2}], ids=str)
+@pytest.mark.parametrize("axes", [{"context": 8}, {"d": 4, "sp": 2}, {"fsdp": 2, "cp": 4}], ids=str)
 @pytest.mark.parametrize("loss", [*LOSSES, blocks, statistics], ids=lambda f: f.__name__)
 def test_a_sequence_that_the_mesh_splits_is_found_by_its_name(loss, axes, of_context):
     """Of traced arrays the axis's name is all that is known of an automatic axis."""
     mesh = jax.make_mesh(tuple(axes.values()), tuple(axes), axis_types=(AxisType.Auto,) * len(axes))
-    split = P("d" if "d" in axes else None, [*axes][-1])
+    split = P(next((name for name in axes if name in ("d", "fsdp")), None), [*axes][-1])
     given = operands()
     expected = loss(*given)
     hidden, kernel, labels = given
