@@ -235,10 +235,7 @@ def _gradients(
 
 
 def _of_valid(sweep, operands: Operands, constants: Constants, state, ct) -> Operands:
-    """The sweep over a quarter, a half or all of the tokens, the fewest that hold the valid ones.
-
-    An array's size is static: each is a program of its own.
-    """
+    """The sweep over the fewest tokens that hold the valid ones: a quarter, a half or all."""
     valid, tokens = constants.valid, constants.valid.size
     order, positions = packing.valid_first(valid), packing.positions(valid)
 
