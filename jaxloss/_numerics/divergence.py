@@ -35,6 +35,7 @@ from jax.custom_derivatives import SymbolicZero
 from jaxloss._numerics.passes import one_near_max
 from jaxloss._types import Axes
 from jaxloss._xla import mesh
+from jaxloss._xla.blocks import by_blocks, rows_of_a_block
 from jaxloss._xla.derivatives import differentiable, scale_rows
 from jaxloss._xla.dtypes import accumulator_dtype, downcast, upcast
 from jaxloss._xla.elementary import exp_of_nonpositive, finite, log, log1p
@@ -425,48 +426,68 @@ def row_divergences(
     numbers = temperature, beta
     static = tuple(None if isinstance(n, Array) else n for n in numbers)
     traced = tuple(n if isinstance(n, Array) else None for n in numbers)
+    # Devices that share the classes of a row would communicate for each block.
+    size = None if axes else rows_of_a_block(logits.shape[-1])
+    in_blocks = partial(by_blocks, size=size, lead=logits.shape[:-1])
 
-    def numbers_of(traced):
-        return (s if n is None else n for s, n in zip(static, traced, strict=True))
+    def parted(traced):
+        """(the temperature of each row, the numbers of all)."""
+        temperature, beta = traced
+        if temperature is not None and temperature.ndim:
+            return temperature, (None, beta)
+        return None, traced
+
+    def numbers_of(own, of_all):
+        temperature, beta = (s if n is None else n for s, n in zip(static, of_all, strict=True))
+        return (temperature if own is None else own), beta
 
     def forward(logits, teacher_logits, mask, valid, traced):
-        x, t = both(logits, teacher_logits, mask, valid)
-        temperature, beta = numbers_of(traced)
-        row = _row(x, t, temperature, axes)
-        pair = _pair(x, t, row, temperature, axes)
-        of_teacher, of_student = _divergences(pair, divergence, beta, axes)
-        row = row._replace(of_teacher=of_teacher, of_student=of_student)
-        return _loss(row, divergence, beta), (logits, teacher_logits, mask, valid, traced, row)
+        def of_rows(rows, of_all):
+            *given, own = rows
+            x, t = both(*given)
+            temperature, beta = numbers_of(own, of_all)
+            row = _row(x, t, temperature, axes)
+            pair = _pair(x, t, row, temperature, axes)
+            of_teacher, of_student = _divergences(pair, divergence, beta, axes)
+            row = row._replace(of_teacher=of_teacher, of_student=of_student)
+            return _loss(row, divergence, beta), row
 
-    def slopes(residuals) -> tuple[tuple, Any]:
-        *given, traced, row = residuals
-        temperature, beta = numbers_of(traced)
+        own, of_all = parted(traced)
+        loss, row = in_blocks(of_rows, (logits, teacher_logits, mask, valid, own), of_all)
+        return loss, (logits, teacher_logits, mask, valid, traced, row)
+
+    def slopes(given, own, row, of_all) -> tuple[tuple, Any]:
+        temperature, beta = numbers_of(own, of_all)
         pair = _pair(*both(*given), row, temperature, axes)
         return _slopes(pair, row, divergence, beta, axes), temperature
 
-    def by_temperature(residuals, slopes, temperature):
+    def by_temperature(given, row, slopes, temperature):
         """The derivative with respect to T: each logit over T moves by -(x_j / T) / T, and what
         all logits of a row share moves nothing."""
-        *given, _, row = residuals
         x, t = both(*given)
         below = _below_max(x, row.x_max), _below_max(t, row.t_max)
         moved = sum(_total(s * b, axes) for s, b in zip(slopes, below, strict=True))
         return -moved / temperature**2
 
-    def by_numbers(residuals, slopes, temperature, moving):
+    def by_numbers(given, row, slopes, temperature, moving):
         """The derivatives with respect to T and beta, one number a row; None of one that does not
         move."""
-        row = residuals[5]
-        of_temperature, of_beta = (n is not None for n in moving)
+        of_temperature, of_beta = moving
         return (
-            by_temperature(residuals, slopes, temperature) if of_temperature else None,
+            by_temperature(given, row, slopes, temperature) if of_temperature else None,
             row.of_teacher - row.of_student if of_beta else None,
         )
 
     def backward(residuals, ct):
-        each, temperature = slopes(residuals)
-        moved = (scale_rows(ct / temperature, slope) for slope in each)
-        narrow = (downcast(g, x.dtype) for g, x in zip(moved, residuals, strict=False))
+        *given, traced, row = residuals
+        moving = tuple(n is not None for n in traced)
+
+        def of_rows(rows, of_all):
+            *given, own, row, ct = rows
+            each, temperature = slopes(given, own, row, of_all)
+            moved = (scale_rows(ct / temperature, slope) for slope in each)
+            narrow = tuple(downcast(g, x.dtype) for g, x in zip(moved, given, strict=False))
+            return narrow, by_numbers(given, row, each, temperature, moving)
 
         def summed(slope, number):
             if number is None:
@@ -474,19 +495,30 @@ def row_divergences(
             slope = scale_rows(ct, slope[..., None])[..., 0]
             return slope if number.ndim else jnp.sum(slope)
 
-        traced = residuals[4]
-        of_numbers = by_numbers(residuals, each, temperature, traced)
+        own, of_all = parted(traced)
+        narrow, of_numbers = in_blocks(of_rows, (*given, own, row, ct), of_all)
         return *narrow, None, None, tuple(map(summed, of_numbers, traced))
 
     def tangent(residuals, tangents):
         # Rows do not mix: the derivative of one number is the gradient at its unit cotangent.
-        each, temperature = slopes(residuals)
-        moving = zip(each, tangents, strict=False)
-        moved = [_total(s * d.astype(wide), axes) / temperature for s, d in moving if d is not None]
-        d_numbers = tangents[4]
-        of_numbers = by_numbers(residuals, each, temperature, d_numbers)
+        *given, traced, row = residuals
+        of_logits, d_numbers = tangents[:2], tangents[4]
+        moving = tuple(n is not None for n in d_numbers)
+
+        def of_rows(rows, of_all):
+            *given, own, row, of_logits = rows
+            each, temperature = slopes(given, own, row, of_all)
+            pairs = zip(each, of_logits, strict=True)
+            moved = [
+                _total(s * d.astype(wide), axes) / temperature for s, d in pairs if d is not None
+            ]
+            return sum(moved) if moved else None, by_numbers(given, row, each, temperature, moving)
+
+        own, of_all = parted(traced)
+        moved, of_numbers = in_blocks(of_rows, (*given, own, row, of_logits), of_all)
         pairs = zip(of_numbers, d_numbers, strict=True)
-        moved += [slope * d for slope, d in pairs if slope is not None]
+        moved = [moved, *(slope * d for slope, d in pairs if slope is not None)]
+        moved = [x for x in moved if x is not None]
         return sum(moved[1:], start=moved[0])
 
     rule = differentiable(lambda *args: forward(*args)[0], forward, backward, tangent)
