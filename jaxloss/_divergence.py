@@ -319,15 +319,18 @@ def linear_kl_divergence(
         got = _kernels(student, teacher)
         messages.fail(call, rule, got, "Pad one of them, and say num_classes=...")
     most = budget.size_to_plan_for(tokens)
+    block = budget.block_of_rows(most_columns, bool(vocab_axes))
     rows = budget.rows_held(
         student.narrow,
+        in_blocks=block is not None,
         none=reduction == "none",
         divergence=divergence,
         mask=class_mask is not None,
     )
     default = budget.default_chunk(most, most_columns, rows=rows)
     summed = token_axes if reduction != "none" else ()
-    sweep = Sweep(arguments.chunk_size(call, chunk_size, default, most), vocab_axes, summed)
+    chunk = arguments.chunk_size(call, chunk_size, default, most)
+    sweep = Sweep(chunk, vocab_axes, summed, block=block)
     empty_mean = arguments.check_empty_mean(call, empty_mean)
     options = LossOptions(axes, classes, None, reduction, empty_mean, False, vocab_axes, summed)
     static = {"sweep": sweep, "kind": kind}
