@@ -213,10 +213,10 @@ def linear_kl_divergence(
       vocab_axis_name, token_axis_name, kernel_spec, mesh: as in :func:`linear_cross_entropy`.
         Devices that share the columns have the same columns of both kernels; ``kernel_spec`` is of
         both, each with its own ``vocab_axis``.
-      chunk_size: tokens whose logits are held at a time, of both sides; what is made of them takes
-        up to four times as much on a CPU (``"jensen_shannon"``: nine). None takes so many fewer
-        than :func:`linear_cross_entropy` that a chunk holds as many bytes, but no fewer than 512
-        on a TPU, 256 on a GPU.
+      chunk_size: tokens whose logits are held at a time, of both sides. On one CPU device what is
+        made of them takes a few MiB; on several, up to four times the logits
+        (``"jensen_shannon"``: nine). None takes so many fewer than :func:`linear_cross_entropy`
+        that a chunk holds as many bytes, but no fewer than 512 on a TPU, 256 on a GPU.
       precision, dtype: of the products, the teacher's too, as in :func:`linear_cross_entropy`.
 
     Returns:
@@ -320,15 +320,18 @@ def linear_kl_divergence(
         got = _kernels(student, teacher)
         messages.fail(call, rule, got, "Pad one of them, and say num_classes=...")
     most = budget.size_to_plan_for(tokens)
+    block = budget.block_of_rows(most_columns, bool(vocab_axes))
     rows = budget.rows_held(
         student.narrow,
+        in_blocks=block is not None,
         none=reduction == "none",
         divergence=divergence,
         mask=class_mask is not None,
     )
     default = budget.default_chunk(most, most_columns, rows=rows)
     summed = token_axes if reduction != "none" else ()
-    sweep = Sweep(arguments.chunk_size(call, chunk_size, default, most), vocab_axes, summed)
+    chunk = arguments.chunk_size(call, chunk_size, default, most)
+    sweep = Sweep(chunk, vocab_axes, summed, block=block)
     empty_mean = arguments.check_empty_mean(call, empty_mean)
     options = LossOptions(axes, classes, None, reduction, empty_mean, False, vocab_axes, summed)
     static = {"sweep": sweep, "kind": kind}

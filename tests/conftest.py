@@ -29,6 +29,7 @@ import pytest
 from forms import FORMS, SCHEDULES
 
 import jaxloss
+from jaxloss._linear import budget
 
 hypothesis.settings.register_profile(
     "suite",
@@ -129,6 +130,14 @@ def form(request):
 @pytest.fixture(params=SCHEDULES)
 def schedule(request):
     """The name of each schedule of a product."""
+    return request.param
+
+
+@pytest.fixture(params=[None, 2], ids=["whole", "blocks"])
+def block(request, monkeypatch):
+    """How many tokens' logits a loss reads at a time, None for all of a chunk: on one CPU device
+    blocks of a MiB, of which a test's few columns would make one."""
+    monkeypatch.setattr(budget, "block_of_rows", lambda *_: request.param)
     return request.param
 
 

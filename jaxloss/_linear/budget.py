@@ -6,6 +6,8 @@ from typing import Any
 import jax
 
 from jaxloss._linear.packing import step_sizes
+from jaxloss._linear.product import Sweep
+from jaxloss._xla import device
 
 
 def size_to_plan_for(num_tokens: Any) -> int:
@@ -38,16 +40,20 @@ def rows_held(
     divergence: str | None = None,
     own: float | None = None,
     stored: bool = False,
+    in_blocks: bool = False,
 ) -> float:
     """Float32 rows of logits that a token of a chunk holds with these options, value and gradients.
 
     Counted in what XLA:CPU compiles, which writes out more than XLA's other compilers.
 
     ``none``: the reduction. ``stored``: exponentials. ``mask``: of classes. ``own``: a loss of the
-    caller's own, whose arrays of a token take as many rows.
+    caller's own, whose arrays of a token take as many rows. ``in_blocks``: of rows, in which the
+    logits' gradient is written over them; beside them stand those of a reference.
     """
     rows = PLAIN_ROWS
-    if divergence is not None:
+    if in_blocks:
+        none = True
+    elif divergence is not None:
         rows = OF_DIVERGENCE[divergence] + 0.25 * mask
     elif own is not None:
         rows = 4 + 2 * own  # of each array the chunk's part and its gradient
@@ -91,6 +97,24 @@ def default_chunk(
     return max(1, min(chunk, num_tokens))
 
 
+def block_of_rows(num_columns: int, in_step: bool) -> int | None:
+    """Tokens of a chunk whose logits a loss reads at a time: a power of two; None: all of them.
+
+    ``in_step``: the devices of a mesh communicate for each of these reads.
+    """
+    # Where a partitioner may split a chunk's tokens, blocks of them would be gathered.
+    if jax.default_backend() != "cpu" or in_step or device.devices_of_a_partitioner() > 1:
+        return None
+    return _fit(1, num_columns)
+
+
+def block_sizes(chunk: int, block: int | None) -> set[int]:
+    """Tokens of the blocks of a chunk."""
+    if block is None or block >= chunk:
+        return {chunk}
+    return {block, chunk % block} - {0}
+
+
 def default_stored_chunk(num_tokens: int, num_columns: int, num_features: int) -> int:
     """Tokens a chunk whose exponentials a kernel stores in 2 bytes each: a power of two, or all."""
     if jax.default_backend() == "tpu":
@@ -124,11 +148,14 @@ def value_chunk(chunk: int, num_columns: int, mebibytes: int = VALUE_MIB, groups
     return chunk
 
 
-def all_step_sizes(chunk: int, num_columns: int, groups: int = 1) -> list[int]:
-    """Of every sweep: of all gradients, of those without the kernel's, of the value alone."""
+def all_sizes(sweep: Sweep, num_columns: int, groups: int = 1) -> list[int]:
+    """How many tokens' logits a loss reads at a time, in every sweep: of all gradients, of those
+    without the kernel's, of the value alone."""
+    chunk = sweep.chunk
     limits = VALUE_MIB, FROZEN_KERNEL_MIB
     chunks = chunk, *(value_chunk(chunk, num_columns, limit, groups) for limit in limits)
-    return sorted({n for c in chunks for n in step_sizes(c, groups)})
+    steps = {n for c in chunks for n in step_sizes(c, groups)}
+    return sorted(set[int]().union(*(block_sizes(n, sweep.block) for n in steps)))
 
 
 def default_block(num_tokens: int, num_classes: int) -> int:

@@ -12,7 +12,9 @@ from jax import Array, lax
 
 from jaxloss._linear import token_chunks, token_rules
 from jaxloss._numerics import log_probs
-from jaxloss._numerics.logits import Logits, scaling_of
+from jaxloss._numerics.logits import Logits, over_temperature, scaling_of
+from jaxloss._numerics.parts import Rows
+from jaxloss._numerics.rows import row_losses
 from jaxloss._tokens.classes import (
     Classes,
     anywhere,
@@ -21,7 +23,7 @@ from jaxloss._tokens.classes import (
     existing,
     local_classes,
 )
-from jaxloss._tokens.losses import temperature_of
+from jaxloss._tokens.losses import divided_rows, temperature_of
 from jaxloss._tokens.shapes import rows_of_mask
 from jaxloss._types import Scalars, TokenArrays
 from jaxloss._xla.device import jit
@@ -49,9 +51,14 @@ def named(
     return found
 
 
-def likeliest(rows: log_probs.Differences, classes: Classes, k: int) -> tuple[Array, Array]:
+def likeliest(logits: Logits, temperature: Any, classes: Classes, k: int) -> tuple[Array, Array]:
     """The k most likely classes; -100 in place of one that does not exist."""
-    index, found = log_probs.top_k(rows, k, classes.start, classes.axes)
+    index, d = log_probs.top_k(logits, k, classes.start, classes.axes)
+    if isinstance(temperature, Array):
+        d = over_temperature(d, temperature)
+        logits, _ = divided_rows(logits, temperature, classes.axes)
+    rest = row_losses(Rows(logits), ("lse_above_max",), classes.axes).lse_above_max
+    found = d - rest[..., None]
     return jnp.where(found == -jnp.inf, -100, index), found
 
 
@@ -75,10 +82,15 @@ def sampled(
     return jax.tree.map(lambda x: jnp.moveaxis(x, 0, -1), found)
 
 
-def rows_of(x: Array, arrays: TokenArrays, scalars: Scalars, classes: Classes) -> Any:
-    """The differences of rows of logits, of which ``arrays`` say the classes that exist."""
+def logits_of(x: Array, arrays: TokenArrays, scalars: Scalars, classes: Classes) -> Logits:
+    """Rows of logits, of which ``arrays`` say the classes that exist."""
     scaling = scaling_of(scalars.softcap, scalars.temperature)
-    logits = Logits(x, existing(arrays.class_mask, classes, x.ndim), scaling)
+    return Logits(x, existing(arrays.class_mask, classes, x.ndim), scaling)
+
+
+def rows_of(x: Array, arrays: TokenArrays, scalars: Scalars, classes: Classes) -> Any:
+    """The differences of :func:`logits_of`."""
+    logits = logits_of(x, arrays, scalars, classes)
     return log_probs.differences(logits, temperature_of(arrays, scalars), classes.axes)
 
 
@@ -103,12 +115,14 @@ def by_token_chunks(product, arrays, scalars, own, *, sweep, options, kind, impl
         # Counted anew: traced values must not leak into the loop that this runs in.
         classes = local_classes(options.num_classes, x.shape[-1], sweep.vocab_axes)
         here = TokenArrays(None, class_mask=mask, temperature=temperature)
-        rows = rows_of(x, here, of_scalars.unflatten(numbers), classes)
+        given = x, here, of_scalars.unflatten(numbers), classes
+        if name == "likeliest":
+            logits, own_temperature = logits_of(*given), temperature_of(here, given[2])
+            return (), lax.stop_gradient(likeliest(logits, own_temperature, classes, *rest))
+        rows = rows_of(*given)
         if name == "named":
             (indices,), (ignore_index, return_rest) = own, rest
             return named(rows, indices, classes, ignore_index, return_rest), ()
-        if name == "likeliest":
-            return (), lax.stop_gradient(likeliest(rows, classes, *rest))
         (place,), key = own, jax.random.wrap_key_data(shared[0], impl=impl)
         return (), lax.stop_gradient(sampled(rows, place, key, classes, *rest))
 

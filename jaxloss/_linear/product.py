@@ -29,6 +29,7 @@ class Sweep(NamedTuple):
     vocab_axes: Axes = ()  # the columns are split over; the loops' steps then communicate
     token_axes: Axes = ()  # the tokens are split over, and a sum is over all of them
     quarters: bool = True  # what is left of the last chunk of tokens goes in quarters of one
+    block: int | None = None  # tokens of a chunk whose logits a loss reads at a time; None: all
 
 
 @partial(

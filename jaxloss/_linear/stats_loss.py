@@ -172,14 +172,16 @@ def prepared(
         messages.fail(call, rule, got, "Pad one of them, and say num_classes=...")
     token_axes = token_axes if options.reduction != "none" else ()
     options = options._replace(vocab_axes=vocab_axes, token_axes=token_axes)
+    block = budget.block_of_rows(most_columns, bool(vocab_axes))
     rows = budget.rows_held(
         product.narrow,
+        in_blocks=block is not None,
         none=options.reduction == "none",
         statistics=True,
         mask=arrays.class_mask is not None,
         scaling=scalars.rescaled or arrays.temperature is not None,
     )
-    if other is not None:
+    if other is not None and block is None:
         rows += budget.OF_DIVERGENCE["forward"]
     most = budget.size_to_plan_for(tokens)
     default = budget.default_chunk(most, most_columns, rows=rows)
@@ -192,7 +194,7 @@ def prepared(
         own,
         (scalars, of_reference),
         options,
-        Sweep(chunk, vocab_axes, token_axes),
+        Sweep(chunk, vocab_axes, token_axes, block=block),
         found,
     )
 

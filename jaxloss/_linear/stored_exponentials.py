@@ -122,7 +122,7 @@ def gradients(
     in_place = at_once or on("tpu")
     form = token_chunks.LOGITS._replace(
         prepared=partial(_with_labels, row_loss, sweep.vocab_axes),
-        gradients=partial(_chunk_gradients, sweep.vocab_axes, in_place),
+        gradients=partial(_chunk_gradients, in_place),
         finished=_without_others if in_place else _with_label_terms,
     )
     compute = partial(token_chunks.gradients, row_loss, form=form)
@@ -162,9 +162,9 @@ def _at_once(compute, sweep, active, operands, packing, cts):
 
 
 def _chunk_gradients(
-    axes: Axes,
     in_place: bool,
     row_loss: RowLoss,
+    sweep: Sweep,
     active: Operands,
     complete: tuple[bool, ...],
     operands: Operands,
@@ -178,7 +178,7 @@ def _chunk_gradients(
     product = token_chunks.at_tokens(operands.student, at, packing, of_student)
     per_token = token_chunks.of_tokens_at(operands, at, packing, of_tokens)
     shared, real = operands.shared, packing.holds(at)
-    given = row_loss, axes, product, per_token, shared
+    given = row_loss, sweep.vocab_axes, product, per_token, shared
     (ct,) = cts
     ct = mesh.varying(gather_rows(ct, at), mesh.varies_over(product.hidden))
     tokens, of_label, label_exists, (e, scale, part) = _of_chunk(*given, weight=ct)

@@ -135,7 +135,11 @@ def losses(
         x = form.read(at_tokens(operands.student, at, packing, of_student))
         y = _teacher_logits(operands, at, packing, of_teacher)
         own = of_tokens_at(operands, at, packing, of_tokens)
-        return loss_fn(x, (*y, *own), operands.shared)
+
+        def of_block(_, rows):
+            return (), loss_fn(*rows, operands.shared), ()
+
+        return in_blocks(of_block, sweep.block, (), (x, (*y, *own)))[1]
 
     def update(state, at, values):
         return jax.tree.map(partial(scatter_rows, at), state, values)
@@ -179,7 +183,7 @@ def gradients(
         p is not None and complete_over(p, of_tokens, sweep) for p in (whole.student, whole.teacher)
     )
     first = _first_rows(given, packing)
-    part = partial(form.gradients, loss_fn, active, complete, given, packing, first, cts)
+    part = partial(form.gradients, loss_fn, sweep, active, complete, given, packing, first, cts)
     part = jax.jit(part, inline=True)  # traced once, for all steps of the sweep
     chunk = sweep.chunk
     if active.student.kernel is not True:  # no gradient of a whole kernel is added up
@@ -245,6 +249,7 @@ def _floats(g: Array, x: Array) -> Array:
 
 def chunk_gradients(
     loss_fn: LossFn,
+    sweep: Sweep,
     active: Operands,
     complete: tuple[bool, ...],
     operands: Operands,
@@ -270,26 +275,36 @@ def chunk_gradients(
 
     # A loss without a cotangent has no part in the pullback: zeros would cost what it costs.
     asked = tuple(c is not None for c in cts)
+    over = (x, *y) if teaches else (x,)  # the gradients of these are written over them
+    rest = tokens[len(over) - 1 :]
 
-    def of_active(x, some_tokens, some_shared):
-        every = completed(some_tokens, tokens), completed(some_shared, shared)
-        losses, others = loss_fn(x, *every)
-        return those(asked, losses), (losses, others)
+    def of_block(over, rows):
+        (x, *moving), (rest, ct) = over, rows
+        tokens = (*moving, *rest)
 
-    some = those(active_tokens, tokens), those(active.shared, shared)
-    _, pullback, (losses, others) = jax.vjp(of_active, x, *some, has_aux=True)
-    ct = tuple(
-        None
-        if c is None
-        else mesh.varying(gather_rows(c, at).astype(loss.dtype), mesh.varies_over(loss))
-        for c, loss in zip(cts, losses, strict=True)
-    )
-    dx, d_tokens, d_shared = pullback(ct)
+        def of_active(x, some_tokens, some_shared):
+            every = completed(some_tokens, tokens), completed(some_shared, shared)
+            losses, others = loss_fn(x, *every)
+            return those(asked, losses), (losses, others)
+
+        some = those(active_tokens, tokens), those(active.shared, shared)
+        _, pullback, (losses, others) = jax.vjp(of_active, x, *some, has_aux=True)
+        ct = tuple(
+            None if c is None else mesh.varying(c.astype(loss.dtype), mesh.varies_over(loss))
+            for c, loss in zip(ct, losses, strict=True)
+        )
+        dx, d_tokens, d_shared = pullback(ct)
+        dy, d_rest = d_tokens[: len(moving)], d_tokens[len(moving) :]
+        return (dx, *dy), (losses, others, d_rest), d_shared
+
+    ct = tuple(gather_rows(c, at) for c in cts)
+    moved, of_rows, d_shared = in_blocks(of_block, sweep.block, over, (rest, ct))
+    (dx, *dy), (losses, others, d_tokens) = moved, of_rows
+    d_tokens = d_tokens[len(y) - len(dy) :]
     # Devices on a mesh take equally many steps. In a step in which this one has no valid token, its
     # shared gradients are of padding: they are set to 0.
     here = jnp.any(real)
     d_shared = tuple(None if d is None else jnp.where(here, d, 0) for d in d_shared)
-    dy, d_tokens = d_tokens[: len(y)], d_tokens[len(y) :]
 
     def of_product(product, dx, active, complete):
         # No token, no gradient: a loss that is not finite at hidden = 0 must not leak.
@@ -305,6 +320,36 @@ def chunk_gradients(
         d_teacher = of_product(own, dy[0], active.teacher, complete[1])
     d_student = of_product(student, dx, active.student, complete[0])
     return losses, others, Operands(d_student, d_tokens, d_shared, d_teacher)
+
+
+def in_blocks(of_block: Callable, block: int | None, over: tuple, rows: Any) -> tuple:
+    """``of_block(over, rows) -> (over, what it gives a row, sums)`` of arrays ``[n, ...]``, a block
+    of rows at a time.
+
+    What XLA:CPU writes out between the passes over a block is small, and stays in the cache. The
+    arrays that take the place of ``over`` have its types, and are written over it.
+    """
+    n = jax.tree.leaves((over, rows))[0].shape[0]
+    if block is None or block >= n:
+        return of_block(over, rows)
+
+    def some(start, size, xs):
+        return jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, start, size), xs)
+
+    def put(start, xs, ys):
+        return jax.tree.map(lambda x, y: lax.dynamic_update_slice_in_dim(x, y, start, 0), xs, ys)
+
+    def step(state, start, size):
+        over, given, sums = state
+        # Inlined below: traced once for all blocks of a size.
+        new, more, parts = of_some(some(start, size, over), some(start, size, rows))
+        return put(start, over, new), put(start, given, more), jax.tree.map(jnp.add, sums, parts)
+
+    of_some = jax.jit(of_block, inline=True)
+    _, given, sums = jax.eval_shape(of_some, some(0, block, over), some(0, block, rows))
+    state = over, _blank_rows(n, given), jax.tree.map(mesh.blank, sums)
+    state = lax.fori_loop(0, n // block, lambda i, s: step(s, i * block, block), state)
+    return step(state, n - n % block, n % block) if n % block else state
 
 
 LOGITS = Form(

@@ -267,14 +267,19 @@ def _mixture(pair: Pair, beta: Any) -> Mixture:
     more, s, b, d = _sides(pair)
     # Both selected: 1 - 0.99 is 0.01 to six digits.
     of_b, of_s = jnp.where(more, beta, 1 - beta), jnp.where(more, 1 - beta, beta)
+    # Of two numbers: XLA:CPU would take a logarithm of each class, in a pass of its own.
+    logs = (log(jnp.asarray(share, s.dtype)) for share in (beta, 1 - beta))
+    log_of_b = lax.stop_gradient(jnp.where(more, *logs))
     # Written out: XLA:CPU would compute the gap's series twice in the logarithm's pass.
     gap, (s, b, d) = reread(_gap(s, b, d), (s, b, d))
-    above, below = reread(*_logs_by_mixture(s, b, d, gap, of_s, of_b))
+    above, below = reread(*_logs_by_mixture(s, b, d, gap, of_s, of_b, log_of_b))
     return Mixture(of_b * b + of_s * s, above, below)
 
 
 @jax.custom_jvp
-def _logs_by_mixture(s: Array, b: Array, d: Array, gap: Array, of_s: Array, of_b: Array):
+def _logs_by_mixture(
+    s: Array, b: Array, d: Array, gap: Array, of_s: Array, of_b: Array, log_of_b: Array
+) -> tuple[Array, Array]:
     """``log(b / m)`` and ``log(m / s)`` for ``m = of_b b + of_s s``; ``gap`` is ``b - s``.
 
     They sum to ``d``. One logarithm, of the one that may be much smaller than ``d``, and the rest::
@@ -287,7 +292,7 @@ def _logs_by_mixture(s: Array, b: Array, d: Array, gap: Array, of_s: Array, of_b
     share = jnp.where(by_b, -of_s, jnp.where(near, of_b, of_s / of_b))
     top, bottom = jnp.where(by_b | near, gap, s), jnp.where(~by_b & near, s, b)
     found = log1p(share * _over(top, bottom))
-    found = jnp.where(by_b, -found, jnp.where(near, found, -log(of_b) - found))
+    found = jnp.where(by_b, -found, jnp.where(near, found, -log_of_b - found))
     rest = d - found
     below_is_found = ~by_b & near
     return jnp.where(below_is_found, rest, found), jnp.where(below_is_found, found, rest)
@@ -295,7 +300,7 @@ def _logs_by_mixture(s: Array, b: Array, d: Array, gap: Array, of_s: Array, of_b
 
 def _logs_by_mixture_jvp(primals, tangents):
     # Functions of d and of_b, with of_s = 1 - of_b: -log(of_b + of_s e^-d), and d less that.
-    s, b, d, gap, of_s, of_b = primals
+    s, b, d, gap, of_s, of_b, _ = primals
     share_of_s, share_of_b = _shares(s, b, d, of_s, of_b)
     dd, d_of_b = tangents[2], tangents[5]
     dd = jnp.zeros_like(d) if isinstance(dd, SymbolicZero) else dd

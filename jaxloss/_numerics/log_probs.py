@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from jaxloss._numerics import passes
 from jaxloss._numerics.logits import Logits, over_temperature
-from jaxloss._numerics.passes import one_near_max
 from jaxloss._types import Axes
 from jaxloss._xla import mesh
 from jaxloss._xla.elementary import finite
@@ -38,7 +38,7 @@ def differences(logits: Logits, temperature: Any, axes: Axes) -> Differences:
     """``temperature``: an array, a scalar or one a row; a number is in the logits' scaling."""
     x = logits.wide()
     x_max = mesh.largest(jnp.max(lax.stop_gradient(x), axis=-1), axes)
-    at_max = is_at(x, one_near_max(x, finite(x_max), axes))
+    at_max = is_at(x, passes.one_near_max(x, finite(x_max), axes))
     of_max = _total(jnp.where(at_max, x, 0), axes)
     d = logits.nats(x - of_max[..., None])
     if isinstance(temperature, Array):
@@ -78,16 +78,19 @@ def log_prob_of_others(rows: Differences, column: Array, axes: Axes) -> Array:
     return jnp.where(jnp.isnan(rows.rest), jnp.nan, found)
 
 
-def top_k(rows: Differences, k: int, start: Any, axes: Axes) -> tuple[Array, Array]:
-    """(classes, log-probabilities) ``[..., k]``, the most likely first, of equal ones the lower
-    class. ``start``: the class of the first column."""
-    d, column = lax.top_k(rows.d, min(k, rows.d.shape[-1]))
+def top_k(logits: Logits, k: int, start: Any, axes: Axes) -> tuple[Array, Array]:
+    """(classes, ``d``) ``[..., k]``, the most likely first, of equal ones the lower class. ``d`` as
+    in :class:`Differences`, before a temperature that is an array; NaN: the row is no distribution.
+    ``start``: the class of the first column."""
+    x, column = passes.top_k(logits.wide(), min(k, logits.size))
     index = column.astype(jnp.int32) + start
     if axes:  # those of each device in the order of its classes: of equal ones the first stays so
-        d, index = (_of_devices(v, axes) for v in (d, index))
-        d, place = lax.top_k(d, k)
+        x, index = (_of_devices(v, axes) for v in (x, index))
+        x, place = lax.top_k(x, k)
         index = jnp.take_along_axis(index, place, axis=-1)
-    return index, d - rows.rest[..., None]
+    largest = x[..., :1]
+    d = logits.nats(jnp.where(x == largest, 0, x - largest))
+    return index, jnp.where(jnp.isfinite(largest), d, jnp.nan)
 
 
 def _of_devices(x: Array, axes: Axes) -> Array:

@@ -268,6 +268,38 @@ def _max_and_place_of_columns(logits: Logits, count: int) -> tuple[Array, Array]
     return m.astype(accumulator_dtype(m.dtype)), place * size + column
 
 
+def top_k(x: Array, k: int) -> tuple[Array, Array]:
+    """``lax.top_k`` of ``x[..., C]`` without its derivative: of equal entries the first."""
+    x = lax.stop_gradient(x)
+    # The k largest lie within the k groups of neighbours with the largest maxima, of equal maxima
+    # the first groups.
+    size = x.shape[-1]
+    lengths = (n for n in range(1, max(1, size // max(1, k)) + 1) if size % n == 0)
+    group = min(lengths, key=lambda n: size // n + k * n)
+    if 2 * (size // group + k * group) > size or not device.on_one_device():
+        return tuple(lax.top_k(x, k))
+    of_groups = partial(_top_k_of_groups, k=k, group=group)
+    return lax.platform_dependent(x, cpu=of_groups, default=lambda x: tuple(lax.top_k(x, k)))
+
+
+def _top_k_of_groups(x: Array, k: int, group: int) -> tuple[Array, Array]:
+    """XLA:CPU sorts 2 C / group entries of a row and not all C, in a third of the time."""
+    folded = x.reshape(*x.shape[:-1], x.shape[-1] // group, group)
+    _, found = lax.top_k(_with_one_zero(jnp.max(folded, axis=-1)), k)
+    found = jnp.sort(found, axis=-1)  # so that of equal entries the first stays so
+    few = jnp.take_along_axis(folded, found[..., None], axis=-2, mode="promise_in_bounds")
+    few = _with_one_zero(few.reshape(*x.shape[:-1], k * group))
+    # The barrier, or XLA:CPU sees a slice of a slice, knows no top k in it, and sorts all.
+    best, place = lax.optimization_barrier(tuple(lax.top_k(few, k)))
+    of_group = jnp.take_along_axis(found, place // group, axis=-1, mode="promise_in_bounds")
+    return best, of_group * group + place % group
+
+
+def _with_one_zero(x: Array) -> Array:
+    """``lax.top_k`` puts 0 before -0, and a maximum may be either of the two."""
+    return jnp.where(x == 0, 0, x)
+
+
 def near_max(logits: Logits, m: Array) -> Array:
     """The first class within a few roundings of the row's maximum: the entry to keep out. int32.
 

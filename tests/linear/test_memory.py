@@ -254,6 +254,31 @@ def most_held(name, dtype):
     return MOST_HELD * LOGITS_MIB + bits * 2 * N * V / 2**20
 
 
+@pytest.mark.parametrize("name", ["jensen_shannon", "squares of a loss", "reference"])
+def test_losses_in_blocks_hold_no_more(name, monkeypatch):
+    """On one CPU device what a loss writes out is of a few rows, and chunks are as large as those
+    of a plain loss."""
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+
+    def of_stats(hidden, kernel, labels, *reference):
+        def loss(stats, *reference):
+            squares = stats.entropy + stats.sum_sq_probs
+            return squares + reference[0].reverse_kl if reference else squares
+
+        reference = {"reference": reference} if reference else {}
+        given = hidden, kernel, labels
+        return jaxloss.linear_stats_loss(loss, *given, logit_softcap=30.0, **reference)
+
+    divergence, its_own = partial(jaxloss.linear_kl_divergence, divergence=name), TEACHER[:2]
+    loss, rest = {
+        "jensen_shannon": (divergence, its_own),
+        "squares of a loss": (of_stats, [OF_TOKENS]),
+        "reference": (of_stats, [OF_TOKENS, *its_own]),
+    }[name]
+    step = jax.value_and_grad(loss, (0, 1))
+    assert temporary_mib(step, linear_operands(F32, *rest)) <= MOST_HELD * LOGITS_MIB
+
+
 BF16 = jnp.bfloat16
 WIDENED_BY_JAX_0_10 = {
     ("vocab_blocks, every option", BF16),  # 160 MiB of 154

@@ -174,7 +174,7 @@ def assert_close(got, expected, relative=2e-5):
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_objectives_by_their_formulas(name):
+def test_objectives_by_their_formulas(name, block):
     objective, options, with_reference = OBJECTIVES[name]
     given, ref, labels = operands()
     got = jit_quickly(derivatives(partial(call, objective, with_reference, **options)))(
@@ -210,7 +210,7 @@ def test_objectives_on_meshes(kind, names, name):
 
 
 @pytest.mark.parametrize(("reference", "value", "gradients"), [(False, 1, 3), (True, 2, 4)])
-def test_products(reference, value, gradients):
+def test_products(reference, value, gradients, block):
     given, ref, labels = operands()
     objective = OBJECTIVES["grpo, exact" if reference else "ppo"][0]
     # All tokens at once: a chunk's program stands in the program of a sweep several times.
@@ -223,7 +223,7 @@ def test_products(reference, value, gradients):
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("chunk", [5, B * L])
-def test_what_goes_along(chunk, reduction):
+def test_what_goes_along(chunk, reduction, block):
     given, ref, labels = operands()
 
     def loss(stats, reference, before):
@@ -258,7 +258,7 @@ def test_what_goes_along(chunk, reduction):
 
 
 @pytest.mark.nan_is_meant
-def test_tokens_that_do_not_count_are_never_seen():
+def test_tokens_that_do_not_count_are_never_seen(block):
     given, ref, labels = operands()
     ignored = (labels < 0)[..., None]
     objective, _, with_reference = OBJECTIVES["grpo, exact"]
@@ -456,7 +456,7 @@ def test_temperatures(kind):
 
 
 @pytest.mark.parametrize("outer", [jax.jacfwd, jax.jacrev])
-def test_second_derivatives(outer):
+def test_second_derivatives(outer, block):
     given, ref, labels = operands()
     objective, _, with_reference = OBJECTIVES["grpo, exact"]
     rest = [given[name] for name in NAMES[1:]]
@@ -472,7 +472,7 @@ def test_second_derivatives(outer):
     np.testing.assert_allclose(got, expected, rtol=1e-3)
 
 
-def test_what_a_loss_closes_over_is_differentiable():
+def test_what_a_loss_closes_over_is_differentiable(block):
     given, _, labels = operands()
 
     def function(c):

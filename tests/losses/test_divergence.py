@@ -370,7 +370,7 @@ def linear_problem(n=7, d=4, v=11, d2=5, v2=11, dtype=jnp.float32, teacher_dtype
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_every_option_equals_the_materialised_loss(seed):
+def test_every_option_equals_the_materialised_loss(seed, block):
     rng = np.random.default_rng(seed)
     lead = [(), (3, 5), (7,), (3, 5)][seed]
     c, pads = 9, rng.integers(0, 3, 2)
@@ -514,7 +514,7 @@ def test_tokens_that_do_not_count_cost_nothing():
         np.testing.assert_allclose(slopes[i], grads[i], rtol=1e-5, atol=1e-7)
 
 
-def test_the_teacher_itself_is_at_zero():
+def test_the_teacher_itself_is_at_zero(block):
     h, k, *_ = linear_problem()
     f = partial(jaxloss.linear_kl_divergence, divergence="jensen_shannon", chunk_size=3)
     loss, slopes = jax.jit(jax.value_and_grad(f, (0, 1, 2, 3)))(h, k, h, k)

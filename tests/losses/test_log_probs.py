@@ -183,7 +183,9 @@ def test_an_axis_that_is_not_the_last():
 
 
 @pytest.mark.parametrize("chunk", [1, 5, N])
-def test_the_most_likely(chunk):
+@pytest.mark.parametrize("devices", [1, 8])
+def test_the_most_likely(chunk, devices, monkeypatch):
+    monkeypatch.setattr(jax, "device_count", lambda: devices)
     h, k, _ = operands()
     k = k.at[:, 9].set(k[:, 4]).at[:, C:].set(100.0)  # two that tie; padding above all
     function = partial(jaxloss.linear_top_k, k=K, num_classes=C, chunk_size=chunk, temperature=0.5)
@@ -193,6 +195,13 @@ def test_the_most_likely(chunk):
     np.testing.assert_allclose(found, expected[0], rtol=1e-5, atol=1e-6)
     assert index.dtype == jnp.int32
     assert found.dtype == jnp.float32
+
+
+def test_equal_log_probs_of_unequal_logits():
+    """As lax.top_k has the logits: differences with the largest may round their order away."""
+    kernel = jnp.array([[1e-9, 2e-9, 5.0, 3e-9]], jnp.float32)
+    index, _ = jaxloss.linear_top_k(jnp.ones((1, 1)), kernel, 4)
+    np.testing.assert_array_equal(index, [[2, 3, 1, 0]])
 
 
 def test_fewer_classes_than_are_asked_for():

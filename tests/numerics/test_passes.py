@@ -2,6 +2,7 @@
 where it is used."""
 
 import re
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -138,6 +139,27 @@ def test_the_maximum_and_its_place_from_columns(one_device, dtype, masked):
     some = ~np.isnan(existing).any(axis=-1)
     at = existing[np.arange(9), found]
     np.testing.assert_array_equal(at[some], existing.max(axis=-1)[some])
+
+
+@pytest.mark.nan_is_meant
+@pytest.mark.parametrize("k", [1, 3, 8])
+def test_the_largest_of_groups(one_device, k):
+    rng = np.random.default_rng(0)
+    x = rng.integers(-40, 40, (60, 600)).astype(np.float32)  # many are equal
+    x[0], x[1, 5:], x[2, 7] = -np.inf, -np.inf, np.inf
+    x[3] = np.where(rng.random(600) < 0.5, 0.0, -0.0)
+    x[4, 599] = x[4, 0] = 50
+    x[5] = rng.normal(size=600)
+    given = jnp.asarray(x)
+    best, found = jax.jit(partial(passes.top_k, k=k))(given)
+    assert "max" in str(jax.make_jaxpr(partial(passes.top_k, k=k))(given))
+    expected = jax.lax.top_k(jnp.where(given == 0, 0, given), k)  # it puts 0 before -0
+    np.testing.assert_array_equal(found, expected[1])
+    np.testing.assert_array_equal(best, expected[0])
+    for size in (599, 40):  # a prime, and few of them
+        few = given[:, :size]
+        got, expected = (f(few, min(k, size)) for f in (passes.top_k, jax.lax.top_k))
+        np.testing.assert_array_equal(got[0], expected[0])
 
 
 def test_sharded_rows_are_neither_indexed_nor_reshaped():
