@@ -7,7 +7,7 @@ import jax
 
 from jaxloss._linear.packing import step_sizes
 from jaxloss._linear.product import Sweep
-from jaxloss._xla import device
+from jaxloss._xla.blocks import rows_of_a_block
 
 
 def size_to_plan_for(num_tokens: Any) -> int:
@@ -102,10 +102,7 @@ def block_of_rows(num_columns: int, in_step: bool) -> int | None:
 
     ``in_step``: the devices of a mesh communicate for each of these reads.
     """
-    # Where a partitioner may split a chunk's tokens, blocks of them would be gathered.
-    if jax.default_backend() != "cpu" or in_step or device.devices_of_a_partitioner() > 1:
-        return None
-    return _fit(1, num_columns)
+    return None if in_step else rows_of_a_block(num_columns)
 
 
 def block_sizes(chunk: int, block: int | None) -> set[int]:

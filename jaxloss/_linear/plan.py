@@ -76,8 +76,8 @@ def choose(
         rule = "labels with rest='bucket' need implementation='token_chunks'"
         messages.fail(call, rule, repr(name))
     if several and name not in ("token_chunks", "stored_exponentials"):
-        rule = "a kernel of several heads needs implementation='token_chunks' or "
-        rule += "'stored_exponentials'"
+        rule = "a kernel of several heads needs implementation='token_chunks'"
+        rule += "" if options.with_stats else " or 'stored_exponentials'"
         messages.fail(call, rule, repr(name))
     if divided and name == "vocab_blocks":
         rule = "a temperature that is an array needs implementation='token_chunks'"

@@ -31,6 +31,7 @@ from jaxloss._linear.packing import (
 )
 from jaxloss._linear.product import Product, Sweep, complete_over, padded
 from jaxloss._xla import mesh
+from jaxloss._xla.blocks import blank_rows, in_blocks
 from jaxloss._xla.dtypes import accumulator_dtype, gradient_dtype
 
 # loss_fn(logits[n, C], per_token, shared) -> (losses to differentiate, others), tuples of [n].
@@ -147,12 +148,8 @@ def losses(
     part = jax.jit(part, inline=True)  # traced once, for all steps of the sweep
     chunk = value_chunk(sweep.chunk, columns_of(operands), groups=packing.groups)
     like = jax.eval_shape(part, packing.some(0, chunk))
-    blank = partial(_blank_rows, operands.student.hidden.shape[0], like)
+    blank = partial(blank_rows, operands.student.hidden.shape[0], like)
     return over_chunks(packing, chunk, part, update, blank, lambda state: state, dynamic)
-
-
-def _blank_rows(size: int, like):
-    return jax.tree.map(lambda x: mesh.blank(x, (size, *x.shape[1:])), like)
 
 
 def gradients(
@@ -204,7 +201,7 @@ def gradients(
         return mesh.blank(g, dtype=accumulator_dtype(x.dtype))  # a sum, never narrower
 
     def blank():
-        each = _blank_rows(student.hidden.shape[0], like)
+        each = blank_rows(student.hidden.shape[0], like)
         return *each, map_operands(blank_of, gradient, operands, rows)
 
     def in_its_dtype(g, x):
@@ -320,36 +317,6 @@ def chunk_gradients(
         d_teacher = of_product(own, dy[0], active.teacher, complete[1])
     d_student = of_product(student, dx, active.student, complete[0])
     return losses, others, Operands(d_student, d_tokens, d_shared, d_teacher)
-
-
-def in_blocks(of_block: Callable, block: int | None, over: tuple, rows: Any) -> tuple:
-    """``of_block(over, rows) -> (over, what it gives a row, sums)`` of arrays ``[n, ...]``, a block
-    of rows at a time.
-
-    What XLA:CPU writes out between the passes over a block is small, and stays in the cache. The
-    arrays that take the place of ``over`` have its types, and are written over it.
-    """
-    n = jax.tree.leaves((over, rows))[0].shape[0]
-    if block is None or block >= n:
-        return of_block(over, rows)
-
-    def some(start, size, xs):
-        return jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, start, size), xs)
-
-    def put(start, xs, ys):
-        return jax.tree.map(lambda x, y: lax.dynamic_update_slice_in_dim(x, y, start, 0), xs, ys)
-
-    def step(state, start, size):
-        over, given, sums = state
-        # Inlined below: traced once for all blocks of a size.
-        new, more, parts = of_some(some(start, size, over), some(start, size, rows))
-        return put(start, over, new), put(start, given, more), jax.tree.map(jnp.add, sums, parts)
-
-    of_some = jax.jit(of_block, inline=True)
-    _, given, sums = jax.eval_shape(of_some, some(0, block, over), some(0, block, rows))
-    state = over, _blank_rows(n, given), jax.tree.map(mesh.blank, sums)
-    state = lax.fori_loop(0, n // block, lambda i, s: step(s, i * block, block), state)
-    return step(state, n - n % block, n % block) if n % block else state
 
 
 LOGITS = Form(
