@@ -123,7 +123,7 @@ def linear_cross_entropy(
         heads (``vocab_axis`` -1 or -2) of ``hidden[..., K, D]``, or of ``hidden[..., 1, D]`` that
         all of them read: the losses and all that has an entry a token are ``[..., K]``, ``bias`` is
         ``[K, V]``, and ``kernel_spec`` speaks of one head's kernel. Heads run one after another, in
-        the memory of one head's chunk; by ``"token_chunks"`` alone.
+        the memory of one head's chunk; by ``"token_chunks"`` or ``"stored_exponentials"``.
       labels: class indices ``[...]``, class probabilities ``[..., C]``, or :class:`TopKLabels`.
       bias: ``[V]``.
       vocab_axis: the axis of ``kernel`` that holds the V columns.

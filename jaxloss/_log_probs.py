@@ -355,7 +355,7 @@ def linear_top_k(
     """
     call = "linear_top_k"
     product = product_of(call, hidden, kernel, bias, vocab_axis, dtype=dtype, precision=precision)
-    k = messages.integer(call, "k", k, 1, product.columns, default=1)
+    k = messages.bounded(call, "k", messages.index(call, "k", k), 1, product.columns)
     return _by_chunks(
         call,
         product,

@@ -129,8 +129,13 @@ def times_transposed(dx: Array, kernel: Any, vocab_axis: int, dtype: Any, dot: D
     def of_block(start, size):
         values, factor = _widened(block(kernel, start, size, vocab_axis), vocab_axis, dtype)
         own = lax.dynamic_slice_in_dim(dx, start, size, 1)
-        own = own if factor is None else own * factor.astype(own.dtype)[None]
-        return dot(own.astype(dtype), values, 1, vocab_axis)
+        if factor is None:
+            return dot(own.astype(dtype), values, 1, vocab_axis)
+        factor = factor.astype(own.dtype)
+        unit = _unit_of(factor, dtype)
+        own = own * (factor if unit is None else factor / unit)[None]
+        product = dot(own.astype(dtype), values, 1, vocab_axis)
+        return product if unit is None else product * unit
 
     columns = kernel.values.shape[vocab_axis]
     return blocks.over_blocks(columns, _block_size(kernel, vocab_axis), of_block, jnp.add)
@@ -189,6 +194,18 @@ def _widened(part: Any, vocab_axis: int, dtype: Any) -> tuple[Array, Array | Non
         each, scale = values.reshape(columns, groups, -1), scale.T[:, :, None]
     wide = each.astype(jnp.float32) * scale
     return wide.astype(dtype).reshape(values.shape), None
+
+
+def _unit_of(factor: Array, dtype: Any) -> Array | None:
+    """What a block's factors are divided by until its product is made; None: nothing.
+
+    float16 ends at 6e-8. A scale of 1e-4 beside a probability of 1e-6 would be lost there, where
+    the probability beside a kernel of float16 is not.
+    """
+    if dtype != jnp.float16:
+        return None
+    largest = jnp.max(jnp.abs(factor))
+    return jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1)
 
 
 def _block_size(kernel: Any, vocab_axis: int) -> int:

@@ -7,7 +7,6 @@ have room for, the row's maximum is ``o`` after all.
 """
 
 import math
-from dataclasses import replace
 
 import jax.numpy as jnp
 from jax import Array
@@ -25,11 +24,12 @@ HIGHEST = math.log(MOST) + 1  # of a logit above the offset, in nats
 def exponentials(logits: Logits, offset: Array, label: Array) -> Array:
     """exp(x_j - offset) of logits ``[n, C]``: 0 at the label, and little more than ``MOST``."""
     read = logits.as_read()
-    unit = 1.0 if read.scaling is None else read.scaling.unit
+    above = read.difference(read.values, offset)
     # All are finite, because a row that counts for nothing is multiplied by 0, and 0 * inf is NaN.
-    most = offset[:, None] + HIGHEST / unit
-    read = replace(read, values=jnp.minimum(read.values, most))
-    return other_exponentials(read, offset, label)
+    # The difference is bounded and not the logit: beside an offset of -1e10, or in the units of a
+    # temperature of 1e-9, 45 nats are rounded away, and the row would seem to fit.
+    above = Logits(jnp.minimum(above, HIGHEST))
+    return other_exponentials(above, jnp.zeros_like(offset), label)
 
 
 def rebased(offset: Array, x_label: Array) -> tuple[Array, Array]:

@@ -232,6 +232,32 @@ def test_gradients_come_back_in_their_operands_dtypes(dtype):
         assert max(relative_errors(found[:2], true)) <= 2 * NARROW
 
 
+@pytest.mark.parametrize("implementation", ["token_chunks", "vocab_blocks"])
+def test_scales_are_not_lost_in_float16(implementation):
+    """Beside a confident label each other class has 64 p = 2e-4; a scale of 1e-4 makes 2e-8 of it,
+    less than the least float16. Columns that have a mean in common show what is lost."""
+    columns, rng = 2048, np.random.default_rng(0)
+    scale = jnp.full(columns, 1e-4, jnp.float32).at[7].set(0)
+    values = rng.integers(60, 80, (D, columns)) * np.where(rng.random(D) < 0.5, 1, -1)[:, None]
+    values = jnp.asarray(values, jnp.int8)
+    h, y = GIVEN["h"].astype(jnp.float16), jnp.zeros(N, jnp.int32)
+    bias = jnp.zeros(columns, jnp.float32).at[0].set(np.log(columns) + 5)
+
+    def step(h):
+        kernel = jaxloss.QuantizedKernel(values, scale)
+        given = h, kernel, y
+        options = {"bias": bias, "reduction": "sum", "implementation": implementation}
+        return 2.0**10 * jaxloss.linear_cross_entropy(*given, **options)
+
+    found = 2.0**-10 * np.asarray(jax.grad(step)(h), np.float64)
+    kernel = np.asarray(values, np.float64) * np.asarray(scale, np.float64)
+    x = np.asarray(h, np.float64) @ kernel + np.asarray(bias, np.float64)
+    others = np.exp(x[:, 1:] - x[:, :1])
+    p = others / (1 + others.sum(axis=1, keepdims=True))
+    truth = p @ (kernel[:, 1:] - kernel[:, :1]).T
+    np.testing.assert_allclose(found, truth, rtol=0, atol=2.0**-6 * np.max(np.abs(truth)))
+
+
 @pytest.mark.parametrize("kind", ["dtype", "low rank", "int8", "qlora"])
 @pytest.mark.parametrize("name", ["mean", "none", "blocks", "stats loss"])
 def test_every_mode(name, kind):

@@ -204,6 +204,26 @@ def test_several_heads():
         np.testing.assert_allclose(x, z, rtol=0, atol=2e-6 * np.max(np.abs(z)))
 
 
+@pytest.mark.parametrize(
+    ("of_label", "temperature"), [(1e10, 1.0), (-1e10, 1.0), (-1e38, 1.0), (20.0, 1e-9)]
+)
+def test_a_label_below_others_beside_which_tens_of_nats_are_rounded_away(of_label, temperature):
+    """A class masked by a bias of -1e10 is one. A bound of so many nats above its logit is that
+    logit: the others' would seem to be equal to it, and the loss the log of their number."""
+    x = np.full((3, V), 0.25 * of_label if of_label > 0 else 0, np.float32)
+    x[:, 1], x[:, 2] = of_label, 1.25 * of_label if of_label > 0 else 2.0
+    h, y = jnp.asarray(x), jnp.array([1, 2, 1], jnp.int32)
+    step = partial(loss, temperature=temperature, reduction="sum")
+    found, (dx, _) = jax.value_and_grad(step, A)(h, jnp.eye(V, dtype=jnp.float32), y)
+    with jax.enable_x64(True):
+        z = np.asarray(x, np.float64) / temperature
+        truth, truth_dx = jax.value_and_grad(jaxloss.cross_entropy)(z, y, reduction="sum")
+        truth_dx = np.asarray(truth_dx) / temperature
+    np.testing.assert_allclose(found, float(truth), rtol=2.0**-20)
+    size = np.max(np.abs(truth_dx))
+    np.testing.assert_allclose(np.asarray(dx, np.float64), truth_dx, rtol=0, atol=2.0**-20 * size)
+
+
 ROWS = "takes the mean or the sum over class indices"
 
 

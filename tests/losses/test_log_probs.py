@@ -327,6 +327,7 @@ def test_samples_are_the_same_in_every_chunk_size(chunk):
         (lambda h, k, i: jaxloss.log_probs_at(h, i, temperature=0), ValueError, "temperature"),
         (lambda h, k, i: jaxloss.linear_top_k(h, k, 0), ValueError, "k must be in"),
         (lambda h, k, i: jaxloss.linear_top_k(h, k, V + 1), ValueError, "k must be in"),
+        (lambda h, k, i: jaxloss.linear_top_k(h, k, None), TypeError, "k must be an int; got None"),
         (lambda h, k, i: jaxloss.linear_top_k(h, k, 9, num_classes=8), ValueError, "at most num_"),
         (lambda h, k, i: jaxloss.linear_sample(3, h, k), TypeError, "key must be one key"),
         (
