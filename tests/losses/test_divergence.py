@@ -537,7 +537,7 @@ def test_temporary_memory():
 # On a mesh
 
 
-def test_tokens_split_over_devices():
+def test_tokens_split_over_devices(block):
     mesh = jax.make_mesh((4,), ("t",), axis_types=(AxisType.Auto,))
     args = linear_problem(16)
     weight = jnp.asarray(np.random.default_rng(0).random(16) * (np.arange(16) % 3 > 0), jnp.float32)
