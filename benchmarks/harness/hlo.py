@@ -56,8 +56,11 @@ def _called(attributes: str, *names: str) -> list[str]:
     return [name.strip(" %") for group in found for name in group.split(",") if name.strip()]
 
 
-def _steps(condition: list[Instruction]) -> int | None:
-    """``i < constant``, with ``i`` from 0 on, as XLA leaves a scan; None where it is computed."""
+def _steps(loop: Instruction, condition: list[Instruction]) -> int | None:
+    """As the program says, or by ``i < constant``, with ``i`` from 0 on, as XLA leaves a scan; None
+    where it is computed."""
+    if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes):  # XLA:GPU
+        return int(known[1])
     constants = {i.name: i.attributes for i in condition if i.opcode == "constant"}
     for instruction in condition:
         bounds = [constants[name] for name in instruction.operands if name in constants]
@@ -126,7 +129,7 @@ def _cost(
             out.kernel_cycles += issued
         elif i.opcode == "while":
             (condition,), (body,) = (_called(i.attributes, x) for x in ("condition", "body"))
-            steps = _steps(bodies[condition])
+            steps = _steps(i, bodies[condition])
             steps = next(open_loops) if steps is None else steps
             step = _cost(bodies, body, open_loops, scheduled)
             out.add(step, steps)
@@ -178,7 +181,7 @@ def _sent(
             out.append((kind, _SENDS[kind](_group(i)) * _result_bytes(i), False))
         elif i.opcode == "while":
             (condition,), (body,) = (_called(i.attributes, x) for x in ("condition", "body"))
-            steps = _steps(bodies[condition])
+            steps = _steps(i, bodies[condition])
             steps = next(open_loops) if steps is None else steps
             each = _sent(bodies, body, open_loops)
             out += [(kind, steps * size, True) for kind, size, _ in each]
