@@ -56,6 +56,11 @@ def _called(attributes: str, *names: str) -> list[str]:
     return [name.strip(" %") for group in found for name in group.split(",") if name.strip()]
 
 
+def _listed(i: Instruction, name: str) -> list[str]:
+    found = re.search(rf"\b{name}=\{{([\d,]+)\}}", i.attributes)
+    return found[1].split(",") if found else []
+
+
 def _steps(loop: Instruction, condition: list[Instruction]) -> int | None:
     """As the program says, or by ``i < constant``, with ``i`` from 0 on, as XLA leaves a scan; None
     where it is computed."""
@@ -117,12 +122,13 @@ def _cost(
     open_loops: Iterator[int],
     scheduled: Scheduled,
 ) -> Cost:
-    out, sizes = Cost(), {i.name: prod(i.dims) for i in bodies[name]}
+    out, dims = Cost(), {i.name: i.dims for i in bodies[name]}
     for i in bodies[name]:
         out.cycles += _cycles(i, scheduled)
         if i.opcode in ("convolution", "dot"):
-            # m x k by k x n: the product of the three arrays' sizes is (m k n)^2.
-            out.flops += 2 * sqrt(prod(sizes[x] for x in (i.name, *i.operands[:2])))
+            # b times m x k by k x n: the product of the three arrays' sizes is b (b m k n)^2.
+            batch = prod(dims[i.operands[0]][int(n)] for n in _listed(i, "lhs_batch_dims"))
+            out.flops += 2 * sqrt(prod(prod(dims[x]) for x in (i.name, *i.operands[:2])) / batch)
         elif i.opcode == "custom-call" and '"tpu_custom_call"' in i.attributes:
             out.kernels += 1
             issued = scheduled.bundles.get(i.name, 0) * scheduled.steps.get(i.name, 1)

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 
 from benchmarks.harness import chips, hlo, report
+from benchmarks.harness.environment import environment
 from benchmarks.harness.measure import refusal
 from benchmarks.parts import contrastive, heads
 from benchmarks.parts.tpu import TOPOLOGIES, chunk_loops, quiet
@@ -30,6 +31,7 @@ PAIRS = (16384, 768)  # pairs, features; in float32
 DTYPE = jnp.bfloat16  # of a model's hidden states and kernel
 CHIPS = ("v5e", "v6e", "H200")
 METHODS = ("products", "whole logits", "jaxloss")
+SHOWN = ("jaxloss", "whole logits")
 NAMES = (*heads.CASES, *contrastive.LOSSES)
 
 
@@ -38,7 +40,7 @@ def prepare(args: argparse.Namespace) -> None:
     warnings.simplefilter("ignore")
 
 
-def _device(chip: str) -> Any:
+def device_of(chip: str) -> Any:
     if chip == "H200":
         return chips.h200()[0]
     found = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[chip])
@@ -89,13 +91,27 @@ def compiled(
     return {m: chips.compiled(device, partial(of, method=m), dumps) for m in METHODS}
 
 
+def options(parser: argparse.ArgumentParser) -> None:
+    what = "this chip alone, added to the results that are there"
+    parser.add_argument("--add", choices=CHIPS, help=what)
+
+
+def _others(chip: str) -> list[dict[str, Any]]:
+    """The rows of the results that are there: of the same compilers."""
+    data, now = report.load(report.RESULTS, "heads_compiled"), environment(*PACKAGES)
+    names = *PACKAGES, "jax", "jaxlib"
+    if other := [name for name in names if now[name] != data["environment"][name]]:
+        raise SystemExit(f"--add: other versions of {', '.join(other)} made {report.RESULTS}.")
+    return [row for row in data["rows"] if row["chip"] != chip]
+
+
 def run(args: argparse.Namespace, tick: Callable[..., None]) -> dict[str, Any]:
-    rows, absent = [], {}
+    rows, absent = _others(args.add) if args.add else [], {}
     with TemporaryDirectory() as folder:
         hlo.dump_to(Path(folder))
-        for chip, each in report.shares(tick, CHIPS):
+        for chip, each in report.shares(tick, [args.add] if args.add else CHIPS):
             try:
-                device = _device(chip)
+                device = device_of(chip)
             except Exception as error:
                 absent[chip] = refusal(error)
                 continue
@@ -106,66 +122,50 @@ def run(args: argparse.Namespace, tick: Callable[..., None]) -> dict[str, Any]:
     return {"shape": [*SHAPE], "pairs": [*PAIRS], "rows": rows, "absent": absent}
 
 
-def _of_products(programs: dict[str, Any], method: str, key: str) -> str:
+def _of_products(chip: str, programs: dict[str, Any], method: str) -> str:
     program, bare = programs[method], programs["products"]
     if "refused" in program:
         return "refused"
+    key = "product_flops" if chip == "H200" else "cycles"
     share = f"{program[key] / bare[key]:.2f}"
-    if program["kernels"]:
-        share += f" + {program['kernel_cycles'] / bare[key]:.2f}"
-    return share
+    if not program["kernels"]:
+        return share
+    return f"{share} + {program['kernel_cycles'] / bare['cycles']:.2f}"
+
+
+def _peak(program: dict[str, Any]) -> str:
+    return "refused" if "refused" in program else f"{program['peak_mib']:.0f}"
 
 
 def tables(data: dict[str, Any]) -> list[report.Table]:
     found = {(row["chip"], row["head"]): row["programs"] for row in data["rows"]}
-    there = [chip for chip in CHIPS if chip not in data["absent"]]
-    names = [name for name in NAMES if (there[0], name) in found]
-    words = {"jaxloss": "jaxloss", "whole logits": "whole logits"}
-    pairs = ((chip, method) for chip in there for method in words)
-    columns = [f"{chip}\n{words[method]}" for chip, method in pairs]
+    there = [chip for chip in CHIPS if (chip, NAMES[0]) in found]
+    columns = [(chip, method) for chip in there for method in SHOWN]
     time, memory = [], []
-    for name in names:
-        shares, peaks, least = [], [], ""
-        for chip in there:
-            programs = found[chip, name]
-            ours = programs["jaxloss"]
-            for method in words:
-                key = "product_flops" if chip == "H200" else "cycles"
-                shares.append(_of_products(programs, method, key))
-                refused = "refused" in programs[method]
-                peaks.append("refused" if refused else f"{programs[method]['peak_mib']:.0f}")
-            least = least or f"{ours['arguments_mib'] + ours['results_mib']:.0f}"
-        time.append([name, *shares])
-        memory.append([name, least, *peaks])
-    env = data["environment"]
-    by = ", ".join(f"{name} {env[name]}" for name in PACKAGES if env[name])
-    shape, pairs = report.by(data["shape"]), report.by(data["pairs"])
-    out = [
-        report.Table(
-            "Value and gradients of a mean: cycles over those of the bare products by the model of "
-            "a TPU's compiler, + those of kernels, at most; of an H200, for which there is no such "
-            "model, the operations of the products over those of the bare ones "
-            f"({shape}, pairs {pairs}; {by})",
-            ["head", *columns],
-            time,
-        ),
-        report.Table(
-            "Peak MiB of one chip, the arguments and the gradients among them",
-            ["head", "inputs and\ngradients", *columns],
-            memory,
-        ),
-    ]
+    for name in NAMES if there else ():
+        ours = found[there[0], name]["jaxloss"]
+        least = f"{ours['arguments_mib'] + ours['results_mib']:.0f}"
+        time.append([name, *(_of_products(chip, found[chip, name], m) for chip, m in columns)])
+        memory.append([name, least, *(_peak(found[chip, name][m]) for chip, m in columns)])
+    compilers = ", ".join(f"{name} {data['environment'].get(name)}" for name in PACKAGES)
+    header = [f"{chip}\n{method}" for chip, method in columns]
+    title = (
+        "Value and gradients of a mean: cycles over those of the bare products, + kernels', "
+        "at most, by the model of a TPU's compiler; of an H200 the products' operations over the "
+        f"bare ones' ({report.by(data['shape'])}; pairs: {report.by(data['pairs'])})"
+    )
+    peaks = f"Peak MiB of one chip, the arguments and the gradients among them ({compilers})"
     refused = [
         [row["chip"], row["head"], method, program["refused"]]
         for row in data["rows"]
         for method, program in row["programs"].items()
         if "refused" in program
     ]
-    if refused:
-        header = ["chip", "head", "method", "exception"]
-        out.append(report.Table("Refused", header, refused, words=True))
-    if data["absent"]:
-        header = ["chip", "why there is no compiler for it"]
-        rows = [[*pair] for pair in data["absent"].items()]
-        out.append(report.Table("Not compiled", header, rows, words=True))
-    return out
+    absent = [[*pair] for pair in data["absent"].items()]
+    all_tables = [
+        report.Table(title, ["head", *header], time),
+        report.Table(peaks, ["head", "inputs and\ngradients", *header], memory),
+        report.Table("Refused", ["chip", "head", "method", "exception"], refused, words=True),
+        report.Table("Not compiled", ["chip", "why"], absent, words=True),
+    ]
+    return [table for table in all_tables if table.rows]
