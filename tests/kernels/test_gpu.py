@@ -117,6 +117,21 @@ def _compile_kernels(shape, factor=1, how=None):
     print(json.dumps(found))
 
 
+def _compile_low_rank(n, d, r):
+    """Prints how many columns the arrays have that are as large as the kernel, as JSON."""
+    one = _h200()
+
+    def loss(h, a, b, k, y):
+        return jaxloss.linear_cross_entropy(h, jaxloss.LowRankKernel(k, a, b), y)
+
+    shapes = (n, d), (d, r), (r, V), (d, V)
+    args = [jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=one) for shape in shapes]
+    args.append(jax.ShapeDtypeStruct((n,), jnp.int32, sharding=one))
+    program = _lowered(jax.value_and_grad(loss, (0, 1, 2)), *args).compile()
+    arrays = re.findall(r"\b[a-z]+\d+\[(\d+),(\d+)\]", program.as_text())
+    print(json.dumps({"columns": sorted({n for x in arrays for n in map(int, x) if n >= V})}))
+
+
 def _compile_pairs(loss, n, d):
     """Prints what four GPUs hold and send, as JSON."""
     found = chips.h200("1x1x4")
@@ -142,7 +157,6 @@ def _compile_pairs(loss, n, d):
             {
                 "sent": hlo.sent(program.as_text()),
                 "temporaries": memory.temp_size_in_bytes,
-                "least": memory.argument_size_in_bytes + memory.output_size_in_bytes,
                 "split": [str(s.spec) for s in program.output_shardings[1]],
             }
         )
@@ -300,14 +314,24 @@ def test_without_kernels_cross_entropy_reads_its_logits_once_forward_and_once_ba
     assert compiled(passes=[32768, 16384]) == ["gradient", "kInput", "kLoop"]
 
 
+def test_no_kernel_is_copied_to_be_multiplied_with_an_update():
+    """XLA:GPU would make one product of ``h @ k`` and ``h @ a``, of a kernel with a beside it."""
+    found = compiled(low_rank={"n": N, "d": D, "r": 16})
+    assert found["columns"] == [V]
+
+
 @pytest.mark.parametrize("loss", ["contrastive_loss", "sigmoid_contrastive_loss"])
 def test_pairs_over_four_gpus(loss):
     """A device's similarities alone would take 256 MiB; y goes round and is gathered nowhere."""
     n, d = 16384, 512
     found = compiled(pairs={"loss": loss, "n": n, "d": d})
-    print(found)
+    rows = n // 4 * d
+    assert found["temporaries"] <= 192 * MIB
+    assert found["split"][:2] == ["P('data',)"] * 2
     assert {*found["sent"]["in loops"]} == {"collective-permute"}
-    assert "all-gather" not in found["sent"]["once"]
+    # Of each hop y for the value, y and its float32 gradient for the gradients, sums of y's rows.
+    assert found["sent"]["in loops"]["collective-permute"] <= 4 * ((2 + 2 + 4) * rows + 64 * n)
+    assert sum(found["sent"]["once"].values()) < n  # numbers, and no array
 
 
 def test_the_walk_finds_materialised_logits():
@@ -321,6 +345,8 @@ if __name__ == "__main__":
     given = json.loads(sys.argv[1])
     if "pairs" in given:
         _compile_pairs(**given["pairs"])
+    elif "low_rank" in given:
+        _compile_low_rank(**given["low_rank"])
     elif "passes" in given:
         _compile_passes(given["passes"])
     elif "kernels_of" in given:
