@@ -317,7 +317,8 @@ def test_without_kernels_cross_entropy_reads_its_logits_once_forward_and_once_ba
 def test_no_kernel_is_copied_to_be_multiplied_with_an_update():
     """XLA:GPU would make one product of ``h @ k`` and ``h @ a``, of a kernel with a beside it."""
     found = compiled(low_rank={"n": N, "d": D, "r": 16})
-    assert found["columns"] == [V]
+    assert V in found["columns"]
+    assert V + 16 not in found["columns"]
 
 
 @pytest.mark.parametrize("loss", ["contrastive_loss", "sigmoid_contrastive_loss"])
