@@ -56,8 +56,16 @@ def _called(attributes: str, *names: str) -> list[str]:
     return [name.strip(" %") for group in found for name in group.split(",") if name.strip()]
 
 
-def _steps(condition: list[Instruction]) -> int | None:
-    """``i < constant``, with ``i`` from 0 on, as XLA leaves a scan; None where it is computed."""
+def _listed(i: Instruction, name: str) -> list[str]:
+    found = re.search(rf"\b{name}=\{{([\d,]+)\}}", i.attributes)
+    return found[1].split(",") if found else []
+
+
+def _steps(loop: Instruction, condition: list[Instruction]) -> int | None:
+    """As the program says, or by ``i < constant``, with ``i`` from 0 on, as XLA leaves a scan; None
+    where it is computed."""
+    if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes):  # XLA:GPU
+        return int(known[1])
     constants = {i.name: i.attributes for i in condition if i.opcode == "constant"}
     for instruction in condition:
         bounds = [constants[name] for name in instruction.operands if name in constants]
@@ -114,19 +122,20 @@ def _cost(
     open_loops: Iterator[int],
     scheduled: Scheduled,
 ) -> Cost:
-    out, sizes = Cost(), {i.name: prod(i.dims) for i in bodies[name]}
+    out, dims = Cost(), {i.name: i.dims for i in bodies[name]}
     for i in bodies[name]:
         out.cycles += _cycles(i, scheduled)
         if i.opcode in ("convolution", "dot"):
-            # m x k by k x n: the product of the three arrays' sizes is (m k n)^2.
-            out.flops += 2 * sqrt(prod(sizes[x] for x in (i.name, *i.operands[:2])))
+            # b times m x k by k x n: the product of the three arrays' sizes is b (b m k n)^2.
+            batch = prod(dims[i.operands[0]][int(n)] for n in _listed(i, "lhs_batch_dims"))
+            out.flops += 2 * sqrt(prod(prod(dims[x]) for x in (i.name, *i.operands[:2])) / batch)
         elif i.opcode == "custom-call" and '"tpu_custom_call"' in i.attributes:
             out.kernels += 1
             issued = scheduled.bundles.get(i.name, 0) * scheduled.steps.get(i.name, 1)
             out.kernel_cycles += issued
         elif i.opcode == "while":
             (condition,), (body,) = (_called(i.attributes, x) for x in ("condition", "body"))
-            steps = _steps(bodies[condition])
+            steps = _steps(i, bodies[condition])
             steps = next(open_loops) if steps is None else steps
             step = _cost(bodies, body, open_loops, scheduled)
             out.add(step, steps)
@@ -178,7 +187,7 @@ def _sent(
             out.append((kind, _SENDS[kind](_group(i)) * _result_bytes(i), False))
         elif i.opcode == "while":
             (condition,), (body,) = (_called(i.attributes, x) for x in ("condition", "body"))
-            steps = _steps(bodies[condition])
+            steps = _steps(i, bodies[condition])
             steps = next(open_loops) if steps is None else steps
             each = _sent(bodies, body, open_loops)
             out += [(kind, steps * size, True) for kind, size, _ in each]

@@ -22,6 +22,7 @@ PARTS: dict[str, dict[str, dict[str, Any]]] = {
     "automatic": {"automatic": {}},
     "sent": {"sent": {}},
     "heads": {"heads": {}},
+    "heads_compiled": {"heads_compiled": {}},
     "contrastive": {"contrastive": {}},
     "adoption": {"adoption": {}},
     "large": {"large": {}},

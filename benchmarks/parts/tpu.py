@@ -15,16 +15,13 @@ from itertools import count, groupby
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
-from jax.sharding import SingleDeviceSharding
 
-from benchmarks.harness import hlo, report
+from benchmarks.harness import chips, hlo, report
 from benchmarks.harness.environment import environment
-from benchmarks.harness.measure import MIB, refusal
 from benchmarks.methods.libraries import LOADERS, linear_loss
 from jaxloss._linear import budget
 
@@ -124,42 +121,14 @@ def compiled(
 ) -> dict[str, Any]:
     """What the program holds and costs, or ``{"refused": the exception's text}``."""
     topology = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[chip])
-    device = topology.devices[0]
     n, d, v = shape
     arrays = ((n, d), jnp.bfloat16), ((d, v), jnp.bfloat16), ((n,), jnp.int32)
-    args = [jax.ShapeDtypeStruct(*array, sharding=SingleDeviceSharding(device)) for array in arrays]
-    jax.clear_caches()  # what is traced goes by the chip
-    try:
-        # All of them, so that everyone chooses what they would on the chip.
-        with (
-            mock.patch.object(jax, "default_backend", return_value="tpu"),
-            mock.patch.object(jax, "devices", return_value=[device]),
-            mock.patch.object(jax, "device_count", return_value=1),
-            jax.default_device(device),
-        ):
-            function, steps = _method(name, shape, chunk)
-            program = jax.jit(function).lower(*args).compile()
-    except Exception as error:
-        hlo.take(dumps)  # of what was compiled before it was refused
-        return {"refused": refusal(error)}
-    memory, analysis = program.memory_analysis(), program.cost_analysis()
-    cost = hlo.cost(program.as_text(), steps, hlo.take(dumps))
-    return {
-        "peak_mib": memory.peak_memory_in_bytes / MIB,
-        "temp_mib": memory.temp_size_in_bytes / MIB,
-        "arguments_mib": memory.argument_size_in_bytes / MIB,
-        "results_mib": memory.output_size_in_bytes / MIB,
-        # Of what is no kernel.
-        "product_flops": cost.flops,
-        "cycles": cost.cycles,
-        "kernels": cost.kernels,
-        "kernel_cycles": cost.kernel_cycles,
-        "loops": cost.loops,
-        # As the compiler gives it, a loop's body counted once.
-        "cost_analysis": {
-            key: analysis.get(key) for key in ("flops", "bytes accessed", "optimal_seconds")
-        },
-    }
+
+    def make():
+        function, steps = _method(name, shape, chunk)
+        return function, tuple(jax.ShapeDtypeStruct(*array) for array in arrays), steps
+
+    return chips.compiled(topology.devices[0], make, dumps)
 
 
 def _added(name: str, tick: Callable[..., None]) -> dict[str, Any]:

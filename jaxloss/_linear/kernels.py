@@ -178,6 +178,10 @@ def with_block(total: Any, of_block: Any, start: Any, vocab_axis: int) -> Any:
 
 
 def _inner(x: Array, kernel: Any, dot: Dot) -> Array:
+    if jax.default_backend() == "gpu":
+        # XLA:GPU (JAX 0.10, 0.12) makes one product of two that share an operand, where one is
+        # small: it would copy the kernel for each chunk, to have ``a`` beside it.
+        x = lax.optimization_barrier(x)
     return dot(x, kernel.a.astype(x.dtype), 1, 0).astype(x.dtype)
 
 

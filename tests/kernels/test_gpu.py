@@ -8,16 +8,17 @@ import subprocess
 import sys
 from functools import partial
 from math import prod
-from pathlib import Path
 from unittest import mock
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
-from jax.experimental import topologies
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import AxisType, Mesh, NamedSharding, SingleDeviceSharding
+from jax.sharding import PartitionSpec as P
 
 import jaxloss
+from benchmarks.harness import chips, hlo
 from jaxloss._xla import device
 
 pytestmark = pytest.mark.skipif(
@@ -32,9 +33,7 @@ BOTH = {"gradients": True}
 
 
 def _h200():
-    config = Path(__file__).with_name("h200.txtpb").read_text()
-    topology = topologies.get_topology_desc(platform="cuda", target_config=config, topology="1x1x1")
-    return SingleDeviceSharding(topology.devices[0])
+    return SingleDeviceSharding(chips.h200()[0])
 
 
 def _lowered(function, *args, kernels=True):
@@ -118,6 +117,52 @@ def _compile_kernels(shape, factor=1, how=None):
     print(json.dumps(found))
 
 
+def _compile_low_rank(n, d, r):
+    """Prints how many columns the arrays have that are as large as the kernel, as JSON."""
+    one = _h200()
+
+    def loss(h, a, b, k, y):
+        return jaxloss.linear_cross_entropy(h, jaxloss.LowRankKernel(k, a, b), y)
+
+    shapes = (n, d), (d, r), (r, V), (d, V)
+    args = [jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=one) for shape in shapes]
+    args.append(jax.ShapeDtypeStruct((n,), jnp.int32, sharding=one))
+    program = _lowered(jax.value_and_grad(loss, (0, 1, 2)), *args).compile()
+    arrays = re.findall(r"\b[a-z]+\d+\[(\d+),(\d+)\]", program.as_text())
+    print(json.dumps({"columns": sorted({n for x in arrays for n in map(int, x) if n >= V})}))
+
+
+def _compile_pairs(loss, n, d):
+    """Prints what four GPUs hold and send, as JSON."""
+    found = chips.h200("1x1x4")
+    mesh = Mesh(np.array(found), ("data",), axis_types=(AxisType.Auto,))
+
+    def step(x, y, scale):
+        names = {"token_axis_name": "data", "mesh": mesh}
+        return getattr(jaxloss, loss)(x, y, logit_scale=scale, **names)
+
+    args = [
+        jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
+        for shape, dtype, spec in (
+            ((n, d), jnp.bfloat16, P("data")),
+            ((n, d), jnp.bfloat16, P("data")),
+            ((), jnp.float32, P()),
+        )
+    ]
+    with mock.patch.object(jax, "device_count", return_value=len(found)):
+        program = _lowered(jax.value_and_grad(step, (0, 1, 2)), *args).compile()
+    memory = program.memory_analysis()
+    print(
+        json.dumps(
+            {
+                "sent": hlo.sent(program.as_text()),
+                "temporaries": memory.temp_size_in_bytes,
+                "split": [str(s.spec) for s in program.output_shardings[1]],
+            }
+        )
+    )
+
+
 def run(**options):
     """(What the program printed as JSON, all that it said.)"""
     # In a process of its own: a program that the compiler cannot do may end it.
@@ -125,6 +170,7 @@ def run(**options):
         [sys.executable, __file__, json.dumps(options)],
         env={
             **os.environ,
+            "PYTHONPATH": os.pathsep.join(sys.path),
             "JAX_PLATFORMS": "cpu",
             "XLA_FLAGS": "",
             "MOSAIC_GPU_DUMP_PTXAS": "1",
@@ -268,6 +314,27 @@ def test_without_kernels_cross_entropy_reads_its_logits_once_forward_and_once_ba
     assert compiled(passes=[32768, 16384]) == ["gradient", "kInput", "kLoop"]
 
 
+def test_no_kernel_is_copied_to_be_multiplied_with_an_update():
+    """XLA:GPU would make one product of ``h @ k`` and ``h @ a``, of a kernel with a beside it."""
+    found = compiled(low_rank={"n": N, "d": D, "r": 16})
+    assert V in found["columns"]
+    assert V + 16 not in found["columns"]
+
+
+@pytest.mark.parametrize("loss", ["contrastive_loss", "sigmoid_contrastive_loss"])
+def test_pairs_over_four_gpus(loss):
+    """A device's similarities alone would take 256 MiB; y goes round and is gathered nowhere."""
+    n, d = 16384, 512
+    found = compiled(pairs={"loss": loss, "n": n, "d": d})
+    rows = n // 4 * d
+    assert found["temporaries"] <= 192 * MIB
+    assert found["split"][:2] == ["P('data',)"] * 2
+    assert {*found["sent"]["in loops"]} == {"collective-permute"}
+    # Of each hop y for the value, y and its float32 gradient for the gradients, sums of y's rows.
+    assert found["sent"]["in loops"]["collective-permute"] <= 4 * ((2 + 2 + 4) * rows + 64 * n)
+    assert sum(found["sent"]["once"].values()) < n  # numbers, and no array
+
+
 def test_the_walk_finds_materialised_logits():
     """The assertions above must be able to fail."""
     found = compiled(**BOTH, materialised=True)
@@ -277,7 +344,11 @@ def test_the_walk_finds_materialised_logits():
 
 if __name__ == "__main__":
     given = json.loads(sys.argv[1])
-    if "passes" in given:
+    if "pairs" in given:
+        _compile_pairs(**given["pairs"])
+    elif "low_rank" in given:
+        _compile_low_rank(**given["low_rank"])
+    elif "passes" in given:
         _compile_passes(given["passes"])
     elif "kernels_of" in given:
         _compile_kernels(given.pop("kernels_of"), **given)

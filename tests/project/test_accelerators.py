@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import jax
@@ -13,7 +14,7 @@ import pytest
 from benchmarks.harness import hlo, report
 from benchmarks.methods.device_functions import OF_LOGITS, OF_PRODUCTS
 from benchmarks.methods.linear_case import PRODUCTS
-from benchmarks.parts import gpu, tpu
+from benchmarks.parts import gpu, heads, heads_compiled, tpu
 
 ROOT = Path(__file__).parents[2]
 NOTEBOOK = ROOT / "benchmarks" / "tpu_benchmark.ipynb"
@@ -99,6 +100,18 @@ ENTRY %main.1 (a: f32[4,8]) -> f32[4,8] {
   ROOT %w.2 = (s32[], f32[4,8]{1,0}) while(%w.1), condition=%open.1, body=%body.1
 }
 """
+
+
+def test_a_product_in_parts_costs_what_the_whole_does():
+    """XLA:GPU sums over parts of the contracted axis, which are a batch's."""
+    program = """\
+ENTRY %main.1 (a: f32[4,2,8], b: f32[16,2,8]) -> f32[2,4,16] {
+  %a.1 = f32[4,2,8]{2,1,0} parameter(0)
+  %b.1 = f32[16,2,8]{2,1,0} parameter(1)
+  ROOT %d.1 = f32[2,4,16] dot(%a.1, %b.1), lhs_batch_dims={1}, lhs_contracting_dims={2}
+}
+"""
+    assert hlo.cost(program).flops == 2 * 4 * 16 * 16
 
 
 def test_the_cost_of_a_loop_is_that_of_all_its_steps():
@@ -220,6 +233,40 @@ def test_the_products_that_a_tpu_is_given(tmp_path, name, chunk, products):
     # The first of the blocks may be multiplied once for both of their sweeps.
     assert (products - 0.3) * one < program["product_flops"] <= products * one
     assert program["cycles"] > 0
+
+
+@LIBTPU
+@pytest.mark.parametrize(
+    ("name", "products"),
+    [(heads.MIXED, 3), ("LowRankKernel of int4 in groups", 2), (heads.SEVERAL, 3)],
+)
+def test_the_products_of_heads_on_a_tpu(tmp_path, name, products):
+    tpu.quiet()
+    shape = n, d, v = 2048, 128, 1024  # two chunks
+    with jax.enable_x64(False), jax.numpy_dtype_promotion("standard"):
+        device = heads_compiled.device_of("v6e")
+        programs = heads_compiled.compiled(device, name, tmp_path, shape)
+    assert programs.keys() == {*heads_compiled.METHODS}
+    several = heads.HEADS if name == heads.SEVERAL else 1
+    one = 2 * n * d * v / several
+    ours = programs["jaxloss"]
+    if name == heads.MIXED:  # its kernels' products are not among those that are counted
+        assert ours["kernels"] > 0
+    else:
+        update = 0 if several > 1 else 6 * 2 * n * heads.RANK * (d + v)
+        assert products * one <= ours["product_flops"] <= products * one + update
+    assert ours["cycles"] > 0
+
+
+def test_a_compiler_that_is_not_here_is_named(monkeypatch):
+    def device_of(chip):
+        raise RuntimeError(f"no {chip}")
+
+    monkeypatch.setattr(heads_compiled, "device_of", device_of)
+    found = heads_compiled.run(Namespace(add=None), lambda share, *note: None)
+    assert found["absent"] == {chip: f"RuntimeError: no {chip}" for chip in heads_compiled.CHIPS}
+    (table,) = heads_compiled.tables({**found, "environment": {}})
+    assert [row[0] for row in table.rows] == [*heads_compiled.CHIPS]
 
 
 def _cells(kind):
