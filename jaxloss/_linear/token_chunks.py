@@ -138,7 +138,8 @@ def losses(
         own = of_tokens_at(operands, at, packing, of_tokens)
 
         def of_block(_, rows):
-            return (), loss_fn(*rows, operands.shared), ()
+            x, tokens = rows
+            return (), loss_fn(x, tokens, operands.shared), ()
 
         return in_blocks(of_block, sweep.block, (), (x, (*y, *own)))[1]
 

@@ -276,10 +276,16 @@ def top_k(x: Array, k: int) -> tuple[Array, Array]:
     size = x.shape[-1]
     lengths = (n for n in range(1, max(1, size // max(1, k)) + 1) if size % n == 0)
     group = min(lengths, key=lambda n: size // n + k * n)
+    of_all = partial(_top_k_of_all, k=k)
     if 2 * (size // group + k * group) > size or not device.on_one_device():
-        return tuple(lax.top_k(x, k))
+        return of_all(x)
     of_groups = partial(_top_k_of_groups, k=k, group=group)
-    return lax.platform_dependent(x, cpu=of_groups, default=lambda x: tuple(lax.top_k(x, k)))
+    return lax.platform_dependent(x, cpu=of_groups, default=of_all)
+
+
+def _top_k_of_all(x: Array, k: int) -> tuple[Array, Array]:
+    best, place = lax.top_k(x, k)
+    return best, place
 
 
 def _top_k_of_groups(x: Array, k: int, group: int) -> tuple[Array, Array]:
@@ -290,7 +296,7 @@ def _top_k_of_groups(x: Array, k: int, group: int) -> tuple[Array, Array]:
     few = jnp.take_along_axis(folded, found[..., None], axis=-2, mode="promise_in_bounds")
     few = _with_one_zero(few.reshape(*x.shape[:-1], k * group))
     # The barrier, or XLA:CPU sees a slice of a slice, knows no top k in it, and sorts all.
-    best, place = lax.optimization_barrier(tuple(lax.top_k(few, k)))
+    best, place = lax.optimization_barrier(_top_k_of_all(few, k))
     of_group = jnp.take_along_axis(found, place // group, axis=-1, mode="promise_in_bounds")
     return best, of_group * group + place % group
 
