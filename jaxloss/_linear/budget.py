@@ -6,7 +6,6 @@ from typing import Any
 import jax
 
 from jaxloss._linear.packing import step_sizes
-from jaxloss._linear.product import Sweep
 from jaxloss._xla.blocks import rows_of_a_block
 
 
@@ -145,14 +144,13 @@ def value_chunk(chunk: int, num_columns: int, mebibytes: int = VALUE_MIB, groups
     return chunk
 
 
-def all_sizes(sweep: Sweep, num_columns: int, groups: int = 1) -> list[int]:
+def all_sizes(chunk: int, block: int | None, num_columns: int, groups: int = 1) -> list[int]:
     """How many tokens' logits a loss reads at a time, in every sweep: of all gradients, of those
     without the kernel's, of the value alone."""
-    chunk = sweep.chunk
     limits = VALUE_MIB, FROZEN_KERNEL_MIB
     chunks = chunk, *(value_chunk(chunk, num_columns, limit, groups) for limit in limits)
     steps = {n for c in chunks for n in step_sizes(c, groups)}
-    return sorted(set[int]().union(*(block_sizes(n, sweep.block) for n in steps)))
+    return sorted(set[int]().union(*(block_sizes(n, block) for n in steps)))
 
 
 def default_block(num_tokens: int, num_classes: int) -> int:

@@ -58,8 +58,11 @@ def modes(function, *given):
     }
 
 
-@pytest.mark.parametrize("temperature", ["number", "all", "own"])
-@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize(
+    ("mask", "temperature"),
+    list(zip(MASKS, ["number", "all", "own", "number"], strict=True)),
+    ids=str,
+)
 @pytest.mark.parametrize("kind", ["forward", "reverse", "jensen_shannon"])
 def test_divergences_of_rows_in_blocks(monkeypatch, kind, mask, temperature):
     x, t, mask, valid, temperature = operands(mask, temperature)
