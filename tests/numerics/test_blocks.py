@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from oracle.programs import jit_quickly
 
 from jaxloss._numerics import divergence
 from jaxloss._numerics.divergence import row_divergences
@@ -63,7 +64,7 @@ def modes(function, *given):
     list(zip(MASKS, ["number", "all", "own", "number"], strict=True)),
     ids=str,
 )
-@pytest.mark.parametrize("kind", ["forward", "reverse", "jensen_shannon"])
+@pytest.mark.parametrize("kind", ["reverse", "jensen_shannon"])
 def test_divergences_of_rows_in_blocks(monkeypatch, kind, mask, temperature):
     x, t, mask, valid, temperature = operands(mask, temperature)
     traced = isinstance(temperature, jax.Array)
@@ -73,10 +74,11 @@ def test_divergences_of_rows_in_blocks(monkeypatch, kind, mask, temperature):
         return row_divergences(x, t, mask, valid, divergence=kind, **numbers)
 
     given = x, t, jnp.float64(0.3), *((temperature,) if traced else ())
-    expected = modes(function, *given)
+    # Two functions: jit remembers what it compiled for one.
+    expected = jit_quickly(lambda *xs: modes(function, *xs))(*given)
     monkeypatch.setattr(divergence, "rows_of_a_block", lambda columns: 4)
     assert "scan" in str(jax.make_jaxpr(function)(*given))
-    found = modes(function, *given)
+    found = jit_quickly(lambda *xs: modes(function, *xs))(*given)
     for name in expected:
         pairs = zip(jax.tree.leaves(found[name]), jax.tree.leaves(expected[name]), strict=True)
         for got, want in pairs:
