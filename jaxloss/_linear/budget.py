@@ -104,13 +104,6 @@ def block_of_rows(num_columns: int, in_step: bool) -> int | None:
     return None if in_step else rows_of_a_block(num_columns)
 
 
-def block_sizes(chunk: int, block: int | None) -> set[int]:
-    """Tokens of the blocks of a chunk."""
-    if block is None or block >= chunk:
-        return {chunk}
-    return {block, chunk % block} - {0}
-
-
 def default_stored_chunk(num_tokens: int, num_columns: int, num_features: int) -> int:
     """Tokens a chunk whose exponentials a kernel stores in 2 bytes each: a power of two, or all."""
     if jax.default_backend() == "tpu":
@@ -150,7 +143,7 @@ def all_sizes(chunk: int, block: int | None, num_columns: int, groups: int = 1) 
     limits = VALUE_MIB, FROZEN_KERNEL_MIB
     chunks = chunk, *(value_chunk(chunk, num_columns, limit, groups) for limit in limits)
     steps = {n for c in chunks for n in step_sizes(c, groups)}
-    return sorted(set[int]().union(*(block_sizes(n, block) for n in steps)))
+    return sorted({n if block is None else min(n, block) for n in steps})
 
 
 def default_block(num_tokens: int, num_classes: int) -> int:

@@ -137,7 +137,7 @@ def losses(
         y = _teacher_logits(operands, at, packing, of_teacher)
         own = of_tokens_at(operands, at, packing, of_tokens)
 
-        def of_block(_, rows):
+        def of_block(_, rows, __):
             x, tokens = rows
             return (), loss_fn(x, tokens, operands.shared), ()
 
@@ -276,8 +276,10 @@ def chunk_gradients(
     over = (x, *y) if teaches else (x,)  # the gradients of these are written over them
     rest = tokens[len(over) - 1 :]
 
-    def of_block(over, rows):
+    def of_block(over, rows, counts):
         (x, *moving), (rest, ct) = over, rows
+        if counts is not None:
+            ct = tuple(None if c is None else jnp.where(counts, c, 0) for c in ct)
         tokens = (*moving, *rest)
 
         def of_active(x, some_tokens, some_shared):

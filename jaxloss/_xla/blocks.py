@@ -2,11 +2,12 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+from jax import Array, lax
 
 from jaxloss._xla import device, mesh
 
@@ -61,31 +62,52 @@ def by_blocks(
 
 
 def in_blocks(of_block: Callable, block: int | None, over: tuple, rows: Any) -> tuple:
-    """``of_block(over, rows) -> (over, what it gives a row, sums)`` of arrays ``[n, ...]``, a block
-    of rows at a time. The arrays that take the place of ``over`` have its types, and are written
-    over it.
+    """``of_block(over, rows, counts) -> (over, what it gives a row, sums)`` of arrays ``[n, ...]``,
+    a block of rows at a time. The arrays that take the place of ``over`` have its types, and are
+    written over it.
+
+    ``counts``: which rows of a block are new, [block]; no other may have a part in the sums. None:
+    all.
     """
     n = jax.tree.leaves((over, rows))[0].shape[0]
     if block is None or block >= n:
-        return of_block(over, rows)
+        return of_block(over, rows, None)
 
-    def some(start, size, xs):
-        return jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, start, size), xs)
+    def some(start, xs):
+        return jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, start, block), xs)
 
-    def put(start, xs, ys):
-        return jax.tree.map(lambda x, y: lax.dynamic_update_slice_in_dim(x, y, start, 0), xs, ys)
-
-    def step(state, start, size):
+    def step(i, state):
         over, given, sums = state
-        # Inlined below: traced once for all blocks of a size.
-        new, more, parts = of_some(some(start, size, over), some(start, size, rows))
-        return put(start, over, new), put(start, given, more), jax.tree.map(jnp.add, sums, parts)
+        start, counts = i * block, None
+        if n % block:
+            # The last block ends with the rows, so that every row is in a block of one size, and
+            # has the same bits wherever it stands. What is written over there is no operand.
+            start = jnp.minimum(start, n - block)
+            counts = jnp.arange(block, dtype=start.dtype) + start >= i * block
+        own = some(start, over)
+        read = jax.tree.map(partial(_where_new, counts), own, jax.tree.map(jnp.zeros_like, own))
+        new, more, parts = of_some(read, some(start, rows), counts)
+        new, more = (
+            jax.tree.map(partial(_where_new, counts), xs, ys)
+            for xs, ys in ((new, own), (more, some(start, given)))
+        )
+        put = lambda x, y: lax.dynamic_update_slice_in_dim(x, y, start, 0)  # noqa: E731
+        return (
+            jax.tree.map(put, over, new),
+            jax.tree.map(put, given, more),
+            jax.tree.map(jnp.add, sums, parts),
+        )
 
+    # Inlined: traced once for the types of its results and for the loop.
     of_some = jax.jit(of_block, inline=True)
-    _, given, sums = jax.eval_shape(of_some, some(0, block, over), some(0, block, rows))
+    counts = jnp.ones(block, bool) if n % block else None
+    _, given, sums = jax.eval_shape(of_some, some(0, over), some(0, rows), counts)
     state = over, blank_rows(n, given), jax.tree.map(mesh.blank, sums)
-    state = lax.fori_loop(0, n // block, lambda i, s: step(s, i * block, block), state)
-    return step(state, n - n % block, n % block) if n % block else state
+    return lax.fori_loop(0, -(-n // block), step, state)
+
+
+def _where_new(counts: Array | None, x: Array, y: Array) -> Array:
+    return x if counts is None else jnp.where(counts.reshape(-1, *(1,) * (x.ndim - 1)), x, y)
 
 
 def blank_rows(n: int, like: Any) -> Any:

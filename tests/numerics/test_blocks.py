@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 from oracle.programs import jit_quickly
 
+import jaxloss
+from jaxloss._linear import budget
 from jaxloss._numerics import divergence
 from jaxloss._numerics.divergence import row_divergences
 from jaxloss._xla import blocks
@@ -100,3 +102,20 @@ def test_a_block_is_a_mebibyte_of_one_cpu_device(monkeypatch):
     assert [blocks.rows_of_a_block(n) for n in (1, 1000, 32000, 2**20)] == [2**18, 256, 8, 1]
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     assert blocks.rows_of_a_block(1000) is None
+
+
+def test_a_token_of_a_chunk_has_the_same_bits_in_every_block(monkeypatch):
+    """The last of 13 tokens stands in a block that ends with them."""
+    monkeypatch.setattr(budget, "block_of_rows", lambda *_: 4)
+    rng = np.random.default_rng(0)
+    n, d, v = 13, 16, 50257
+    h, w = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((n, d), (d, v)))
+    y, order = jnp.asarray(rng.integers(0, v, n), jnp.int32), rng.permutation(n)
+
+    @jax.jit
+    def stats(h, y):
+        found = jaxloss.linear_token_stats(h, w, y, reference=(h + 0.1, w), chunk_size=n)
+        return jax.tree.leaves(found)
+
+    for here, moved in zip(stats(h, y), stats(h[order], y[order]), strict=True):
+        np.testing.assert_array_equal(np.asarray(here)[order], moved)
