@@ -12,8 +12,8 @@ from jax import Array, lax
 from jaxloss._xla import device, mesh
 
 MIB = 1.0  # of float32 in a block
-# JAX 0.10 loses a tangent where a loop like :func:`by_blocks` in a backward pass is differentiated.
-DIFFERENTIABLE = jax.__version_info__ >= (0, 11)
+# JAX 0.10 and 0.11 lose a tangent of a loop like that of :func:`by_blocks` in a backward pass.
+DIFFERENTIABLE = jax.__version_info__ >= (0, 12)
 
 
 def rows_of_a_block(columns: int) -> int | None:

@@ -61,7 +61,7 @@ def modes(function, *given):
     }
 
 
-@pytest.mark.skipif(not blocks.DIFFERENTIABLE, reason="JAX 0.10 takes all rows at once")
+@pytest.mark.skipif(not blocks.DIFFERENTIABLE, reason="JAX before 0.12 takes all rows at once")
 @pytest.mark.parametrize(
     ("mask", "temperature"),
     list(zip(MASKS, ["number", "all", "own", "number"], strict=True)),
