@@ -19,9 +19,9 @@ DIFFERENTIABLE = jax.__version_info__ >= (0, 12)
 def rows_of_a_block(columns: int) -> int | None:
     """A power of two; None: all rows at once.
 
-    XLA:CPU writes out what several passes over a row share, and reads it from memory again: of
-    blocks it stays in the cache. On accelerators passes share what they read. Where a partitioner
-    may split the rows, a block would be gathered from all devices.
+    XLA:CPU writes out the arrays that several passes over a row share, and reads them from memory
+    again; the arrays of a block stay in the cache. On accelerators passes share what they read.
+    Where a partitioner may split the rows, a block would be gathered from all devices.
     """
     if jax.default_backend() != "cpu" or device.devices_of_a_partitioner() > 1:
         return None
@@ -83,7 +83,8 @@ def in_blocks(of_block: Callable, block: int | None, over: tuple, rows: Any) -> 
         start, counts = i * block, None
         if n % block:
             # The last block ends with the rows, so that every row is in a block of one size, and
-            # has the same bits wherever it stands. What is written over there is no operand.
+            # has the same bits wherever it stands. Its first rows hold results of the block before,
+            # which must not be read as operands: zeros take their place.
             start = jnp.minimum(start, n - block)
             counts = jnp.arange(block, dtype=start.dtype) + start >= i * block
         own = some(start, over)
