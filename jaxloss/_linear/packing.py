@@ -43,6 +43,10 @@ class Packing(NamedTuple):
             return lax.dynamic_slice_in_dim(self.order, start, size)
         return lax.dynamic_slice_in_dim(self.order, start // groups, size // groups, axis=1)
 
+    def shortest_step(self, chunk: int, *, quarters: bool) -> Array:
+        """The tokens of a step that each sweep has, whose trace also serves for the types."""
+        return self.some(0, step_sizes(chunk, self.groups)[-1] if quarters else chunk)
+
     def holds(self, at: Array) -> Array:
         """Which of the rows of tokens ``at`` are a token's."""
         if at.dtype == bool:

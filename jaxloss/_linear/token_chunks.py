@@ -148,7 +148,7 @@ def losses(
 
     part = jax.jit(part, inline=True)  # traced once, for all steps of the sweep
     chunk = value_chunk(sweep.chunk, columns_of(operands), groups=packing.groups)
-    like = jax.eval_shape(part, packing.some(0, chunk))
+    like = jax.eval_shape(part, packing.shortest_step(chunk, quarters=dynamic))
     blank = partial(blank_rows, operands.student.hidden.shape[0], like)
     return over_chunks(packing, chunk, part, update, blank, lambda state: state, dynamic)
 
@@ -186,7 +186,8 @@ def gradients(
     chunk = sweep.chunk
     if active.student.kernel is not True:  # no gradient of a whole kernel is added up
         chunk = value_chunk(chunk, columns_of(given), FROZEN_KERNEL_MIB, packing.groups)
-    *like, gradient = jax.eval_shape(part, packing.some(0, chunk))
+    step = packing.shortest_step(chunk, quarters=dynamic and sweep.quarters)
+    *like, gradient = jax.eval_shape(part, step)
     rows = _of_tokens(operands)
 
     def dtype_of(g, x):

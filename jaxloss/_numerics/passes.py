@@ -1,5 +1,6 @@
 """Single passes over rows, each in the form that XLA runs best without an array of their size."""
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -271,13 +272,11 @@ def _max_and_place_of_columns(logits: Logits, count: int) -> tuple[Array, Array]
 def top_k(x: Array, k: int) -> tuple[Array, Array]:
     """``lax.top_k`` of ``x[..., C]`` without its derivative: of equal entries the first."""
     x = lax.stop_gradient(x)
-    # The k largest lie within the k groups of neighbours with the largest maxima, of equal maxima
-    # the first groups.
     size = x.shape[-1]
-    lengths = (n for n in range(1, max(1, size // max(1, k)) + 1) if size % n == 0)
-    group = min(lengths, key=lambda n: size // n + k * n)
+    group = round(math.sqrt(size / max(1, k)))
     of_all = partial(_top_k_of_all, k=k)
-    if 2 * (size // group + k * group) > size or not device.on_one_device():
+    # A reshape of classes that a partitioner splits would gather them.
+    if 2 * (size / group + k * group) > size or not device.is_whole():
         return of_all(x)
     of_groups = partial(_top_k_of_groups, k=k, group=group)
     return lax.platform_dependent(x, cpu=of_groups, default=of_all)
@@ -289,16 +288,25 @@ def _top_k_of_all(x: Array, k: int) -> tuple[Array, Array]:
 
 
 def _top_k_of_groups(x: Array, k: int, group: int) -> tuple[Array, Array]:
-    """XLA:CPU sorts 2 C / group entries of a row and not all C, in a third of the time."""
-    folded = x.reshape(*x.shape[:-1], x.shape[-1] // group, group)
+    """The k largest lie within the k groups of neighbours with the largest maxima, of equal maxima
+    the first groups, and within the fewer than ``group`` classes that are left at the end.
+
+    XLA:CPU sorts some 2 C / group entries of a row and not all C, in a third of the time.
+    """
+    lead, left = x.shape[:-1], x.shape[-1] % group
+    end = x.shape[-1] - left
+    folded = x[..., :end].reshape(*lead, -1, group)
     _, found = lax.top_k(_with_one_zero(jnp.max(folded, axis=-1)), k)
     found = jnp.sort(found, axis=-1)  # so that of equal entries the first stays so
     few = jnp.take_along_axis(folded, found[..., None], axis=-2, mode="promise_in_bounds")
-    few = _with_one_zero(few.reshape(*x.shape[:-1], k * group))
+    few = jnp.concatenate([few.reshape(*lead, k * group), x[..., end:]], axis=-1)
+    few = _with_one_zero(few)
     # The barrier, or XLA:CPU sees a slice of a slice, knows no top k in it, and sorts all.
     best, place = lax.optimization_barrier(_top_k_of_all(few, k))
-    of_group = jnp.take_along_axis(found, place // group, axis=-1, mode="promise_in_bounds")
-    return best, of_group * group + place % group
+    of_group = jnp.minimum(place // group, k - 1)
+    of_group = jnp.take_along_axis(found, of_group, axis=-1, mode="promise_in_bounds")
+    last = place - k * group
+    return best, jnp.where(last < 0, of_group * group + place % group, end + last)
 
 
 def _with_one_zero(x: Array) -> Array:

@@ -142,24 +142,39 @@ def test_the_maximum_and_its_place_from_columns(one_device, dtype, masked):
 
 
 @pytest.mark.nan_is_meant
+@pytest.mark.parametrize("size", [600, 599, 631])  # the last two are primes
 @pytest.mark.parametrize("k", [1, 3, 8])
-def test_the_largest_of_groups(one_device, k):
+def test_the_largest_of_groups(one_device, k, size):
     rng = np.random.default_rng(0)
-    x = rng.integers(-40, 40, (60, 600)).astype(np.float32)  # many are equal
-    x[0], x[1, 5:], x[2, 7] = -np.inf, -np.inf, np.inf
-    x[3] = np.where(rng.random(600) < 0.5, 0.0, -0.0)
-    x[4, 599] = x[4, 0] = 50
-    x[5] = rng.normal(size=600)
+    x = rng.integers(-40, 40, (60, size)).astype(np.float32)  # many are equal
+    x[0], x[1, 5:], x[2, 7], x[6, :-9] = -np.inf, -np.inf, np.inf, -np.inf
+    x[3] = np.where(rng.random(size) < 0.5, 0.0, -0.0)
+    x[4, -1] = x[4, 0] = 50
+    x[5], x[7] = rng.normal(size=size), np.sort(rng.normal(size=size))
     given = jnp.asarray(x)
     best, found = jax.jit(partial(passes.top_k, k=k))(given)
     assert "max" in str(jax.make_jaxpr(partial(passes.top_k, k=k))(given))
     expected = jax.lax.top_k(jnp.where(given == 0, 0, given), k)  # it puts 0 before -0
     np.testing.assert_array_equal(found, expected[1])
     np.testing.assert_array_equal(best, expected[0])
-    for size in (599, 40):  # a prime, and few of them
-        few = given[:, :size]
-        got, expected = (f(few, min(k, size)) for f in (passes.top_k, jax.lax.top_k))
-        np.testing.assert_array_equal(got[0], expected[0])
+    few = given[:, :9]
+    got, expected = (f(few, k) for f in (passes.top_k, jax.lax.top_k))
+    np.testing.assert_array_equal(got[0], expected[0])
+
+
+def test_the_largest_of_what_a_device_holds_are_found_by_groups():
+    """Inside of ``shard_map`` over all axes no partitioner splits the classes."""
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Explicit,))
+    spec = jax.P("x")
+    largest = jax.shard_map(partial(passes.top_k, k=3), mesh=mesh, in_specs=spec, out_specs=spec)
+    x = jax.device_put(
+        np.random.default_rng(0).normal(size=(8, 599)).astype(np.float32),
+        jax.NamedSharding(mesh, spec),
+    )
+    assert "max" in str(jax.make_jaxpr(largest)(x))
+    got, expected = largest(x), jax.lax.top_k(np.asarray(x), 3)
+    np.testing.assert_array_equal(got[0], expected[0])
+    np.testing.assert_array_equal(got[1], expected[1])
 
 
 def test_sharded_rows_are_neither_indexed_nor_reshaped():
