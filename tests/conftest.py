@@ -29,7 +29,7 @@ import pytest
 from forms import FORMS, SCHEDULES
 
 import jaxloss
-from jaxloss._linear import budget
+from jaxloss._linear import budget, packing
 
 hypothesis.settings.register_profile(
     "suite",
@@ -119,6 +119,12 @@ def _leaks(request):
     request.getfixturevalue("old_objects_are_left_alone")
     with jax.check_tracer_leaks(not request.node.get_closest_marker("jax_leaks")):
         yield
+
+
+@pytest.fixture(autouse=True)
+def _quarters_of_few_tokens(monkeypatch):
+    """A test's few tokens go through the programs that many take."""
+    monkeypatch.setattr(packing, "FEWEST", 4)
 
 
 @pytest.fixture(params=FORMS)

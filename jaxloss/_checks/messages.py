@@ -94,10 +94,20 @@ def _refuse_narrow(function: str, name: str, given: Any) -> None:
     tokens, they would all be 0 (float8_e4m3fn has nothing between 0 and 2^-9), and the losses of
     what has no 0 (float8_e8m0fnu) are NaN."""
     dtype = getattr(given, "dtype", None)
-    if isinstance(dtype, np.dtype) and dtype.itemsize < 2 and jnp.issubdtype(dtype, jnp.floating):
+    if isinstance(dtype, np.dtype) and dtype.itemsize < 2 and _has_finfo(dtype):
         rule = f"{name} must have a floating dtype of at least 16 bits"
         way_out = f"Convert it: {cast(name, given, 'bfloat16')}."
         fail(function, rule, describe(given), way_out, TypeError)
+
+
+def _has_finfo(dtype: np.dtype) -> bool:
+    """Whether it is a floating dtype, also of those that ml_dtypes has and this JAX does not know:
+    ``jnp.issubdtype`` takes them for other objects."""
+    try:
+        jnp.finfo(dtype)
+    except (ValueError, TypeError):
+        return False
+    return True
 
 
 def floating(function: str, name: str, given: Any, way_out: str = "", order: str = "") -> Array:

@@ -43,9 +43,13 @@ class Packing(NamedTuple):
             return lax.dynamic_slice_in_dim(self.order, start, size)
         return lax.dynamic_slice_in_dim(self.order, start // groups, size // groups, axis=1)
 
-    def shortest_step(self, chunk: int, *, quarters: bool) -> Array:
-        """The tokens of a step that each sweep has, whose trace also serves for the types."""
-        return self.some(0, step_sizes(chunk, self.groups)[-1] if quarters else chunk)
+    def step_of_each_sweep(self, chunk: int, dynamic: bool, quarters: bool = True) -> Array:
+        """The tokens ``at`` of a step that :func:`over_chunks` has, whose trace serves for the
+        types of its results too."""
+        if not dynamic:
+            return self.some(0, chunk)
+        step = step_sizes(chunk, self.groups)[-1] if quarters else chunk
+        return self.valid if step == self.valid.shape[0] else self.some(0, step)
 
     def holds(self, at: Array) -> Array:
         """Which of the rows of tokens ``at`` are a token's."""
@@ -54,9 +58,15 @@ class Packing(NamedTuple):
         return (at < self.valid.size // self.groups).reshape(-1)
 
 
+# A product of fewer tokens takes about as long as its kernel takes to be read: a quarter of them
+# would save nothing, and take as long again to compile.
+FEWEST = 32
+
+
 def step_sizes(chunk: int, groups: int = 1) -> tuple[int, ...]:
     """Tokens a step of a sweep takes: a chunk, or a quarter of one."""
-    return (chunk, chunk // 4) if groups == 1 and chunk % 4 == 0 else (chunk,)
+    in_quarters = groups == 1 and chunk % 4 == 0 and chunk >= FEWEST
+    return (chunk, chunk // 4) if in_quarters else (chunk,)
 
 
 def groups_of(tokens: Any, chunk: int) -> int:
@@ -163,7 +173,11 @@ def _rows_of_groups(x: Array, at: Array) -> Array:
 
 
 def _rows_at(x: Array, at: Array) -> Array:
-    return jnp.take(x, at, axis=0, mode="fill", fill_value=0)
+    # jnp.take(mode="fill"), which took a quarter of the time to trace a linear loss.
+    kept = tuple(range(1, x.ndim))
+    numbers = lax.GatherDimensionNumbers(kept, collapsed_slice_dims=(0,), start_index_map=(0,))
+    sizes = (1, *x.shape[1:])
+    return lax.gather(x, at[:, None], numbers, sizes, mode="fill", fill_value=0)
 
 
 def moves_bits(x: Any) -> bool:
@@ -281,6 +295,8 @@ def over_chunks(
         # Inside of the branch XLA sees that nothing was there before and nothing comes after: sums
         # are written where they would be added to, and narrow. No token is moved.
         at_once = lambda: finish(step(blank(), packing.valid))  # noqa: E731
+        if chunk < FEWEST:
+            return at_once()
         return lax.cond(whole > 0, at_once, lambda: finish(rest(blank())))
     # The first chunk has a branch of its own: its sums are written, and not added to zeros.
     state = lax.cond(whole > 0, lambda: from_place(blank(), 0, chunk), blank)

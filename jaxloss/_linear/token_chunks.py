@@ -148,7 +148,7 @@ def losses(
 
     part = jax.jit(part, inline=True)  # traced once, for all steps of the sweep
     chunk = value_chunk(sweep.chunk, columns_of(operands), groups=packing.groups)
-    like = jax.eval_shape(part, packing.shortest_step(chunk, quarters=dynamic))
+    like = jax.eval_shape(part, packing.step_of_each_sweep(chunk, dynamic))
     blank = partial(blank_rows, operands.student.hidden.shape[0], like)
     return over_chunks(packing, chunk, part, update, blank, lambda state: state, dynamic)
 
@@ -186,7 +186,7 @@ def gradients(
     chunk = sweep.chunk
     if active.student.kernel is not True:  # no gradient of a whole kernel is added up
         chunk = value_chunk(chunk, columns_of(given), FROZEN_KERNEL_MIB, packing.groups)
-    step = packing.shortest_step(chunk, quarters=dynamic and sweep.quarters)
+    step = packing.step_of_each_sweep(chunk, dynamic, sweep.quarters)
     *like, gradient = jax.eval_shape(part, step)
     rows = _of_tokens(operands)
 

@@ -25,6 +25,7 @@ from jaxloss._xla import mesh
 from jaxloss._xla.elementary import exp, exp_of_nonpositive, expm1, finite
 from jaxloss._xla.fusion import lies_below, opaque, reread
 from jaxloss._xla.indexing import gather_class, is_elsewhere
+from jaxloss._xla.selection import select
 
 
 class Rows(NamedTuple):
@@ -131,10 +132,10 @@ def _omitted_logit(rows: Rows, highest: Array) -> Array:
         first = own.uncapped().wide() == row_max(logits.uncapped())
         if own.exist is not None:  # a cap lifts -inf, but not of a class that is masked
             first &= own.exist
-        shift = jnp.where(first, highest, jnp.minimum(x_omitted, highest)) - x_omitted
+        shift = select(first, highest, jnp.minimum(x_omitted, highest)) - x_omitted
         # A rounding, and exact: the entry keeps its derivative.
-        x_omitted += lax.stop_gradient(jnp.where(jnp.isfinite(shift), shift, 0))
-    return jnp.where(omitted < logits.size, x_omitted, jnp.nan)
+        x_omitted += lax.stop_gradient(select(jnp.isfinite(shift), shift, 0))
+    return select(omitted < logits.size, x_omitted, jnp.nan)
 
 
 def _soft_sums(rows: Rows, again: tuple, backward_follows: bool) -> tuple:
@@ -145,22 +146,22 @@ def _soft_sums(rows: Rows, again: tuple, backward_follows: bool) -> tuple:
         q, size, below = q[..., 0], logits.size, -given.difference(x, m)
         if sparse is not None:
             # Selected, and not taken away again: at a class at -inf that would be inf - inf.
-            below = jnp.where(is_elsewhere(x, sparse[0]), below, 0)
+            below = select(is_elsewhere(x, sparse[0]), below, 0)
             here &= ~jnp.any(sparse[0] == omitted[..., None], axis=-1)
             size -= jnp.sum(sparse[0] < size, axis=-1, dtype=x.dtype)
-        at_omitted = jnp.where(here, q, 0)
+        at_omitted = select(here, q, 0)
         other_mass = q * (size - here.astype(x.dtype))
-        below = jnp.where(q == 0, 0, q * jnp.sum(below, axis=-1))
+        below = select(q == 0, 0, q * jnp.sum(below, axis=-1))
     else:
         # What is asked of a class that does not exist is left out.
         for asked in (logits.exist, None if sparse is None else is_elsewhere(x, sparse[0])):
             if asked is not None:
-                soft = jnp.where(asked, soft, jnp.zeros((), soft.dtype))
+                soft = select(asked, soft, jnp.zeros((), soft.dtype))
         narrow = soft.dtype != x.dtype
         # The barrier as for x_omitted. Wide targets may be computed here, and would be written out.
         at_omitted = lax.optimization_barrier(soft) if narrow else soft
         at_omitted = gather_class(jnp.broadcast_to(at_omitted, shape), omitted).astype(x.dtype)
-        at_omitted = jnp.where(here, at_omitted, 0)
+        at_omitted = select(here, at_omitted, 0)
         other_mass = sum_of_others(soft, omitted, at_omitted)
         # Or the conversion, or the broadcast, is written out for both passes.
         again_soft = reread(soft, m)[0] if narrow or soft.shape != shape else soft
@@ -186,13 +187,13 @@ def _sum_below(q: Array, given: Logits, x: Array, m: Array) -> Array:
 def _sparse_sums(rows: Rows, m: Array) -> tuple:
     """``(below, mass, other_mass)`` of the soft targets of ``sparse``."""
     index, extra = rows.sparse
-    extra = jnp.where(index < rows.logits.size, extra.astype(m.dtype), 0)
+    extra = select(index < rows.logits.size, extra.astype(m.dtype), 0)
     few = rows.at_sparse().logits
     x = few.wide()
-    extra = jnp.where((x == -jnp.inf) & (extra == 0), 0, extra)  # as q above
+    extra = select((x == -jnp.inf) & (extra == 0), 0, extra)  # as q above
     below = few.nats(distance(x, m, extra == 0))
-    below = jnp.where(extra == 0, 0, extra * below)
-    others = jnp.where(index == rows.omitted[..., None], 0, extra)
+    below = select(extra == 0, 0, extra * below)
+    others = select(index == rows.omitted[..., None], 0, extra)
     return tuple(jnp.sum(v, axis=-1) for v in (below, extra, others))
 
 
@@ -231,7 +232,7 @@ def _square_sums(given: Logits, m: Array) -> tuple[Array, Array]:
 
 def distance(x: Array, m: Array, unless: Array) -> Array:
     """m - x, finite where nothing is asked for."""
-    return m[..., None] - jnp.where(unless, m[..., None], x)
+    return m[..., None] - select(unless, m[..., None], x)
 
 
 def _rescaled(part: RowPart, m: Array, keeps: Array) -> RowPart:
@@ -244,10 +245,10 @@ def _rescaled(part: RowPart, m: Array, keeps: Array) -> RowPart:
         # Two parts of classes at -inf: their maxima are no distance apart. Selected before the
         # product: the distance from a part that weighs nothing may be infinite.
         nothing = (weight == 0) | (m == part.m)
-        return x + jnp.where(nothing, 0, part.nats(m - part.m)) * weight
+        return x + select(nothing, 0, part.nats(m - part.m)) * weight
 
     omitted = exp(part.nats(part.x_omitted - finite(part.m)))
-    whole = part.s + jnp.where(jnp.isnan(part.x_omitted), 0, omitted)
+    whole = part.s + select(jnp.isnan(part.x_omitted), 0, omitted)
     scale = exp(part.nats(part.m - finite(m)))
     below, other_mass, entropy_sum, sum_below_max = (
         part.below,
@@ -256,19 +257,19 @@ def _rescaled(part: RowPart, m: Array, keeps: Array) -> RowPart:
         part.sum_below_max,
     )
     if part.mass is not None:
-        below, other_mass = lifted(below, part.mass), jnp.where(keeps, other_mass, part.mass)
+        below, other_mass = lifted(below, part.mass), select(keeps, other_mass, part.mass)
     if entropy_sum is not None:
         # Scaled first: of classes that are masked by the smallest float, a distance times their
         # number is inf, and their scale is 0.
         entropy_sum = lifted(scale * entropy_sum, scale * whole)
     if sum_below_max is not None:
-        sum_below_max = scale * jnp.where(part.m == m, sum_below_max, whole)
+        sum_below_max = scale * select(part.m == m, sum_below_max, whole)
     square_sum, gap_sum = part.square_sum, part.gap_sum
     if square_sum is not None:
         # Of c e_j: its square, and c e - (c e)^2 = c (e - e^2) + c (1 - c) e^2.
         apart = scale * -expm1(part.nats(part.m - finite(m)))
         square_sum, gap_sum = scale**2 * square_sum, scale * gap_sum + apart * square_sum
-    s = scale * jnp.where(keeps, part.s, whole)
+    s = scale * select(keeps, part.s, whole)
     sums = {
         "below": below,
         "other_mass": other_mass,
@@ -297,8 +298,8 @@ def merge(a: RowPart, b: RowPart) -> RowPart:
         a,
         m=m,
         s=a.s + b.s,
-        x_omitted=jnp.where(keep_b, b.x_omitted, a.x_omitted),
-        omitted=jnp.where(keep_b, b.omitted, a.omitted),
+        x_omitted=select(keep_b, b.x_omitted, a.x_omitted),
+        omitted=select(keep_b, b.omitted, a.omitted),
         **{name: add(getattr(a, name), getattr(b, name)) for name in SUMS},
     )
 
@@ -313,23 +314,21 @@ def merge_shards(part: RowPart, axes: Axes, size: int) -> RowPart:
     m = mesh.largest(part.m, axes)
     keeps = ~jnp.isnan(part.x_omitted) if part.labelled else part.m == m
     here = _rescaled(part, m, keeps)
-    x_omitted = jnp.where(keeps, part.x_omitted, 0)
+    x_omitted = select(keeps, part.x_omitted, 0)
     names = "s", *SUMS
     sums: dict[str, Any] = {"part": [getattr(here, name) for name in names]}
     sums |= {"x_omitted": x_omitted, "keepers": keeps.astype(m.dtype)}
     if not part.labelled:
         e_omitted = exp(part.nats(part.x_omitted - finite(m)))
-        sums["e_omitted"] = jnp.where(keeps, e_omitted, 0)
+        sums["e_omitted"] = select(keeps, e_omitted, 0)
     sums = mesh.sums(sums, axes)
     x_omitted, keepers = sums["x_omitted"], sums["keepers"]
     whole = replace(part, m=m, **dict(zip(names, sums["part"], strict=True)))
     if part.labelled:
-        return replace(whole, x_omitted=jnp.where(keepers > 0, x_omitted, jnp.nan))
+        return replace(whole, x_omitted=select(keepers > 0, x_omitted, jnp.nan))
     # Several devices hold the maximum: no entry above 1/2, so none needs to be left out. The 1 that
     # finish adds is taken from the sum of them all.
     one = keepers == 1
-    s = jnp.where(one, whole.s, jnp.maximum(whole.s + sums["e_omitted"] - 1, 0))
-    x_omitted = jnp.where(one | (m == -jnp.inf), x_omitted, m)
-    return replace(
-        whole, s=s, x_omitted=x_omitted, omitted=jnp.where(keeps & one, part.omitted, size)
-    )
+    s = select(one, whole.s, jnp.maximum(whole.s + sums["e_omitted"] - 1, 0))
+    x_omitted = select(one | (m == -jnp.inf), x_omitted, m)
+    return replace(whole, s=s, x_omitted=x_omitted, omitted=select(keeps & one, part.omitted, size))

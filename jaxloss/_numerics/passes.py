@@ -19,12 +19,13 @@ from jaxloss._xla.dtypes import accumulator_dtype, upcast
 from jaxloss._xla.elementary import exp_of_nonpositive, finite
 from jaxloss._xla.fusion import class_index, index_is_exact, lies_below, opaque, reread
 from jaxloss._xla.indexing import gather_class, gather_classes, has_open_size, is_at
+from jaxloss._xla.selection import select
 
 
 def _selected_exponentials(logits: Logits, m: Array, omitted: Array) -> Array:
     """exp(x_j - m), and 0 at the omitted entry, of what was read."""
     x = logits.values
-    return jnp.where(is_at(x, omitted), 0, logits.exp(x, m))
+    return select(is_at(x, omitted), 0, logits.exp(x, m))
 
 
 def other_exponentials(logits: Logits, m: Array, omitted: Array) -> Array:
@@ -69,7 +70,7 @@ def sum_of_others(x: Array, omitted: Array, own: Array) -> Array:
     wide = x.astype(own.dtype)
     if not index_is_exact(x):
         wide = jnp.broadcast_to(wide, (*omitted.shape, x.shape[-1]))
-        return jnp.sum(jnp.where(is_at(wide, omitted), 0, wide), axis=-1)
+        return jnp.sum(select(is_at(wide, omitted), 0, wide), axis=-1)
     return jnp.sum(_is_other(wide, omitted, own) * wide, axis=-1)
 
 
@@ -95,7 +96,7 @@ def _sum_of_others_in_blocks(logits: Logits, m: Array, omitted: Array) -> Array:
     few = jnp.take_along_axis(few, own[..., None, None], axis=-2, mode="promise_in_bounds")
     few = replace(logits, values=few[..., 0, :])
     of_own = _sum_of_others(few, m, omitted - block * own)
-    return jnp.sum(jnp.where(is_at(sums, own), 0, sums), axis=-1) + of_own
+    return jnp.sum(select(is_at(sums, own), 0, sums), axis=-1) + of_own
 
 
 def _block_size(size: int) -> int:
@@ -141,15 +142,16 @@ def _merged(x: Array, omitted: Array, scaling: Scaling | None = None) -> Any:
         (m, s), (n, t) = a, b
         m, n = lax.stop_gradient((m, n))
         # Equal first: -inf less -inf is NaN. In lax, which is traced in a third of jnp's time.
-        lower = in_nats(-lax.abs(m - n), scaling)
+        lower = in_nats(lax.neg(lax.abs(lax.sub(m, n))), scaling)
         scale = lax.select(lax.eq(m, n), lax.full_like(m, 1), exp_of_nonpositive(lower))
-        return lax.max(m, n), lax.select(lax.ge(m, n), s + t * scale, t + s * scale)
+        first, second = lax.add(s, lax.mul(t, scale)), lax.add(t, lax.mul(s, scale))
+        return lax.max(m, n), lax.select(lax.ge(m, n), first, second)
 
     x = upcast(x)
     # 1, but NaN for +inf as exp(x_j - m) is there, with the derivative of exp(x_j - m): JAX loses
     # the rule below where it differentiates twice through jax.checkpoint within shard_map.
     one = 1 + in_nats(x - lax.stop_gradient(x), scaling)
-    others = jnp.where(is_at(x, omitted) | (x == -jnp.inf), 0, one)
+    others = select(is_at(x, omitted) | (x == -jnp.inf), 0, one)
     nothing = jnp.array(-jnp.inf, x.dtype), jnp.zeros((), x.dtype)
     nothing = tuple(mesh.varying(v, mesh.varies_over(x)) for v in nothing)
     return lax.reduce((x, others), nothing, merged, (x.ndim - 1,))
@@ -257,8 +259,8 @@ def _max_and_place_of_columns(logits: Logits, count: int) -> tuple[Array, Array]
     # The barrier keeps the two passes over the maxima apart.
     highest, top = lax.optimization_barrier((highest, m))
     index = lax.broadcasted_iota(jnp.int32, highest.shape, highest.ndim - 1)
-    column = jnp.min(jnp.where(highest == top[..., None], index, size), axis=-1)
-    column = jnp.where(column < size, column, 0)  # of a row that holds NaN
+    column = jnp.min(select(highest == top[..., None], index, size), axis=-1)
+    column = select(column < size, column, 0)  # of a row that holds NaN
     row = lax.broadcasted_iota(jnp.int32, (*column.shape, count), column.ndim)
     at = column[..., None] + size * row
     few = gather_classes(lax.optimization_barrier(logits.values), at)
@@ -306,12 +308,12 @@ def _top_k_of_groups(x: Array, k: int, group: int) -> tuple[Array, Array]:
     of_group = jnp.minimum(place // group, k - 1)
     of_group = jnp.take_along_axis(found, of_group, axis=-1, mode="promise_in_bounds")
     last = place - k * group
-    return best, jnp.where(last < 0, of_group * group + place % group, end + last)
+    return best, select(last < 0, of_group * group + place % group, end + last)
 
 
 def _with_one_zero(x: Array) -> Array:
     """``lax.top_k`` puts 0 before -0, and a maximum may be either of the two."""
-    return jnp.where(x == 0, 0, x)
+    return select(x == 0, 0, x)
 
 
 def near_max(logits: Logits, m: Array) -> Array:
@@ -328,7 +330,7 @@ def near_max(logits: Logits, m: Array) -> Array:
         return jnp.argmax(x, axis=-1).astype(jnp.int32)
     found = jnp.min(class_index(x) + lies_below(x, m, 2.0**30), axis=-1)
     # A row of -inf lies below the finite stand-in for its maximum, and NaN is no index.
-    return jnp.where(found < x.shape[-1], found, 0).astype(jnp.int32)
+    return select(found < x.shape[-1], found, 0).astype(jnp.int32)
 
 
 def one_near_max(x: Array, x_max: Array, axes: Axes) -> Array:
@@ -338,5 +340,5 @@ def one_near_max(x: Array, x_max: Array, axes: Axes) -> Array:
         return index
     here = gather_class(lax.stop_gradient(x), index)
     own, best = lax.axis_index(axes), mesh.largest(here, axes)
-    first = -mesh.largest(jnp.where(here == best, -own, -mesh.size(axes)), axes)
-    return jnp.where(own == first, index, x.shape[-1])
+    first = -mesh.largest(select(here == best, -own, -mesh.size(axes)), axes)
+    return select(own == first, index, x.shape[-1])

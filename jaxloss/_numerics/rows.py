@@ -37,6 +37,7 @@ from jaxloss._xla.dtypes import accumulator_dtype, downcast, upcast
 from jaxloss._xla.elementary import exp, exp_of_nonpositive, expm1, finite, log1p
 from jaxloss._xla.fusion import reread
 from jaxloss._xla.indexing import gather_class, is_at, is_elsewhere, of_rank, scatter_classes
+from jaxloss._xla.selection import select
 
 
 class RowLosses(NamedTuple):
@@ -85,7 +86,7 @@ def finalize(part: RowPart, outputs: tuple[str, ...]) -> tuple[RowLosses, RowSta
         # t's rounding. The derivative is that of t, because that sum has none of the entry at the
         # maximum.
         sum_below_max = lax.stop_gradient(part.sum_below_max) + (t - lax.stop_gradient(t))
-        of_all = log1p(jnp.where(jnp.abs(t) < 0.5, sum_below_max, t))
+        of_all = log1p(select(jnp.abs(t) < 0.5, sum_below_max, t))
     entropy_rest = None if part.entropy_sum is None else part.entropy_sum / (1 + t)
     losses = RowLosses(
         nll=d + r if "nll" in outputs else None,
@@ -103,7 +104,7 @@ def finalize(part: RowPart, outputs: tuple[str, ...]) -> tuple[RowLosses, RowSta
 
 def _confidence(t: Array) -> Array:
     """1 / (1 + t), and no more than 1 where 1 + t is rounded below it; NaN for no class at all."""
-    return jnp.where(t > -1, 1 / (1 + jnp.maximum(t, 0)), jnp.nan)
+    return select(t > -1, 1 / (1 + jnp.maximum(t, 0)), jnp.nan)
 
 
 def row_gradient(rows: Rows, state: RowState, ct: RowLosses, dtype: Any = None) -> Array:
@@ -118,7 +119,7 @@ def row_gradient(rows: Rows, state: RowState, ct: RowLosses, dtype: Any = None) 
     few = rows.at_sparse()
     few = few._replace(logits=replace(few.logits, pallas_bytes=0))
     place = lax.broadcasted_iota(jnp.int32, index.shape, index.ndim - 1)
-    place = jnp.min(jnp.where(index == state.omitted[..., None], place, k), axis=-1, initial=k)
+    place = jnp.min(select(index == state.omitted[..., None], place, k), axis=-1, initial=k)
     state = state._replace(omitted=place)
     return scatter_classes(dx, index, _dense_gradient(few, state, ct, dtype))
 
@@ -148,14 +149,14 @@ def gradient_coefficients(
         # Q p_k - q_k; where p_k is near 1, Q is taken out of both: exact for a confident one-hot.
         of_p = of_p + ct.soft * mass
         soft_at_omitted = mass * p_omitted_minus_1 + other_mass
-        soft_at_omitted = jnp.where(
+        soft_at_omitted = select(
             p_omitted < 0.5, mass * p_omitted - (mass - other_mass), soft_at_omitted
         )
         at_omitted = at_omitted + ct.soft * soft_at_omitted
         asked |= ct.soft != 0
     if ct.entropy is not None:
         # A label at -inf: p (log p + H) is 0 there, and not 0 * inf.
-        at_omitted += ct.entropy * p_omitted * jnp.where(p_omitted > 0, d - entropy_rest, 0)
+        at_omitted += ct.entropy * p_omitted * select(p_omitted > 0, d - entropy_rest, 0)
         asked |= ct.entropy != 0
     if ct.sum_sq_probs is not None:
         at_omitted += 2 * k * ct.sum_sq_probs * p_omitted * (gap + expm1(-d))
@@ -164,7 +165,7 @@ def gradient_coefficients(
     # A row that is asked for nothing gets 0, whatever its logits hold: 0 * NaN would be NaN. Where
     # nothing is NaN it is 0 times its slope: selected, that 0 would not have this derivative.
     active = asked | _sound(state, ct.entropy is not None)
-    at_omitted = jnp.where(active, at_omitted, 0)
+    at_omitted = select(active, at_omitted, 0)
     return m, omitted, k * of_p, at_omitted, active
 
 
@@ -224,18 +225,18 @@ def logits_gradient(
     dx = e * scale[..., None]
     if entropy is not None:
         ct, entropy_rest = entropy
-        below = logits.nats(m[..., None] - jnp.where(e > 0, x, 0))
-        dx += jnp.where(e > 0, e * ct[..., None] * (below - entropy_rest[..., None]), 0)
+        below = logits.nats(m[..., None] - select(e > 0, x, 0))
+        dx += select(e > 0, e * ct[..., None] * (below - entropy_rest[..., None]), 0)
     if square is not None:
         ct, gap = square
         dx += e * ct[..., None] * (gap[..., None] - (1 - e))
     if soft is not None:
         ct, soft_targets = soft
         dx -= ct[..., None] * soft_targets.astype(x.dtype)
-    dx = jnp.where(is_at(x, omitted) | ~active[..., None], at_omitted[..., None], dx)
+    dx = select(is_at(x, omitted) | ~active[..., None], at_omitted[..., None], dx)
     if logits.scaling is not None:
-        dx = jnp.where(active[..., None], dx * logits.slope(), 0)
-    dx = dx if logits.exist is None else jnp.where(logits.exist, dx, 0)
+        dx = select(active[..., None], dx * logits.slope(), 0)
+    dx = dx if logits.exist is None else select(logits.exist, dx, 0)
     return downcast(dx, dtype or logits.values.dtype)
 
 
@@ -250,8 +251,8 @@ def soft_gradient(rows: Rows, state: RowState) -> Array:
     if rows.sparse is not None:
         impossible |= ~is_elsewhere(x, rows.sparse[0])
     r = log1p(state.t)[..., None]
-    below = logits.nats(state.m[..., None] - jnp.where(impossible, 0, x))
-    return jnp.where(impossible, 0, below + r)
+    below = logits.nats(state.m[..., None] - select(impossible, 0, x))
+    return select(impossible, 0, below + r)
 
 
 def sparse_gradient(rows: Rows, state: RowState) -> Array:
@@ -261,7 +262,7 @@ def sparse_gradient(rows: Rows, state: RowState) -> Array:
     x, nowhere = few.wide(), index >= rows.logits.size
     unless = nowhere | ((x == -jnp.inf) & (extra == 0))
     below = few.nats(distance(x, state.m, unless))
-    return jnp.where(unless, 0, below + log1p(state.t)[..., None])
+    return select(unless, 0, below + log1p(state.t)[..., None])
 
 
 def row_tangents(
@@ -363,7 +364,7 @@ def row_log_softmax(logits: Logits) -> Array:
         given, (m, r) = reread(logits.values, (state.m, log1p(state.t)))
         out = (replace(logits, values=given).wide() - m[..., None]) - r[..., None]
         if logits.exist is not None:  # of no class at all it would be inf - inf
-            out = jnp.where(logits.exist, out, -jnp.inf)
+            out = select(logits.exist, out, -jnp.inf)
         out = downcast(out, dtype)
         # Narrow results have too few digits to be read again, in place of the logits.
         wide = dtype == accumulator_dtype(dtype)
@@ -379,25 +380,25 @@ def row_log_softmax(logits: Logits) -> Array:
         # g_j - p_j G, and at the omitted entry (1 - p_k) g_k - p_k (G - g_k): no 1 - p_k forms.
         held, state, exist = saved
         if exist is not None:
-            g = jnp.where(exist, g, 0)
+            g = select(exist, g, 0)
         wide, omitted = upcast(g), state.omitted
         own = upcast(gather_class(lax.optimization_barrier(g), omitted))
         # Not total - g_k, which has nothing left where the cotangent is nearly all at k.
         others = sum_of_others(g, omitted, own)
-        total = others + jnp.where(omitted < g.shape[-1], own, 0)
+        total = others + select(omitted < g.shape[-1], own, 0)
         at_omitted = (own * state.s - others * exp(-state.d)) / (1 + state.t)
         # A row that is asked for nothing gets 0, whatever its logits hold.
         asked = (total != 0) | _sound(state)
-        at_omitted = jnp.where(asked | (own != 0), at_omitted, 0)
+        at_omitted = select(asked | (own != 0), at_omitted, 0)
         dx = wide - probabilities(held, exist) * total[..., None]
-        dx = jnp.where(asked[..., None] | (wide != 0), dx, 0)
+        dx = select(asked[..., None] | (wide != 0), dx, 0)
         if exist is not None:
-            dx = jnp.where(exist, dx, 0)
+            dx = select(exist, dx, 0)
         if device.on_one_device():
             at_omitted = downcast(at_omitted, dtype)[..., None]
             dx = scatter_classes(downcast(dx, dtype), omitted[..., None], at_omitted)
         else:  # a scatter would gather classes that are split
-            dx = downcast(jnp.where(is_at(dx, omitted), at_omitted[..., None], dx), dtype)
+            dx = downcast(select(is_at(dx, omitted), at_omitted[..., None], dx), dtype)
         return (Logits(dx),)
 
     def tangent(saved, tangents):
@@ -405,12 +406,12 @@ def row_log_softmax(logits: Logits) -> Array:
         held, state, exist = saved
         dx = tangents[0].values.astype(state.m.dtype)
         if exist is not None:
-            dx = jnp.where(exist, dx, 0)
-        dx -= jnp.where(state.omitted < dx.shape[-1], gather_class(dx, state.omitted), 0)[..., None]
-        p = jnp.where(is_at(dx, state.omitted), 0, probabilities(held, exist))
+            dx = select(exist, dx, 0)
+        dx -= select(state.omitted < dx.shape[-1], gather_class(dx, state.omitted), 0)[..., None]
+        p = select(is_at(dx, state.omitted), 0, probabilities(held, exist))
         dy = dx - jnp.sum(p * dx, axis=-1, keepdims=True)
         if exist is not None:
-            dy = jnp.where(exist, dy, 0)
+            dy = select(exist, dy, 0)
         return dy.astype(dtype)
 
     rule = differentiable(lambda logits: forward(logits)[0], forward, backward, tangent)

@@ -14,6 +14,7 @@ from jaxloss._numerics.rows import RowLosses, row_losses
 from jaxloss._tokens.targets import Targets
 from jaxloss._xla import indexing, mesh
 from jaxloss._xla.elementary import finite
+from jaxloss._xla.selection import select
 
 OF_ALL = ("entropy", "confidence", "sum_sq_probs")  # statistics that are not of k + 1 classes
 
@@ -32,16 +33,16 @@ def bucket_rows(logits: Logits, targets: Targets, outputs: tuple[str, ...]) -> R
     losses = partial(row_losses, vocab_axes=axes)
     rest = losses(Rows(others), ("logsumexp", "lse_above_max"))
     # A soft cap's slope at NaN is NaN, and 0 times that is NaN again.
-    named, exists = jnp.where(targets.valid[..., None], indexing.gather_classes(x, column), 0), None
+    named, exists = select(targets.valid[..., None], indexing.gather_classes(x, column), 0), None
     if exist is not None:
         exists = indexing.gather_classes(jnp.broadcast_to(exist, x.shape), column)
-        named = jnp.where(exists, named, 0)
+        named = select(exists, named, 0)
     named = replace(logits, values=named, exist=exists).wide()
     if axes:
         held = lax.psum(here.astype(jnp.int32), axes) > 0
-        named = jnp.where(held, lax.psum(jnp.where(here, named, 0), axes), -jnp.inf)
+        named = select(held, lax.psum(select(here, named, 0), axes), -jnp.inf)
     else:
-        named = jnp.where(here, named, -jnp.inf)
+        named = select(here, named, -jnp.inf)
     # Relative to the maximum: a log-sum-exp is rounded where the logits lie, and not where they
     # differ. Adding 0 gives it its derivative.
     of_others = mesh.largest(passes.row_max(others), axes)
@@ -51,8 +52,8 @@ def bucket_rows(logits: Logits, targets: Targets, outputs: tuple[str, ...]) -> R
     lse = logits.nats(of_others - m) + lax.stop_gradient(rest.lse_above_max)
     lse += rest.logsumexp - rounded
     # Of no other class there is no derivative; of no class at all it is NaN.
-    of_none = jnp.where(of_named == -jnp.inf, rest.logsumexp, -jnp.inf)
-    lse = jnp.where(rounded == -jnp.inf, of_none, lse)
+    of_none = select(of_named == -jnp.inf, rest.logsumexp, -jnp.inf)
+    lse = select(rounded == -jnp.inf, of_none, lse)
     named = logits.nats(named - m[..., None])
     few = jnp.concatenate([named, lse[..., None]], axis=-1)
     asked = jnp.concatenate([extra, cast(Array, targets.others)[..., None]], axis=-1)

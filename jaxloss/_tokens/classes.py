@@ -8,6 +8,7 @@ from jax import Array, lax
 from jaxloss._types import Axes, TopKLabels
 from jaxloss._xla import mesh
 from jaxloss._xla.indexing import local_index, looked_up, of_rank
+from jaxloss._xla.selection import select
 
 
 class Classes(NamedTuple):
@@ -60,8 +61,8 @@ def class_indices(labels: Array, num_classes: int, ignore_index: int | None):
         ignored = labels == ignore_index
     # Compared before it is narrowed: 2^32 + 3 is not class 3.
     inside = (labels >= 0) & (labels < num_classes)
-    index = jnp.where(inside, labels, num_classes).astype(jnp.int32)
-    return jnp.where(ignored, 0, index), ~ignored
+    index = select(inside, labels, num_classes).astype(jnp.int32)
+    return select(ignored, 0, index), ~ignored
 
 
 def existing_columns(class_mask: Array, classes: Classes) -> Array:
@@ -95,15 +96,15 @@ def number_of_classes(classes: Classes, class_mask: Array | None, dtype) -> Arra
 def weight_of(index: Array, weight: Array, classes: Classes, dtype) -> Array:
     """``w`` of each class index, 1 where there is no such class: its NaN must reach the loss."""
     inside = index < classes.total
-    found = looked_up(weight.astype(dtype), jnp.where(inside, index, 0))
-    return jnp.where(inside, found, 1)
+    found = looked_up(weight.astype(dtype), select(inside, index, 0))
+    return select(inside, found, 1)
 
 
 def column_of(index: Array, classes: Classes) -> Array:
     if not classes.axes and classes.total == classes.size:
         return index
     column = local_index(index, classes.start, classes.size)
-    return jnp.where(index < classes.total, column, classes.size)
+    return select(index < classes.total, column, classes.size)
 
 
 def anywhere(here: Array, axes: Axes) -> Array:

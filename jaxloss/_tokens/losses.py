@@ -16,6 +16,7 @@ from jaxloss._tokens.targets import Targets, is_zero, make_targets
 from jaxloss._types import Axes, LossOptions, Scalars, TokenArrays, TokenStats
 from jaxloss._xla import mesh
 from jaxloss._xla.dtypes import accumulator_dtype
+from jaxloss._xla.selection import select
 
 # What every schedule is to the tokens: rows_of(targets, outputs) reads the rows, whole or in parts,
 # and returns the named ones of RowLosses, and ``soft`` where there are soft targets.
@@ -39,7 +40,7 @@ def rows_of_logits(logits: Logits, temperature: Any = 1.0) -> RowsOf:
         of_row = tuple(name for name in outputs if name not in RANKS)
         if isinstance(temperature, Array):
             # 0 / NaN is NaN: a token that does not count must not read its own.
-            of_rows = jnp.where(targets.valid, temperature, 1) if temperature.ndim else temperature
+            of_rows = select(targets.valid, temperature, 1) if temperature.ndim else temperature
             divided, m = divided_rows(own, of_rows, classes.axes)
             rows = rows_of_logits(divided)(targets, of_row)
             if rows.logsumexp is not None:
@@ -84,7 +85,7 @@ def divided_rows(logits: Logits, temperature: Array, axes: Axes) -> tuple[Logits
     """
     x = logits.wide()
     m = mesh.largest(jnp.max(x, axis=-1), axes)
-    m = jnp.where(jnp.isfinite(m), m, 0)
+    m = select(jnp.isfinite(m), m, 0)
     below = over_temperature(logits.nats(x - m[..., None]), temperature)
     return Logits(below, pallas_bytes=0), logits.nats(m) / temperature
 
@@ -123,7 +124,7 @@ def token_losses(
         rows = rows_of(targets, outputs)
     # Before anything multiplies them: lse^2 of a masked row's inf has a gradient of 0 * inf.
     floats = {name: x for name, x in rows._asdict().items() if x is not None and name not in RANKS}
-    rows = rows._replace(**{name: jnp.where(valid, x, 0) for name, x in floats.items()})
+    rows = rows._replace(**{name: select(valid, x, 0) for name, x in floats.items()})
     losses = combined(rows, targets, scalars.z_loss)
     if not with_stats:
         return losses, None
@@ -137,16 +138,16 @@ def token_losses(
     else:  # weighed or smoothed: the labels themselves take a pass of their own
         plain = arrays._replace(weight=None)
         plain = make_targets(plain, targets.classes, dtype, options.ignore_index)
-        log_prob = jnp.where(valid, -rows_of(plain, ()).soft, 0)
+        log_prob = select(valid, -rows_of(plain, ()).soft, 0)
     predicted = valid & (rows.prediction >= 0)
     rank = jnp.full_like(rows.prediction, -1) if rows.rank is None else rows.rank
     return losses, TokenStats(
         log_prob,
         rows.logsumexp,
         rows.entropy,
-        prediction=jnp.where(predicted, rows.prediction, -1),
+        prediction=select(predicted, rows.prediction, -1),
         confidence=lax.stop_gradient(rows.confidence),
-        rank=jnp.where(predicted, rank, -1),
+        rank=select(predicted, rank, -1),
         sum_sq_probs=rows.sum_sq_probs,
         z_loss=_penalty(rows, valid, scalars.z_loss),
     )
@@ -156,7 +157,7 @@ def _penalty(rows: RowLosses, valid: Array, z_loss: Any) -> Array:
     lse = cast(Array, rows.logsumexp)
     if is_zero(z_loss):  # its square may be inf
         return mesh.varying(jnp.zeros_like(lse), mesh.varies_over(lse))
-    return jnp.where(valid, z_loss * lse**2, 0)
+    return select(valid, z_loss * lse**2, 0)
 
 
 def _outputs(targets: Targets, scalars: Scalars, with_stats: bool) -> tuple[str, ...]:
@@ -175,7 +176,7 @@ def combined(rows: RowLosses, targets: Targets, z_loss: Any = 0.0) -> Array:
     if targets.asks_for_label:
         losses = rows.nll
         if isinstance(smoothing, Array):  # of 1 it asks for nothing of an infinite loss
-            losses = jnp.where(smoothing == 1, 0, losses)
+            losses = select(smoothing == 1, 0, losses)
         if not is_zero(smoothing):
             losses *= 1 - smoothing
     if not is_zero(z_loss):

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxloss._types import LossOptions
+from jaxloss._xla.selection import select
 
 
 class TokenWeights(NamedTuple):
@@ -26,10 +27,10 @@ def weights_and_divisors(weights: TokenWeights, dtype: jnp.dtype) -> tuple[Array
     weight = jnp.ones_like(valid, dtype=dtype)
     if sample_weight is not None and sample_weight.dtype != jnp.bool_:
         weight = sample_weight.astype(dtype)
-    weight = jnp.where(valid, weight, 0)
+    weight = select(valid, weight, 0)
     if label_weight is None:
         return weight, weight
-    return weight, jnp.where(valid, weight * label_weight, 0)
+    return weight, select(valid, weight * label_weight, 0)
 
 
 def normalised_weights(
@@ -48,16 +49,16 @@ def normalised_weights(
     if options.token_axes:
         divisor = lax.psum(divisor, options.token_axes)
     # In place of a 0 it makes all weights 0, and with them all gradients.
-    weight = jnp.where(weights.valid, weight / jnp.where(divisor == 0, jnp.inf, divisor), 0)
+    weight = select(weights.valid, weight / select(divisor == 0, jnp.inf, divisor), 0)
     offset = _of_nothing(options.empty_mean)
-    return weight, jnp.where(divisor == 0, offset, jnp.zeros((), dtype))
+    return weight, select(divisor == 0, offset, jnp.zeros((), dtype))
 
 
 def reduce_losses(losses: Array, weights: TokenWeights, options: LossOptions) -> Array:
     """``losses[...]``, weighed, or their sum or mean."""
     reduction, token_axes = options.reduction, options.token_axes
     weight, divisor = weights_and_divisors(weights, losses.dtype)
-    losses = jnp.where(weights.valid, weight * losses, 0)
+    losses = select(weights.valid, weight * losses, 0)
     if reduction == "none":
         return losses
     if reduction == "sum":
@@ -70,15 +71,17 @@ def reduce_losses(losses: Array, weights: TokenWeights, options: LossOptions) ->
     # explicit mesh splits it refuses what is the same in the whole batch.
     both = jnp.concatenate([losses[None], divisor[None]])
     both = jnp.sum(both, axis=tuple(range(1, both.ndim)))
-    total, divisor = lax.psum(both, token_axes) if token_axes else both
+    both = lax.psum(both, token_axes) if token_axes else both
+    total, divisor = (lax.index_in_dim(both, i, keepdims=False) for i in range(2))
     return mean_of(total, divisor, options.empty_mean)
 
 
 def mean_of(total: Array, divisor: Array, empty_mean: float | None = None) -> Array:
     """``total / divisor``; where ``divisor`` is 0, ``empty_mean`` (None: NaN) with gradient 0."""
     # The constant in place of a 0 keeps 0 / 0 out of the gradients.
-    mean = total / jnp.where(divisor == 0, 1, divisor)
-    return jnp.where(divisor == 0, _of_nothing(empty_mean), mean)
+    nothing = divisor == 0
+    mean = total / select(nothing, 1, divisor)
+    return select(nothing, _of_nothing(empty_mean), mean)
 
 
 def _of_nothing(empty_mean: float | None) -> float:

@@ -30,6 +30,7 @@ from jaxloss._tokens.classes import (
 from jaxloss._tokens.reduction import TokenWeights
 from jaxloss._types import TokenArrays, TopKLabels
 from jaxloss._xla.indexing import gather_classes, of_rank
+from jaxloss._xla.selection import select
 
 
 class Targets(NamedTuple):
@@ -146,7 +147,7 @@ def soft_targets(
         soft = uniform  # as it is, one number a row, where it may: not an array of the logits' size
         if class_mask is not None:
             mask = jnp.broadcast_to(class_mask, (*class_mask.shape[:-1], num_classes))
-            soft = jnp.where(mask, of_rank(uniform, mask.ndim), 0)
+            soft = select(mask, of_rank(uniform, mask.ndim), 0)
     if probabilities is not None:
         scaled = probabilities
         if not is_zero(label_smoothing):
@@ -195,7 +196,7 @@ def make_targets(
     if weight is not None and probabilities is not None and not classes.block:
         # Before the class weights multiply them: their gradient would be 0 * NaN. Of columns that
         # are read in blocks, each block's alone: this is an array of their size.
-        probabilities = jnp.where(some[..., None], probabilities, 0)
+        probabilities = select(some[..., None], probabilities, 0)
     return targets._replace(valid=targets.valid & some, probabilities=probabilities)
 
 
@@ -211,20 +212,20 @@ def _of_top_k(
     """``some``: the tokens that have a weight and are not masked; None: all."""
     labels, weight, class_mask = arrays.labels, arrays.weight, arrays.class_mask
     index, taken = class_indices(cast(Array, labels.indices), classes.total, ignore_index)
-    q = jnp.where(taken, cast(Array, labels.probabilities).astype(dtype), 0)
+    q = select(taken, cast(Array, labels.probabilities).astype(dtype), 0)
     # A class that does not exist makes its row NaN, from class 0. An empty slot is at none.
     wrong = index >= classes.total
     # A negative entry is a log-probability that the caller gave for a probability.
     wrong |= jnp.any(q < 0, axis=-1, keepdims=True)
     if index.shape[-1] > 1:  # one that is named twice: which of the two would the gradient hold?
-        ordered = jnp.sort(jnp.where(taken, index, classes.total), axis=-1)
+        ordered = jnp.sort(select(taken, index, classes.total), axis=-1)
         twice = (ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] < classes.total)
         wrong |= jnp.any(twice, axis=-1, keepdims=True)
-    q = jnp.where(wrong, jnp.nan, q)
+    q = select(wrong, jnp.nan, q)
     if some is not None and weight is not None:
-        q = jnp.where(some[..., None], q, 0)  # as make_targets does to all probabilities
-    index = jnp.where(index < classes.total, index, 0)
-    index = jnp.where(taken, index, classes.total)
+        q = select(some[..., None], q, 0)  # as make_targets does to all probabilities
+    index = select(index < classes.total, index, 0)
+    index = select(taken, index, classes.total)
     column = column_of(index, classes)
     others, real, left_over = None, taken, 1 - jnp.sum(q, axis=-1)
     if class_mask is not None and classes.total:
@@ -236,16 +237,16 @@ def _of_top_k(
             real &= anywhere(here & exists, classes.axes)
             left_out = ~real  # by what all devices know: a bucket's loss is the same on all
         # What is asked of a class that does not exist is left out. A label that is wrong stays NaN.
-        q = jnp.where(left_out & ~wrong, 0, q)
+        q = select(left_out & ~wrong, 0, q)
     extra = q
     if uniform is not None:
-        extra = q * (1 - label_smoothing) + jnp.where(real, of_rank(uniform, q.ndim), 0)
+        extra = q * (1 - label_smoothing) + select(real, of_rank(uniform, q.ndim), 0)
     if labels.rest != "drop" and classes.total:
         number = number_of_classes(classes, class_mask, dtype)
         number = of_rank(number, real.ndim) - jnp.sum(real, axis=-1, keepdims=True, dtype=dtype)
         # Where there is no other class, what is left over is rounding.
         others = jnp.maximum(left_over, 0)
-        others = jnp.where(number[..., 0] > 0, others, 0)
+        others = select(number[..., 0] > 0, others, 0)
         if labels.rest == "uniform":
             each = (1 - label_smoothing) * others[..., None] / jnp.maximum(number, 1)
             uniform = each if uniform is None else each + of_rank(uniform, each.ndim)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxloss._xla import mesh
+from jaxloss._xla.selection import select
 
 
 def _accurate(function: Callable, x: Array) -> Array:
@@ -78,4 +79,4 @@ def exp_of_nonpositive(x: Array) -> Array:
 
 def finite(m: Array) -> Array:
     # exp(-inf - -inf) is NaN: an empty row's exponentials are 0, whatever stands in for m.
-    return jnp.where(m == -jnp.inf, 0, m)
+    return select(m == -jnp.inf, 0, m)
