@@ -94,7 +94,9 @@ def _computation_digest(lines: list[str], computation) -> str:
             given = operands
         else:
             given = _NAME.sub(lambda m: digests[m.group()[1:]], operands)
-        attributes = re.sub(r"(, )?(metadata|frontend_attributes)=\{[^}]*\}", "", attributes)
+        attributes = re.sub(
+            r"(, )?(metadata|frontend_attributes|control-predecessors)=\{[^}]*\}", "", attributes
+        )
         attributes = _NAME.sub(lambda m: computation(m.group()[1:]), attributes)
         attributes = re.sub(r"channel_id=\d+", "", attributes)
         digests[name] = _hash(kind, given, attributes)

@@ -313,6 +313,34 @@ def test_ignored_tokens_run_no_chunk():
     assert _packing.positions(counts).tolist() == [5, 0, 5, 1, 2]
 
 
+@pytest.mark.nan_is_meant
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_few_tokens_take_one_step(reduction, monkeypatch):
+    """Whatever counts: a loop over what is left would take as long again to trace and compile."""
+    hidden, kernel, labels = problem(24)
+
+    def of(labels):
+        def loss(h, k):
+            out = jaxloss.linear_cross_entropy(h, k, labels, reduction=reduction, empty_mean=0)
+            return jnp.sum(out)
+
+        return jax.value_and_grad(loss, A)
+
+    some, none = labels.at[3:17].set(-100), jnp.full(24, -100)
+    in_quarters = of(some)(hidden, kernel)
+    monkeypatch.setattr(_packing, "FEWEST", 32)
+    names = {e.primitive.name for e in equations(of(some), hidden, kernel)}
+    assert "while" not in names
+    for got, expected in zip(
+        jax.tree.leaves(of(some)(hidden, kernel)), jax.tree.leaves(in_quarters), strict=True
+    ):
+        np.testing.assert_allclose(got, expected, rtol=1e-6, atol=1e-7)
+    for wrong in (1, jnp.nan):
+        value, gradients = of(none)(hidden, kernel * wrong)
+        assert value == 0
+        assert all(np.all(np.asarray(g) == 0) for g in gradients)
+
+
 MODES = {
     "grad": lambda f: jax.grad(f, A),
     "jacfwd": lambda f: jax.jacfwd(f, A),
