@@ -29,7 +29,6 @@ from jaxloss._tokens.shapes import (
 )
 from jaxloss._tokens.targets import make_targets, without_empty_rows
 from jaxloss._types import AxisName, Reduction, Scalars, TokenStats, TopKLabels
-from jaxloss._xla import indexing
 from jaxloss._xla.derivatives import differentiable
 from jaxloss._xla.device import jit
 from jaxloss._xla.dtypes import accumulator_dtype, downcast
@@ -182,18 +181,20 @@ def _nll_loss(log_probs, arrays, *, options):
     classes = local_classes(options.num_classes)
     arrays = without_empty_rows(arrays, x.shape[:-1], classes)
     class_mask = arrays.class_mask
-    x = Logits(x, class_mask).wide()
+    read = Logits(x, class_mask)
     whole = arrays._replace(class_mask=None)  # nothing is asked of how many classes exist
-    targets = make_targets(whole, classes, x.dtype, options.ignore_index)
+    dtype = accumulator_dtype(x.dtype)
+    targets = make_targets(whole, classes, dtype, options.ignore_index)
     # What does not count is selected away before it is multiplied: 0 * NaN would return in the
     # gradients.
     nll, soft, valid = None, None, targets.valid
     if targets.label is not None:
         # 0 - x, since -0 is no loss.
         outside = targets.label >= options.num_classes
-        log_prob = _nan_where(outside, indexing.gather_class(x, targets.label))
+        log_prob = _nan_where(outside, read.at_class(targets.label).wide())
         nll = jnp.where(valid, 0 - log_prob, 0)
     else:
+        x = read.wide()
         asked = valid[..., None] if class_mask is None else valid[..., None] & class_mask
         q = jnp.where(asked, cast(Array, targets.probabilities), 0)
         q = targets._replace(probabilities=q).soft_targets(x.dtype)

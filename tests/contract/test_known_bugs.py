@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from forms import FORMS, SCHEDULES, WHOLE, two_steps
 from oracle.budget import EPS, assert_within, relative_budget
-from oracle.programs import equations, jit_quickly
+from oracle.programs import equations, jit_quickly, temporary_mib
 from oracle.truth import exact_gradient, exact_losses
 
 import jaxloss
@@ -791,3 +791,18 @@ def test_a_loss_of_ones_own_outside_of_jit_leaves_no_program_behind():
     for _ in range(2):
         call()
     assert programs() <= before
+
+
+def test_one_entry_a_row_takes_no_wide_copy_of_the_rows():
+    """A gradient of the widened log-probabilities was scattered in float32, and rounded after."""
+    log_probs = jax.ShapeDtypeStruct((4096, 1000), jnp.bfloat16)
+    labels = jax.ShapeDtypeStruct((4096,), jnp.int32)
+
+    def plain(log_probs, labels):
+        own = jnp.take_along_axis(log_probs, labels[:, None], axis=1)
+        return -jnp.mean(own.astype(jnp.float32))
+
+    ours, theirs = (
+        temporary_mib(jax.value_and_grad(f), (log_probs, labels)) for f in (jaxloss.nll_loss, plain)
+    )
+    assert ours <= theirs + 1
