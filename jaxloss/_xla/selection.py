@@ -1,5 +1,6 @@
 """A select that JAX traces quickly."""
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
@@ -16,10 +17,12 @@ def select(mask: Array, x: ArrayLike, y: ArrayLike) -> Array:
         return jnp.where(mask, x, y)
     kinds = (int, float) if jnp.issubdtype(like.dtype, jnp.floating) else int
     whole = [lax.full_like(like, v) if isinstance(v, kinds) else v for v in (x, y)]
-    if all(_is_like(v, mask, like) for v in whole):
+    if all(isinstance(v, Array) and _are_alike(v, mask, like.dtype) for v in whole):
         return lax.select(mask, *whole)
     return jnp.where(mask, x, y)
 
 
-def _is_like(x: ArrayLike, mask: Array, like: Array) -> bool:
-    return isinstance(x, Array) and x.shape == mask.shape and x.dtype == like.dtype
+def _are_alike(x: Array, mask: Array, dtype: jnp.dtype) -> bool:
+    if x.shape != mask.shape or x.dtype != dtype:
+        return False
+    return jax.typeof(x).sharding == jax.typeof(mask).sharding  # as an explicit mesh wants them
