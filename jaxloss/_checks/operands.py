@@ -44,7 +44,8 @@ def product_operands(
             way_out if hidden.shape[-1] == columns else "",
         )
     narrow = _dtype_of_products(function, dtype, hidden, kernel, of)
-    kernel = _fitted(function, f"{of}kernel", kernel, (*heads, size, columns))
+    wide = accumulator_dtype(narrow or hidden.dtype)
+    kernel = _fitted(function, f"{of}kernel", kernel, (*heads, size, columns), wide)
     if bias is not None:
         bias = messages.floating(function, f"{of}bias", bias)
         rule = f"one entry a column of {of}kernel"
@@ -75,9 +76,10 @@ def _kernel(function: str, name: str, given: Any, order: str) -> tuple[Any, Arra
     return lax.stop_gradient(QuantizedKernel(values, scale)), values
 
 
-def _fitted(function: str, name: str, kernel: Any, size: tuple[int, ...]) -> Any:
+def _fitted(function: str, name: str, kernel: Any, size: tuple[int, ...], wide: Any) -> Any:
     """The kernel, whose parts fit its ``size``, ``[D, V]`` or ``[K, D, V]``: an update's scale is
-    part of its ``a``, and a scale a column is ``[V]``, or ``[K, V]``."""
+    part of its ``a``, in the ``wide`` dtype of the sums, and a scale a column is ``[V]``, or
+    ``[K, V]``."""
     *heads, features, columns = size
     of_heads = f"[{heads[0]}, " if heads else "["
     if is_low_rank(kernel):
@@ -88,10 +90,10 @@ def _fitted(function: str, name: str, kernel: Any, size: tuple[int, ...]) -> Any
             got = f"{messages.describe(a)} and {messages.describe(b)}"
             way_out = "They are so whatever vocab_axis is."
             messages.fail(function, f"{rule}D = {features}, V = {columns}", got, way_out)
-        limits, wide = arguments.FINITE, accumulator_dtype(a.dtype)
+        limits = arguments.FINITE
         scale = messages.scalar(function, f"{name}.scale", kernel.scale, *limits, 1.0, wide)
         a = a if isinstance(scale, float) and scale == 1 else a.astype(wide) * scale
-        return LowRankKernel(_fitted(function, f"{name}.kernel", kernel.kernel, size), a, b)
+        return LowRankKernel(_fitted(function, f"{name}.kernel", kernel.kernel, size, wide), a, b)
     if not is_quantized(kernel):
         return kernel
     scale, lead = kernel.scale, tuple(heads)

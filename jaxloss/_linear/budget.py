@@ -157,8 +157,10 @@ def default_block(num_tokens: int, num_classes: int) -> int:
     return max(1, min(block, num_classes))
 
 
-def default_chunk_of_pairs(num_pairs: Any, num_columns: int) -> int:
+def default_chunk_of_pairs(num_pairs: Any, num_columns: Any) -> int:
     """Pairs a chunk of similarities: a power of two, or all. Two rows of them are held."""
+    if not isinstance(num_columns, int):  # jax.export leaves it open: a large batch's
+        num_columns = 2**15
     if jax.default_backend() != "cpu":
         return default_chunk(num_pairs, num_columns)
     # Beside them the gradients of x and y are held, which have as many rows as these have columns.

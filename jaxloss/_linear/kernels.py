@@ -19,6 +19,7 @@ from jaxloss._linear import blocks, budget, packing
 from jaxloss._numerics import parts
 from jaxloss._types import Axes, QuantizedKernel, is_low_rank, is_quantized
 from jaxloss._xla import mesh
+from jaxloss._xla.dtypes import accumulator_dtype
 
 Dot = Callable[[Array, Array, int, int], Array]
 
@@ -190,14 +191,14 @@ def _widened(part: Any, vocab_axis: int, dtype: Any) -> tuple[Array, Array | Non
     columns give, None: ``values`` contain the scale."""
     if part.scale.ndim == 1:
         return part.values.astype(dtype), part.scale
-    values, scale = part.values, part.scale.astype(jnp.float32)
+    wide = accumulator_dtype(dtype)
+    values, scale = part.values, part.scale.astype(wide)
     groups, columns = scale.shape
     if vocab_axis == 1:
         each, scale = values.reshape(groups, -1, columns), scale[:, None, :]
     else:
         each, scale = values.reshape(columns, groups, -1), scale.T[:, :, None]
-    wide = each.astype(jnp.float32) * scale
-    return wide.astype(dtype).reshape(values.shape), None
+    return (each.astype(wide) * scale).astype(dtype).reshape(values.shape), None
 
 
 def _unit_of(factor: Array, dtype: Any) -> Array | None:

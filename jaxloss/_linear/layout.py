@@ -81,6 +81,10 @@ def of_call(
         return None
     over = jax.typeof(typed[0]).sharding.mesh if typed else names.mesh
     tokens = _tokens(call, names, over, products, arrays)
+    if tokens and tokens[-1] and any(p.heads is not None for p in products):
+        rule = "the heads' axis of hidden must not be split"
+        got = f"hidden {messages.describe(products[0].hidden)} split as {P(*tokens, None)}"
+        messages.fail(call, rule, got, "Reshard it, or name what splits the tokens alone.")
     own = {name for entry in tokens for name in names_of(entry)}
     vocab_axis = products[0].vocab_axis  # kernel_spec speaks of the first kernel
 
@@ -175,7 +179,8 @@ def _sequence(product: Product, over: Any) -> tuple[Any, tuple] | None:
         return None
     if not isinstance(hidden, Tracer):
         over, spec = (getattr(hidden.sharding, name, None) for name in ("mesh", "spec"))
-        tokens = tuple(names_of(entry) or None for entry in spec or ())[: len(lead)]
+        count = len(lead) - (product.heads is not None)  # the heads' axis is gathered
+        tokens = tuple(names_of(entry) or None for entry in spec or ())[:count]
     elif over is not None:
         automatic = _axes_of(over, AxisType.Auto)
 
@@ -213,12 +218,14 @@ def _tokens(
     first = products[0]
     of_kernel, rank = _spec_of_kernel(call, first), hidden.ndim - 1
     columns = {*names_of(of_kernel[first.vocab_axis]), *names.of_vocab}
+    split = rank - any(p.heads is not None for p in products)  # heads are never split
     for x in jax.tree.leaves(arrays):
-        found = [None if {*names_of(e)} & columns else e for e in spec_of(x)[:rank]]
+        found = [None if {*names_of(e)} & columns else e for e in spec_of(x)[:split]]
+        found += [None] * (rank - split)
         if any(found):
             return found
     features = of_kernel[1 - first.vocab_axis]
-    divides = rank and hidden.shape[0] % devices_along(over, names_of(features)) == 0
+    divides = split and hidden.shape[0] % devices_along(over, names_of(features)) == 0
     return [features if divides and i == 0 else None for i in range(rank)]
 
 

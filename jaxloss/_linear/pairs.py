@@ -127,21 +127,25 @@ def _over_tiles(
     nothing: tuple[Any, Any],
     part: Callable[[Tile], tuple],
     add: Callable | None = None,
+    divides: bool = False,
 ) -> tuple[Any, Any]:
     """The sums over all tiles of ``part(tile)``, which is something of the tile's rows, and of its
     columns.
 
     ``beside``: a tile's ``rows`` and ``columns``. ``nothing``: the sums of no tile. ``add``: of two
-    sums; None: they are sums of numbers.
+    sums; None: they are sums of numbers. ``divides``: it is known that a chunk divides the rows.
     """
     axes = way.sweep.token_axes
     x, y, *numbers = operands
+    if not isinstance(x.shape[0], int) and not divides:
+        return _over_open_tiles(way, operands, masks, beside, nothing, part, add)
     rows, columns = (x, masks.rows, masks.entries, beside[0]), (y, masks.columns, beside[1])
     given = mesh.varying((rows, columns, numbers, nothing), axes)
     rows, columns, numbers, state = mesh.varying_alike(*given)
     size, chunk, add = x.shape[0], way.sweep.chunk, add or partial(jax.tree.map, jnp.add)
-    if size == 0:
+    if isinstance(size, int) and size == 0:
         return state
+    first = (size % chunk or chunk) if isinstance(size, int) else 0
 
     @partial(jax.checkpoint, static_argnums=0)
     def part_of_chunk(size, start, rows, columns, numbers, place, is_own):
@@ -159,9 +163,9 @@ def _over_tiles(
         return jax.tree.map(put, of_rows, here), add(of_columns, there)
 
     def with_block(state, columns, *which):
-        first = size % chunk or chunk
-        state = with_chunk(state, 0, first, columns, *which)
-        if first == size:
+        if first:
+            state = with_chunk(state, 0, first, columns, *which)
+        if isinstance(size, int) and first == size:
             return state
 
         def step(state, i):
@@ -170,6 +174,26 @@ def _over_tiles(
         return lax.scan(step, state, jnp.arange((size - first) // chunk, dtype=jnp.int32))[0]
 
     return _around(axes, with_block, state, columns)
+
+
+def _over_open_tiles(way, operands, masks, beside, nothing, part, add):
+    """:func:`_over_tiles` of a number of rows that ``jax.export`` leaves open: with so many more,
+    which do not exist, that a chunk divides them."""
+    size, chunk = operands.x.shape[0], way.sweep.chunk
+    more = chunk * ((size + chunk - 1) // chunk) - size  # JAX sees: at least one chunk
+
+    def padded(v):
+        return lax.pad(v, jnp.zeros((), v.dtype), [(0, more, 0)] + [(0, 0, 0)] * (v.ndim - 1))
+
+    exist = jnp.ones(size, bool) if masks.rows is None else masks.rows
+    x, exist, entries, of_rows, blank = jax.tree.map(
+        padded, (operands.x, exist, masks.entries, beside[0], nothing[0])
+    )
+    own = operands._replace(x=x), Masks(exist, masks.columns, entries)
+    found, of_columns = _over_tiles(
+        way, *own, (of_rows, beside[1]), (blank, nothing[1]), part, add, divides=True
+    )
+    return jax.tree.map(lambda v: v[:size], found), of_columns
 
 
 def _around(axes: Axes, with_block: Callable, state: tuple[Any, Any], columns: Any) -> tuple:

@@ -233,6 +233,33 @@ def test_on_a_mesh(name, axis_type):
     assert max(relative_errors(found, jit_quickly(of)(*given))) <= 32 * EPS
 
 
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+def test_heads_are_not_split(axis_type):
+    """By a type or a name of hidden it is an error; labels are resharded."""
+    mesh = jax.make_mesh((4, 2), ("d", "t"), axis_types=(axis_type,) * 2)
+    h, k, labels = GIVEN["h"][:, :2], GIVEN["k"][:2], LABELS[:, :2]
+    loss = partial(jaxloss.linear_cross_entropy, chunk_size=2)
+    split = jax.NamedSharding(mesh, P("d", "t"))
+    with jax.set_mesh(mesh):
+        if axis_type == AxisType.Explicit:
+            found = jax.jit(loss)(h, k, jax.device_put(labels, split))
+            np.testing.assert_allclose(found, loss(h, k, labels), rtol=8 * EPS)
+            h = jax.device_put(h, split)
+        else:
+            loss = partial(loss, token_axis_name=P("d", "t"))
+        with pytest.raises(ValueError, match="the heads' axis of hidden must not be split"):
+            jax.jit(loss)(h, k, labels)
+
+
+def test_an_array_of_split_sequences_and_heads():
+    mesh = jax.make_mesh((4, 2), ("c", "t"), axis_types=(AxisType.Auto,) * 2)
+    h, k = GIVEN["h"][None, :, :2], GIVEN["k"][:2]
+    own = jax.device_put(h, jax.NamedSharding(mesh, P(None, "c", "t")))
+    found = jaxloss.linear_cross_entropy(own, k, LABELS[None, :, :2], chunk_size=4)
+    expected = jaxloss.linear_cross_entropy(h, k, LABELS[None, :, :2])
+    np.testing.assert_allclose(found, expected, rtol=8 * EPS)
+
+
 def test_memory_is_one_heads():
     n, heads, d, v = 512, 16, 64, 8192
 

@@ -298,6 +298,36 @@ def test_the_likeliest_and_the_samples(kind):
         np.testing.assert_allclose(of_sample, of_it, rtol=64 * EPS)
 
 
+@pytest.mark.parametrize("kind", ["int8", "groups", "qlora"])
+def test_products_in_float64_have_its_digits(kind):
+    """Nothing that a kernel is made of is rounded to float32 on its way."""
+    with jax.enable_x64():
+        frozen, _ = quantized(kind, -1)
+        scale = wide(frozen.scale) + 2.0**-40  # float32 does not hold it
+        frozen = jaxloss.QuantizedKernel(frozen.values, scale)
+        groups = scale.size // V
+        merged = wide(frozen.values) * jnp.repeat(scale.reshape(groups, V), D // groups, axis=0)
+        a, b, factor = wide(GIVEN["a"]), wide(GIVEN["b"]), 0.1
+
+        def of_head(h, narrow):
+            head = frozen
+            if kind == "qlora":
+                head = jaxloss.LowRankKernel(frozen, a.astype(narrow), b.astype(narrow), factor)
+            return jaxloss.linear_cross_entropy(h.astype(narrow), head, LABELS, dtype=jnp.float64)
+
+        def of_merged(h):
+            update = factor * a @ b if kind == "qlora" else 0
+            return CALLS["mean"][1](h @ (merged + update))
+
+        h = wide(GIVEN["h"])
+        true = jax.value_and_grad(of_merged)(h)
+        for narrow in (jnp.float32, jnp.float64):
+            value, gradient = jax.value_and_grad(of_head)(h, narrow)
+            assert relative_errors([value], [true[0]])[0] <= 2.0**-45
+            room = 2.0**-45 if narrow == jnp.float64 else EPS  # the cast rounds its own cotangent
+            assert relative_errors([gradient], [true[1]])[0] <= room
+
+
 def test_what_is_frozen_has_no_gradient():
     quantised, _ = quantized("int8", 1)
     frozen = GIVEN["k"], quantised.scale

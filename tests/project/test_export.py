@@ -293,6 +293,27 @@ def test_open_batch_beside_a_teacher():
         assert_same(program.call(*given(tokens)), jax.jit(step)(*given(tokens)))
 
 
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("loss", [jaxloss.contrastive_loss, jaxloss.sigmoid_contrastive_loss])
+def test_open_pairs(loss, masked):
+    (n,) = export.symbolic_shape("n")
+
+    def step(x, y, where):
+        some = {"where": where} if masked else {}
+        both = lambda x, y: loss(x, y, logit_scale=2.0, chunk_size=4, **some)  # noqa: E731
+        return jax.value_and_grad(both, (0, 1))(x, y)
+
+    def given(pairs):
+        x = jnp.cos(jnp.arange(pairs * 3.0).reshape(pairs, 3))
+        there = jnp.arange(pairs) % 3 != 1
+        return x, jnp.sin(x), there[:, None] & there[None] | jnp.eye(pairs, dtype=bool)
+
+    x = jax.ShapeDtypeStruct((n, 3), jnp.float32)
+    program = reloaded(step, x, x, jax.ShapeDtypeStruct((n, n), jnp.bool_))
+    for pairs in (1, 3, 8, 11):
+        assert_same(program.call(*given(pairs)), jax.jit(step)(*given(pairs)))
+
+
 def test_ahead_of_time():
     args = operands("indices", jnp.float32)
     step = step_of(jaxloss.cross_entropy)
