@@ -154,16 +154,44 @@ def warn_of_pairs(call: str, pairs: Any, chunk: int) -> None:
 
 def warn_if_shared(call: str, product: Product, chunk: int | None) -> None:
     """Warns where XLA's partitioner lets each device compute the tokens of others: because of the
-    numbers of tokens and of a chunk (None: there are no chunks)."""
+    numbers of tokens, of a chunk and of a sequence (None: there are no chunks)."""
     over, tokens = mesh.of_context(), product.tokens
     if over is None or chunk is None or not isinstance(tokens, int) or chunk >= tokens:
         return
-    devices = devices_along(over, _axes_of(over, AxisType.Auto))
+    automatic = _axes_of(over, AxisType.Auto)
+    devices = devices_along(over, automatic)
     if math.gcd(tokens, chunk, devices) < devices:
         rule = f"{tokens} tokens in chunks of {chunk} do not divide among the {devices} devices"
         way_out = "that share them, which then compute each other's tokens. Name the axes that "
         way_out += "split the tokens: token_axis_name=..., or take multiples of the devices."
         warnings.warn(f"{call}: {rule} {way_out}", stacklevel=2)
+    # What :func:`_sequence` cannot split though it knows its axes, as of hidden[:, :-1].
+    sequences = tuple(n for n in over.axis_names if n in automatic & SEQUENCES)
+    parts, length = devices_along(over, sequences), _length(product)
+    if isinstance(length, int) and length > parts and length % parts:
+        rule = f"sequences of {length} tokens do not divide among the {parts} devices along "
+        way_out = "which then compute each other's tokens. Pad them, or keep their last token: "
+        way_out += "jaxloss.next_token_labels ignores it."
+        warnings.warn(f"{call}: {rule}{sequences}, {way_out}", stacklevel=2)
+
+
+def warn_of_top_k(call: str, product: Product, chunk: int) -> None:
+    """Warns where XLA's partitioner, which splits no top k, gathers the logits of each chunk."""
+    over, tokens = mesh.of_context(), product.tokens
+    if over is None or not isinstance(tokens, int) or chunk >= tokens:
+        return
+    devices = devices_along(over, _axes_of(over, AxisType.Auto))
+    if devices > 1:
+        text = f"{call}: where the {devices} devices of this mesh split the tokens or the columns, "
+        text += "the logits of each chunk are gathered. Name the axes: token_axis_name=..., "
+        text += "vocab_axis_name=..."
+        warnings.warn(text, stacklevel=2)
+
+
+def _length(product: Product) -> Any:
+    """Tokens of a sequence, the second axis of hidden; None: it has no such axis."""
+    lead = product.lead[: len(product.lead) - (product.heads is not None)]
+    return lead[1] if len(lead) > 1 else None
 
 
 def _sequence(product: Product, over: Any) -> tuple[Any, tuple] | None:
@@ -171,7 +199,7 @@ def _sequence(product: Product, over: Any) -> tuple[Any, tuple] | None:
     known to be split on automatic axes: an array that is not traced says what splits it, of a
     traced one the axes' names alone. Operands that are split otherwise are resharded."""
     hidden, lead = product.hidden, product.lead
-    if len(lead) - (product.heads is not None) < 2:
+    if _length(product) is None:
         return None
     if not isinstance(hidden, Tracer):
         over, spec = (getattr(hidden.sharding, name, None) for name in ("mesh", "spec"))
