@@ -128,7 +128,7 @@ def of_pairs(
     entry = None if names.of_tokens is None else names.of_tokens[0]
     if names.of_tokens is None:
         for name, v in (("x", x), *(("y", v) for v in y)):
-            if spec_of(v)[1] is not None:
+            if _spread(v)[1] is not None:
                 rule = f"{name} must not be sharded in its last axis on an explicit mesh"
                 way_out = "Reshard it: jax.reshard(x, spec). Or name what splits the pairs: "
                 way_out += "token_axis_name=... gathers the features."
@@ -228,8 +228,8 @@ def _tokens(
     if names.of_tokens is not None:
         return list(names.of_tokens)
     for product in products:
-        *tokens, features = spec_of(product.hidden)
-        if features is not None:
+        *tokens, _ = spec_of(product.hidden)
+        if _spread(product.hidden)[-1] is not None:
             rule = "hidden must not be sharded in its last axis on an explicit mesh"
             way_out = "Reshard it: jax.reshard(x, spec). Or name what splits the tokens: "
             way_out += "token_axis_name=... gathers the features."
@@ -250,9 +250,20 @@ def _tokens(
     return [features if divides and i == 0 else None for i in range(rank)]
 
 
+def _spread(x: Array) -> tuple:
+    """``spec_of``, without axes of one device: they split nothing, whatever they are named for."""
+    over = jax.typeof(x).sharding.mesh
+    return tuple(_of_several(names_of(e), over) or None for e in spec_of(x))
+
+
+def _of_several(names: Iterable[str], over: Any) -> Axes:
+    """Those of the axes that have several devices."""
+    return tuple(n for n in names if over.shape[n] > 1)
+
+
 def _spec_of_kernel(call: str, product: Product) -> tuple:
     """What splits the two axes of a head's kernel."""
-    *heads, rows, columns = spec_of(base_of(product.kernel))
+    *heads, rows, columns = _spread(base_of(product.kernel))
     if any(heads):
         rule = "the heads of a kernel must not be split"
         messages.fail(call, rule, f"{jax.typeof(base_of(product.kernel))}", "Reshard it.")
@@ -270,7 +281,12 @@ def _kernel(
     """What splits the axes of a kernel. ``vocab_axis``: of the one that kernel_spec speaks of;
     ``vocab_axes``: what is to split the columns, if anything."""
     if names.of_kernel is not None:
-        return names.of_kernel if product.vocab_axis == vocab_axis else names.of_kernel[::-1]
+        asked = {*names.of_vocab}
+        some = tuple(
+            tuple(n for n in names_of(e) if n in asked or _of_several((n,), names.mesh)) or None
+            for e in names.of_kernel
+        )
+        return some if product.vocab_axis == vocab_axis else some[::-1]
     entries = list(_spec_of_kernel(call, product))
     if vocab_axes:
         before = names_of(entries[product.vocab_axis])
