@@ -325,8 +325,9 @@ def linear_top_k(
       kernel: ``[D, V]``, or ``[V, D]`` with ``vocab_axis=0``, as in :func:`linear_cross_entropy`.
       k: how many, at most the number of classes.
       bias, vocab_axis, num_classes, precision, dtype, vocab_axis_name, token_axis_name,
-        kernel_spec, mesh: as in :func:`linear_cross_entropy`. Where devices share the columns, each
-        has k or more.
+        kernel_spec, mesh: as in :func:`linear_cross_entropy`. Inside of ``shard_map``, where
+        devices share the columns, each has k or more. On automatic axes that nobody names the
+        logits of each chunk are gathered.
       temperature, logit_softcap, where: as in :func:`log_probs_at`.
       chunk_size: tokens whose logits are held at a time; None: as :func:`linear_token_stats`.
 
@@ -556,6 +557,8 @@ def _by_chunks(
     static = {"sweep": sweep, "kind": kind, "impl": impl}
     if found is None:
         layout.warn_if_shared(call, product, chunk)
+        if kind[0] == "likeliest":
+            layout.warn_of_top_k(call, product, chunk)
         return log_probs.by_token_chunks(product, arrays, scalars, own, options=options, **static)
     return _over_mesh(
         product, arrays, scalars, own, layout_=found, options=options, static=tuple(static.items())

@@ -132,7 +132,7 @@ def of_pairs(
     entry = None if names.of_tokens is None else names.of_tokens[0]
     if names.of_tokens is None:
         for name, v in (("x", x), *(("y", v) for v in y)):
-            if spec_of(v)[1] is not None:
+            if _spread(v)[1] is not None:
                 rule = f"{name} must not be sharded in its last axis on an explicit mesh"
                 way_out = "Reshard it: jax.reshard(x, spec). Or name what splits the pairs: "
                 way_out += "token_axis_name=... gathers the features."
@@ -158,16 +158,44 @@ def warn_of_pairs(call: str, pairs: Any, chunk: int) -> None:
 
 def warn_if_shared(call: str, product: Product, chunk: int | None) -> None:
     """Warns where XLA's partitioner lets each device compute the tokens of others: because of the
-    numbers of tokens and of a chunk (None: there are no chunks)."""
+    numbers of tokens, of a chunk and of a sequence (None: there are no chunks)."""
     over, tokens = mesh.of_context(), product.tokens
     if over is None or chunk is None or not isinstance(tokens, int) or chunk >= tokens:
         return
-    devices = devices_along(over, _axes_of(over, AxisType.Auto))
+    automatic = _axes_of(over, AxisType.Auto)
+    devices = devices_along(over, automatic)
     if math.gcd(tokens, chunk, devices) < devices:
         rule = f"{tokens} tokens in chunks of {chunk} do not divide among the {devices} devices"
         way_out = "that share them, which then compute each other's tokens. Name the axes that "
         way_out += "split the tokens: token_axis_name=..., or take multiples of the devices."
         warnings.warn(f"{call}: {rule} {way_out}", stacklevel=2)
+    # What :func:`_sequence` cannot split though it knows its axes, as of hidden[:, :-1].
+    sequences = tuple(n for n in over.axis_names if n in automatic & SEQUENCES)
+    parts, length = devices_along(over, sequences), _length(product)
+    if isinstance(length, int) and length > parts and length % parts:
+        rule = f"sequences of {length} tokens do not divide among the {parts} devices along "
+        way_out = "which then compute each other's tokens. Pad them, or keep their last token: "
+        way_out += "jaxloss.next_token_labels ignores it."
+        warnings.warn(f"{call}: {rule}{sequences}, {way_out}", stacklevel=2)
+
+
+def warn_of_top_k(call: str, product: Product, chunk: int) -> None:
+    """Warns where XLA's partitioner, which splits no top k, gathers the logits of each chunk."""
+    over, tokens = mesh.of_context(), product.tokens
+    if over is None or not isinstance(tokens, int) or chunk >= tokens:
+        return
+    devices = devices_along(over, _axes_of(over, AxisType.Auto))
+    if devices > 1:
+        text = f"{call}: where the {devices} devices of this mesh split the tokens or the columns, "
+        text += "the logits of each chunk are gathered. Name the axes: token_axis_name=..., "
+        text += "vocab_axis_name=..."
+        warnings.warn(text, stacklevel=2)
+
+
+def _length(product: Product) -> Any:
+    """Tokens of a sequence, the second axis of hidden; None: it has no such axis."""
+    lead = product.lead[: len(product.lead) - (product.heads is not None)]
+    return lead[1] if len(lead) > 1 else None
 
 
 def _sequence(product: Product, over: Any) -> tuple[Any, tuple] | None:
@@ -175,7 +203,7 @@ def _sequence(product: Product, over: Any) -> tuple[Any, tuple] | None:
     known to be split on automatic axes: an array that is not traced says what splits it, of a
     traced one the axes' names alone. Operands that are split otherwise are resharded."""
     hidden, lead = product.hidden, product.lead
-    if len(lead) - (product.heads is not None) < 2:
+    if _length(product) is None:
         return None
     if not isinstance(hidden, Tracer):
         over, spec = (getattr(hidden.sharding, name, None) for name in ("mesh", "spec"))
@@ -205,8 +233,8 @@ def _tokens(
     if names.of_tokens is not None:
         return list(names.of_tokens)
     for product in products:
-        *tokens, features = spec_of(product.hidden)
-        if features is not None:
+        *tokens, _ = spec_of(product.hidden)
+        if _spread(product.hidden)[-1] is not None:
             rule = "hidden must not be sharded in its last axis on an explicit mesh"
             way_out = "Reshard it: jax.reshard(x, spec). Or name what splits the tokens: "
             way_out += "token_axis_name=... gathers the features."
@@ -229,9 +257,20 @@ def _tokens(
     return [features if divides and i == 0 else None for i in range(rank)]
 
 
+def _spread(x: Array) -> tuple:
+    """``spec_of``, without axes of one device: they split nothing, whatever they are named for."""
+    over = jax.typeof(x).sharding.mesh
+    return tuple(_of_several(names_of(e), over) or None for e in spec_of(x))
+
+
+def _of_several(names: Iterable[str], over: Any) -> Axes:
+    """Those of the axes that have several devices."""
+    return tuple(n for n in names if over.shape[n] > 1)
+
+
 def _spec_of_kernel(call: str, product: Product) -> tuple:
     """What splits the two axes of a head's kernel."""
-    *heads, rows, columns = spec_of(base_of(product.kernel))
+    *heads, rows, columns = _spread(base_of(product.kernel))
     if any(heads):
         rule = "the heads of a kernel must not be split"
         messages.fail(call, rule, f"{jax.typeof(base_of(product.kernel))}", "Reshard it.")
@@ -249,7 +288,12 @@ def _kernel(
     """What splits the axes of a kernel. ``vocab_axis``: of the one that kernel_spec speaks of;
     ``vocab_axes``: what is to split the columns, if anything."""
     if names.of_kernel is not None:
-        return names.of_kernel if product.vocab_axis == vocab_axis else names.of_kernel[::-1]
+        asked = {*names.of_vocab}
+        some = tuple(
+            tuple(n for n in names_of(e) if n in asked or _of_several((n,), names.mesh)) or None
+            for e in names.of_kernel
+        )
+        return some if product.vocab_axis == vocab_axis else some[::-1]
     entries = list(_spec_of_kernel(call, product))
     if vocab_axes:
         before = names_of(entries[product.vocab_axis])

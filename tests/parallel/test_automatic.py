@@ -1,5 +1,6 @@
 """Meshes of automatic axes, on which XLA's partitioner decides what each device computes."""
 
+import contextlib
 import re
 from functools import partial
 
@@ -185,13 +186,37 @@ def test_nothing_is_split_where_no_sequence_is_known_to_be():
 
     mesh, alone = ((4, 2), ("d", "context")), ((8, 1), ("d", "context"))
     flat = hidden.reshape(-1, D), kernel, labels.reshape(-1)
-    of_seven = hidden[:, :7], kernel, labels[:, :7]  # 7 do not divide among 2
     for loss in (mean, blocks):
         assert made(mesh, loss, hidden, kernel, labels)
         assert not made(alone, loss, hidden, kernel, labels)
         assert not made(((4, 2), ("d", "e")), loss, hidden, kernel, labels)
         assert not made(mesh, loss, *flat)
-        assert not made(mesh, loss, *of_seven)
+
+
+def test_a_warning_where_a_sequence_does_not_divide():
+    """The tokens of all sequences do, so that nothing else would say it."""
+    hidden, kernel, labels = operands()
+    with jax.set_mesh(jax.make_mesh((4, 2), ("d", "context"), axis_types=(AxisType.Auto,) * 2)):
+        with pytest.warns(UserWarning, match="sequences of 7 tokens do not divide among the 2"):
+            made = jax.make_jaxpr(mean)(hidden[:, :-1], kernel, labels[:, 1:])
+        assert "shard_map" not in str(made)
+        jax.make_jaxpr(mean)(hidden, kernel, labels)
+        of_one = hidden.reshape(-1, 1, D), kernel, labels.reshape(-1, 1)  # nothing to split
+        jax.make_jaxpr(mean)(*of_one)
+
+
+@pytest.mark.parametrize("names", [{}, {"token_axis_name": "d"}], ids=["alone", "named"])
+def test_a_warning_where_the_logits_of_a_top_k_are_gathered(names):
+    """As they are without names: XLA's partitioner splits no top k."""
+    mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Auto,))
+    hidden, kernel, _ = operands()
+    hidden = jax.device_put(hidden, NamedSharding(mesh, P("d")))
+    function = partial(jaxloss.linear_top_k, k=3, chunk_size=CHUNK, **names)
+    said = contextlib.nullcontext() if names else pytest.warns(UserWarning, match="are gathered")
+    with jax.set_mesh(mesh), said:
+        program = jax.jit(function).lower(hidden, kernel).compile().as_text()
+    logits = re.findall(rf"= f32\[\d+,{V}\]\S* all-gather\(", program)
+    assert bool(logits) == (not names)
 
 
 def test_an_array_says_itself_what_splits_it():

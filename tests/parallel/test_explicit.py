@@ -231,3 +231,43 @@ def test_arguments_that_are_not_split_alike(name, how):
     for g, a in zip(got[0], moving, strict=bool(moving)):
         assert g.sharding.is_equivalent_to(a.sharding, g.ndim)
     assert_close(got, on_one_device)
+
+
+@pytest.mark.parametrize(
+    ("of_hidden", "of_kernel"),
+    [
+        (P("t"), P(None, "one")),
+        (P("t"), P("one", "t")),
+        (P("t"), P(None, ("t", "one"))),
+        (P("t", "one"), P("t", "one")),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("name", ["linear_cross_entropy", "linear_loss"])
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
+def test_an_axis_of_one_device_splits_nothing(kind, name, of_hidden, of_kernel):
+    """Trainers name all axes that they know, and most of them have one device."""
+
+    def of_rows(z, y):
+        return jaxloss.cross_entropy(z, y, reduction="none")
+
+    def loss(h, k, y, **names):
+        if name == "linear_cross_entropy":
+            return jaxloss.linear_cross_entropy(h, k, y, chunk_size=4, **names)
+        return jaxloss.linear_loss(of_rows, h, k, y, chunk_size=4, sample_weight=y >= 0, **names)
+
+    h, k, y = (arrays()[n] for n in ("h", "k", "y"))
+    on_one_device = jit_quickly(jax.value_and_grad(loss, (0, 1)))(h, k, y)
+    mesh = jax.make_mesh((8, 1), ("t", "one"), axis_types=(kind,) * 2)
+    names = {"token_axis_name": "t", "kernel_spec": of_kernel}
+    names = names if kind == AxisType.Auto else {}
+    with jax.set_mesh(mesh):
+        specs = of_hidden, of_kernel, P("t")
+        given = [
+            jax.device_put(x, NamedSharding(mesh, s)) for x, s in zip((h, k, y), specs, strict=True)
+        ]
+        step = jax.value_and_grad(partial(loss, **names), (0, 1))
+        got = jit_quickly(step)(*given)
+    for g, x in zip(got[1], given, strict=False):
+        assert g.sharding.is_equivalent_to(x.sharding, g.ndim)
+    assert_close(got, on_one_device)

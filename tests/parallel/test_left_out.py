@@ -111,6 +111,7 @@ def specs_of(function, split):
     return {n: of_kernel if n == "k" else of_tokens for n in letters}
 
 
+@pytest.mark.filterwarnings("ignore:linear_top_k:UserWarning")  # its logits are gathered
 @pytest.mark.parametrize(("name", "split"), CASES)
 def test_numbers_of_one_device(name, split):
     function = (MEANS | EACH)[name]
