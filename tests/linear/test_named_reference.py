@@ -172,6 +172,23 @@ def test_a_class_that_neither_has_and_one_that_is_sure():
     assert_close((value, gradients), true, 16)
 
 
+def test_a_teacher_that_is_sure_leaves_room_for_the_others():
+    """As the guide has it: in float32 its k classes sum to 1."""
+    index, log_p = jaxloss.linear_top_k(9 * H, KERNEL, K)
+    q = jnp.exp(log_p)
+    sure = (LABELS >= 0) & (1 - q.sum(-1) <= 0)
+    assert np.any(sure)
+
+    def reverse(h, q):
+        stored = jaxloss.TopKLabels(index, q, rest="bucket")
+        return jaxloss.linear_token_stats(h, KERNEL, LABELS, reference=stored)[1].reverse_kl
+
+    assert np.all(np.isinf(reverse(H, q)[sure]))
+    room = q * (1 - 2.0**-20)
+    assert np.all(np.isfinite(reverse(H, room)))
+    assert np.all(np.isfinite(jax.grad(lambda h: jnp.sum(reverse(h, room)))(H)))
+
+
 def test_log_probabilities_and_wrong_classes_are_nan():
     for labels in (
         jaxloss.TopKLabels(INDICES, jnp.log(jnp.maximum(Q, 1e-6)), rest="bucket"),
