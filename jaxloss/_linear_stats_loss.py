@@ -122,7 +122,9 @@ def linear_stats_loss(
         :class:`Reference` with its own. Columns past ``num_classes`` are padding on both sides. Or
         :class:`TopKLabels` with ``rest="bucket"``, stored probabilities at ``kl_temperature``: its
         entropy and the divergences are of k + 1 classes, all others being one, and it has no
-        product; its ``log_prob`` is NaN.
+        product; its ``log_prob`` is NaN. Where they sum to 1, as float32 has it of a teacher that
+        is sure, nothing is left for the others: ``reverse_kl`` is inf, unless they are scaled by
+        ``1 - 2**-20``, say.
       kl_temperature: divides the logits of the divergences and of the reference's entropy, on both
         sides: a number, a scalar array or one entry a token; None: ``temperature``. Nothing is
         multiplied by its square.

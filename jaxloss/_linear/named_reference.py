@@ -50,5 +50,8 @@ def reference_stats(
         return row_divergences(*given, divergence=divergence, **numbers)
 
     entropy = -jnp.sum(jnp.where(exist & (q != 0), q * log_q, 0), axis=-1)
+    if class_mask is not None:  # the divergences are of what is left, which sums to less than 1
+        left = jnp.sum(jnp.where(exist, q, 0), axis=-1)
+        entropy = entropy / left + jnp.log(left)
     entropy = jnp.where(targets.valid, entropy, 0)
     return ReferenceStats(jnp.full_like(entropy, jnp.nan), entropy, *map(compared, DIVERGENCES))

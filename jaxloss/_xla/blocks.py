@@ -84,11 +84,12 @@ def in_blocks(of_block: Callable, block: int | None, over: tuple, rows: Any) -> 
         if n % block:
             # The last block ends with the rows, so that every row is in a block of one size, and
             # has the same bits wherever it stands. Its first rows hold results of the block before,
-            # which must not be read as operands: zeros take their place.
+            # which must not be read as operands: the last row takes their place, because a function
+            # of zeros may have no derivative, and 0 * NaN would join the sums.
             start = jnp.minimum(start, n - block)
             counts = jnp.arange(block, dtype=start.dtype) + start >= i * block
         own = some(start, over)
-        read = jax.tree.map(partial(_where_new, counts), own, jax.tree.map(jnp.zeros_like, own))
+        read = jax.tree.map(lambda x: _where_new(counts, x, x[-1:]), own)
         new, more, parts = of_some(read, some(start, rows), counts)
         new, more = (
             jax.tree.map(partial(_where_new, counts), xs, ys)

@@ -83,6 +83,24 @@ def test_the_statistics(chunk):
         assert_close([getattr(found, name) for name in NAMES], [true[name] for name in NAMES])
 
 
+def test_a_named_class_that_is_left_out():
+    """Entropy and divergences are of one distribution: of what is left of the stored one."""
+    exist = jnp.ones((N, V), bool).at[jnp.arange(N), INDICES[:, 1]].set(False)
+    options = {"kl_temperature": 1.7, "where": exist}
+    _, found = jaxloss.linear_token_stats(H, KERNEL, LABELS, reference=STORED, **options)
+    q = np.concatenate([Q, 1 - Q.sum(-1, keepdims=True)], axis=-1).astype(float)
+    q[:, 1] = 0
+    q = q / q.sum(-1, keepdims=True)
+    x = np.where(exist, np.float64(H) @ np.float64(KERNEL) / 1.7, -np.inf)
+    p = np.exp(x) / np.exp(x).sum(-1, keepdims=True)
+    p = np.where(INDICES >= 0, np.take_along_axis(p, np.maximum(INDICES, 0), axis=1), 0)
+    p = np.concatenate([p, 1 - p.sum(-1, keepdims=True)], axis=-1)
+    some = lambda x: np.where(LABELS >= 0, np.where(q > 0, x, 0).sum(-1), 0)  # noqa: E731
+    with np.errstate(divide="ignore", invalid="ignore"):
+        np.testing.assert_allclose(found.entropy, some(-q * np.log(q)), rtol=1e-5)
+        np.testing.assert_allclose(found.forward_kl, some(q * np.log(q / p)), rtol=1e-4)
+
+
 @pytest.mark.parametrize("name", NAMES[:3])
 def test_the_loss_and_every_mode(name):
     def loss(h, k):
@@ -152,6 +170,23 @@ def test_a_class_that_neither_has_and_one_that_is_sure():
         H, KERNEL
     )
     assert_close((value, gradients), true, 16)
+
+
+def test_a_teacher_that_is_sure_leaves_room_for_the_others():
+    """As the guide has it: in float32 its k classes sum to 1."""
+    index, log_p = jaxloss.linear_top_k(9 * H, KERNEL, K)
+    q = jnp.exp(log_p)
+    sure = (LABELS >= 0) & (1 - q.sum(-1) <= 0)
+    assert np.any(sure)
+
+    def reverse(h, q):
+        stored = jaxloss.TopKLabels(index, q, rest="bucket")
+        return jaxloss.linear_token_stats(h, KERNEL, LABELS, reference=stored)[1].reverse_kl
+
+    assert np.all(np.isinf(reverse(H, q)[sure]))
+    room = q * (1 - 2.0**-20)
+    assert np.all(np.isfinite(reverse(H, room)))
+    assert np.all(np.isfinite(jax.grad(lambda h: jnp.sum(reverse(h, room)))(H)))
 
 
 def test_log_probabilities_and_wrong_classes_are_nan():

@@ -484,6 +484,16 @@ def test_what_a_loss_closes_over_is_differentiable(block):
     np.testing.assert_allclose(jax.grad(function)(jnp.float32(0.5)), expected, rtol=1e-5)
 
 
+def test_a_loss_without_a_derivative_where_all_classes_are_alike(block):
+    given, _, labels = operands()
+
+    def function(c):
+        loss = lambda stats: jnp.log(c * (np.log(V) - stats.entropy))  # noqa: E731
+        return jaxloss.linear_stats_loss(loss, given["h"], given["k"], labels, chunk_size=5)
+
+    np.testing.assert_allclose(jax.grad(function)(jnp.float32(0.5)), 2, rtol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("given", "kind", "text"),
     [
