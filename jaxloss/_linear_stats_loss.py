@@ -148,6 +148,7 @@ def linear_stats_loss(
 
     Differentiable in ``hidden``, ``kernel``, ``bias``, floating ``per_token``, ``sample_weight``,
     the temperatures, ``beta`` and what ``loss_fn`` closes over, in every mode that ``loss_fn`` is.
+    ``log_prob`` and ``entropy`` of the reference are constants, in the temperatures too.
     Through ``log_prob``, ``logsumexp``, ``entropy``, ``sum_sq_probs`` and the divergences gradients
     reach the model; ``prediction``, ``confidence``, ``rank`` and all of the reference have none.
 

@@ -435,6 +435,9 @@ def linear_sample(
     (1954); as :func:`jax.random.categorical`.
     """
     call = "linear_sample"
+    if isinstance(temperature, int | float) and temperature == 0:
+        way_out = "Of a temperature near 0 the sample is the likeliest class: linear_top_k, k=1."
+        messages.fail(call, "temperature must be above 0", repr(temperature), way_out)
     product = product_of(call, hidden, kernel, bias, vocab_axis, dtype=dtype, precision=precision)
     data, impl = _key(call, key)
     count = messages.integer(call, "num_samples", num_samples, 1, None, default=1)

@@ -260,7 +260,7 @@ def scaling(function: str, cap: Any, x: Any, dtype) -> tuple[float | None, Any]:
 def temperature(function: str, x: Any, dtype) -> Any:
     """A number, or a scalar of ``dtype``; 1 where :func:`token_temperature` has one a token."""
     x = 1.0 if getattr(x, "ndim", 0) else x
-    return messages.scalar(function, "temperature", x, *DIVISORS, 1.0, dtype)
+    return messages.scalar(function, "temperature", x, *DIVISORS, 1.0, dtype, of_tokens=True)
 
 
 def token_temperature(

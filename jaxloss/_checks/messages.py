@@ -221,11 +221,21 @@ def is_real(x: Any) -> bool:
     return any(jnp.issubdtype(x.dtype, kind) for kind in (jnp.floating, jnp.integer))
 
 
-def scalar(function: str, name: str, x: Any, low: float, high: float, off: float, dtype) -> Any:
+def scalar(
+    function: str,
+    name: str,
+    x: Any,
+    low: float,
+    high: float,
+    off: float,
+    dtype: Any,
+    *,
+    of_tokens: bool = False,
+) -> Any:
     """A number that may be traced: a float, or a scalar array of ``dtype``.
 
     None is ``off``. An array's value is not known here. Out of range it is NaN, which makes NaN of
-    the losses.
+    the losses. ``of_tokens``: the caller takes an array of one entry a token too.
     """
     if x is None:
         return off
@@ -235,7 +245,9 @@ def scalar(function: str, name: str, x: Any, low: float, high: float, off: float
     if not isinstance(x, Array) or x.ndim or not is_real(x):
         got = describe(x) if hasattr(x, "dtype") else type(x).__name__
         wrong_shape = hasattr(x, "dtype") and is_real(x)
-        fail(function, rule, got, kind=ValueError if wrong_shape else TypeError)
+        listed = of_tokens and isinstance(x, list | tuple)
+        way_out = f"One a token is an array: jnp.asarray({name})." if listed else ""
+        fail(function, rule, got, way_out, kind=ValueError if wrong_shape else TypeError)
     return in_range(x, low, high, dtype)
 
 

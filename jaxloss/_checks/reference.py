@@ -42,5 +42,5 @@ def numbers(
         messages.fail(function, f"{name} is for a reference", "none", "Leave it out.")
     own = arguments.token_temperature(function, kl_temperature, batch, dtype, name)
     one = None if own is not None else kl_temperature
-    one = messages.scalar(function, name, one, *arguments.DIVISORS, 1.0, dtype)
+    one = messages.scalar(function, name, one, *arguments.DIVISORS, 1.0, dtype, of_tokens=True)
     return own, Scalars(softcap=cap, temperature=one, beta=beta)

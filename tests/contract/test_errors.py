@@ -394,6 +394,7 @@ PROMISES = {
     "linear_sample": [
         {"key": jax.random.key(0), "hidden": H, "kernel": K, "bias": X[0, :1]},
         {"key": jax.random.key(0), "hidden": H, "kernel": K, "num_samples": 0},
+        {"key": jax.random.key(0), "hidden": H, "kernel": K, "temperature": 0.0},
     ],
     "linear_stats_loss": [
         {"loss_fn": lambda s: s.log_prob, "hidden": H, "kernel": K, "labels": Y[:1]},
@@ -732,6 +733,14 @@ def test_no_array_argument_is_left_out():
             if "ArrayLike" in str(parameter.annotation) and parameter.kind != 2:
                 known = argument in arrays or (name, argument) == ("total_weight", "where")
                 assert known or argument in (*NUMBERS, *OTHERS), (name, argument)
+
+
+@pytest.mark.parametrize("name", ["cross_entropy", "linear_sample", "linear_stats_loss"])
+def test_a_list_of_temperatures_is_told_to_be_an_array(name):
+    right, _ = OF_ARRAYS[name]
+    text = r"got list\. One a token is an array: jnp\.asarray\(temperature\)\."
+    with pytest.raises(TypeError, match=f"^{name}: temperature must be a number, .*{text}$"):
+        call_of(name, right | {"temperature": [1.0] * 4})
 
 
 class Tensor:
