@@ -3,6 +3,7 @@
 import math
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
@@ -66,7 +67,8 @@ def reduce_losses(losses: Array, weights: TokenWeights, options: LossOptions) ->
         return lax.psum(total, token_axes) if token_axes else total
     # One reduction for both sums: a second one took XLA:CPU a tenth of the time of a small loss,
     # and a mesh another all-reduce.
-    divisor += jnp.zeros_like(losses)  # its sharding and varying axes, which have to be equal
+    if jax.typeof(divisor) != jax.typeof(losses):
+        divisor += jnp.zeros_like(losses)  # its sharding and varying axes, which have to be equal
     # Not raveled: that would gather sharded tokens. Not stack: under vmap over an axis that an
     # explicit mesh splits it refuses what is the same in the whole batch.
     both = jnp.concatenate([losses[None], divisor[None]])
