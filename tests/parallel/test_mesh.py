@@ -510,6 +510,8 @@ def test_linear_loss_of_constants_in_shard_map(weighed):
     """Which are the same on all devices, as the logits are not; second derivatives too."""
     mesh, *_ = build("8 tokens")
     given, _, _, s = problem(jnp.float32)
+    # Small: a sine of slopes in the hundreds has lost the digits that are compared.
+    given = {name: x / 4 for name, x in given.items()}
     scale = jnp.linspace(1.0, 2.0, 2, dtype=jnp.float32)
 
     def losses(h, k, s):
