@@ -144,12 +144,18 @@ def of_pairs(
     return Layout(over, axes, whole, (entry,), (), (), ())
 
 
+def _devices_of_chunks(rows: Any, chunk: int | None) -> int:
+    """The devices along the automatic axes of the context's mesh, where ``rows`` take several
+    chunks; otherwise 1."""
+    over = mesh.of_context()
+    if over is None or chunk is None or not isinstance(rows, int) or chunk >= rows:
+        return 1
+    return devices_along(over, _axes_of(over, AxisType.Auto))
+
+
 def warn_of_pairs(call: str, pairs: Any, chunk: int) -> None:
     """Warns where XLA's partitioner would let each device compute the similarities of all."""
-    over = mesh.of_context()
-    if over is None or not isinstance(pairs, int) or chunk >= pairs:
-        return
-    devices = devices_along(over, _axes_of(over, AxisType.Auto))
+    devices = _devices_of_chunks(pairs, chunk)
     if devices > 1:
         text = f"{call}: of pairs that are split over the {devices} devices of this mesh, each "
         text += "device computes all similarities. Name the axes: token_axis_name=..."
@@ -160,16 +166,16 @@ def warn_if_shared(call: str, product: Product, chunk: int | None) -> None:
     """Warns where XLA's partitioner lets each device compute the tokens of others: because of the
     numbers of tokens, of a chunk and of a sequence (None: there are no chunks)."""
     over, tokens = mesh.of_context(), product.tokens
-    if over is None or chunk is None or not isinstance(tokens, int) or chunk >= tokens:
+    devices = _devices_of_chunks(tokens, chunk)
+    if over is None or chunk is None or devices == 1:
         return
-    automatic = _axes_of(over, AxisType.Auto)
-    devices = devices_along(over, automatic)
     if math.gcd(tokens, chunk, devices) < devices:
         rule = f"{tokens} tokens in chunks of {chunk} do not divide among the {devices} devices"
         way_out = "that share them, which then compute each other's tokens. Name the axes that "
         way_out += "split the tokens: token_axis_name=..., or take multiples of the devices."
         warnings.warn(f"{call}: {rule} {way_out}", stacklevel=2)
     # What :func:`_sequence` cannot split though it knows its axes, as of hidden[:, :-1].
+    automatic = _axes_of(over, AxisType.Auto)
     sequences = tuple(n for n in over.axis_names if n in automatic & SEQUENCES)
     parts, length = devices_along(over, sequences), _length(product)
     if isinstance(length, int) and length > parts and length % parts:
@@ -181,10 +187,7 @@ def warn_if_shared(call: str, product: Product, chunk: int | None) -> None:
 
 def warn_of_top_k(call: str, product: Product, chunk: int) -> None:
     """Warns where XLA's partitioner, which splits no top k, gathers the logits of each chunk."""
-    over, tokens = mesh.of_context(), product.tokens
-    if over is None or not isinstance(tokens, int) or chunk >= tokens:
-        return
-    devices = devices_along(over, _axes_of(over, AxisType.Auto))
+    devices = _devices_of_chunks(product.tokens, chunk)
     if devices > 1:
         text = f"{call}: where the {devices} devices of this mesh split the tokens or the columns, "
         text += "the logits of each chunk are gathered. Name the axes: token_axis_name=..., "
