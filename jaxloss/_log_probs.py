@@ -435,7 +435,7 @@ def linear_sample(
     (1954); as :func:`jax.random.categorical`.
     """
     call = "linear_sample"
-    if isinstance(temperature, int | float) and temperature == 0:
+    if type(temperature) in (int, float) and temperature == 0:  # a bool is told to be a number
         way_out = "Of a temperature near 0 the sample is the likeliest class: linear_top_k, k=1."
         messages.fail(call, "temperature must be above 0", repr(temperature), way_out)
     product = product_of(call, hidden, kernel, bias, vocab_axis, dtype=dtype, precision=precision)

@@ -113,7 +113,7 @@ def _imports(rounds: int) -> dict[str, float]:
     times: dict[str, list[float]] = {"jaxloss": [], "optax": []}
     program = "import jax, time; t = time.perf_counter(); import {}; print(time.perf_counter() - t)"
     with tempfile.TemporaryDirectory() as folder:
-        # Whether Python may write bytecode beside the sources or not.
+        # Where Python is told to write no bytecode beside the sources, each import compiles them.
         cached = {"PYTHONPYCACHEPREFIX": folder, "PYTHONDONTWRITEBYTECODE": ""}
         for _ in range(rounds + 1):
             for name, each in times.items():

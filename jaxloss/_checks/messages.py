@@ -101,8 +101,8 @@ def _refuse_narrow(function: str, name: str, given: Any) -> None:
 
 
 def _has_finfo(dtype: np.dtype) -> bool:
-    """Whether it is a floating dtype, also of those that ml_dtypes has and this JAX does not know:
-    ``jnp.issubdtype`` takes them for other objects."""
+    """Whether ``dtype`` is floating. ``jnp.issubdtype`` denies that of a dtype that ml_dtypes has
+    and this JAX does not know."""
     try:
         jnp.finfo(dtype)
     except (ValueError, TypeError):

@@ -206,10 +206,10 @@ def _with_forward_mode(rule, tangent, whole=True):
 
 
 def _as_one_operation(function: Callable, args: tuple) -> Any:
-    """``function(*args)``, to JAX's partial evaluation one operation.
+    """``function(*args)``, as one operation of JAX's partial evaluation.
 
-    It handles each operation of a derivative rule twice, for a fifth of the time that a loss takes
-    to be traced (JAX 0.10 to 0.12), but not those within a custom_jvp function.
+    JAX 0.10 to 0.12 handle each operation of a derivative rule twice, except those within a
+    custom_jvp function. That took a fifth of the time to trace a loss.
     """
     structure, places = None, None
 
