@@ -295,9 +295,8 @@ def over_chunks(
         # Inside of the branch XLA sees that nothing was there before and nothing comes after: sums
         # are written where they would be added to, and narrow. No token is moved.
         at_once = lambda: finish(step(blank(), packing.valid))  # noqa: E731
-        if (
-            chunk < FEWEST
-        ):  # a branch for no token at all would take longer to compile than it saves
+        if chunk < FEWEST:
+            # The branch for no valid token takes longer to compile than so few tokens take.
             return at_once()
         return lax.cond(whole > 0, at_once, lambda: finish(rest(blank())))
     # The first chunk has a branch of its own: its sums are written, and not added to zeros.
