@@ -105,6 +105,8 @@ def seen(folder, pages, tmp_path_factory):
     done = subprocess.run(
         [*command, str(opened / "jaxloss.html"), str(opened)], capture_output=True, text=True
     )
+    if re.search(r"ImportError: lib\S+: cannot open shared object file", done.stderr):
+        pytest.skip(done.stderr.splitlines()[-1])  # Qt's browser needs libraries of the system
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout.splitlines()[-1])
 
