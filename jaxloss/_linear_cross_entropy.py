@@ -194,14 +194,15 @@ def linear_cross_entropy(
     ``"stored_exponentials"`` keeps ``exp(z - z_y)`` of a chunk of tokens, in the dtype of the
     products, in place of its logits and of their gradient. The logit of the label is computed
     before the others, so that no pass looks for a maximum, and the label's part of a gradient is
-    not rounded to that dtype (it is on a TPU, and on a GPU where one chunk is all tokens). It takes
-    three products, and one more for a chunk in which a label lies some 44 nats below the others
-    together. It takes class indices, a sum or mean, an array for a kernel, and none of
-    ``label_smoothing``, ``return_stats``, float16 operands and a temperature that is an array. On a
-    TPU after v4 and on a Hopper GPU a kernel stores the exponentials, of bfloat16 operands without
-    ``where`` over classes, soft cap and temperature. Then ``chunk_size=None`` takes, of 2 bytes a
-    logit, up to 2048 tokens and 512 MiB on a TPU; on a GPU up to 8192 tokens and 1 GiB, and all
-    tokens, where they are at most 2 D more than that.
+    not rounded to that dtype (it is on a TPU, on a GPU where one chunk is all tokens, and of a
+    kernel that is no array). It takes as many products as token chunks, and one more for a chunk in
+    which a label lies some 44 nats below the others together. It takes class indices, but no
+    float16 operands, no temperature that is an array, no ``return_stats`` with
+    ``reduction="none"``, and no ``label_smoothing`` with ``where`` over classes or a soft cap. On a
+    TPU after v4 and on a Hopper GPU a kernel stores the exponentials, of bfloat16 operands and an
+    array for a kernel, without ``where`` over classes, soft cap, temperature and statistics. Then
+    ``chunk_size=None`` takes, of 2 bytes a logit, up to 2048 tokens and 512 MiB on a TPU; on a GPU
+    up to 8192 tokens and 1 GiB, and all tokens, where they are at most 2 D more than that.
 
     So tokens that fit into one chunk have all their logits held by default, as
     :func:`cross_entropy` of the product has them: N C float32 numbers. ``"vocab_blocks"`` as

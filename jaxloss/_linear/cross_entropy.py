@@ -29,7 +29,12 @@ from jaxloss._tokens.losses import (
 )
 from jaxloss._tokens.reduction import normalised_weights, reduce_losses
 from jaxloss._tokens.shapes import flat_labels, rows_of_mask
-from jaxloss._tokens.targets import make_targets, rows_with_classes, tokens_with_classes
+from jaxloss._tokens.targets import (
+    is_zero,
+    make_targets,
+    rows_with_classes,
+    tokens_with_classes,
+)
 from jaxloss._types import TokenArrays, TokenStats
 from jaxloss._xla import indexing, mesh
 from jaxloss._xla.device import jit
@@ -92,9 +97,28 @@ def by_token_chunks(product, arrays, scalars, *, sweep, options, fused, stored=F
         blank = mesh.varying(jnp.zeros(tokens, dtype), mesh.varies_over(losses))
         return (scatter_rows(packing.order, blank, losses),), ()
 
-    def loss_of_rows(rows, per_token, shared, columns):
-        losses, _ = token_losses(lambda *_: rows, *of_chunk(per_token, shared, columns))
+    def loss_of_rows(rows, of_all, per_token, shared, columns):
+        targets, arrays, own, *others = of_chunk(per_token, shared, columns)
+        if of_all is not None:
+            weight, *_ = shared
+            mass = options.num_classes if weight is None else jnp.sum(weight.astype(dtype))
+            soft = targets.uniform * (mass * rows.logsumexp - of_all)
+            rows = rows._replace(soft=soft)
+        own = own._replace(with_stats=False)
+        losses, _ = token_losses(lambda *_: rows, targets, arrays, own, *others)
         return losses
+
+    def of_classes(shared, columns):
+        weight, *_ = shared
+        classes = classes_of(columns)
+        weight = local_weight(weight, classes)
+        weight = jnp.ones(columns, dtype) if weight is None else weight.astype(dtype)
+        real = existing(None, classes, 1)
+        return weight if real is None else jnp.where(real, weight, 0)
+
+    def statistics(x, per_token, shared):
+        _, stats = loss_fn(x, per_token, shared)
+        return stats
 
     def targets_of(per_token, shared, columns):
         targets, *_ = of_chunk(per_token, shared, columns)
@@ -111,10 +135,18 @@ def by_token_chunks(product, arrays, scalars, *, sweep, options, fused, stored=F
     by = token_rules.By(value if fused else None)
     if stored:
         scaling = scaling_of(scalars.softcap, scalars.temperature)
-        row_loss = stored_exponentials.RowLoss(targets_of, loss_of_rows, scaling, fused)
+        smoothed = not is_zero(scalars.label_smoothing)
+        row_loss = stored_exponentials.RowLoss(
+            targets_of,
+            loss_of_rows,
+            scaling,
+            fused,
+            of_classes if smoothed else None,
+            statistics if with_stats else None,
+        )
         forms = stored_exponentials.losses, stored_exponentials.gradients
         alone, beside = (partial(form, row_loss, sweep) for form in forms)
-        by = token_rules.By(value if fused else alone, beside)
+        by = token_rules.By(value if fused and not smoothed else alone, beside)
     given = sweep, operands, targets.valid, weights, scalar
     loss, stats = token_rules.reduced(loss_fn, *given, by)
     if not with_stats:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jaxloss._linear import kernels, pallas_rows
+from jaxloss._linear import pallas_rows
 from jaxloss._linear.product import Product
 from jaxloss._numerics import label_offset
 from jaxloss._numerics.logits import Logits, Scaling
@@ -43,7 +43,7 @@ class Exponentials(NamedTuple):
 
 
 def of_labels(product: Product, column: Array, axes: Axes) -> OfLabel:
-    weights = kernels.columns_at(product.kernel, column, product.vocab_axis)
+    weights = product.columns_at(column)
     own = upcast(product.hidden.astype(product.narrow))
     logit = jnp.sum(own * upcast(weights), axis=-1)
     here = column < product.num_classes

@@ -51,11 +51,13 @@ def choose(
     asked, dtype = (arrays, options, scalars), product.narrow
     chip = dispatch.product_kernel()
     by_rule = implementation is None and chunk_size is None
-    by_rule |= implementation == "stored_exponentials"
+    stored = implementation == "stored_exponentials"
+    by_rule |= stored
     wanted = chip if by_rule else implementation if implementation in dispatch.KERNELS else None
     several = product.heads is not None
     beyond = {"a kernel that is no array": not is_array(product.kernel) or several}
     beyond |= _beyond(*asked)
+    beyond["label_smoothing"] &= not stored  # a sum over all classes, which no exponentials give
     refused = dispatch.product_refusals(wanted, dtype, beyond) if wanted else []
     # By its name it is taken where arrays may be split too: JAX then says that it cannot be.
     named = implementation in dispatch.KERNELS
@@ -63,7 +65,7 @@ def choose(
     sizes = size.tokens, size.features, size.vocab, size.columns
     fused = bool(wanted and fused and dispatch.fits_product(wanted, *sizes))
     tokens = budget.size_to_plan_for(size.tokens)
-    rows = _rows(dtype, *asked, implementation == "stored_exponentials")
+    rows = _rows(dtype, *asked, stored)
     name = implementation
     if name is None and fused and wanted == "mosaic_tpu":
         name = wanted
@@ -86,9 +88,8 @@ def choose(
         where = "a TPU" if name == "mosaic_tpu" else "a Hopper GPU"
         rule = f"implementation={name!r} takes class indices and bfloat16 operands on {where}"
         messages.fail(call, rule, ", ".join(refused), "Leave implementation out.")
-    stored = name == "stored_exponentials"
     if stored:
-        _check_stored(call, product, beyond, options, divided)
+        _check_stored(call, product, *asked)
     by_tokens = stored or name == "token_chunks"
     if by_tokens:
         most = tokens
@@ -101,19 +102,22 @@ def choose(
 
 
 def _check_stored(
-    call: str, product: Product, beyond: dict[str, bool], options: LossOptions, divided: bool
+    call: str, product: Product, arrays: TokenArrays, options: LossOptions, scalars: Scalars
 ) -> None:
-    taken = "where over classes", "a soft cap or a temperature"  # that is a number
-    beyond = {what: here for what, here in beyond.items() if what not in taken}
-    beyond |= {
-        "a kernel that is no array": not is_array(product.kernel),
-        "a temperature that is an array": divided,
-        "reduction='none'": options.reduction == "none" and not options.with_stats,
+    smoothed = not targets.is_zero(scalars.label_smoothing)
+    named = "label_smoothing", "z_loss", "softcap", "temperature"
+    beyond = {
+        "labels that are no class indices": not is_indices(arrays.labels),
+        "label_smoothing with where over classes": smoothed and arrays.class_mask is not None,
+        "label_smoothing with a soft cap": smoothed and scalars.softcap is not None,
+        "a temperature that is an array": scalars.divided or arrays.temperature is not None,
+        "statistics of each token's loss": options.with_stats and options.reduction == "none",
         "operands of float16": product.narrow == jnp.float16,
+        "another number": _has_others(scalars, named),
     }
     refused = [what for what, here in beyond.items() if here]
     if refused:
-        rule = "implementation='stored_exponentials' takes the mean or the sum over class indices"
+        rule = "implementation='stored_exponentials' takes class indices"
         messages.fail(call, rule, ", ".join(refused), "Leave implementation out.")
 
 
@@ -127,7 +131,7 @@ def _rows(
         probabilities=is_probabilities(arrays.labels),
         top=isinstance(arrays.labels, TopKLabels),
         weight=arrays.weight is not None,
-        smoothing=not targets.is_zero(scalars.label_smoothing),
+        smoothing=not stored and not targets.is_zero(scalars.label_smoothing),
         mask=arrays.class_mask is not None,
         statistics=options.with_stats,
         scaling=scalars.rescaled or arrays.temperature is not None,
@@ -139,12 +143,15 @@ def _beyond(arrays: TokenArrays, options: LossOptions, scalars: Scalars) -> dict
     """What no kernel of a product has a form of, and whether the call asks for that."""
     # A kernel's parts are enough for z_loss. A number that has no name here is refused too.
     named = "label_smoothing", "z_loss", "softcap", "temperature"
-    others = scalars._replace(**{name: getattr(Scalars(), name) for name in named})
     return {
         "labels that are no class indices": not is_indices(arrays.labels),
         "where over classes": arrays.class_mask is not None,
         "label_smoothing": not targets.is_zero(scalars.label_smoothing),
         "a soft cap or a temperature": scalars.rescaled or arrays.temperature is not None,
         "statistics": options.with_stats,
-        "another number": not others.plain,
+        "another number": _has_others(scalars, named),
     }
+
+
+def _has_others(scalars: Scalars, named: tuple[str, ...]) -> bool:
+    return not scalars._replace(**{name: getattr(Scalars(), name) for name in named}).plain

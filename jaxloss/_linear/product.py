@@ -95,6 +95,10 @@ class Product:
         out = out or accumulator_dtype(x.dtype)
         return lax.dot_general(x, y, contract, self.precision, preferred_element_type=out)
 
+    def columns_at(self, index: Array) -> Array:
+        """The kernel's columns at ``index[n]`` as rows, [n, D]; 0 past the last."""
+        return kernels.columns_at(self.kernel, index, self.vocab_axis, self.narrow, self._dot)
+
     def block(self, start: Any, size: int) -> "Product":
         """The product of the columns from ``start`` on."""
         return replace(
@@ -138,9 +142,10 @@ class Product:
         if active.bias:
             d_bias = jnp.sum(upcast(e) * factor[:, None], axis=0)
         if active.hidden:
-            d_hidden = kernels.times_transposed(
-                e, self.kernel, self.vocab_axis, self.narrow, self._dot
-            )
+            # A kernel of few bits scales the columns before they are narrowed.
+            given = e if kernels.is_array(self.kernel) else upcast(e)
+            axis, dot = self.vocab_axis, self._dot
+            d_hidden = kernels.times_transposed(given, self.kernel, axis, self.narrow, dot)
             d_hidden = factor[:, None] * d_hidden
         own = downcast(upcast(self.hidden.astype(self.narrow)) * factor[:, None], self.narrow)
         if on("tpu"):

@@ -12,19 +12,22 @@ gradient of the logits, and the label's term is never rounded to the products' d
 ``c`` are ``rows.gradient_coefficients``, because other losses of ``S`` and ``z_y`` have factors of
 their own. Rows whose ``S`` is too large have their maximum for an offset (``label_offset``).
 
+Label smoothing asks of all classes alike: its gradient is a product of a number a token and a
+number a class. ``h . (W w)`` gives what it needs of a token's logits.
+
 Letters: N tokens, n of them in a chunk, D features, V columns of the kernel, C classes.
 """
 
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
-from jaxloss._linear import token_chunks
+from jaxloss._linear import kernels, token_chunks
 from jaxloss._linear.exponentials import (
     Exponentials,
     OfLabel,
@@ -35,7 +38,7 @@ from jaxloss._linear.exponentials import (
 from jaxloss._linear.packing import Packing, gather_rows, of_fewest, pack, scatter_rows
 from jaxloss._linear.product import Product, Sweep, on, padded
 from jaxloss._linear.token_chunks import Operands
-from jaxloss._numerics.logits import Logits, Scaling
+from jaxloss._numerics.logits import Logits, Scaling, in_nats
 from jaxloss._numerics.rows import finalize, gradient_coefficients
 from jaxloss._tokens.classes import anywhere
 from jaxloss._types import Axes
@@ -51,17 +54,62 @@ class RowLoss(NamedTuple):
     as a ``LossFn`` does, and the number of columns."""
 
     targets: Callable  # (per_token, shared, columns) -> Targets, of labels
-    losses: Callable  # (RowLosses, per_token, shared, columns) -> [n]
+    losses: Callable  # (RowLosses, of_all, per_token, shared, columns) -> [n]
     scaling: Scaling | None
     fused: bool  # the exponentials by the kernel for this backend, where it has a form of the call
+    # (shared, columns) -> w[C], the weights of ``of_all``, the sum of each token's logits over all
+    # classes; None: the loss does not ask for it.
+    of_classes: Callable | None = None
+    # (logits, per_token, shared) -> what else is asked for, [n] each; None: nothing is.
+    statistics: Callable | None = None
 
 
-def _with_labels(row_loss: RowLoss, axes: Axes, operands: Operands) -> Operands:
-    """With ``OfLabel`` as the last of what the tokens own. The kernel is whole."""
+class _OfClasses(NamedTuple):
+    weight: Any = None  # w[C]
+    direction: Any = None  # [D], sum_c w_c W_c
+
+
+class _Known(NamedTuple):
+    """What is known of the tokens before their logits are."""
+
+    own: tuple  # what the loss takes of per_token
+    of_label: OfLabel
+    of_all: Array | None
+    shared: tuple  # what the loss takes of shared
+    of_classes: _OfClasses
+
+
+def _prepared(row_loss: RowLoss, axes: Axes, operands: Operands) -> Operands:
+    """With what :func:`_known` finds among them. The kernel is whole."""
     product, *others = operands.student, operands.per_token, operands.shared
     column = cast(Array, row_loss.targets(*others, product.num_classes).label)
     of_label = OfLabel(column) if _by_few(row_loss) else of_labels(product, column, axes)
-    return operands._replace(per_token=(*operands.per_token, *of_label))
+    of_classes, of_all = _OfClasses(), None
+    if row_loss.of_classes is not None:
+        weight = row_loss.of_classes(operands.shared, product.num_classes)
+        of_columns = padded(weight[None], product)[0]
+        direction = kernels.weighted_columns(product.kernel, of_columns, product.vocab_axis)
+        of_classes = _OfClasses(weight, direction)
+        of_all = jnp.sum(_hidden(product) * direction[None], axis=-1)
+        if product.bias is not None:
+            of_all += jnp.sum(product.bias[: weight.size].astype(weight.dtype) * weight)
+        of_all = in_nats(lax.psum(of_all, axes) if axes else of_all, row_loss.scaling)
+    return operands._replace(
+        per_token=(*operands.per_token, *of_label, of_all),
+        shared=(*operands.shared, *of_classes),
+    )
+
+
+def _known(per_token: tuple, shared: tuple) -> _Known:
+    *own, column, logit, weights, of_all = per_token
+    *own_shared, weight, direction = shared
+    of_label, of_classes = OfLabel(column, logit, weights), _OfClasses(weight, direction)
+    return _Known(tuple(own), of_label, of_all, tuple(own_shared), of_classes)
+
+
+def _hidden(product: Product) -> Array:
+    """As the products have it, and wide."""
+    return upcast(product.hidden.astype(product.narrow))
 
 
 def _by_few(row_loss: RowLoss) -> bool:
@@ -72,36 +120,42 @@ def _of_chunk(
     row_loss: RowLoss,
     axes: Axes,
     product: Product,
-    per_token: tuple,
-    shared: tuple,
+    known: _Known,
     weight: Array | None,
-) -> tuple[tuple, OfLabel, Array | None, Exponentials]:
-    """``(what the loss takes of per_token, of_label, whether the labels' classes exist,
-    exponentials)``."""
-    *own, column, logit, weights = per_token
-    of_label, size = OfLabel(column, logit, weights), product.num_classes
+) -> tuple[Array | None, Exponentials]:
+    """``(whether the labels' classes exist, exponentials)``."""
+    of_label, size = known.of_label, product.num_classes
+    column = of_label.column
     if _by_few(row_loss):
-        return tuple(own), of_label, None, above_few(product, column, axes, weight)
-    exist, label_exists = row_loss.targets(own, shared, size).existing(2), None
+        return None, above_few(product, column, axes, weight)
+    exist, label_exists = row_loss.targets(known.own, known.shared, size).existing(2), None
     if exist is not None:  # not of all tokens at once: it may have the logits' size
         here = jnp.broadcast_to(exist, (column.size, size))
         missing = (column < size) & ~gather_class(here, column)
         label_exists = ~anywhere(missing, axes)
     given = exist, label_exists, row_loss.scaling, axes, weight
     made = above_label(product, of_label, *given, fused=row_loss.fused and weight is not None)
-    return tuple(own), of_label, label_exists, made
+    return label_exists, made
+
+
+def _statistics(row_loss: RowLoss, product: Product, known: _Known) -> tuple:
+    """Of the logits that the exponentials are made of: XLA computes them once."""
+    if row_loss.statistics is None:
+        return ()
+    return row_loss.statistics(product.logits(), known.own, known.shared)
 
 
 def losses(row_loss: RowLoss, sweep: Sweep, operands: Operands, packing: Packing):
     """What ``token_chunks.losses`` returns, by the same sums as :func:`gradients`."""
 
     def loss_fn(product, per_token, shared):
-        given = row_loss, sweep.vocab_axes, product, per_token, shared
-        own, _, _, made = _of_chunk(*given, weight=None)
+        known = _known(per_token, shared)
+        _, made = _of_chunk(row_loss, sweep.vocab_axes, product, known, weight=None)
         rows, _ = finalize(made.part, _OUTPUTS)
-        return (row_loss.losses(rows, own, shared, product.num_classes),), ()
+        given = known.of_all, known.own, known.shared, product.num_classes
+        return (row_loss.losses(rows, *given),), _statistics(row_loss, product, known)
 
-    prepared = partial(_with_labels, row_loss, sweep.vocab_axes)
+    prepared = partial(_prepared, row_loss, sweep.vocab_axes)
     form = token_chunks.LOGITS._replace(prepared=prepared, read=lambda product: product)
     return token_chunks.losses(loss_fn, sweep, True, operands, packing, form)
 
@@ -118,12 +172,13 @@ def gradients(
     tokens = packing.valid.size  # jax.export may leave it open
     at_once = on("gpu") and isinstance(tokens, int) and sweep.chunk >= tokens
     # The label's term takes the label's place in E, and is not added to d_kernel, where there is no
-    # wide sum of d_kernel; and on a TPU, which would add to columns one after another.
-    in_place = at_once or on("tpu")
+    # wide sum of d_kernel; on a TPU, which would add to columns one after another; and where no
+    # array has a column for it.
+    in_place = at_once or on("tpu") or not kernels.is_array(operands.student.kernel)
     form = token_chunks.LOGITS._replace(
-        prepared=partial(_with_labels, row_loss, sweep.vocab_axes),
+        prepared=partial(_prepared, row_loss, sweep.vocab_axes),
         gradients=partial(_chunk_gradients, in_place),
-        finished=_without_others if in_place else _with_label_terms,
+        finished=partial(_finished, in_place, row_loss),
     )
     compute = partial(token_chunks.gradients, row_loss, form=form)
     if at_once:
@@ -173,26 +228,28 @@ def _chunk_gradients(
     cts: tuple,
     at: Array,
 ):
-    """What ``token_chunks.chunk_gradients`` returns; the others are the label's factor, [n]."""
+    """What ``token_chunks.chunk_gradients`` returns; the others, [n] each, are the label's factor,
+    that of all classes (None: they are not asked for) and statistics."""
     of_student, of_tokens, _ = first
     product = token_chunks.at_tokens(operands.student, at, packing, of_student)
     per_token = token_chunks.of_tokens_at(operands, at, packing, of_tokens)
-    shared, real = operands.shared, packing.holds(at)
-    given = row_loss, sweep.vocab_axes, product, per_token, shared
+    known, real = _known(per_token, operands.shared), packing.holds(at)
+    of_label, of_all, tokens, shared = known.of_label, known.of_all, known.own, known.shared
     (ct,) = cts
     ct = mesh.varying(gather_rows(ct, at), mesh.varies_over(product.hidden))
-    tokens, of_label, label_exists, (e, scale, part) = _of_chunk(*given, weight=ct)
+    given = row_loss, sweep.vocab_axes, product, known
+    label_exists, (e, scale, part) = _of_chunk(*given, weight=ct)
     rows, state = finalize(part, _OUTPUTS)
 
-    def of_active(rows, some_tokens, some_shared):
+    def of_active(rows, of_all, some_tokens, some_shared):
         given = token_chunks.completed(some_tokens, tokens)
         given = given, token_chunks.completed(some_shared, shared)
-        return row_loss.losses(rows, *given, product.num_classes)
+        return row_loss.losses(rows, of_all, *given, product.num_classes)
 
     some = token_chunks.those(active.per_token, tokens), token_chunks.those(active.shared, shared)
-    loss, pullback = jax.vjp(of_active, rows, *some)
+    loss, pullback = jax.vjp(of_active, rows, of_all, *some)
     ct = mesh.varying(ct.astype(loss.dtype), mesh.varies_over(loss))
-    of_rows, d_tokens, d_shared = pullback(ct)
+    of_rows, d_of_all, d_tokens, d_shared = pullback(ct)
     _, _, factor, at_label, _ = gradient_coefficients(state, of_rows)
     factor = factor if scale is None else factor * scale
     if row_loss.scaling is not None:
@@ -215,10 +272,15 @@ def _chunk_gradients(
         d_hidden = d_hidden + rest[:, None] * upcast(of_label.weights)
     if d_bias is not None:
         d_bias = d_bias.at[_column(product, of_label.column)].add(rest, mode="drop")
+    if d_of_all is not None:
+        d_of_all = in_nats(jnp.where(real, d_of_all, 0), row_loss.scaling)
+        if d_hidden is not None:
+            d_hidden = d_hidden + d_of_all[:, None] * known.of_classes.direction[None]
     of_product = replace(of_product, hidden=d_hidden, bias=d_bias)
     here = jnp.any(real)
     d_shared = tuple(None if d is None else jnp.where(here, d, 0) for d in d_shared)
-    return (loss,), (rest,), Operands(of_product, tuple(d_tokens), d_shared)
+    others = rest, d_of_all, *_statistics(row_loss, product, known)
+    return (loss,), others, Operands(of_product, tuple(d_tokens), d_shared)
 
 
 def _with_label(e: Array, column: Array, held: Array) -> Array:
@@ -232,23 +294,74 @@ def _column(product: Product, column: Array) -> Array:
     return jnp.where(column < product.num_classes, column, product.columns)
 
 
-def _without_others(active: Operands, operands: Operands, others: tuple, total: Operands):
-    return (), total
+def _finished(
+    in_place: bool,
+    row_loss: RowLoss,
+    active: Operands,
+    operands: Operands,
+    others: tuple,
+    total: Operands,
+):
+    """``(statistics, total)``: what is added to the gradients once, for all chunks."""
+    of_label, of_all, *statistics = others
+    if not in_place:
+        total = _with_label_terms(active, operands, of_label, total)
+    if of_all is not None:
+        total = _with_terms_of_all(row_loss, active, operands, of_all, total)
+    return tuple(statistics), total
 
 
-def _with_label_terms(active: Operands, operands: Operands, others: tuple, total: Operands):
-    """``((), total)``: the label's terms join the kernel's gradient once, for all chunks."""
-    (rest,) = others
+def _with_label_terms(active: Operands, operands: Operands, rest: Array, total: Operands):
     product, own = operands.student, total.student
     if not active.student.kernel:
-        return (), total
-    *_, column, _, _ = operands.per_token
-    column = _column(product, column)
-    terms = rest[:, None] * upcast(product.hidden.astype(product.narrow))
-    # What a row that does not count holds is not read: 0 * NaN is NaN.
-    terms = jnp.where(rest[:, None] == 0, 0, terms)
+        return total
+    column = _column(product, _known(operands.per_token, operands.shared).of_label.column)
+    terms = _times_hidden(rest, product)
     if product.vocab_axis == 0:
         d_kernel = own.kernel.at[column].add(terms, mode="drop")
     else:
         d_kernel = own.kernel.at[:, column].add(terms.T, mode="drop")
-    return (), total._replace(student=replace(own, kernel=d_kernel))
+    return total._replace(student=replace(own, kernel=d_kernel))
+
+
+def _with_terms_of_all(
+    row_loss: RowLoss, active: Operands, operands: Operands, factor: Array, total: Operands
+):
+    """``factor[N]``: the gradient's, of the tokens' sums over all classes."""
+
+    def add(x, new):
+        return x if new is None else x + new.astype(x.dtype)
+
+    def added(to, terms):
+        return jax.tree.map(add, to, terms, is_leaf=lambda x: x is None)
+
+    product, known = operands.student, _known(operands.per_token, operands.shared)
+    weight, _ = known.of_classes
+    # One row, wide, whose logits' gradient is w: that of all tokens.
+    one = jnp.sum(_times_hidden(factor, product), axis=0, keepdims=True)
+    one = replace(product, hidden=one, bias=None, dtype=one.dtype)
+    asked = replace(active.student, hidden=False, bias=False)
+    d_kernel = one.gradients(padded(weight[None], product), asked).kernel
+    number, own = jnp.sum(factor), total.student
+    d_bias = padded(weight[None], product)[0] * number if active.student.bias else None
+    student = replace(own, kernel=added(own.kernel, d_kernel), bias=added(own.bias, d_bias))
+    total = total._replace(student=student)
+    if not any(active.shared):
+        return total
+    d_weight = one.logits()[0]
+    if product.bias is not None:
+        d_weight += product.bias[: weight.size].astype(weight.dtype) * number
+
+    def of_active(some):
+        shared = token_chunks.completed(some, known.shared)
+        return cast(Callable, row_loss.of_classes)(shared, product.num_classes)
+
+    _, pullback = jax.vjp(of_active, token_chunks.those(active.shared, known.shared))
+    (d_shared,) = pullback(d_weight)
+    return total._replace(shared=added(total.shared, d_shared))
+
+
+def _times_hidden(factor: Array, product: Product) -> Array:
+    """What a row that does not count holds is not read: 0 * NaN is NaN."""
+    of_row = factor[:, None]
+    return jnp.where(of_row == 0, 0, of_row * _hidden(product))

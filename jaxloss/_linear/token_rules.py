@@ -30,7 +30,7 @@ class By(NamedTuple):
 
     # (operands, packing) -> (losses, others), where nothing is differentiated
     value: Callable | None = None
-    # (active, operands, packing, cts) -> (losses, others, gradients), of a weighted sum
+    # (active, operands, packing, cts) -> (losses, others, gradients), of one loss
     gradients: Callable | None = None
 
 
@@ -63,7 +63,8 @@ def losses_by_token(
 
     def backward(active, saved, ct):
         operands, packing = saved
-        gradients = _by_loops(partial(token_chunks.gradients, loss_fn, sweep, active[0]))
+        by_logits = partial(token_chunks.gradients, loss_fn, sweep, active[0])
+        gradients = _by_loops(by_logits, by.gradients and partial(by.gradients, active[0]))
         *_, grads = gradients(operands, packing, ct[0])
         settled = _settled(grads, operands)
         return map_operands(lambda g, x: g.astype(x.dtype), settled, operands), None

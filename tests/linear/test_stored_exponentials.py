@@ -224,15 +224,95 @@ def test_a_label_below_others_beside_which_tens_of_nats_are_rounded_away(of_labe
     np.testing.assert_allclose(np.asarray(dx, np.float64), truth_dx, rtol=0, atol=2.0**-20 * size)
 
 
-ROWS = "takes the mean or the sum over class indices"
+OPTIONS = {
+    "none": {"reduction": "none"},
+    "statistics": {"return_stats": True, "reduction": "sum"},
+    "smoothing": {"label_smoothing": 0.1, "temperature": 0.7},
+    "smoothing, padded classes": {"label_smoothing": 0.2, "num_classes": V - 9, "z_loss": 1e-2},
+    "smoothing, statistics": {"label_smoothing": 0.1, "return_stats": True},
+    "smoothing, none": {"label_smoothing": 0.3, "reduction": "none"},
+}
+KERNELS = ("array", "low rank", "columns scaled", "groups scaled", "both")
+
+
+def kernel_of(kind, trained, k, vocab_axis):
+    """The kernel, and the matrix that it stands for."""
+    a, b, array = trained
+    if kind == "array":
+        return array.T if vocab_axis == 0 else array, array
+    groups = 1 if kind == "columns scaled" else 4
+    scale = (1 + jnp.sin(jnp.arange(groups * V))).reshape(groups, V) / 40
+    values = jnp.round(8 * k).astype(jnp.int8)
+    wide = jnp.repeat(scale, D // groups, axis=0).astype(a.dtype) * values.astype(a.dtype)
+    base = jaxloss.QuantizedKernel(values.T if vocab_axis == 0 else values, scale)
+    if kind == "low rank":
+        base, wide = k.T if vocab_axis == 0 else k, k
+    if kind in ("low rank", "both"):
+        return jaxloss.LowRankKernel(base, a, b, 2.0), wide + 2 * a @ b
+    return base, wide
+
+
+@pytest.mark.parametrize("vocab_axis", [0, 1])
+@pytest.mark.parametrize("kind", KERNELS)
+@pytest.mark.parametrize("name", OPTIONS)
+def test_options_and_kernels(name, kind, vocab_axis):
+    """Value, statistics and gradients, of class weights and of the smoothing too."""
+    h, k, y = arrays()
+    options = dict(OPTIONS[name])
+    classes = options.get("num_classes", V)
+    y = jnp.where(y >= classes, 3, y)
+    rng = np.random.default_rng(2)
+    a, b, bias = (rng.normal(size=size).astype("f") for size in ((D, 2), (2, V), (V,)))
+    smoothing = options.pop("label_smoothing", None)
+    weight = rng.uniform(0.5, 2, classes).astype("f")
+    moving = h, (a, b, k), bias, weight, None if smoothing is None else np.float32(smoothing)
+
+    def of(logits_of, h, trained, bias, weight, smoothing):
+        given = dict(options, weight=weight)
+        given |= {} if smoothing is None else {"label_smoothing": smoothing}
+        out = logits_of(h, trained, bias, given)
+        losses, stats = out if "return_stats" in options else (out, None)
+        return jnp.sum(losses * (2 + jnp.cos(jnp.arange(losses.size))).reshape(losses.shape)), stats
+
+    def ours(h, trained, bias, given):
+        kernel, _ = kernel_of(kind, trained, k, vocab_axis)
+        own = {"implementation": "stored_exponentials", "chunk_size": CHUNK, "bias": bias}
+        return jaxloss.linear_cross_entropy(h, kernel, y, vocab_axis=vocab_axis, **own, **given)
+
+    def whole(h, trained, bias, given):
+        _, matrix = kernel_of(kind, trained, k.astype(h.dtype), vocab_axis)
+        given = {name: x for name, x in given.items() if name != "num_classes"}
+        return jaxloss.cross_entropy((h @ matrix + bias[None])[:, :classes], y, **given)
+
+    found = jit_quickly(jax.value_and_grad(partial(of, ours), range(5), has_aux=True))(*moving)
+    with jax.enable_x64(True):
+        moving = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), moving)
+        truth = jax.value_and_grad(partial(of, whole), range(5), has_aux=True)(*moving)
+    value = float(truth[0][0])
+    for x, z in zip(jax.tree.leaves(found), jax.tree.leaves(truth), strict=True):
+        size = max(np.max(np.abs(z)), abs(value) if x.ndim == 0 else 0)
+        np.testing.assert_allclose(np.asarray(x, np.float64), z, rtol=0, atol=3e-6 * size)
+
+
+def test_smoothing_holds_nothing_of_the_logits_size_more():
+    h, k, y = (jnp.zeros((256, 64)), jnp.zeros((64, 8192)), jnp.zeros(256, jnp.int32))
+
+    def bytes_of(**options):
+        step = jax.value_and_grad(partial(loss, chunk_size=64, **options), A)
+        return jax.jit(step).lower(h, k, y).compile().memory_analysis().temp_size_in_bytes
+
+    assert bytes_of(label_smoothing=0.1) < bytes_of() + 4 * 8192 * 4
+
+
+ROWS = "takes class indices"
 
 
 @pytest.mark.parametrize(
     ("options", "got"),
     [
-        ({"reduction": "none"}, "reduction='none'"),
-        ({"label_smoothing": 0.1}, "label_smoothing"),
-        ({"return_stats": True}, "statistics"),
+        ({"return_stats": True, "reduction": "none"}, "statistics of each token's loss"),
+        ({"label_smoothing": 0.1, "logit_softcap": 9.0}, "label_smoothing with a soft cap"),
+        ({"label_smoothing": 0.1, "where": jnp.arange(V) < 9}, "label_smoothing with where"),
         ({"temperature": jnp.float32(2)}, "a temperature that is an array"),
     ],
     ids=str,
@@ -246,9 +326,6 @@ def test_operands_that_it_does_not_take():
     h, k, y = arrays()
     with pytest.raises(ValueError, match=f"(?s){ROWS}.*operands of float16"):
         loss(h.astype(jnp.float16), k.astype(jnp.float16), y)
-    low_rank = jaxloss.LowRankKernel(k, k[:, :2], k[:2])
-    with pytest.raises(ValueError, match=f"(?s){ROWS}.*a kernel that is no array"):
-        loss(h, low_rank, y)
     with pytest.raises(ValueError, match=f"(?s){ROWS}.*labels that are no class indices"):
         loss(h, k, jax.nn.one_hot(y, V))
 

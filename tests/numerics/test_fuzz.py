@@ -139,6 +139,7 @@ FUZZ = {
                 "weight": True,
                 "chunk_size": 4,
                 "reduction": "mean",
+                "label_smoothing": 0.1,
                 "implementation": "stored_exponentials",
             },
         ),

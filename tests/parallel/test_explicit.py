@@ -154,7 +154,15 @@ LOSSES = {
     ),
     "token_chunks": (partial(linear, implementation="token_chunks"), "h k y b s"),
     "vocab_blocks": (partial(linear, implementation="vocab_blocks"), "h k y b s"),
-    "stored": (partial(linear, implementation="stored_exponentials"), "h k y b s"),
+    "stored": (
+        lambda *args: linear(
+            *args[:-1],
+            weight=args[-1],
+            label_smoothing=0.1,
+            implementation="stored_exponentials",
+        ),
+        "h k y b s w",
+    ),
 }
 PER_CLASS = ("w", "b")
 

@@ -50,7 +50,8 @@ def blocks(h, k, b, y, **names):
 
 def stored(h, k, b, y, **names):
     options = {"num_classes": V - 5, "z_loss": 1e-3, "chunk_size": CHUNK}
-    options["implementation"] = "stored_exponentials"
+    options |= {"implementation": "stored_exponentials", "label_smoothing": 0.1}
+    options["weight"] = 1 + jnp.sin(jnp.arange(V - 5.0)) / 2
     return jaxloss.linear_cross_entropy(h, k, y, bias=b, **options, **names)
 
 

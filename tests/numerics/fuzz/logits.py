@@ -202,8 +202,10 @@ def sanitized(config):
         if "implementation" in config:
             config["implementation"] = "token_chunks"
     if config.get("implementation") == "stored_exponentials":
-        config |= {"labels": "index", "label_smoothing": 0.0, "stats": False}
-        config["reduction"] = "mean" if config["reduction"] == "none" else config["reduction"]
+        config["labels"] = "index"
+        config["stats"] = config.get("stats", False) and config["reduction"] != "none"
+        if config["where"] == "classes" or config["logit_softcap"] is not None:
+            config["label_smoothing"] = 0.0
         if config.get("dtype") == "float16":
             config["dtype"] = "bfloat16"
     if config.get("layout") == "two" and config["c"] % 2:
