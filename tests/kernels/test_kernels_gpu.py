@@ -488,9 +488,12 @@ def test_gradients_by_default_are_those_of_chunks(hopper):
 
 @pytest.mark.nan_is_meant  # a mean over nothing
 @interpreted
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("chunk_size", [None, 16])
 @pytest.mark.parametrize("number", [40, 39, 17, 9, 1, 0])
-def test_stored_exponentials_of_as_many_tokens_as_count(hopper, number, chunk_size):
+def test_stored_exponentials_of_as_many_tokens_as_count(
+    hopper, number, chunk_size, label_smoothing
+):
     """Without chunks in one step: of all tokens, of a half, of a quarter."""
     n, d, v = 40, 192, 256
     hidden, kernel, labels, _ = problem(n, d, v)
@@ -500,12 +503,15 @@ def test_stored_exponentials_of_as_many_tokens_as_count(hopper, number, chunk_si
     labels = jnp.where(counts, labels, -100)
     found, expected = (
         jax.value_and_grad(
-            partial(jaxloss.linear_cross_entropy, implementation=name, **options), (0, 1)
+            partial(
+                jaxloss.linear_cross_entropy,
+                implementation=name,
+                chunk_size=size,
+                label_smoothing=label_smoothing,
+            ),
+            (0, 1),
         )
-        for name, options in (
-            ("stored_exponentials", {"chunk_size": chunk_size}),
-            ("token_chunks", {"chunk_size": 16}),
-        )
+        for name, size in (("stored_exponentials", chunk_size), ("token_chunks", 16))
     )
     assert "jaxloss_linear_exponentials" in program(found, hidden, kernel, labels)
     got, want = found(hidden, kernel, labels), expected(hidden, kernel, labels)

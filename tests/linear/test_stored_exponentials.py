@@ -336,18 +336,20 @@ def test_the_largest_sum_is_far_from_overflow():
     assert most * 2.0**20 < np.finfo(np.float32).max
 
 
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1}], ids=str)
 @pytest.mark.parametrize("derivative", [False, True])
-def test_on_a_tpu_the_offset_is_that_of_a_few_columns(derivative):
+def test_on_a_tpu_the_offset_is_that_of_a_few_columns(derivative, options):
     """So that no column is gathered; a label far above them, and far below, is exact."""
     h, k, y = arrays(jnp.bfloat16, scale=1.0)
     h = h * jnp.where(jnp.arange(N) % 3 == 0, 40, 1).astype(h.dtype)[:, None]
-    step = partial(loss, ignore_index=-100)
+    step = partial(loss, **options)
     step = jax.value_and_grad(step, A) if derivative else step
     expected = step(h, k, y)
     with kernels_of("tpu", devices=1, runs=True):
         found = step(h, k, y)
         names = str(jax.make_jaxpr(step)(h, k, y))
-    assert ("jaxloss_linear_exponentials" in names) == derivative
+    # Without smoothing or a gradient another kernel computes the value, and stores nothing.
+    assert ("jaxloss_linear_exponentials" in names) == (derivative or bool(options))
     for x, z in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         x, z = np.asarray(x, np.float64), np.asarray(z, np.float64)
         rounding = 2.0**-7 if x.ndim else 2.0**-20
