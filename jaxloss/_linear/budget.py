@@ -63,7 +63,8 @@ def rows_held(
         others = soft or top or statistics
         rows += mask * (soft or top or smoothing) + mask * statistics + scaling * others
         rows += mask * probabilities * statistics
-        rows += 2 * (stored and scaling)  # the capped logits, and their slopes
+        # Beside them those of rows whose sum was too large; the capped logits, and their slopes.
+        rows += stored * (0.25 + 2 * scaling)
     narrow = dtype.itemsize < 4 and jax.default_backend() == "cpu"
     if narrow and (none or rows > PLAIN_ROWS):
         rows += 0.75  # the gradient in the products' dtype, and as a CPU multiplies it

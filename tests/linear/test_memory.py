@@ -206,11 +206,23 @@ LINEAR_LOSSES = {
     ),
     "stored_exponentials, every option": (
         of_labels(
-            ["weight", "where", "bias"], z_loss=0.1, logit_softcap=30.0, reduction="mean",
-            implementation="stored_exponentials",
+            ["weight", "where", "bias"], implementation="stored_exponentials",
+            **EVERYTHING | {"label_smoothing": 0.0},
         ),
         [OF_TOKENS, CLASSES, MASK_OF_ROWS, ((V,), None)],
         (0, 1, 3, 5),
+    ),
+    "stored_exponentials, smoothing, none": (
+        of_labels(
+            ["weight"], label_smoothing=0.1, reduction="none", implementation="stored_exponentials"
+        ),
+        [OF_TOKENS, CLASSES],
+        (0, 1, 3),
+    ),
+    "stored_exponentials, low rank": (
+        of_head(jaxloss.LowRankKernel, implementation="stored_exponentials"),
+        [OF_TOKENS, *UPDATE],
+        (0, 3, 4),
     ),
     "probabilities": (of_labels(), [ROWS], (0, 1, 2)),
     "probabilities, every option": (
