@@ -140,36 +140,19 @@ def linear_cross_entropy(
       kernel_spec: outside of ``shard_map``, the ``PartitionSpec`` of ``kernel`` and its gradient:
         ``P("data", "tensor")`` where the axis that splits the tokens splits D too.
       mesh: where those axes are; None: the mesh of ``jax.set_mesh``, or of ``with mesh:``.
-      chunk_size: tokens whose logits are held at a time. None takes what 1 GiB of float32 logits
-        allow, up to 1024 tokens on a TPU and 4096 on a GPU, and on a GPU all tokens, where they are
-        at most 2 D / 3 more than that: their logits take no more than the accumulator that one
-        chunk does without. On a CPU what 256 MiB allow, up to 512 tokens, or 1024 where their
-        logits take 64 MiB. Without a gradient of ``kernel``, halves of it that fit 1 GiB, without
-        any 256 MiB. Options of which a token holds more than its logits and their gradient (class
-        probabilities, ``weight`` with smoothing, :class:`TopKLabels`, statistics beside ``where``)
-        take as many fewer tokens; no fewer than 512 on a TPU, 256 on a GPU. With the other
-        implementations classes; None takes 8 MiB on a CPU, 32 MiB on a TPU, 64 MiB on a GPU, and at
-        least 128 classes, 1024 on a TPU.
+      chunk_size: tokens whose logits are held at a time; with ``"vocab_blocks"`` and the kernels
+        classes. None takes what a budget of bytes allows, by the backend and by what the options
+        hold: ``benchmarks/guides/language-models.md`` has the sizes.
       precision: of the products, as in :func:`jax.lax.dot_general`.
       dtype: what the products compute in, as Flax has it: operands of any floating dtypes are cast
         to it, the logits and all sums are float32, and so is what a gradient is made of before it
         gets its operand's dtype. None: that of the operands, which then must have one. Token chunks
         hold a cast copy of the kernel, vocabulary blocks one of a block.
-      implementation: ``"token_chunks"``, or for least memory ``"vocab_blocks"``, or
-        ``"stored_exponentials"`` (see below), or vocabulary
-        blocks whose log-sum-exp a kernel computes: ``"mosaic_tpu"`` on a TPU after v4, where a
-        second one computes the logits' gradient (unless ``bias`` has one), ``"mosaic_gpu"`` on a
-        Hopper GPU (an H100, an H200). A kernel takes bfloat16 operands and class indices, no
-        smoothing, soft cap, statistics or ``where`` over classes. What it has no tiles for goes as
-        with ``"vocab_blocks"``: padded columns that a mesh splits, on a TPU rows of some 30000
-        features and more, on a GPU features or columns that are no multiple of 64, fewer than 192
-        features, and little to do (N D V < 2^33). None takes token chunks, but vocabulary blocks
-        where fewer than 16 tokens would fit into the budget (not for ``rest="bucket"`` of
-        :class:`TopKLabels`, which chunks alone can take); and a kernel that has a form of the call,
-        where ``chunk_size`` is None and no partitioner may split the arrays (on several devices,
-        outside of ``shard_map``, unless types or names say how all axes of the mesh split them): on
-        a TPU ``"mosaic_tpu"``, on a GPU the kernel in place of the chunks where nothing is
-        differentiated.
+      implementation: ``"token_chunks"``; ``"vocab_blocks"``, which holds least and takes a product
+        more; ``"stored_exponentials"``, which makes fewer passes over a chunk; or vocabulary blocks
+        by a kernel, ``"mosaic_tpu"`` on a TPU after v4 and ``"mosaic_gpu"`` on a Hopper GPU. None
+        takes token chunks, and a kernel where ``chunk_size`` is None too and the kernel has a form
+        of the call: ``benchmarks/guides/accelerators.md``.
 
     Returns:
       The loss, or ``(loss, TokenStats)``, as :func:`cross_entropy`. Gradients have their inputs'
@@ -183,36 +166,26 @@ def linear_cross_entropy(
 
     A scalar loss takes its gradients along in the forward pass: three matrix products in all (one
     where nothing is differentiated, two where only ``hidden`` or only ``kernel`` is), and holds one
-    chunk of logits beside a float32 accumulator of the kernel's gradient, or of all tokens none.
-    Those of float16 operands wait in float32 for the cotangent, which may be a loss scale.
+    chunk of logits beside a float32 accumulator of the kernel's gradient. Tokens that fit into one
+    chunk need no accumulator, and have all their logits held: N C float32 numbers.
     ``reduction="none"`` computes each chunk's logits again in the backward pass. Tokens that do not
-    count are not computed: with 75 % of the labels ignored, a quarter of the chunks run. Vocabulary
-    blocks take four products whatever the reduction, but hold one block of logits beside a float32
-    gradient of ``hidden`` and no accumulator for the kernel's. They compute every token; with a
-    kernel its product takes those that count, the others a quarter of all tokens, a half or all.
+    count are not computed: with 75 % of the labels ignored, a quarter of the chunks run.
+
+    ``"vocab_blocks"`` takes four products whatever the reduction, and computes every token, but
+    holds one block of logits beside a float32 gradient of ``hidden``, however few tokens there are.
 
     ``"stored_exponentials"`` keeps ``exp(z - z_y)`` of a chunk of tokens, in the dtype of the
     products, in place of its logits and of their gradient. The logit of the label is computed
     before the others, so that no pass looks for a maximum, and the label's part of a gradient is
-    not rounded to that dtype (it is on a TPU, on a GPU where one chunk is all tokens, and of a
-    kernel that is no array). It takes as many products as token chunks, and one more for a chunk in
-    which a label lies some 44 nats below the others together. It takes class indices, but no
+    not rounded to that dtype. It takes as many products as token chunks, and one more for a chunk
+    in which a label lies some 44 nats below the others together. It takes class indices, but no
     float16 operands, no temperature that is an array, no ``return_stats`` with
-    ``reduction="none"``, and no ``label_smoothing`` with ``where`` over classes or a soft cap. On a
-    TPU after v4 and on a Hopper GPU a kernel stores the exponentials, of bfloat16 operands and an
-    array for a kernel, without ``where`` over classes, soft cap, temperature and statistics. Then
-    ``chunk_size=None`` takes, of 2 bytes a logit, up to 2048 tokens and 512 MiB on a TPU; on a GPU
-    up to 8192 tokens and 1 GiB, and all tokens, where they are at most 2 D more than that.
-
-    So tokens that fit into one chunk have all their logits held by default, as
-    :func:`cross_entropy` of the product has them: N C float32 numbers. ``"vocab_blocks"`` as
-    ``implementation`` holds a block however few tokens there are.
+    ``reduction="none"``, and no ``label_smoothing`` with ``where`` over classes or a soft cap.
 
     A scalar loss keeps its gradients for the backward pass. Where a ``scan`` over the loss is
-    differentiated from outside, that is a float32 gradient of the kernel for each step: 8 MiB a
-    step for 256 features and 8192 classes. Take the gradient inside of the step and add it up, or
-    let the step keep none: by ``jax.checkpoint`` of the step, by ``reduction="none"``, whose mean
-    is taken by hand, or by ``"vocab_blocks"``.
+    differentiated from outside, that is a float32 gradient of the kernel for each step. Take the
+    gradient inside of the step and add it up, or let the step keep none: by ``jax.checkpoint`` of
+    the step, by ``reduction="none"``, whose mean is taken by hand, or by ``"vocab_blocks"``.
 
     Differentiable in ``hidden``, ``kernel``, ``bias``, probabilities and weights, in every mode.
 
@@ -223,27 +196,13 @@ def linear_cross_entropy(
     the mesh axes are read from their types. Those that split the leading axes of ``hidden`` split
     the tokens, and each device loops over its own; others that split the columns of ``kernel``
     split the vocabulary, which is never gathered; a kernel that the tokens' axes split too (FSDP,
-    either dimension) is gathered once, and its gradient reduce-scattered once. Sums over
-    devices are taken once, of float32 (of the kernel's own dtype with ``"vocab_blocks"``, and where
-    XLA narrows before it sums, as its TPU compiler does). Other arguments are resharded to fit; a
-    ``hidden`` that is the same on all devices is split as ``labels`` are, or else as
-    ``sample_weight`` is, or over what splits the kernel's features.
+    either dimension) is gathered once, and its gradient reduce-scattered once.
 
-    On a mesh of automatic axes XLA's partitioner splits the work, and no type says how. Name the
-    axes: then the call does what it does on an explicit mesh, whatever the operands are split over
-    before (they are resharded to fit), and axes that are not named stay with the partitioner.
-    Without names, and where the mesh splits the first axis of ``hidden``, each device computes its
-    own tokens, if the number of tokens and ``chunk_size`` are multiples of the number of devices.
-    Where it splits the second axis (the sequence), the same holds if that is known: of an array
-    that is not traced, or in the context of a mesh (``jax.set_mesh``) with an axis of the name
-    ``context``, ``cp``, ``seq``, ``sequence`` or ``sp``. What splits the first axis is then taken
-    from names too: ``batch``, ``data``, ``dp``, ``fsdp``, ``replica``; ``chunk_size`` still counts
-    the tokens of all devices. Otherwise devices compute the tokens of others too, and
-    ``"vocab_blocks"`` gathers a kernel whose columns are split.
-
-    Inside of ``shard_map`` over some of the axes of an explicit mesh both hold: the names say what
-    those axes split, the types what the others do. The backward pass then computes the forward
-    pass again, a product more.
+    On a mesh of automatic axes no type says what is split. Name the axes: then the call does what
+    it does on an explicit mesh, and axes that are not named stay with XLA's partitioner. Without
+    names each device computes its own tokens where the mesh splits the first axis of ``hidden``, or
+    an axis of a usual name splits the sequence; otherwise devices compute the tokens of others too,
+    and a warning says so where the call can know it. ``benchmarks/guides/meshes.md`` has each case.
 
     Example:
 
