@@ -177,8 +177,9 @@ def linear_cross_entropy(
     ``"stored_exponentials"`` keeps ``exp(z - z_y)`` of a chunk of tokens, in the dtype of the
     products, in place of its logits and of their gradient. The logit of the label is computed
     before the others, so that no pass looks for a maximum, and the label's part of a gradient is
-    not rounded to that dtype. It takes as many products as token chunks, and one more for a chunk
-    in which a label lies some 44 nats below the others together. It takes class indices, but no
+    not rounded to that dtype (it is on a TPU, on a GPU where one chunk is all tokens, and of a
+    kernel that is no array). It takes as many products as token chunks, and one more for a chunk in
+    which a label lies some 44 nats below the others together. It takes class indices, but no
     float16 operands, no temperature that is an array, no ``return_stats`` with
     ``reduction="none"``, and no ``label_smoothing`` with ``where`` over classes or a soft cap.
 
