@@ -127,11 +127,14 @@ def first_row(x: Any, packing: Packing) -> Any:
     token's row, otherwise None.
 
     The groups are split over devices. Gathered here, before the loop, the row is sent once; in the
-    loop it would be sent in each step.
+    loop it would be sent in each step. Each group's own is gathered first, because for one row of
+    all tokens XLA:GPU (JAX 0.10) gathers ``x`` whole on every device.
     """
     if x is None or packing.groups == 1:
         return None
-    return gather_rows(x, jnp.argmax(packing.valid).astype(jnp.int32)[None])
+    of_groups = packing.order[:, :1]
+    which = jnp.argmax(of_groups[:, 0] < packing.valid.size // packing.groups)
+    return gather_rows(_rows_of_groups(x, of_groups), which.astype(jnp.int32)[None])
 
 
 def of_fewest(number: Array, tokens: int, of: Callable, *given: Any) -> Any:
