@@ -69,12 +69,13 @@ def step_sizes(chunk: int, groups: int = 1) -> tuple[int, ...]:
     return (chunk, chunk // 4) if in_quarters else (chunk,)
 
 
-def groups_of(tokens: Any, chunk: int) -> int:
+def groups_of(hidden: Array, chunk: int) -> int:
     """G: 1 where nothing splits the tokens, or where one chunk is all of them. Devices that share a
     group, where there are fewer groups than devices, wait for each other."""
+    tokens = hidden.shape[0]
     if not isinstance(tokens, int) or chunk >= tokens:
         return 1
-    return math.gcd(tokens, chunk, device.devices_of_a_partitioner())
+    return math.gcd(tokens, chunk, device.devices_of_a_partitioner(hidden))
 
 
 def valid_first(valid: Array) -> Array:

@@ -326,3 +326,20 @@ def test_no_such_warning_where_all_axes_split_tokens():
         jax.make_jaxpr(blocks)(hidden, kernel, labels)
     with jax.set_mesh(jax.make_mesh((8, 1), ("data", "t"), axis_types=(AxisType.Auto,) * 2)):
         jax.make_jaxpr(blocks)(hidden, kernel, labels)
+
+
+@CONTEXTS
+@pytest.mark.parametrize("devices", [3, 6])
+def test_a_mesh_of_some_of_the_devices(devices, of_context):
+    """A chunk's tokens divide among those of the mesh, which are no divisor of all."""
+    hidden, kernel, labels = operands()
+    hidden, labels = hidden[:12], labels[:12]
+    function = partial(jaxloss.linear_cross_entropy, chunk_size=24)
+    expected = jax.jit(jax.value_and_grad(function, (0, 1)))(hidden, kernel, labels)
+    some = jax.devices()[:devices]
+    mesh = jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,), devices=some)
+    place = lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec))  # noqa: E731
+    placed = place(hidden, P("data")), place(kernel, P()), place(labels, P("data"))
+    with of_context(mesh):
+        assert_close(jax.jit(jax.value_and_grad(function, (0, 1)))(*placed), expected)
+        assert rows_of_products(function, *placed) == {24 // devices}

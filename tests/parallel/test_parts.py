@@ -172,7 +172,7 @@ def gradients(function, names):
 @pytest.mark.filterwarnings("ignore:linear_top_k:UserWarning")  # its logits are gathered
 @pytest.mark.parametrize("name", CALLS)
 def test_numbers_of_one_device(name):
-    """Of hidden the types say what splits it; of the others nothing, as of a program's constants."""
+    """Of hidden the type says what its mesh is; of the others nothing, as of constants."""
     function, names = CALLS[name]
     step = gradients(function, names)
     given = [arrays()[n] for n in names]
