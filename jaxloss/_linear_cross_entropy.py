@@ -234,11 +234,11 @@ def linear_cross_entropy(
     Without names, and where the mesh splits the first axis of ``hidden``, each device computes its
     own tokens, if the number of tokens and ``chunk_size`` are multiples of the number of devices.
     Where it splits the second axis (the sequence), the same holds if that is known: of an array
-    that is not traced, or in the context of a mesh (``jax.set_mesh``) with an axis of the name
-    ``context``, ``cp``, ``seq``, ``sequence`` or ``sp``. What splits the first axis is then taken
-    from names too: ``batch``, ``data``, ``dp``, ``fsdp``, ``replica``; ``chunk_size`` still counts
-    the tokens of all devices. Otherwise devices compute the tokens of others too, and
-    ``"vocab_blocks"`` gathers a kernel whose columns are split.
+    that is not traced, or of a mesh with an axis of the name ``context``, ``cp``, ``seq``,
+    ``sequence`` or ``sp``, which the types of a program's arguments name, or the context
+    (``jax.set_mesh``); ``chunk_size`` still counts the tokens of all devices. Otherwise devices
+    compute the tokens of others too, and with ``"vocab_blocks"`` the columns of others, where
+    columns are split.
 
     Inside of ``shard_map`` over some of the axes of an explicit mesh both hold: the names say what
     those axes split, the types what the others do. The backward pass then computes the forward
