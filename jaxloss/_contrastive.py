@@ -95,7 +95,7 @@ def _loss(
     }
     given = PairArrays(x, parts, where, sample_weight), PairScalars(*numbers)
     if found is None:
-        layout.warn_of_pairs(call, pairs, chunk)
+        layout.warn_of_pairs(call, x, pairs, chunk)
         return contrastive.of_device(*given, **options)
     return contrastive.over_mesh(*given, found=found, static=tuple(options.items()))
 

@@ -308,7 +308,6 @@ def linear_kl_divergence(
     tokens, most_columns = student.tokens, max(columns, its_columns)
     if found is not None:
         tokens //= found.devices(found.token_axes)
-        chunk_size = found.chunk_size(chunk_size)
         token_axes = (*token_axes, *found.token_axes)
         vocab_axes = (*vocab_axes, *found.vocab_axes)
         most_columns = max(found.columns(p) for p in products)
@@ -335,8 +334,8 @@ def linear_kl_divergence(
     empty_mean = arguments.check_empty_mean(call, empty_mean)
     options = LossOptions(axes, classes, None, reduction, empty_mean, False, vocab_axes, summed)
     static = {"sweep": sweep, "kind": kind}
+    layout.warn_if_shared(call, products[0], sweep.chunk, found)
     if found is None:
-        layout.warn_if_shared(call, products[0], sweep.chunk)
         return _linear_kl_divergence(*products, arrays, scalars, options=options, **static)
     return layout.over_mesh(
         products,

@@ -457,7 +457,6 @@ def _losses(
     tokens, shards = product.tokens, mesh.size(vocab_axes)
     if found is not None:
         tokens //= found.devices(found.token_axes)
-        chunk_size = found.chunk_size(chunk_size)
         shards *= found.devices(found.vocab_axes)
         columns = local = found.columns(product)
         product = replace(product, num_classes=local)
@@ -484,8 +483,9 @@ def _losses(
     static: dict[str, Any] = {"sweep": sweep, "fused": chosen.fused}
     if chosen.stored:
         static["stored"] = True
+    warn = layout.warn_if_shared if chosen.by_tokens else layout.warn_of_blocks
+    warn(call, product, chosen.chunk, found)
     if found is None:
-        layout.warn_if_shared(call, product, chosen.chunk if chosen.by_tokens else None)
         return compute(product, arrays, scalars, options=options, **static)
     given = (product,), arrays, scalars
     own = {"schedule": compute, "layout": found, "options": options}

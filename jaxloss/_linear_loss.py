@@ -164,7 +164,6 @@ def linear_loss(
     tokens, token_axes = product.tokens, names.token_axes
     if found is not None:
         tokens //= found.devices(found.token_axes)
-        chunk_size = found.chunk_size(chunk_size)
         token_axes = (*token_axes, *found.token_axes)
     token_axes = token_axes if reduction != "none" else ()
     most = budget.size_to_plan_for(tokens)
@@ -202,8 +201,8 @@ def linear_loss(
             values,
         )
 
+    layout.warn_if_shared(call, product, chunk, found)
     if found is None:
-        layout.warn_if_shared(call, product, chunk)
         return local(product, arrays, sample_weight, outer)
     refuse_types_of_a_mesh(call, outer)
     (product,), of_operands = layout.of_products([product], found)

@@ -225,8 +225,8 @@ def linear_stats_loss(
         return reduced(own, args_of, given.sweep, operands, weights, *options)
 
     found = given.layout
+    layout.warn_if_shared(call, given.products[0], given.sweep.chunk, found)
     if found is None:
-        layout.warn_if_shared(call, given.products[0], given.sweep.chunk)
         return of_device(*given.of_device, outer)
     refuse_types_of_a_mesh(call, outer)
     arrays_of_mesh, specs = stats_loss.of_mesh(given)

@@ -544,7 +544,6 @@ def _by_chunks(
     tokens = product.tokens
     if found is not None:
         tokens //= found.devices(found.token_axes)
-        chunk_size = found.chunk_size(chunk_size)
         vocab_axes = (*vocab_axes, *found.vocab_axes)
         columns = found.columns(product)
         if found.vocab_axes:
@@ -558,10 +557,10 @@ def _by_chunks(
     sweep = Sweep(chunk, vocab_axes)
     options = LossOptions((len(lead),), classes, None, "none", None, False, vocab_axes, ())
     static = {"sweep": sweep, "kind": kind, "impl": impl}
+    layout.warn_if_shared(call, product, chunk, found)
+    if kind[0] == "likeliest":
+        layout.warn_of_top_k(call, product, chunk, found)
     if found is None:
-        layout.warn_if_shared(call, product, chunk)
-        if kind[0] == "likeliest":
-            layout.warn_of_top_k(call, product, chunk)
         return log_probs.by_token_chunks(product, arrays, scalars, own, options=options, **static)
     return _over_mesh(
         product, arrays, scalars, own, layout_=found, options=options, static=tuple(static.items())

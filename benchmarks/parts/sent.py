@@ -46,13 +46,12 @@ def compiled(name: str, named: bool) -> dict[str, Any]:
         for (shape, dtype), spec in zip(shapes, (of_hidden, of_kernel, of_hidden), strict=True)
     ]
     tokens, chunk = B * L, CHUNK
-    by_axes = named or "context" in sizes  # whose name says itself what it splits
-    if by_axes:
+    if named:
         own = [n for e in of_hidden for n in (e if isinstance(e, tuple) else (e,)) if n]
         devices = int(np.prod([sizes[n] for n in own], initial=1))
         tokens, chunk = tokens // devices, CHUNK // devices
     # Where a partitioner decides, there is one loop.
-    steps = chunk_loops(tokens, chunk) if by_axes else [tokens // chunk]
+    steps = chunk_loops(tokens, chunk) if named else [tokens // chunk]
     asked_chunk = chunk if named else CHUNK
     options: dict[str, Any] = {"implementation": "token_chunks", "chunk_size": asked_chunk}
     options |= {"mesh": mesh, **asked} if named else {}

@@ -1,7 +1,8 @@
 """How a product's operands are split over a mesh, and the ``shard_map`` that takes them so.
 
 On an explicit mesh the types of the arrays say what is split over what. On any mesh a caller may
-name the axes. Automatic axes that nobody names stay with XLA's partitioner.
+name the axes. Automatic axes that nobody names stay with XLA's partitioner: where they are known to
+split sequences, the tokens are put in the devices' order for it.
 """
 
 import math
@@ -42,11 +43,13 @@ class Layout(NamedTuple):
     vocab_axes: Axes
     kernels: tuple[tuple, ...]  # of each kernel's axes
     gathered: tuple[tuple[tuple[int, Axes], ...], ...]  # what splits the tokens and a kernel
-    unasked: int = 1  # devices that split the tokens though neither names nor types say so
+    # Of each of hidden's leading axes, into how many parts a partitioner has split it, which
+    # decides the rest: there is no shard_map. (): nobody says.
+    parts: tuple[int, ...] = ()
 
     @property
     def token_axes(self) -> Axes:
-        return tuple(name for entry in self.tokens for name in names_of(entry))
+        return () if self.parts else tuple(n for entry in self.tokens for n in names_of(entry))
 
     def devices(self, axes: Axes) -> int:
         return devices_along(self.mesh, axes)
@@ -54,11 +57,6 @@ class Layout(NamedTuple):
     def columns(self, product: Product) -> int:
         """On each device, once the kernel is gathered."""
         return product.columns // self.devices(self.vocab_axes)
-
-    def chunk_size(self, asked: Any) -> Any:
-        """That of a device: where nobody names axes, a caller counts the tokens of all devices."""
-        # The least integer that is enough: 0 stays 0, which is refused later.
-        return -(-asked // self.unasked) if isinstance(asked, int) else asked
 
 
 def of_call(
@@ -74,11 +72,9 @@ def of_call(
     ``arrays``: what else has a row a token. ``whole_rows``: no device may have some columns alone.
     """
     typed = [x for x in jax.tree.leaves((products, arrays)) if is_split(x)]
-    sequence = None if typed or names.asked else _sequence(products[0], names.mesh)
-    if sequence is not None:
-        names = names._replace(mesh=sequence[0], of_tokens=sequence[1])
     if not typed and not names.asked:
-        return None
+        parts = _parts(products, arrays)
+        return _of_partitioner(products, parts) if any(n > 1 for n in parts) else None
     over = jax.typeof(typed[0]).sharding.mesh if typed else names.mesh
     tokens = _tokens(call, names, over, products, arrays)
     if tokens and tokens[-1] and any(p.heads is not None for p in products):
@@ -116,8 +112,7 @@ def of_call(
     named = {*own, *(n for entries in kernels for e in entries for n in names_of(e))}
     axes, whole = _axes_of_shard_map(over, named)
     gathered = tuple(gathered for _, gathered in found)
-    unasked = 1 if sequence is None else devices_along(over, own)
-    return Layout(over, axes, whole, tuple(tokens), vocab_axes, tuple(kernels), gathered, unasked)
+    return Layout(over, axes, whole, tuple(tokens), vocab_axes, tuple(kernels), gathered)
 
 
 def of_pairs(
@@ -144,40 +139,40 @@ def of_pairs(
     return Layout(over, axes, whole, (entry,), (), (), ())
 
 
-def _devices_of_chunks(rows: Any, chunk: int | None) -> int:
-    """The devices along the automatic axes of the context's mesh, where ``rows`` take several
-    chunks; otherwise 1."""
-    over = mesh.of_context()
-    if over is None or chunk is None or not isinstance(rows, int) or chunk >= rows:
+def _devices_of_chunks(over: Any, rows: Any, chunk: int) -> int:
+    """The devices along the automatic axes of a mesh, where ``rows`` take several chunks; otherwise
+    1."""
+    if over is None or not isinstance(rows, int) or chunk >= rows:
         return 1
     return devices_along(over, _axes_of(over, AxisType.Auto))
 
 
-def warn_of_pairs(call: str, pairs: Any, chunk: int) -> None:
+def warn_of_pairs(call: str, x: Array, pairs: Any, chunk: int) -> None:
     """Warns where XLA's partitioner would let each device compute the similarities of all."""
-    devices = _devices_of_chunks(pairs, chunk)
+    devices = _devices_of_chunks(mesh.of_arrays(x), pairs, chunk)
     if devices > 1:
         text = f"{call}: of pairs that are split over the {devices} devices of this mesh, each "
         text += "device computes all similarities. Name the axes: token_axis_name=..."
         warnings.warn(text, stacklevel=2)
 
 
-def warn_if_shared(call: str, product: Product, chunk: int | None) -> None:
+def warn_if_shared(call: str, product: Product, chunk: int, found: Layout | None) -> None:
     """Warns where XLA's partitioner lets each device compute the tokens of others: because of the
-    numbers of tokens, of a chunk and of a sequence (None: there are no chunks)."""
-    over, tokens = mesh.of_context(), product.tokens
-    devices = _devices_of_chunks(tokens, chunk)
-    if over is None or chunk is None or devices == 1:
+    numbers of tokens, of a chunk and of a sequence."""
+    if found is not None and not found.parts:
+        return
+    over, tokens = mesh.of_arrays(product), product.tokens
+    devices = _devices_of_chunks(over, tokens, chunk)
+    if devices == 1:
         return
     if math.gcd(tokens, chunk, devices) < devices:
         rule = f"{tokens} tokens in chunks of {chunk} do not divide among the {devices} devices"
         way_out = "that share them, which then compute each other's tokens. Name the axes that "
         way_out += "split the tokens: token_axis_name=..., or take multiples of the devices."
         warnings.warn(f"{call}: {rule} {way_out}", stacklevel=2)
-    # What :func:`_sequence` cannot split though it knows its axes, as of hidden[:, :-1].
-    automatic = _axes_of(over, AxisType.Auto)
-    sequences = tuple(n for n in over.axis_names if n in automatic & SEQUENCES)
-    parts, length = devices_along(over, sequences), _length(product)
+    # What :func:`_parts` cannot split though it knows its axes, as of hidden[:, :-1].
+    sequences, length = _sequences_of(over), _length(product)
+    parts = devices_along(over, sequences)
     if isinstance(length, int) and length > parts and length % parts:
         rule = f"sequences of {length} tokens do not divide among the {parts} devices along "
         way_out = "which then compute each other's tokens. Pad them, or keep their last token: "
@@ -185,9 +180,27 @@ def warn_if_shared(call: str, product: Product, chunk: int | None) -> None:
         warnings.warn(f"{call}: {rule}{sequences}, {way_out}", stacklevel=2)
 
 
-def warn_of_top_k(call: str, product: Product, chunk: int) -> None:
+def warn_of_blocks(call: str, product: Product, block: int, found: Layout | None) -> None:
+    """Warns where XLA's partitioner lets each device compute the columns of others: a block is cut
+    out of a kernel that is gathered before. Axes that split tokens, by their names, do not count:
+    there each device computes all columns of its own tokens."""
+    over = mesh.of_arrays(product)
+    if over is None or block >= product.columns or (found is not None and not found.parts):
+        return
+    names = tuple(n for n in over.axis_names if n in _axes_of(over, AxisType.Auto))
+    others = _of_several((n for n in names if n not in SEQUENCES | BATCHES), over)
+    if others:
+        text = f"{call}: where axes of this mesh split the kernel's columns, as {others} may, each "
+        text += "device computes blocks of all columns. Name the axes: vocab_axis_name=..., "
+        text += "token_axis_name=..., or take implementation='token_chunks'."
+        warnings.warn(text, stacklevel=2)
+
+
+def warn_of_top_k(call: str, product: Product, chunk: int, found: Layout | None) -> None:
     """Warns where XLA's partitioner, which splits no top k, gathers the logits of each chunk."""
-    devices = _devices_of_chunks(product.tokens, chunk)
+    if found is not None and not found.parts:
+        return
+    devices = _devices_of_chunks(mesh.of_arrays(product), product.tokens, chunk)
     if devices > 1:
         text = f"{call}: where the {devices} devices of this mesh split the tokens or the columns, "
         text += "the logits of each chunk are gathered. Name the axes: token_axis_name=..., "
@@ -201,32 +214,37 @@ def _length(product: Product) -> Any:
     return lead[1] if len(lead) > 1 else None
 
 
-def _sequence(product: Product, over: Any) -> tuple[Any, tuple] | None:
-    """(the mesh, what splits hidden's leading axes) where the second of them, the sequence, is
-    known to be split on automatic axes: an array that is not traced says what splits it, of a
-    traced one the axes' names alone. Operands that are split otherwise are resharded."""
-    hidden, lead = product.hidden, product.lead
-    if _length(product) is None:
-        return None
+def _parts(products: Sequence[Product], arrays: Any) -> tuple[int, ...]:
+    """Of hidden's leading axes but for the first: into how many parts automatic axes have split
+    each, so far as it is known. An array that is not traced says what splits it, of a traced one
+    the axes' names alone, and these of the second axis, the sequence."""
+    product, hidden = products[0], products[0].hidden
+    lead = product.lead[1 : len(product.lead) - (product.heads is not None)]
+    if not lead:
+        return ()
     if not isinstance(hidden, Tracer):
         over, spec = (getattr(hidden.sharding, name, None) for name in ("mesh", "spec"))
-        count = len(lead) - (product.heads is not None)  # the heads' axis is gathered
-        tokens = tuple(names_of(entry) or None for entry in spec or ())[:count]
-    elif over is not None:
-        automatic = _axes_of(over, AxisType.Auto)
+        return tuple(devices_along(over, names_of(e)) for e in tuple(spec or ())[1 : 1 + len(lead)])
+    over = mesh.of_arrays((products, arrays))
+    found = _sequences_of(over)
+    devices = devices_along(over, found)
+    divides = isinstance(lead[0], int) and lead[0] % devices == 0
+    return (devices if divides else 1,)
 
-        def split(size, kind):
-            found = tuple(n for n in over.axis_names if n in automatic & kind)
-            devices = devices_along(over, found)
-            divides = isinstance(size, int) and size % devices == 0
-            return found if devices > 1 and divides else None
 
-        tokens = split(lead[0], BATCHES), split(lead[1], SEQUENCES)
-    else:
-        return None
-    if not any(tokens[1:]):
-        return None
-    return over, (*tokens, *(None for _ in lead[len(tokens) :]))
+def _sequences_of(over: Any) -> Axes:
+    """The axes of a mesh that split sequences, by their names."""
+    if over is None:
+        return ()
+    automatic = _axes_of(over, AxisType.Auto)
+    return tuple(n for n in over.axis_names if n in automatic & SEQUENCES)
+
+
+def _of_partitioner(products: Sequence[Product], parts: tuple[int, ...]) -> Layout:
+    rank, none = products[0].hidden.ndim - 1, tuple(() for _ in products)
+    parts = (1, *parts, *(1 for _ in range(rank - 1 - len(parts))))
+    kernels = tuple((None, None) for _ in products)
+    return Layout(None, (), False, (P.UNCONSTRAINED,) * rank, (), kernels, none, parts)
 
 
 def _tokens(
@@ -358,12 +376,49 @@ def _axes_of_shard_map(over: Any, named: set) -> tuple[Axes, bool]:
 def run(function: Callable, layout: Layout, given: tuple, specs: tuple, out: Any) -> Any:
     """``function(*given)`` inside of ``shard_map``, arrays split as ``specs`` say, a prefix of the
     tree of ``given``."""
+    if layout.parts:
+        return _in_parts(function, layout.parts, given, specs, out)
     if AxisType.Explicit in layout.mesh.axis_types:
         given = tuple(_placed(x, layout.mesh, s) for x, s in zip(given, specs, strict=True))
     if mesh.manual_axes():  # those that the surrounding shard_map leaves out
         return nested.shard_map(function, layout.axes, specs, out)(*given)
     options = {"mesh": layout.mesh, "axis_names": {*layout.axes}}
     return jax.shard_map(function, in_specs=specs, out_specs=out, **options)(*given)
+
+
+def _in_parts(
+    function: Callable, parts: tuple[int, ...], given: tuple, specs: tuple, out: Any
+) -> Any:
+    """``function(*given)``, of tokens in the order of the devices that share their sequences: the
+    parts are an axis, before all others. So each group of neighbours is one device's
+    (:mod:`packing`), and a partitioner has nothing to send.
+
+    It is a transpose, so that it says nothing of where arrays are: they may be on one device under
+    ``with mesh:``, and ``vmap(spmd_axis_name=...)`` may split a batch of them over an axis that a
+    ``shard_map`` would then refuse.
+    """
+    split = [axis for axis, n in enumerate(parts) if n > 1]
+
+    def parts_first(x):
+        for done, axis in enumerate(split[::-1]):
+            at, n = done + axis, x.shape[done + axis]
+            own = 1 if n == 1 else parts[axis]  # an axis of one entry is broadcast
+            x = jnp.moveaxis(x.reshape(*x.shape[:at], own, n // own, *x.shape[at + 1 :]), at, 0)
+        return x
+
+    def parts_back(x):
+        for left, axis in zip(range(len(split))[::-1], split, strict=True):
+            x, at = jnp.moveaxis(x, 0, left + axis), left + axis
+            x = x.reshape(*x.shape[:at], x.shape[at] * x.shape[at + 1], *x.shape[at + 2 :])
+        return x
+
+    def each(move, specs, xs):
+        def of_prefix(spec, some):
+            return jax.tree.map(move, some) if P.UNCONSTRAINED in spec else some
+
+        return jax.tree.map(of_prefix, specs, xs, is_leaf=lambda x: isinstance(x, P))
+
+    return each(parts_back, out, function(*each(parts_first, specs, given)))
 
 
 def _placed(xs: Any, over: Any, specs: Any) -> Any:

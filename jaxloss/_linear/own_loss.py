@@ -133,7 +133,7 @@ def reduced(
     in_groups = not any(
         jnp.issubdtype(x.dtype, dtypes.prng_key) for x in jax.tree.leaves(operands.per_token)
     )
-    groups = groups_of(operands.student.hidden.shape[0], sweep.chunk) if in_groups else 1
+    groups = groups_of(operands.student.hidden, sweep.chunk) if in_groups else 1
     sizes = budget.all_sizes(sweep.chunk, sweep.block, token_chunks.columns_of(operands), groups)
     # What a loss reads of a token is the same on all devices that share its columns.
     varies = varies_over((operands, weights)) - {*sweep.vocab_axes}

@@ -69,12 +69,13 @@ def step_sizes(chunk: int, groups: int = 1) -> tuple[int, ...]:
     return (chunk, chunk // 4) if in_quarters else (chunk,)
 
 
-def groups_of(tokens: Any, chunk: int) -> int:
+def groups_of(hidden: Array, chunk: int) -> int:
     """G: 1 where nothing splits the tokens, or where one chunk is all of them. Devices that share a
     group, where there are fewer groups than devices, wait for each other."""
+    tokens = hidden.shape[0]
     if not isinstance(tokens, int) or chunk >= tokens:
         return 1
-    return math.gcd(tokens, chunk, device.devices_of_a_partitioner())
+    return math.gcd(tokens, chunk, device.devices_of_a_partitioner(hidden))
 
 
 def valid_first(valid: Array) -> Array:
@@ -127,11 +128,14 @@ def first_row(x: Any, packing: Packing) -> Any:
     token's row, otherwise None.
 
     The groups are split over devices. Gathered here, before the loop, the row is sent once; in the
-    loop it would be sent in each step.
+    loop it would be sent in each step. Each group's own is gathered first, because for one row of
+    all tokens XLA:GPU (JAX 0.10) gathers ``x`` whole on every device.
     """
     if x is None or packing.groups == 1:
         return None
-    return gather_rows(x, jnp.argmax(packing.valid).astype(jnp.int32)[None])
+    of_groups = packing.order[:, :1]
+    which = jnp.argmax(of_groups[:, 0] < packing.valid.size // packing.groups)
+    return gather_rows(_rows_of_groups(x, of_groups), which.astype(jnp.int32)[None])
 
 
 def of_fewest(number: Array, tokens: int, of: Callable, *given: Any) -> Any:

@@ -112,8 +112,9 @@ class Product:
         """With a kernel that is gathered over the tokens' devices; ``cast``: an array gets the
         products' dtype before it is sent."""
         kernel = self.kernel
-        if cast and kernels.is_array(kernel):
-            kernel = mesh.unsplit(kernel.astype(self.narrow), 1 - self.vocab_axis)
+        if kernels.is_array(kernel):
+            kernel = kernel.astype(self.narrow) if cast else kernel
+            kernel = mesh.unsplit(kernel, 1 - self.vocab_axis)
         return replace(self, kernel=kernels.gathered(kernel, self.gathered, self.vocab_axis))
 
     def scattered(self) -> "Product":

@@ -161,7 +161,6 @@ def prepared(
     tokens = product.tokens
     if found is not None:
         tokens //= found.devices(found.token_axes)
-        chunk_size = found.chunk_size(chunk_size)
         vocab_axes = (*vocab_axes, *found.vocab_axes)
         token_axes = (*token_axes, *found.token_axes)
         local = found.columns(products[0]) if found.vocab_axes else local
@@ -356,9 +355,9 @@ def over_mesh(products, arrays, own, numbers, *, prepared):
 
 
 def token_stats(call: str, given: Prepared) -> tuple[TokenStats, ReferenceStats]:
+    layout.warn_if_shared(call, given.products[0], given.sweep.chunk, given.layout)
     if given.layout is not None:
         of_tokens = {"arrays": TokenArrays(None), "named": (), "own": (), "kl_temperature": None}
         without = given._replace(products=(), numbers=(), **of_tokens)
         return over_mesh(*given.of_device, prepared=without)
-    layout.warn_if_shared(call, given.products[0], given.sweep.chunk)
     return by_token_chunks(*given.of_device, **given.static)

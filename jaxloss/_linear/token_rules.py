@@ -173,7 +173,7 @@ def reduced(
     if scalar:
 
         def of_head(operands, each, valid):
-            packing = _packed(valid, sweep, in_groups)
+            packing = _packed(operands, valid, sweep, in_groups)
             return weighted_sum(loss_fn, sweep, each, operands, packing, by)
 
         given = operands, each.reshape(-1), valid.reshape(-1)
@@ -199,7 +199,7 @@ def by_token(
     """:func:`losses_by_token` of the ``valid`` tokens."""
 
     def of_head(operands, valid):
-        packing = _packed(valid, sweep, in_groups)
+        packing = _packed(operands, valid, sweep, in_groups)
         return losses_by_token(loss_fn, sweep, operands, packing, by)
 
     given = operands, valid.reshape(-1)
@@ -208,7 +208,7 @@ def by_token(
     return jax.tree.map(heads.by_token, heads.of_each(of_head, *given))
 
 
-def _packed(valid: Array, sweep: Sweep, in_groups: bool) -> Packing:
-    groups = groups_of(valid.size, sweep.chunk) if in_groups else 1
+def _packed(operands: Operands, valid: Array, sweep: Sweep, in_groups: bool) -> Packing:
+    groups = groups_of(operands.student.hidden, sweep.chunk) if in_groups else 1
     # Devices that communicate within a loop must take as many steps.
     return pack(valid, sweep.chunk, groups, in_step=bool(sweep.vocab_axes))

@@ -383,8 +383,10 @@ def unbroadcast(x: Array, like: Array) -> Array:
     """The cotangent of ``like``, which was broadcast, from what it was broadcast to."""
     spread = tuple(i for i, n in enumerate(like.shape) if n != x.shape[i])
     x = jnp.sum(x, axis=spread, keepdims=True).astype(like.dtype)
-    home = jax.typeof(like).sharding  # an explicit mesh wants a cotangent's to be its primal's
-    return x if jax.typeof(x).sharding == home else jax.sharding.reshard(x, home)
+    # An explicit mesh wants a cotangent split as its primal is. No more is compared: beside arrays
+    # of an automatic mesh a constant is of no mesh.
+    home = jax.typeof(like).sharding
+    return x if jax.typeof(x).sharding.spec == home.spec else jax.sharding.reshard(x, home)
 
 
 def scale_rows(ct: Array, slope: Array) -> Array:

@@ -24,11 +24,15 @@ def _devices() -> int:
     return max(jax.device_count(), jax.sharding.get_abstract_mesh().size)
 
 
-def devices_of_a_partitioner() -> int:
+def devices_of_a_partitioner(x: Any = None) -> int:
     """Over how many devices a partitioner may split an array that is computed here: inside of
-    ``shard_map`` those along the axes that it leaves out."""
+    ``shard_map`` those along the axes that it leaves out.
+
+    ``x``: of whose mesh, where that is known. A mesh may be of some of the devices.
+    """
     if not mesh.manual_axes():
-        return _devices()
+        over = None if x is None else mesh.of_arrays(x)
+        return _devices() if over is None else over.size
     sizes = jax.sharding.get_abstract_mesh().shape
     return math.prod(sizes[name] for name in mesh.other_axes())
 

@@ -38,17 +38,28 @@ def of_context() -> Any:
     return older if older and older.axis_names else None
 
 
+def of_arrays(xs: Any) -> Any:
+    """The mesh that the type of any array of a tree names, which is that of a program's arguments
+    or of a constraint; otherwise the context's; None: nothing says."""
+    for x in jax.tree.leaves(xs):
+        if (mesh := jax.typeof(x).sharding.mesh).axis_names:
+            return mesh
+    return of_context()
+
+
 def unsplit(x: Array, axis: int) -> Array:
-    """``x``, not split along the axis where a partitioner decides and ``jax.set_mesh`` says over
-    what: XLA:TPU gathers what a loop's products read in each step, where it is not told before.
+    """``x``, not split along the axis where a partitioner decides, and its type or ``jax.set_mesh``
+    says over what: XLA:TPU gathers what a loop's products read in each step, where it is not told
+    before.
 
     Not of the older ``with mesh:``, in which arrays may be on other devices.
     """
-    mesh = jax.sharding.get_abstract_mesh()
+    mesh = jax.typeof(x).sharding.mesh
+    mesh = mesh if mesh.axis_names else jax.sharding.get_abstract_mesh()
     if mesh.size <= 1 or any(kind != AxisType.Auto for kind in mesh.axis_types):
         return x
     spec = (None if i == axis else P.UNCONSTRAINED for i in range(x.ndim))
-    return lax.with_sharding_constraint(x, P(*spec))
+    return lax.with_sharding_constraint(x, jax.NamedSharding(mesh, P(*spec)))
 
 
 def varies_over(xs: Any) -> frozenset:

@@ -30,6 +30,14 @@ N, D, V = 8192, 2048, 128256
 MIB = 2**20
 CHUNKS, BLOCKS = {"chunk_size": 1024}, {"implementation": "vocab_blocks"}
 BOTH = {"gradients": True}
+# Of four GPUs, and what splits hidden and the kernel there on automatic axes.
+L_OF_FOUR, D_OF_FOUR, V_OF_FOUR, CHUNK_OF_FOUR = 512, 512, 16384, 1024
+AUTOMATIC = {
+    "tokens": ({"data": 4}, ("data",), ()),
+    "tokens, and features of the kernel": ({"data": 4}, ("data",), ("data",)),
+    "tokens and columns": ({"data": 2, "tensor": 2}, ("data",), (None, "tensor")),
+    "tokens and sequence": ({"data": 2, "context": 2}, ("data", "context"), ()),
+}
 
 
 def _h200():
@@ -158,6 +166,35 @@ def _compile_pairs(loss, n, d):
                 "sent": hlo.sent(program.as_text()),
                 "temporaries": memory.temp_size_in_bytes,
                 "split": [str(s.spec) for s in program.output_shardings[1]],
+            }
+        )
+    )
+
+
+def _compile_automatic(sizes, of_hidden, of_kernel):
+    """Prints what four GPUs send of a call that names no axes, as JSON."""
+    found = chips.h200("1x1x4")
+    grid = np.array(found).reshape([*sizes.values()])
+    mesh = Mesh(grid, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
+    of_hidden, of_kernel = P(*of_hidden), P(*of_kernel)
+    args = [
+        jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
+        for shape, dtype, spec in (
+            ((8, L_OF_FOUR, D_OF_FOUR), jnp.bfloat16, of_hidden),
+            ((D_OF_FOUR, V_OF_FOUR), jnp.bfloat16, of_kernel),
+            ((8, L_OF_FOUR), jnp.int32, of_hidden),
+        )
+    ]
+    options = {"implementation": "token_chunks", "chunk_size": CHUNK_OF_FOUR}
+    loss = partial(jaxloss.linear_cross_entropy, **options)
+    with mock.patch.object(jax, "device_count", return_value=len(found)):
+        program = _lowered(jax.value_and_grad(loss, (0, 1)), *args).compile()
+    text, tokens = program.as_text(), 8 * L_OF_FOUR
+    print(
+        json.dumps(
+            {
+                "sent": hlo.sent(text, [tokens // CHUNK_OF_FOUR]),
+                "d_hidden": str(program.output_shardings[1][0].spec),
             }
         )
     )
@@ -335,6 +372,23 @@ def test_pairs_over_four_gpus(loss):
     assert sum(found["sent"]["once"].values()) < n  # numbers, and no array
 
 
+@pytest.mark.parametrize("split", AUTOMATIC)
+def test_calls_without_names_over_four_gpus(split):
+    """No hidden is gathered; the kernel before the loop; d_kernel is summed after it."""
+    found = compiled(automatic=AUTOMATIC[split])
+    sizes, of_hidden, of_kernel = AUTOMATIC[split]
+    once, looped = found["sent"]["once"], found["sent"]["in loops"]
+    tokens, columns = 8 * L_OF_FOUR, V_OF_FOUR // sizes.get("tensor", 1)
+    own = tokens // 4 * sizes.get("tensor", 1)  # tokens of a device
+    assert found["d_hidden"] == f"{P(*of_hidden)}"
+    kernel = 2 * D_OF_FOUR * columns if "data" in of_kernel else 0
+    assert once.get("all-gather", 0) <= kernel + 4 * D_OF_FOUR * 2
+    assert once["all-reduce"] <= 2 * 4 * D_OF_FOUR * columns + 64 * tokens
+    # Numbers of a token; and where columns are split the devices' parts of d_hidden.
+    d_hidden = 2 * 4 * D_OF_FOUR * own if "tensor" in sizes else 0
+    assert sum(looped.values()) <= d_hidden + 64 * tokens
+
+
 def test_the_walk_finds_materialised_logits():
     """The assertions above must be able to fail."""
     found = compiled(**BOTH, materialised=True)
@@ -344,7 +398,9 @@ def test_the_walk_finds_materialised_logits():
 
 if __name__ == "__main__":
     given = json.loads(sys.argv[1])
-    if "pairs" in given:
+    if "automatic" in given:
+        _compile_automatic(*given["automatic"])
+    elif "pairs" in given:
         _compile_pairs(**given["pairs"])
     elif "low_rank" in given:
         _compile_low_rank(**given["low_rank"])

@@ -454,3 +454,34 @@ def test_inside_of_shard_map_over_another_axis_on_four_chips(name, named):
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         split = lowered(step, *small_operands(mesh, P(None, "tensor")), chips=chips, devices=4)
     assert_little_is_sent(split.compile().as_text(), kernel_is_gathered=False)
+
+
+# What splits hidden and the kernel on automatic axes, of which the call names none. The types of
+# its arguments alone say what the mesh is.
+AUTOMATIC = {
+    "tokens": (("data", "fsdp"), P(("data", "fsdp")), P()),
+    "tokens, and features of the kernel": (("data", "fsdp"), P(("data", "fsdp")), P("fsdp")),
+    "tokens and columns": (("data", "tensor"), P("data"), P(None, "tensor")),
+    "tokens and sequence": (("data", "context"), P("data", "context"), P()),
+}
+
+
+@pytest.mark.parametrize("split", AUTOMATIC)
+@pytest.mark.parametrize("name", ["token_chunks", "divergence"])
+def test_calls_without_names_on_four_chips(name, split):
+    """Nothing but numbers of a token and a chunk's d_hidden in a loop; d_kernel is summed after it,
+    and the kernel gathered before."""
+    axes, of_hidden, of_kernel = AUTOMATIC[split]
+    chips = topology("v5e").devices
+    mesh = Mesh(np.array(chips).reshape(2, 2), axes, axis_types=(AxisType.Auto,) * 2)
+    specs, dtypes = (of_hidden, of_kernel, of_hidden), (jnp.bfloat16, jnp.bfloat16, jnp.int32)
+    args = [
+        jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
+        for shape, dtype, spec in zip(SMALL.values(), dtypes, specs, strict=True)
+    ]
+    step = jax.value_and_grad(CALLS[name], (0, 1))
+    # With the options of users: compiled quickly, the sum of d_kernel would stay in the loop.
+    program = lowered(step, *args, options=None, chips=chips, devices=4).compile()
+    assert_little_is_sent(program.as_text(), kernel_is_gathered="features" in split)
+    d_hidden = program.output_shardings[1][0]
+    assert d_hidden.is_equivalent_to(NamedSharding(mesh, of_hidden), 3)

@@ -175,3 +175,17 @@ def test_numbers_of_one_device_and_no_logits_sent(name, split, kind):
     found = collectives(compiled.as_text())
     allowed = max(2 * N * K, 2 * C if "w" in specs else 0)
     assert all(elements(shape) <= allowed for _, shape, _ in found), found
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_constants_beside_logits_of_an_automatic_mesh(name):
+    """Without a context types say that the logits are of a mesh, and constants of none: JAX refused
+    to reshard the gradient of what was broadcast."""
+    before = expected(name)
+    function = FUNCTIONS[name]
+    letters = letters_of(function)
+    mesh = jax.make_mesh((2, 4), ("s", "d"), axis_types=(AxisType.Auto,) * 2)
+    logits = jax.device_put(arrays()[letters[0]], NamedSharding(mesh, P("s", "d")))
+    others = {n: np.asarray(arrays()[n]) for n in letters[1:]}
+    got = jit_quickly(gradients(function))({letters[0]: logits} | others)
+    assert_close(got, before)
