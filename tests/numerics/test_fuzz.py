@@ -293,7 +293,13 @@ FEW = {
         "chunk_size": 2,
         "implementation": "vocab_blocks",
     },
-    "linear_token_stats": {"c": 5, "labels": "bucket", "where": "classes", "chunk_size": 2},
+    "linear_token_stats": {
+        "c": 5,
+        "labels": "bucket",
+        "where": "classes",
+        "chunk_size": 2,
+        "head": "qlora",
+    },
     "focal_loss": {"c": 5, "weight": True, "gamma": 0.5, "temperature": 0.3},
 }
 

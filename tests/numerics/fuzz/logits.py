@@ -207,6 +207,8 @@ def sanitized(config):
     stored = config.get("implementation") == "stored_exponentials"
     if config.get("heads") or (stored and not of_array):
         config["implementation"] = "token_chunks"
+    if config.get("heads") and config["c"] == 2 and config.get("where") == "tokens":
+        config["where"] = None  # of two tokens a mask [2, 2] fits the classes too, and is refused
     if config.get("layout") == "two" and config["c"] % 2:
         config["layout"] = "last"
     if config.get("layout") in ("first", "middle", "two") and config.get("where") == "tokens":
