@@ -239,17 +239,22 @@ class LowRankKernel:
     a: ArrayLike
     b: ArrayLike
     scale: ArrayLike = 1.0
+    _scale_is_leaf = False  # no field: whether it was one of the tree that this was made from
 
     def tree_flatten_with_keys(self):
-        # A number is static: no optimizer changes it.
-        static = isinstance(self.scale, int | float) and not isinstance(self.scale, bool)
+        # A number is static: no optimizer changes it. In a tree that was made from another's leaves
+        # (sizes, the axes of vmap) a number may stand for an array, and stays a leaf.
+        number = isinstance(self.scale, int | float) and not isinstance(self.scale, bool)
+        static = number and not self._scale_is_leaf
         names = ("kernel", "a", "b") if static else ("kernel", "a", "b", "scale")
         children = tuple((jax.tree_util.GetAttrKey(n), getattr(self, n)) for n in names)
         return children, (self.scale,) if static else ()
 
     @classmethod
     def tree_unflatten(cls, static, children):
-        return cls(*children, *static)
+        made = cls(*children, *static)
+        object.__setattr__(made, "_scale_is_leaf", not static)
+        return made
 
 
 @partial(

@@ -181,6 +181,17 @@ def random_pair(shape=(4, 6), seed=0, dtype=jnp.float32):
 
 
 @pytest.mark.nan_is_meant
+@pytest.mark.parametrize("beta", [1e-4, 0.1, 0.9])
+def test_a_least_probability_beside_none_has_a_mixture(beta):
+    """beta times the teacher's e^-85.3 is less than the smallest float, and the student has 0."""
+    x, t = jnp.array([[0.0, -jnp.inf, 1.0]]), jnp.array([[0.0, -84.0, 1.0]])
+    loss = partial(jaxloss.kl_divergence, divergence="jensen_shannon", beta=beta)
+    for pair in ((x, t), (t, x)):
+        found = jax.value_and_grad(loss, (0, 1))(*pair)
+        for number in jax.tree.leaves(found):  # the truth is less than 1e-36
+            np.testing.assert_allclose(number, 0, atol=1e-35)
+
+
 @pytest.mark.parametrize("divergence", ["forward", "jensen_shannon"])
 def test_masked_classes_are_as_if_cut_away(divergence):
     x, t = random_pair()

@@ -39,12 +39,14 @@ from numerics.fuzz.binary import (
 )
 from numerics.fuzz.derivatives import SPACES, fuzz_derivatives, program_of_derivatives
 from numerics.fuzz.divergence import (
+    SIDES,
     fuzz_kl_divergence,
     fuzz_linear_kl_divergence,
     program_of_divergence,
 )
 from numerics.fuzz.log_probs import (
     NAMED,
+    NAMED_LINEAR,
     fuzz_linear_log_probs_at,
     fuzz_linear_sample,
     fuzz_linear_stats_loss,
@@ -142,6 +144,15 @@ FUZZ = {
                 "label_smoothing": 0.1,
                 "implementation": "stored_exponentials",
             },
+            {
+                "c": 13,
+                "d": 4,
+                "padding": 3,
+                "chunk_size": 4,
+                "head": "qlora",
+                "products": "bfloat16",
+            },
+            {"c": 13, "d": 4, "bias": True, "chunk_size": 2, "head": "groups", "heads": "shared"},
         ),
     ),
     "linear_loss": Fuzz(
@@ -156,6 +167,7 @@ FUZZ = {
                 "sample_weight": "float",
                 "reduction": "mean",
             },
+            {"c": 5, "d": 4, "chunk_size": 2, "head": "low rank", "heads": 2},
         ),
     ),
     "log_softmax": Fuzz(
@@ -168,7 +180,10 @@ FUZZ = {
     "linear_token_stats": Fuzz(
         fuzz_linear_token_stats,
         {**LINEAR, **STATS},
-        ({"c": 13, "d": 4, "chunk_size": 4, "implementation": "vocab_blocks"},),
+        (
+            {"c": 13, "d": 4, "chunk_size": 4, "implementation": "vocab_blocks"},
+            {"c": 13, "d": 4, "chunk_size": 4, "head": "int8", "products": "bfloat16"},
+        ),
     ),
     "focal_loss": Fuzz(
         fuzz_focal_loss, {**SMALL, **FOCAL, "labels": ["index"]}, ({"c": 5, "gamma": 0.5},)
@@ -191,16 +206,38 @@ FUZZ = {
     ),
     "linear_kl_divergence": Fuzz(
         fuzz_linear_kl_divergence,
-        {**DIVERGENCE, "d": [1, 4], "chunk_size": [1, 2, None]},
-        ({"c": 5, "d": 4, "chunk_size": 2, "divergence": "reverse"},),
+        {**DIVERGENCE, **SIDES, "d": [1, 4], "chunk_size": [1, 2, None]},
+        (
+            {"c": 5, "d": 4, "chunk_size": 2, "divergence": "reverse"},
+            {"c": 5, "d": 4, "chunk_size": 2, "head": "low rank", "teacher": "int4", "heads": 2},
+        ),
     ),
     "log_probs_at": Fuzz(
         fuzz_log_probs_at, NAMED, ({"c": 12, "where": "classes"}, {"c": 5, "dtype": "bfloat16"})
     ),
-    "linear_log_probs_at": Fuzz(fuzz_linear_log_probs_at, NAMED, ({"c": 12, "chunk_size": 4},)),
-    "linear_top_k": Fuzz(fuzz_linear_top_k, NAMED, ({"c": 12, "chunk_size": 4},)),
-    "linear_sample": Fuzz(fuzz_linear_sample, NAMED, ({"c": 12, "chunk_size": 4},)),
-    "linear_stats_loss": Fuzz(fuzz_linear_stats_loss, NAMED, ({"c": 12, "chunk_size": 4},)),
+    "linear_log_probs_at": Fuzz(
+        fuzz_linear_log_probs_at,
+        NAMED_LINEAR,
+        ({"c": 12, "chunk_size": 4}, {"c": 12, "chunk_size": 4, "head": "qlora"}),
+    ),
+    "linear_top_k": Fuzz(
+        fuzz_linear_top_k,
+        NAMED_LINEAR,
+        (
+            {"c": 12, "chunk_size": 4},
+            {"c": 12, "chunk_size": 4, "head": "float8_e5m2"},
+        ),
+    ),
+    "linear_sample": Fuzz(
+        fuzz_linear_sample,
+        NAMED_LINEAR,
+        ({"c": 12, "chunk_size": 4}, {"c": 12, "chunk_size": 4, "head": "int4", "heads": 2}),
+    ),
+    "linear_stats_loss": Fuzz(
+        fuzz_linear_stats_loss,
+        NAMED_LINEAR,
+        ({"c": 12, "chunk_size": 4}, {"c": 12, "chunk_size": 4, "head": "groups"}),
+    ),
     "contrastive_loss": Fuzz(
         fuzz_contrastive_loss,
         PAIRS,
@@ -257,7 +294,13 @@ FEW = {
         "chunk_size": 2,
         "implementation": "vocab_blocks",
     },
-    "linear_token_stats": {"c": 5, "labels": "bucket", "where": "classes", "chunk_size": 2},
+    "linear_token_stats": {
+        "c": 5,
+        "labels": "bucket",
+        "where": "classes",
+        "chunk_size": 2,
+        "head": "qlora",
+    },
     "focal_loss": {"c": 5, "weight": True, "gamma": 0.5, "temperature": 0.3},
 }
 

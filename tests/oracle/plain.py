@@ -18,11 +18,24 @@ def surprises(x, exists):
     return jnp.where(exists, jnp.log1p(jnp.sum(terms, axis=-1)), 0)
 
 
+def merged(config, trained, frozen, factor=2.0):
+    """The kernel ``[D, V]`` of the arrays that it is made of: those of the fuzzer's heads."""
+    arrays = {**frozen, **trained}
+    base = arrays.get("kernel", arrays.get("values")).astype(float)
+    base = base.T if config["vocab_axis"] == 0 else base
+    if "scale" in arrays:
+        scale = arrays["scale"].reshape(-1, base.shape[1])
+        base = base * jnp.repeat(scale, len(base) // len(scale), axis=0)
+    if "a" in arrays:
+        base = base + arrays.get("factor", factor) * arrays["a"] @ arrays["b"]
+    return base
+
+
 def rows_of_logits(config, operands, data):
     """``[N, C]``, capped and divided, 0 where a token does not count or a class does not exist."""
     if config["linear"]:
         hidden = jnp.where(data["counts"][:, None], operands["hidden"], 0)
-        kernel = operands["kernel"].T if config["vocab_axis"] == 0 else operands["kernel"]
+        kernel = merged(config, operands["kernel"], data["frozen"])
         x = hidden @ kernel + (operands["bias"] if config["bias"] else 0)
         x = x[:, : config["c"]]
     else:
@@ -143,7 +156,8 @@ def divergence(config, operands, data):
     exists, sides = data["exists"], []
     for side in ("", "teacher_"):
         of_side = {k.removeprefix(side): v for k, v in operands.items() if k.startswith(side)}
-        nll = surprises(rows_of_logits(config, of_side, data), exists)
+        of_data = {**data, "frozen": data.get(f"{side}frozen")}
+        nll = surprises(rows_of_logits(config, of_side, of_data), exists)
         sides.append((jnp.where(exists, jnp.exp(-nll), 0), -nll))
     (q, log_q), (p, log_p) = sides
     if config["divergence"] == "forward":

@@ -12,6 +12,7 @@ from oracle import plain
 from oracle.draw import rows_of, weights_of
 
 import jaxloss
+from numerics.fuzz import heads
 from numerics.fuzz.logits import SOFTMAX, frozen_of, jitted, labels_of, options_of, sanitized
 from numerics.fuzz.product import LINEAR
 from numerics.fuzz.sums import DIVERGENCE, FOCAL, SIGMOID, STATS
@@ -74,17 +75,18 @@ def library_labels(config, operands, data):
     return labels_of(config, given + ([operands["labels"]] if "labels" in operands else []))
 
 
-def product(config, operands):
+def product(config, operands, data):
     bias = {"bias": operands["bias"]} if config["bias"] else {}
     axis = {"vocab_axis": config["vocab_axis"], "chunk_size": config["chunk_size"]}
-    return (operands["hidden"], operands["kernel"]), bias | axis
+    kernel = heads.kernel_of(config, operands["kernel"], data["frozen"])
+    return (operands["hidden"], kernel), bias | axis
 
 
 def of_logits(config, operands, data, **options):
     """The function of these logits, materialised or a product, and labels."""
     args, of_product = (operands.get("logits"),), {}
     if config["linear"]:
-        args, of_product = product(config, operands)
+        args, of_product = product(config, operands, data)
         of_product |= {"num_classes": config["c"], "implementation": config["implementation"]}
     return getattr(jaxloss, config["of"])(
         *args, library_labels(config, operands, data), **of_product, **options,
@@ -100,7 +102,7 @@ def library_softmax_loss(config, operands, data):
 
 
 def library_linear_loss(config, operands, data):
-    (hidden, kernel), of_product = product(config, operands)
+    (hidden, kernel), of_product = product(config, operands, data)
     given = weights_and_masks(config, operands, data)
     options = {**options_of(config), "reduction": "none"}
     where = [given["where"]] if "where" in given else []
@@ -145,12 +147,12 @@ def library_divergence(config, operands, data):
     if not config["linear"]:
         sides = operands["logits"], operands["teacher_logits"]
         return ours_total(config, jaxloss.kl_divergence(*sides, **options), data)
-    args, of_product = product(config, operands)
-    names = ("teacher_hidden", "teacher_kernel")
+    args, of_product = product(config, operands, data)
+    teacher = heads.kernel_of(config, operands["teacher_kernel"], data["teacher_frozen"])
     biases = {"teacher_bias": operands["teacher_bias"]} if config["bias"] else {}
     loss = jaxloss.linear_kl_divergence(
-        *args, *(operands[k] for k in names), num_classes=config["c"], **of_product, **biases,
-        **options,
+        *args, operands["teacher_hidden"], teacher, num_classes=config["c"], **of_product,
+        **biases, **options,
     )  # fmt: skip
     return ours_total(config, loss, data)
 
@@ -180,17 +182,21 @@ def nothing(config):
 
 
 def draw_logits(config, rng, exists, counts):
+    """(what is differentiated, the arrays of a kernel that are not)."""
     c, dtype = config["c"], "float64"
     if not config["linear"]:
         x = rows_of(rng, KINDS, N, c, dtype)
         x = np.where(exists, x, rng.choice([np.nan, np.inf, -np.inf, 1e300], (N, c)))
-        return {"logits": np.where(counts[:, None], x, nothing(config))}
+        return {"logits": np.where(counts[:, None], x, nothing(config))}, {}
     columns = c + config["padding"]
-    hidden = np.clip(rows_of(rng, KINDS[:3], N, D, dtype), -8, 8)
+    # Other kernels are larger: the plain formula's own exponentials would end.
+    most = 8 if config["head"] == "array" else 2
+    hidden = np.clip(rows_of(rng, KINDS[:3], N, D, dtype), -most, most)
     hidden = np.where(counts[:, None], hidden, np.nan)
-    kernel = rng.normal(size=(D, columns) if config["vocab_axis"] else (columns, D))
+    drawn = {**config, "dtype": dtype, "exact": False, "heads": None, "products": None}
+    head = heads.draw_head(drawn, rng, D, columns)
     bias = {"bias": rng.normal(size=columns)} if config["bias"] else {}
-    return {"hidden": hidden, "kernel": kernel, **bias}
+    return {"hidden": hidden, "kernel": head.trained, **bias}, {"frozen": head.frozen}
 
 
 def draw_labels(config, rng, exists, counts):
@@ -239,14 +245,18 @@ def counted(config, rng, shape):
 
 
 def draw_softmax(config, rng, exists, counts):
-    operands = draw_logits(config, rng, exists, counts)
+    operands, data = draw_logits(config, rng, exists, counts)
     if "divergence" in config:
         of_teacher = draw_logits(config, rng, exists, counts)
-        return operands | {f"teacher_{k}": v for k, v in of_teacher.items()}, {}
+        operands, data = (
+            own | {f"teacher_{k}": v for k, v in other.items()}
+            for own, other in zip((operands, data), of_teacher, strict=True)
+        )
+        return operands, data
     if config["of"] == "log_softmax":
-        return operands, {}
-    data, of_labels = draw_labels(config, rng, exists, counts)
-    return operands | of_labels, data
+        return operands, data
+    of_labels, more = draw_labels(config, rng, exists, counts)
+    return operands | more, data | of_labels
 
 
 def draw_binary(config, rng, _, counts):
@@ -322,13 +332,13 @@ NAMES = (
 PLAIN = {
     **dict.fromkeys(NAMES), "labels": "index", "weight": False, "label_smoothing": 0.0,
     "z_loss": 0.0, "reduction": "none", "stats": False, "layout": "last", "bias": False,
-    "way": "quick", "temperature": 1.0, "holds": "numbers",
+    "way": "quick", "temperature": 1.0, "holds": "numbers", "head": "array", "vocab_axis": 1,
 }  # fmt: skip
 ROWS = {"c": [2, 5, 9], **{k: SOFTMAX[k] for k in NAMES}}
 ROWS |= {"sample_weight": [None, "bool", "float"], "ignore_index": [-100, None]}
 FEW = {k: v for k, v in ROWS.items() if k not in ("label_smoothing", "z_loss", "logit_softcap")}
 PRODUCT = {
-    k: LINEAR[k] for k in ("padding", "bias", "vocab_axis", "chunk_size", "implementation")
+    k: LINEAR[k] for k in ("padding", "bias", "vocab_axis", "chunk_size", "implementation", "head")
 }  # fmt: skip
 OF_STATISTICS = {
     k: ROWS[k] for k in ("c", "labels", "where", "ignore_index", "logit_softcap", "way")

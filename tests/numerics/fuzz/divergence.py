@@ -1,6 +1,6 @@
 """kl_divergence and linear_kl_divergence."""
 
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,7 @@ from oracle.draw import rows_of, weights_of
 from oracle.truth import widened
 
 import jaxloss
+from numerics.fuzz import heads
 from numerics.fuzz.logits import check_dtype, exists_of, frozen_of, jitted, random_ct
 from numerics.fuzz.product import product_of
 
@@ -21,32 +22,49 @@ def program_of_divergence(frozen):
     config = dict(frozen)
     options = {k: config[k] for k in ("divergence", "beta", "temperature", "reduction")}
 
-    def step(operands, arrays, ct):
-        def total(*args):
-            if len(args) == 2:
-                loss = jaxloss.kl_divergence(*args, **options, **arrays)
+    def step(operands, frozen, arrays, ct):
+        def total(operands):
+            if frozen is None:
+                loss = jaxloss.kl_divergence(*operands, **options, **arrays)
             else:
+                of_sides = zip(sides_of(config), operands, frozen, strict=True)
+                student, teacher = (
+                    (hidden, heads.kernel_of(side, trained, rest))
+                    for side, (hidden, trained), rest in of_sides
+                )
+                axes, other = map(heads.options_of_kernel, sides_of(config))
                 loss = jaxloss.linear_kl_divergence(
-                    *args, num_classes=config["c"], chunk_size=config["chunk_size"], **options,
-                    **arrays,
+                    *student, *teacher, num_classes=config["c"], chunk_size=config["chunk_size"],
+                    teacher_vocab_axis=other["vocab_axis"], **axes, **options, **arrays,
                 )  # fmt: skip
             return jnp.sum(loss * ct) if config["reduction"] == "none" else loss, loss
 
-        by = tuple(range(len(operands)))
-        (_, loss), grads = jax.value_and_grad(total, by, has_aux=True)(*operands)
+        (_, loss), grads = jax.value_and_grad(total, has_aux=True)(operands)
         return loss, grads
 
     return jitted(config)(step)
 
 
+def sides_of(config):
+    """Of the student and of the teacher."""
+    axis = config["teacher_vocab_axis"]
+    return config, {**config, "head": config["teacher"], "vocab_axis": axis}
+
+
 def fuzz_divergence(linear, config, rng, kinds):
     n, c, dtype = 4, config["c"], config["dtype"]
-    at, mask = precision(dtype), exists_of(config, rng, n, c)
+    at = heads.precisions(config)[0] if linear else precision(dtype)
+    mask, frozen, place = exists_of(config, rng, n, c), None, lambda v: v
     if linear:
         config = {**config, "exact": True, "bias": False}
-        sides = [product_of(config, rng, kinds, n, c + pad, config["d"]) for pad in (1, 0)]
-        operands = (*sides[0][:2], *sides[1][:2])
-        x, t = (side[3][:, :c] for side in sides)
+        place = partial(heads.per_head, config)
+        drawn = [
+            product_of(side, rng, kinds, n, c + pad, config["d"])
+            for side, pad in zip(sides_of(config), (1, 0), strict=True)
+        ]
+        operands = [(heads.hidden_of(config, hidden), head.trained) for hidden, head, *_ in drawn]
+        frozen = [head.frozen for _, head, *_ in drawn]
+        x, t = (logits.value[:, :c] for *_, logits in drawn)
     else:
         x, t = (rows_of(rng, kinds, n, c, dtype) for _ in range(2))
         near = rng.random(n) < 0.4
@@ -68,7 +86,9 @@ def fuzz_divergence(linear, config, rng, kinds):
         counts &= v != 0
     ct = random_ct(rng, n, config)
     with check_dtype(config):
-        loss, grads = program_of_divergence(frozen_of(config))(operands, arrays, ct)
+        loss, grads = program_of_divergence(frozen_of(config))(
+            operands, frozen, {k: place(v) for k, v in arrays.items()}, place(ct)
+        )
     x, t = (np.where(mask, v, -INF) for v in (x, t))
     bad = np.zeros(n, bool)
     for v in (x, t):
@@ -103,13 +123,12 @@ def fuzz_divergence(linear, config, rng, kinds):
                 expected, allowed, factor = expected / share, allowed / share, s / share
                 allowed = allowed + few * np.abs(expected)
         allowed = np.where(np.isfinite(allowed), allowed, 0)
-    assert_allowed(loss, expected, allowed, at, "loss")
+    assert_allowed(np.reshape(loss, np.shape(expected)), expected, allowed, at, "loss")
     finite = np.isfinite(np.where(counts, found.loss, 0)) & ~bad
     shares = (None, None)
     if config["divergence"] == "jensen_shannon":
         shares = config["beta"], 1 - config["beta"]
-    sides = ((grads[0], 0, operands[1]), (grads[2 if linear else 1], 1, operands[-1]))
-    for g, i, kernel in sides:
+    for i, g in enumerate(grads):
         want = np.where(finite[:, None], found.slopes[i], 0)
         of_a = (4 + of_log1p) * at.eps * known(found.apart, shares[i])[:, None]
         of_a = of_a * found.room[i]
@@ -120,15 +139,26 @@ def fuzz_divergence(linear, config, rng, kinds):
         scale = np.where(counts & (not nothing), factor, 0)[:, None]
         want, room = scale * want, np.abs(scale) * room + 4 * at.eps * np.abs(scale * want)
         room = rounded(room + 1e-110, want, at)  # 120 digits are the truth's
-        if linear:
-            more = ((0, 0), (0, kernel.shape[1] - c))
-            want, room = (np.pad(np.where(finite[:, None], v, 0), more) for v in (want, room))
-            k = widened(kernel).T
-            room = room @ np.abs(k) + c * at.eps * np.abs(want) @ np.abs(k)
-            want = want @ k
-            room = rounded(room, want, at)
-        got = np.asarray(np.asarray(g, np.float64))
-        assert_allowed(got[finite], want[finite], room[finite], at, f"slope {i}")
+        if not linear:
+            got = np.asarray(np.asarray(g, np.float64))
+            assert_allowed(got[finite], want[finite], room[finite], at, f"slope {i}")
+            continue
+        check_side(sides_of(config)[i], *drawn[i][:2], finite, counts, g, heads.Near(want, room))
+
+
+def check_side(config, hidden, head, finite, counts, found, of_logits):
+    """The gradients ``found`` of a side's hidden and of what is trained of its kernel."""
+    at, c = heads.precisions(config)[0], config["c"]
+    more = (0, 0), (0, head.merged.shape[-1] - c)
+    want, room = (np.pad(np.where(finite[:, None], v, 0), more) for v in of_logits)
+    if (finite | ~counts).all():  # else a sum over tokens has NaN in it
+        h = np.where(counts[:, None], heads.cast(config, hidden), 0)
+        heads.check_kernel_gradient(config, head, h, want, room, found[1])
+    want, room = heads.hidden_gradient(config, head, want, room)
+    dh = widened(found[0]).reshape(-1, config["d"])
+    if config["heads"] == "shared":
+        finite = finite.reshape(len(dh), -1).all(1)
+    assert_allowed(dh[finite], want[finite], room[finite], at, "d_hidden")
 
 
 def fuzz_kl_divergence(config, rng, kinds):
@@ -137,3 +167,11 @@ def fuzz_kl_divergence(config, rng, kinds):
 
 def fuzz_linear_kl_divergence(config, rng, kinds):
     fuzz_divergence(True, config, rng, kinds)
+
+
+SIDES = {
+    **heads.HEADS,
+    "teacher": heads.HEADS["head"],
+    "vocab_axis": [1, 0],
+    "teacher_vocab_axis": [1, 0],
+}

@@ -1,18 +1,18 @@
 """Log-probabilities of named classes, the most likely ones, samples, and losses of statistics.
 
-Products are with the identity, which is exact, of finite rows.
+Products are with the identity, made of what a head is made of, and exact, of finite rows.
 """
 
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from oracle.budget import INF, assert_allowed, precision, rounded
 from oracle.draw import FINITE, rows_of
 from oracle.truth import softmax_rows, widened
 
 import jaxloss
+from numerics.fuzz import heads
 from numerics.fuzz.logits import check_dtype, frozen_of, jitted
 
 N = 6
@@ -24,6 +24,7 @@ NAMED = {
     "chunk_size": [None, 1, 4],
     "way": ["jit", "quick"],
 }
+NAMED_LINEAR = {**NAMED, **heads.HEADS, "vocab_axis": [1, 0]}
 
 
 @lru_cache(maxsize=64)
@@ -31,12 +32,12 @@ def program_of_log_probs(frozen):
     config = dict(frozen)
     name, chunk = config["name"], config["chunk_size"]
 
-    def of(x, mask, indices):
+    def of(x, head, mask, indices):
         options = {} if mask is None else {"where": mask}
         if name == "log_probs_at":
             return jaxloss.log_probs_at(x, indices, return_rest=True, **options)
-        eye = jnp.eye(config["c"], dtype=x.dtype)
-        options["chunk_size"] = chunk
+        eye = heads.kernel_of(config, *head)
+        options |= {"chunk_size": chunk, **heads.options_of_kernel(config)}
         if name == "linear_log_probs_at":
             return jaxloss.linear_log_probs_at(x, eye, indices, return_rest=True, **options)
         if name == "linear_top_k":
@@ -45,13 +46,13 @@ def program_of_log_probs(frozen):
             return jaxloss.linear_sample(jax.random.key(3), x, eye, num_samples=2, **options)
         loss = lambda stats: (-stats.log_prob, (stats.logsumexp, stats.entropy))  # noqa: E731
         options |= {"has_aux": True, "reduction": "none"}
-        return jaxloss.linear_stats_loss(loss, x, eye, indices[:, 0], **options)
+        return jaxloss.linear_stats_loss(loss, x, eye, indices[..., 0], **options)
 
-    def step(x, mask, indices, ct):
+    def step(x, head, mask, indices, ct):
         if name in ("linear_top_k", "linear_sample"):
-            return of(x, mask, indices), None
-        out, pullback, *_ = jax.vjp(lambda x: of(x, mask, indices)[0], x)
-        return of(x, mask, indices), pullback(ct[:, 0] if out.ndim == 1 else ct)[0]
+            return of(x, head, mask, indices), None
+        out, pullback, *_ = jax.vjp(lambda x: of(x, head, mask, indices)[0], x)
+        return of(x, head, mask, indices), pullback(ct[..., 0] if out.ndim < ct.ndim else ct)[0]
 
     return jitted(config)(step)
 
@@ -59,9 +60,17 @@ def program_of_log_probs(frozen):
 def drawn(name, config, rng, kinds):
     """(config's program's answer, rows, indices, cotangents, precision)."""
     c, at = config["c"], precision(config["dtype"])
-    if name != "log_probs_at":
+    linear, head, place = name != "log_probs_at", None, lambda x: x
+    if linear:
         kinds = [kind for kind in kinds if kind in FINITE] or ["plain"]
-    x = rows_of(rng, kinds, N, c, config["dtype"])
+        at, place = heads.precisions(config)[0], partial(heads.per_head, config)
+        made = heads.identity_head(config, c)
+        head = made.trained, made.frozen
+
+    def draw(n):
+        return rows_of(rng, kinds, n, c, config["dtype"])
+
+    x = heads.rows_of_hidden(config, draw, N) if linear else draw(N)
     mask = np.ones((N, c), bool)
     if config["where"]:
         mask = rng.random((N, c)) < 0.7
@@ -75,9 +84,27 @@ def drawn(name, config, rng, kinds):
     wide = np.float64 if config["dtype"] == "float64" else np.float32
     ct = rng.normal(size=indices.shape).astype(wide)
     given = mask if config["where"] else None
+    program = program_of_log_probs(frozen_of({**config, "name": name}))
+    hidden = heads.hidden_of(config, x) if linear else x
     with check_dtype(config):
-        out = program_of_log_probs(frozen_of({**config, "name": name}))(x, given, indices, ct)
-    return out, softmax_rows(widened(x), mask, at), mask, indices, ct, at
+        out, dx = program(hidden, head, *jax.tree.map(place, (given, indices, ct)))
+    if linear and config["heads"]:
+        out = jax.tree.map(lambda v: np.reshape(v, (N, *v.shape[2:])), out)
+    read = heads.cast(config, x) if linear else widened(x)
+    return (out, dx), softmax_rows(read, mask, at), mask, indices, ct, at
+
+
+def check_slopes(name, config, dx, want, room, sure, at):
+    """Of the logits, which are those of hidden."""
+    if name != "log_probs_at":
+        room = rounded(room, want, heads.precisions(config)[1])
+    if name != "log_probs_at" and config["heads"] == "shared":
+        want, room = (x.reshape(-1, 2, x.shape[-1]) for x in (want, room))
+        room = room.sum(1) + 2 * at.eps * np.abs(want).sum(1)
+        want, sure = want.sum(1), sure.reshape(-1, 2).all(1)
+        room = rounded(room, want, heads.precisions(config)[1])
+    dx = widened(dx).reshape(want.shape)
+    assert_allowed(dx[sure], want[sure], room[sure], at, "d_hidden")
 
 
 def check_named(name, config, rng, kinds):
@@ -127,8 +154,7 @@ def check_named(name, config, rng, kinds):
     want = np.where(mask, g * rows.rest - rows.p * (ct_sum - g), 0)
     room = 4 * rows.condition[:, None] * (size * rows.rest + rows.p * (ct_size - size + at.tiny))
     room = rounded(room + at.tiny * ct_size, want, at)
-    dx = np.asarray(np.asarray(dx, np.float64))
-    assert_allowed(dx[sure], want[sure], room[sure], at, "d_logits")
+    check_slopes(name, config, dx, want, room, sure, at)
 
 
 def fuzz_log_probs_at(config, rng, kinds):
@@ -178,6 +204,5 @@ def fuzz_linear_stats_loss(config, rng, kinds):
     want = np.where(mask, g * rows.rest - rows.p * (total - g), 0)
     room = np.abs(g) * rows.rest + rows.p * (size - np.abs(g))
     room = rounded(4 * rows.condition[:, None] * room + at.tiny * size, want, at)
-    dx = np.asarray(np.asarray(dx, np.float64))
-    assert_allowed(dx[sure], want[sure], room[sure], at, "d_hidden")
+    check_slopes("linear_stats_loss", config, dx, want, room, sure, at)
     assert np.all(np.isfinite(entropy))

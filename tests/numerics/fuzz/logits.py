@@ -187,11 +187,6 @@ SOFTMAX = {
     "label_dtype": ["int32", "int8", "uint8"],
     "way": ["jit", "quick"],
 }
-PLAIN = {
-    "c": 5, "dtype": "float32", "labels": "index", "layout": "last", "reduction": "none",
-    "weight": False, "sample_weight": None, "where": None, "label_smoothing": 0.0, "z_loss": 0.0,
-    "logit_softcap": None, "ignore_index": -100, "label_dtype": "int32", "way": "quick",
-}  # fmt: skip
 
 
 def sanitized(config):
@@ -208,6 +203,14 @@ def sanitized(config):
             config["label_smoothing"] = 0.0
         if config.get("dtype") == "float16":
             config["dtype"] = "bfloat16"
+    if config.get("dtype") == "float64" and "products" in config:
+        config["products"] = None  # no program is of float64 operands and narrow products
+    of_array = config.get("head", "array") == "array"
+    stored = config.get("implementation") == "stored_exponentials"
+    if config.get("heads") or (stored and not of_array):
+        config["implementation"] = "token_chunks"
+    if config.get("heads") and config["c"] == 2 and config.get("where") == "tokens":
+        config["where"] = None  # of two tokens a mask [2, 2] fits the classes too, and is refused
     if config.get("layout") == "two" and config["c"] % 2:
         config["layout"] = "last"
     if config.get("layout") in ("first", "middle", "two") and config.get("where") == "tokens":

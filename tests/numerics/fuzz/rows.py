@@ -1,6 +1,6 @@
 """log_softmax, nll_loss and the statistics."""
 
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +10,7 @@ from oracle.draw import FINITE, asked_of, rows_of
 from oracle.truth import Truth, softmax_rows, statistics_of, widened
 
 import jaxloss
+from numerics.fuzz import heads
 from numerics.fuzz.logits import (
     AXES,
     check_dtype,
@@ -125,21 +126,22 @@ def program_of_stats(frozen):
     config = dict(frozen)
     options = {k: config[k] for k in ("ignore_index", "temperature", "logit_softcap")}
 
-    def step(operands, labels, arrays, cts):
-        def stats(*args):
+    def step(operands, frozen, labels, arrays, cts):
+        def stats(args):
             if config["linear"]:
-                hidden, kernel = args
+                hidden, trained = args
                 return jaxloss.linear_token_stats(
-                    hidden, kernel, labels_of(config, labels), num_classes=config["c"],
-                    chunk_size=config["chunk_size"], implementation=config["implementation"],
+                    hidden, heads.kernel_of(config, trained, frozen), labels_of(config, labels),
+                    num_classes=config["c"], chunk_size=config["chunk_size"],
+                    implementation=config["implementation"], **heads.options_of_kernel(config),
                     **options, **arrays,
                 )  # fmt: skip
             return jaxloss.token_stats(
-                *args, labels_of(config, labels), axis=AXES[config["layout"]], **options, **arrays
+                args, labels_of(config, labels), axis=AXES[config["layout"]], **options, **arrays
             )
 
         def total(args, by):
-            out = stats(*args)
+            out = stats(args)
             return sum(jnp.sum(v * c) for v, c in zip(out[:3], by, strict=True)), out
 
         one = (True, False, False), (False, True, False), (False, False, True)
@@ -162,35 +164,36 @@ def fuzz_stats(linear, config, rng, kinds):
     config = {**config, "linear": linear, "weight": False, "sample_weight": None}
     config |= {"label_smoothing": 0.0, "z_loss": 0.0, "reduction": "none"}
     n, c = (1 if config.get("layout") == "one" else 6), config["c"]
-    at = precision(config["dtype"])
+    at = heads.precisions(config)[0] if linear else precision(config["dtype"])
     if config["logit_softcap"]:  # caps at the cap, where all classes may tie
         kinds = [k if k not in ("inf", "nothing") else "impossible" for k in kinds]
     if config["temperature"] != 1:
         kinds = [k if k != "huge" else "peaked" for k in kinds]  # a rounding of 1e29
     if config["dtype"] != "float16":  # processors flush them, and then they tie
         kinds = [k if k != "subnormal" else "flat" for k in kinds]
-    blocks = 1
+    blocks, place, frozen = 1, partial(placed, config), None
     if linear:
         config |= {"exact": True, "bias": False, "padding": 1, "layout": "last"}
-        hidden, kernel, _, x, _ = product_of(config, rng, kinds, n, c + 1, config["d"])
+        hidden, head, _, (x, _) = product_of(config, rng, kinds, n, c + 1, config["d"])
         x, blocks = x[:, :c], 2 * -(-c // (config["chunk_size"] or c))
-        operands = (hidden, kernel)
+        operands, frozen = (heads.hidden_of(config, hidden), head.trained), head.frozen
+        place = lambda v, _: heads.per_head(config, v)  # noqa: E731
     else:
         xs = rows_of(rng, kinds, n, c, config["dtype"])
-        x, operands = widened(xs), (placed(config, xs, True),)
+        x, operands = widened(xs), placed(config, xs, True)
     mask = exists_of(config, rng, n, c)
     asked = asked_of(config, rng, mask)
     arrays = dict(asked.arrays)
     if config["where"] == "classes":
         arrays["where"] = mask
-    arrays = {k: placed(config, v, v.ndim > 1) for k, v in arrays.items()}
+    arrays = {k: place(v, v.ndim > 1) for k, v in arrays.items()}
     cts = [random_ct(rng, n, config) for _ in range(3)]
-    labels = tuple(placed(config, y, config["labels"] == "probabilities") for y in asked.labels)
+    labels = tuple(place(y, config["labels"] == "probabilities") for y in asked.labels)
     if config["layout"] == "middle" and config["labels"] not in ("index", "probabilities"):
         labels = tuple(y.reshape(2, -1, y.shape[-1]) for y in asked.labels)
     with check_dtype(config):
         out, grads = program_of_stats(frozen_of(config))(
-            operands, labels, arrays, [placed(config, c, False) for c in cts]
+            operands, frozen, labels, arrays, [place(c, False) for c in cts]
         )
     rows, values, rooms, slopes, slope_rooms = statistics_of(
         x, mask, asked, at, config["logit_softcap"], config["temperature"], blocks
@@ -233,15 +236,18 @@ def fuzz_stats(linear, config, rng, kinds):
         floor = at.tiny * (at.reach if i == 2 else 1) / config["temperature"]
         room = rounded(room + floor * (1 + np.abs(factor)), want, at)
         if not linear:
-            g = unplaced(config, np.asarray(np.asarray(g[0], np.float64)), c)
+            g = unplaced(config, np.asarray(np.asarray(g, np.float64)), c)
             assert_allowed(g[keep], want[keep], room[keep], at, f"slope {i}")
             continue
         want, room = (np.pad(np.nan_to_num(v), ((0, 0), (0, 1))) for v in (want, room))
-        k = np.abs(widened(operands[1])).T
-        room = rounded(room @ k + (c + 1) * at.eps * np.abs(want) @ k, 0, at)
-        want = want @ widened(operands[1]).T
-        room = rounded(room, want, at)
-        assert_allowed(widened(g[0])[keep], want[keep], room[keep], at, f"d_hidden {i}")
+        if keep.all():  # else a sum over tokens has NaN in it
+            rows_hidden = np.where(counts[:, None], heads.cast(config, hidden), 0)
+            heads.check_kernel_gradient(config, head, rows_hidden, want, room, g[1])
+        want, room = heads.hidden_gradient(config, head, want, room)
+        dh = widened(g[0]).reshape(-1, config["d"])
+        if config["heads"] == "shared":
+            keep = keep.reshape(len(dh), -1).all(1)
+        assert_allowed(dh[keep], want[keep], room[keep], at, f"d_hidden {i}")
 
 
 def fuzz_token_stats(config, rng, kinds):
