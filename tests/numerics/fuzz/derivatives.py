@@ -14,7 +14,7 @@ from oracle.draw import rows_of, weights_of
 import jaxloss
 from numerics.fuzz import heads
 from numerics.fuzz.logits import SOFTMAX, frozen_of, jitted, labels_of, options_of, sanitized
-from numerics.fuzz.product import LINEAR
+from numerics.fuzz.product import LINEAR, SCHEDULES
 from numerics.fuzz.sums import DIVERGENCE, FOCAL, SIGMOID, STATS
 
 N, D = 6, 3
@@ -351,7 +351,8 @@ APART = {k: v for k, v in DIVERGENCE.items() if k != "dtype"}
 HOLDS = {"holds": ["numbers", "NaN"]}
 SPACES = {
     "cross_entropy": {**ROWS, "stats": [False, True]},
-    "linear_cross_entropy": {**ROWS, **PRODUCT, "stats": [False, True]},
+    "linear_cross_entropy": {**ROWS, **PRODUCT, "stats": [False, True],
+                             "implementation": SCHEDULES["implementation"]},
     "linear_loss": {**ROWS, **PRODUCT, "labels": ["index"], "ignore_index": [None],
                     "where": [None, "classes"]},
     "log_softmax": {k: ROWS[k] for k in ("c", "way")}

@@ -205,9 +205,7 @@ def sanitized(config):
             config["dtype"] = "bfloat16"
     if config.get("dtype") == "float64" and "products" in config:
         config["products"] = None  # no program is of float64 operands and narrow products
-    of_array = config.get("head", "array") == "array"
-    stored = config.get("implementation") == "stored_exponentials"
-    if config.get("heads") or (stored and not of_array):
+    if config.get("heads") and config.get("implementation") == "vocab_blocks":
         config["implementation"] = "token_chunks"
     if config.get("heads") and config["c"] == 2 and config.get("where") == "tokens":
         config["where"] = None  # of two tokens a mask [2, 2] fits the classes too, and is refused
