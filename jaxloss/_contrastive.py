@@ -8,7 +8,7 @@ from jax import Array, lax
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from jax.typing import ArrayLike
 
-from jaxloss._checks import arguments, messages
+from jaxloss._checks import arguments, axis_names, messages
 from jaxloss._linear import budget, contrastive, layout
 from jaxloss._linear.contrastive import PairArrays, PairScalars
 from jaxloss._linear.product import Sweep
@@ -63,8 +63,8 @@ def _loss(
 ) -> Array:
     symmetric = messages.flag(call, "symmetric", symmetric)
     x, y = messages.floating(call, "x", x), messages.floating(call, "y", y)
-    names = arguments.axis_names(call, 2, token_axis_name=token_axis_name, over=over)
-    arguments.check_pairs_split(call, x, y, names.token_axes)
+    names = axis_names.checked(call, 2, token_axis_name=token_axis_name, over=over)
+    axis_names.check_pairs_split(call, x, y, names.token_axes)
     _check_operands(call, x, y, symmetric)
     pairs, columns = x.shape[0], y.shape[0]
     where = _where(call, where, pairs, columns * meshes.size(names.token_axes))

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from jaxloss._checks import arguments, explicit_mesh, messages
+from jaxloss._checks import arguments, axis_names, explicit_mesh, messages
 from jaxloss._numerics import one_pass, rows
 from jaxloss._numerics.logits import Logits, scaling_of
 from jaxloss._pallas import dispatch
@@ -388,8 +388,8 @@ def cross_entropy(
         sample_weight=sample_weight,
         empty_mean=empty_mean,
         num_classes=num_classes,
-        vocab_axes=arguments.mesh_axes(call, "vocab_axis_name", vocab_axis_name),
-        token_axes=arguments.mesh_axes(call, "token_axis_name", token_axis_name),
+        vocab_axes=axis_names.mesh_axes(call, "vocab_axis_name", vocab_axis_name),
+        token_axes=axis_names.mesh_axes(call, "token_axis_name", token_axis_name),
         return_stats=return_stats,
         temperature=temperature,
     )
@@ -401,7 +401,7 @@ def cross_entropy(
         logit_softcap=logit_softcap,
         temperature=temperature,
     )
-    arguments.check_split(
+    axis_names.check_split(
         call,
         "logits",
         logits,

@@ -12,7 +12,7 @@ from jax import Array, lax
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
 
-from jaxloss._checks import arguments, explicit_mesh, messages
+from jaxloss._checks import arguments, axis_names, explicit_mesh, messages
 from jaxloss._linear import budget, layout, token_chunks, token_rules
 from jaxloss._linear.kernels import base_of
 from jaxloss._linear.operands import product_of
@@ -270,7 +270,7 @@ def linear_kl_divergence(
         got = _kernels(student, teacher)
         way_out = "If one of them is padded, say how many are classes: num_classes=..."
         messages.fail(call, "both kernels must have as many columns", got, way_out)
-    names = arguments.axis_names(
+    names = axis_names.checked(
         call,
         student.hidden.ndim,
         token_axis_name=token_axis_name,
@@ -300,8 +300,8 @@ def linear_kl_divergence(
         "temperature": own,
     }
     split = {"vocab_axes": vocab_axes, "token_axes": token_axes}
-    arguments.check_split(call, "kernel", student.kernel, of_tokens, **split)
-    arguments.check_split(call, "teacher_kernel", teacher.kernel, of_tokens, **split)
+    axis_names.check_split(call, "kernel", student.kernel, of_tokens, **split)
+    axis_names.check_split(call, "teacher_kernel", teacher.kernel, of_tokens, **split)
     arrays = TokenArrays(None, None, sample_weight, class_mask, token_mask, own)
     products = tuple(replace(p, num_classes=local) for p in (student, teacher))
     found = layout.of_call(call, names, products, arrays)

@@ -13,7 +13,7 @@ from jax.core import Tracer
 from jax.experimental import checkify
 from jax.typing import ArrayLike
 
-from jaxloss._checks import arguments, explicit_mesh, messages
+from jaxloss._checks import arguments, axis_names, explicit_mesh, messages
 from jaxloss._tokens.classes import class_indices, is_indices, is_probabilities, local_classes
 from jaxloss._tokens.reduction import weights_and_divisors
 from jaxloss._tokens.targets import make_targets
@@ -150,10 +150,10 @@ def total_weight(
     mask = None if where is None else arguments.boolean(call, where)
     if mask is not None:
         messages.shape(call, "where", mask, batch, "the shape of the losses")
-    token_axes = arguments.mesh_axes(call, "token_axis_name", token_axis_name)
+    token_axes = axis_names.mesh_axes(call, "token_axis_name", token_axis_name)
     of_tokens = cast(Array, labels.indices) if isinstance(labels, TopKLabels) else labels
     others = {"sample_weight": sample_weight}
-    arguments.check_split(call, "labels", of_tokens, others, token_axes=token_axes)
+    axis_names.check_split(call, "labels", of_tokens, others, token_axes=token_axes)
     if weight is not None and classes is None:
         weight = messages.floating(call, "weight", weight)
         classes = (*weight.shape, 1)[0]

@@ -10,7 +10,7 @@ from jax import Array, lax
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
 
-from jaxloss._checks import arguments, messages
+from jaxloss._checks import arguments, axis_names, messages
 from jaxloss._linear import layout, plan, stats_loss
 from jaxloss._linear.cross_entropy import by_token_chunks, by_vocab_blocks
 from jaxloss._linear.operands import product_of
@@ -421,7 +421,7 @@ def _losses(
     ``token_loss`` of the checks take.
     """
     hidden, columns = product.hidden, product.columns
-    names = arguments.axis_names(
+    names = axis_names.checked(
         call,
         hidden.ndim,
         token_axis_name=token_axis_name,
@@ -449,7 +449,7 @@ def _losses(
     scalars = arguments.scalars(call, product.wide, **numbers)
     arguments.check_bucket(call, arrays, scalars)
     tokens = {"hidden": hidden, **arguments.of_tokens(arrays)}
-    arguments.check_split(
+    axis_names.check_split(
         call, "kernel", product.kernel, tokens, vocab_axes=vocab_axes, token_axes=token_axes
     )
     product = replace(product, num_classes=local)

@@ -13,7 +13,7 @@ from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from jax.sharding import PartitionSpec as P
 from jax.typing import ArrayLike, DTypeLike
 
-from jaxloss._checks import arguments, messages
+from jaxloss._checks import arguments, axis_names, messages
 from jaxloss._linear import budget, layout, token_chunks
 from jaxloss._linear.operands import product_of
 from jaxloss._linear.own_loss import OwnLoss, closed_over, reduced, refuse_types_of_a_mesh
@@ -152,12 +152,12 @@ def linear_loss(
     lead = product.lead
     arrays = arguments.per_token(call, per_token, lead)
     sample_weight = arguments.check_sample_weight(call, sample_weight, lead)
-    names = arguments.axis_names(
+    names = axis_names.checked(
         call, own_hidden.ndim, token_axis_name=token_axis_name, kernel_spec=kernel_spec, over=mesh
     )
     of_tokens = {"hidden": own_hidden, "sample_weight": sample_weight}
     of_tokens |= {f"per_token[{i}]": x for i, x in enumerate(arrays)}
-    arguments.check_split(call, "kernel", product.kernel, of_tokens, token_axes=names.token_axes)
+    axis_names.check_split(call, "kernel", product.kernel, of_tokens, token_axes=names.token_axes)
     arguments.check_reduction(call, reduction)
     empty_mean = arguments.check_empty_mean(call, empty_mean)
     found = layout.of_call(call, names, [product], (arrays, sample_weight), whole_rows=True)

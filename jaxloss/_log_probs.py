@@ -13,7 +13,7 @@ from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from jax.sharding import PartitionSpec as P
 from jax.typing import ArrayLike, DTypeLike
 
-from jaxloss._checks import arguments, explicit_mesh, messages
+from jaxloss._checks import arguments, axis_names, explicit_mesh, messages
 from jaxloss._linear import budget, layout, log_probs
 from jaxloss._linear.operands import product_of
 from jaxloss._linear.product import Product, Sweep
@@ -120,7 +120,7 @@ def log_probs_at(
     axes = messages.class_axes(call, logits, "logits", axis)
     if len(axes) != 1:
         messages.fail(call, "axis must be one axis", repr(axis))
-    vocab_axes = arguments.mesh_axes(call, "vocab_axis_name", vocab_axis_name)
+    vocab_axes = axis_names.mesh_axes(call, "vocab_axis_name", vocab_axis_name)
     columns = logits.shape[axes[0]] * axis_size(vocab_axes)
     classes = messages.integer(call, "num_classes", num_classes, 0, columns, default=columns)
     batch = messages.batch_shape(logits, axes)
@@ -136,7 +136,7 @@ def log_probs_at(
     wide = accumulator_dtype(logits.dtype)
     scalars = arguments.scalars(call, wide, logit_softcap=logit_softcap, temperature=temperature)
     of_tokens = {"indices": indices, "temperature": arrays.temperature}
-    arguments.check_split(call, "logits", logits, of_tokens, vocab_axes=vocab_axes)
+    axis_names.check_split(call, "logits", logits, of_tokens, vocab_axes=vocab_axes)
     kind = arguments.ignored(call, ignore_index), messages.flag(call, "return_rest", return_rest)
     options = LossOptions(axes, classes, kind[0], "none", None, False, vocab_axes, ())
     found = _log_probs_at(logits, arrays, scalars, options=options, return_rest=kind[1])
@@ -511,7 +511,7 @@ def _by_chunks(
 ) -> Any:
     """The results of ``log_probs.by_token_chunks`` for a public function's arguments."""
     hidden, wide, lead = product.hidden, product.wide, product.lead
-    names = arguments.axis_names(
+    names = axis_names.checked(
         call,
         hidden.ndim,
         token_axis_name=token_axis_name,
@@ -538,7 +538,7 @@ def _by_chunks(
     if kind[0] == "named":
         of_tokens["indices"] = own[0][0]
     split = {"vocab_axes": vocab_axes, "token_axes": names.token_axes}
-    arguments.check_split(call, "kernel", product.kernel, of_tokens, **split)
+    axis_names.check_split(call, "kernel", product.kernel, of_tokens, **split)
     product = replace(product, num_classes=local)
     found = layout.of_call(call, names, [product], (own[0], arrays))
     tokens = product.tokens

@@ -14,7 +14,7 @@ import numpy as np
 from jax import Array, export, lax
 from jax.typing import ArrayLike
 
-from jaxloss._checks import arguments, explicit_mesh, messages
+from jaxloss._checks import arguments, axis_names, explicit_mesh, messages
 from jaxloss._tokens.reduction import mean_of
 from jaxloss._types import AxisName, TokenStats
 from jaxloss._xla.device import jit
@@ -203,9 +203,9 @@ def metric_sums(
     call = "metric_sums"
     stats = _stats(call, stats)
     sample_weight = arguments.check_sample_weight(call, sample_weight, stats.log_prob.shape)
-    token_axes = arguments.mesh_axes(call, "token_axis_name", token_axis_name)
+    token_axes = axis_names.mesh_axes(call, "token_axis_name", token_axis_name)
     of_tokens = {"sample_weight": sample_weight}
-    arguments.check_split(call, "stats", stats.confidence, of_tokens, token_axes=token_axes)
+    axis_names.check_split(call, "stats", stats.confidence, of_tokens, token_axes=token_axes)
     return _metric_sums(
         stats,
         sample_weight,

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from jaxloss._checks import arguments, explicit_mesh, messages
+from jaxloss._checks import arguments, axis_names, explicit_mesh, messages
 from jaxloss._checks import reference as of_divergences
 from jaxloss._linear.named_reference import reference_stats
 from jaxloss._tokens.classes import Classes, local_classes
@@ -136,7 +136,7 @@ def token_stats(
     """
     call = "token_stats"
     logits = messages.floating(call, "logits", logits, order="logits, labels")
-    vocab_axes = arguments.mesh_axes(call, "vocab_axis_name", vocab_axis_name)
+    vocab_axes = axis_names.mesh_axes(call, "vocab_axis_name", vocab_axis_name)
     arrays, options = arguments.token_loss(
         call,
         "logits",
@@ -169,9 +169,9 @@ def token_stats(
     other, stored = _reference(call, logits, batch, reference)
     of_tokens = arguments.of_tokens(arrays)
     split = {"vocab_axes": options.vocab_axes, "token_axes": options.token_axes}
-    arguments.check_split(call, "logits", logits, of_tokens, **split)
+    axis_names.check_split(call, "logits", logits, of_tokens, **split)
     if other is not None:
-        arguments.check_split(call, "reference", other, {}, **split)
+        axis_names.check_split(call, "reference", other, {}, **split)
     if reference is None:
         return _token_stats(logits, arrays, scalars, options=options)
     numbers = scalars, of_reference

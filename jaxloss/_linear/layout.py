@@ -19,7 +19,7 @@ from jax.core import Tracer
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from jaxloss._checks import arguments, messages
+from jaxloss._checks import axis_names, messages
 from jaxloss._checks.explicit_mesh import devices_along, is_split, names_of, resharded, spec_of
 from jaxloss._linear import kernels
 from jaxloss._linear.kernels import base_of
@@ -61,7 +61,7 @@ class Layout(NamedTuple):
 
 def of_call(
     call: str,
-    names: arguments.AxisNames,
+    names: axis_names.AxisNames,
     products: Sequence[Product],
     arrays: Any,
     whole_rows: bool = False,
@@ -116,7 +116,7 @@ def of_call(
 
 
 def of_pairs(
-    call: str, names: arguments.AxisNames, x: Array, y: Sequence[Array], beside: Sequence[Any]
+    call: str, names: axis_names.AxisNames, x: Array, y: Sequence[Array], beside: Sequence[Any]
 ) -> Layout | None:
     """As :func:`of_call`, of pairs: the rows of all arrays are split alike, and nothing else."""
     arrays = (x, *y, *(v for v in beside if v is not None))
@@ -248,7 +248,7 @@ def _of_partitioner(products: Sequence[Product], parts: tuple[int, ...]) -> Layo
 
 
 def _tokens(
-    call: str, names: arguments.AxisNames, over: Any, products: Sequence[Product], arrays: Any
+    call: str, names: axis_names.AxisNames, over: Any, products: Sequence[Product], arrays: Any
 ) -> list:
     hidden = products[0].hidden
     if names.of_tokens is not None:
@@ -300,7 +300,7 @@ def _spec_of_kernel(call: str, product: Product) -> tuple:
 
 def _kernel(
     call: str,
-    names: arguments.AxisNames,
+    names: axis_names.AxisNames,
     product: Product,
     vocab_axis: int,
     vocab_axes: Axes,

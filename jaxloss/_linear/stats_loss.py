@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.sharding import PartitionSpec as P
 
-from jaxloss._checks import arguments, messages
+from jaxloss._checks import arguments, axis_names, messages
 from jaxloss._checks import reference as of_divergences
 from jaxloss._linear import budget, layout, token_chunks, token_rules
 from jaxloss._linear.named_reference import reference_stats
@@ -98,7 +98,7 @@ def prepared(
     """
     hidden, wide = product.hidden, product.wide
     lead = product.lead
-    names = arguments.axis_names(
+    names = axis_names.checked(
         call,
         hidden.ndim,
         token_axis_name=token_axis_name,
@@ -154,7 +154,7 @@ def prepared(
     rows_of_tokens |= {f"per_token[{i}]": x for i, x in enumerate(own)}
     split = {"vocab_axes": vocab_axes, "token_axes": token_axes}
     for name, p in zip(("kernel", "the reference's kernel"), products, strict=False):
-        arguments.check_split(call, name, p.kernel, rows_of_tokens, **split)
+        axis_names.check_split(call, name, p.kernel, rows_of_tokens, **split)
     rows_of_tokens |= {"reference.indices": named[0]} if named else {}
     rows_of_tokens["kl_temperature"] = of_token
     found = layout.of_call(call, names, products, (arrays, named, of_token, own))
