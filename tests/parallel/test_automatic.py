@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import export
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -343,3 +344,41 @@ def test_a_mesh_of_some_of_the_devices(devices, of_context):
     with of_context(mesh):
         assert_close(jax.jit(jax.value_and_grad(function, (0, 1)))(*placed), expected)
         assert rows_of_products(function, *placed) == {24 // devices}
+
+
+@pytest.mark.parametrize("of_context", [jax.set_mesh, nowhere], ids=["set_mesh", "types"])
+@pytest.mark.parametrize("split", [P("data", "context"), P("data")], ids=str)
+def test_a_step_is_exported(split, of_context):
+    mesh = jax.make_mesh((4, 2), ("data", "context"), axis_types=(AxisType.Auto,) * 2)
+    given = operands()
+    step = jax.jit(jax.value_and_grad(mean, (0, 1)))
+    expected = step(*given)
+    place = lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec))  # noqa: E731
+    placed = [place(x, spec) for x, spec in zip(given, (split, P("data"), split), strict=True)]
+    with of_context(mesh):
+        program = export.deserialize(export.export(step)(*placed).serialize())
+        assert program.nr_devices == 8
+        assert_close(jax.jit(program.call)(*placed), expected)
+
+
+def test_microbatches_are_accumulated():
+    """By a scan over them, each of which is split over data and sequences."""
+    mesh = jax.make_mesh((4, 2), ("data", "context"), axis_types=(AxisType.Auto,) * 2)
+    hidden, kernel, labels = operands()
+    expected = jax.jit(jax.value_and_grad(mean, 1))(hidden, kernel, labels)
+    split = P(None, "data", "context")
+    some, given = ((4, B // 4), NamedSharding(mesh, split))
+    batches = [jax.device_put(x.reshape(*some, *x.shape[1:]), given) for x in (hidden, labels)]
+
+    def accumulated(kernel, *batches):
+        weight = jaxloss.total_weight(batches[1])
+
+        def add(total, batch):
+            h, y = batch
+            part = jax.value_and_grad(lambda k: mean(h, k, y, reduction="sum") / weight)(kernel)
+            return jax.tree.map(jnp.add, total, part), None
+
+        return jax.lax.scan(add, (jnp.float32(0), jnp.zeros_like(kernel)), tuple(batches))[0]
+
+    kernel = jax.device_put(kernel, NamedSharding(mesh, P("data")))
+    assert_close(jax.jit(accumulated)(kernel, *batches), expected)
