@@ -92,7 +92,8 @@ def _prepared(row_loss: RowLoss, axes: Axes, operands: Operands) -> Operands:
         of_classes = _OfClasses(weight, direction)
         of_all = jnp.sum(_hidden(product) * direction[None], axis=-1)
         if product.bias is not None:
-            of_all += jnp.sum(product.bias[: weight.size].astype(weight.dtype) * weight)
+            bias = product.bias[: weight.size].astype(weight.dtype)
+            of_all += jnp.sum(jnp.where(weight == 0, 0, bias * weight))  # 0 * -inf is NaN
         of_all = in_nats(lax.psum(of_all, axes) if axes else of_all, row_loss.scaling)
     return operands._replace(
         per_token=(*operands.per_token, *of_label, of_all),

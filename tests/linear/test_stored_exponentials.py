@@ -294,6 +294,20 @@ def test_options_and_kernels(name, kind, vocab_axis):
         np.testing.assert_allclose(np.asarray(x, np.float64), z, rtol=0, atol=3e-6 * size)
 
 
+def test_smoothing_asks_nothing_of_a_class_that_weighs_nothing():
+    """Though its bias is -inf."""
+    h, k, y = arrays()
+    y = jnp.where(y == 5, 6, y)
+    bias, weight = jnp.zeros(V).at[5].set(-jnp.inf), jnp.ones(V).at[5].set(0)
+    options = {"bias": bias, "weight": weight, "label_smoothing": 0.1}
+    found, expected = (
+        jax.value_and_grad(partial(loss, implementation=name, **options), A)(h, k, y)
+        for name in ("stored_exponentials", "token_chunks")
+    )
+    for x, z in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(x, z, rtol=0, atol=2e-6 * np.max(np.abs(z)))
+
+
 def test_smoothing_holds_nothing_of_the_logits_size_more():
     h, k, y = (jnp.zeros((256, 64)), jnp.zeros((64, 8192)), jnp.zeros(256, jnp.int32))
 
