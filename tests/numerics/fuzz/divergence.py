@@ -143,22 +143,8 @@ def fuzz_divergence(linear, config, rng, kinds):
             got = np.asarray(np.asarray(g, np.float64))
             assert_allowed(got[finite], want[finite], room[finite], at, f"slope {i}")
             continue
-        check_side(sides_of(config)[i], *drawn[i][:2], finite, counts, g, heads.Near(want, room))
-
-
-def check_side(config, hidden, head, finite, counts, found, of_logits):
-    """The gradients ``found`` of a side's hidden and of what is trained of its kernel."""
-    at, c = heads.precisions(config)[0], config["c"]
-    more = (0, 0), (0, head.merged.shape[-1] - c)
-    want, room = (np.pad(np.where(finite[:, None], v, 0), more) for v in of_logits)
-    if (finite | ~counts).all():  # else a sum over tokens has NaN in it
-        h = np.where(counts[:, None], heads.cast(config, hidden), 0)
-        heads.check_kernel_gradient(config, head, h, want, room, found[1])
-    want, room = heads.hidden_gradient(config, head, want, room)
-    dh = widened(found[0]).reshape(-1, config["d"])
-    if config["heads"] == "shared":
-        finite = finite.reshape(len(dh), -1).all(1)
-    assert_allowed(dh[finite], want[finite], room[finite], at, "d_hidden")
+        side, of_logits = sides_of(config)[i], heads.Near(want, room)
+        heads.check_gradients(side, *drawn[i][:2], finite, counts, g, of_logits)
 
 
 def fuzz_kl_divergence(config, rng, kinds):

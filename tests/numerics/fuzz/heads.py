@@ -286,3 +286,18 @@ def check_kernel_gradient(config, head: Head, h, g, room, found):
             want, allowed = (x if config["heads"] else x[0] for x in (want, allowed))
         allowed = rounded(allowed, want, wide)
         assert_allowed(widened(found[name]), want, allowed, own, f"d_{name}")
+
+
+def check_gradients(config, hidden, head: Head, finite, counts, found, of_logits: Near):
+    """``found``: of ``hidden`` and of what is trained of its kernel, from the logits' gradient."""
+    (at, _), c = precisions(config), config["c"]
+    more = (0, 0), (0, head.merged.shape[-1] - c)
+    want, room = (np.pad(np.where(finite[:, None], v, 0), more) for v in of_logits)
+    if (finite | ~counts).all():  # else a sum over tokens has NaN in it
+        h = np.where(counts[:, None], cast(config, hidden), 0)
+        check_kernel_gradient(config, head, h, want, room, found[1])
+    want, room = hidden_gradient(config, head, want, room)
+    dh = widened(found[0]).reshape(-1, config["d"])
+    if config["heads"] == "shared":
+        finite = finite.reshape(len(dh), -1).all(1)
+    assert_allowed(dh[finite], want[finite], room[finite], at, "d_hidden")
