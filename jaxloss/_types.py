@@ -239,7 +239,7 @@ class LowRankKernel:
     a: ArrayLike
     b: ArrayLike
     scale: ArrayLike = 1.0
-    _scale_is_leaf = False  # no field: whether it was one of the tree that this was made from
+    _scale_is_leaf = False  # no field: whether ``scale`` was a leaf of the tree behind this head
 
     def tree_flatten_with_keys(self):
         # A number is static: no optimizer changes it. In a tree that was made from another's leaves

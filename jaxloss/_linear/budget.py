@@ -63,7 +63,7 @@ def rows_held(
         others = soft or top or statistics
         rows += mask * (soft or top or smoothing) + mask * statistics + scaling * others
         rows += mask * probabilities * statistics
-        # Beside them those of rows whose sum was too large; the capped logits, and their slopes.
+        # A loop holds the rows whose sum is too large; scaled logits have slopes beside them.
         rows += stored * (0.25 + 2 * scaling)
     narrow = dtype.itemsize < 4 and jax.default_backend() == "cpu"
     if narrow and (none or rows > PLAIN_ROWS):

@@ -44,8 +44,7 @@ class Exponentials(NamedTuple):
 
 def of_labels(product: Product, column: Array, axes: Axes) -> OfLabel:
     weights = product.columns_at(column)
-    own = upcast(product.hidden.astype(product.narrow))
-    logit = jnp.sum(own * upcast(weights), axis=-1)
+    logit = jnp.sum(product.wide_hidden * upcast(weights), axis=-1)
     here = column < product.num_classes
     if product.bias is not None:
         bias = product.bias.astype(logit.dtype)

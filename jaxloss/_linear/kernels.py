@@ -58,48 +58,42 @@ def columns_at(kernel: Any, index: Array, vocab_axis: int, dtype: Any, dot: Dot)
     """The columns at ``index[n]`` as rows, [n, D], as products of the dtype have them; 0 past the
     last."""
 
-    def rows_of(x, axis):
-        if axis == 0:
-            return packing.gather_rows(x, index)
-        return jnp.take(x, index, axis=1, mode="fill", fill_value=0).T
+    def taken(x):
+        return jnp.take(x, index, axis=-1, mode="fill", fill_value=0)
+
+    def rows_of(x):
+        return packing.gather_rows(x, index) if vocab_axis == 0 else taken(x).T
 
     if is_low_rank(kernel):
         base = columns_at(kernel.kernel, index, vocab_axis, dtype, dot)
-        return upcast(base) + dot(rows_of(kernel.b, 1).astype(dtype), kernel.a.astype(dtype), 1, 1)
+        return upcast(base) + dot(taken(kernel.b).T.astype(dtype), kernel.a.astype(dtype), 1, 1)
     if not is_quantized(kernel):
-        return rows_of(kernel, vocab_axis)
-    scale, wide = kernel.scale, accumulator_dtype(dtype)
-    values = rows_of(kernel.values, vocab_axis).astype(wide)
-    if scale.ndim == 1:
-        return values * rows_of(scale[None], 1).astype(wide)
-    scale = rows_of(scale, 1).astype(wide)
-    each = values.reshape(*scale.shape, -1) * scale[..., None]
-    return each.reshape(values.shape).astype(dtype)
+        return rows_of(kernel)
+    some = QuantizedKernel(rows_of(kernel.values), taken(kernel.scale))
+    values, factor = _widened(some, 0, dtype)
+    if factor is None:
+        return values
+    values = upcast(values)
+    return values * factor.astype(values.dtype)[:, None]
 
 
-def weighted_columns(kernel: Any, weight: Array, vocab_axis: int) -> Array:
-    """``sum_c weight[c] K[:, c]``, [D] and wide: a pass over the kernel, and no copy of it."""
+def weighted_columns(kernel: Any, weight: Array, vocab_axis: int, dtype: Any) -> Array:
+    """``sum_c weight[c] K[:, c]``, [D] and wide, of the kernel as products of the dtype have it: a
+    pass over the kernel, and no copy of it."""
 
-    def total(x, of_columns, axis):
-        shape = [1] * x.ndim
-        shape[axis] = -1
-        return jnp.sum(x.astype(weight.dtype) * of_columns.reshape(shape), axis=axis)
+    def total(x, weight, axis):
+        of_columns = weight[:, None] if axis == 0 else weight[None]
+        return jnp.sum(upcast(x.astype(dtype)) * of_columns, axis=axis)
 
     if is_low_rank(kernel):
-        update = kernel.a.astype(weight.dtype) * total(kernel.b, weight, 1)[None]
-        return weighted_columns(kernel.kernel, weight, vocab_axis) + jnp.sum(update, axis=1)
+        update = upcast(kernel.a.astype(dtype)) * total(kernel.b, weight, 1)[None]
+        base = weighted_columns(kernel.kernel, weight, vocab_axis, dtype)
+        return base + jnp.sum(update, axis=1)
     if not is_quantized(kernel):
         return total(kernel, weight, vocab_axis)
-    scale = kernel.scale.astype(weight.dtype)
-    if scale.ndim == 1:
-        return total(kernel.values, scale * weight, vocab_axis)
-    groups, columns = scale.shape
-    scale = scale * weight[None]
-    if vocab_axis == 0:
-        each = kernel.values.reshape(columns, groups, -1).astype(scale.dtype) * scale.T[..., None]
-    else:
-        each = kernel.values.reshape(groups, -1, columns).astype(scale.dtype) * scale[:, None]
-    return jnp.sum(each, axis=2 * vocab_axis).reshape(-1)
+    values, factor = _widened(kernel, vocab_axis, dtype)
+    weight = weight if factor is None else weight * factor.astype(weight.dtype)
+    return total(values, weight, vocab_axis)
 
 
 def gathered(kernel: Any, over: tuple[tuple[int, Axes], ...], vocab_axis: int) -> Any:

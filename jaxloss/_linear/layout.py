@@ -43,8 +43,8 @@ class Layout(NamedTuple):
     vocab_axes: Axes
     kernels: tuple[tuple, ...]  # of each kernel's axes
     gathered: tuple[tuple[tuple[int, Axes], ...], ...]  # what splits the tokens and a kernel
-    # Of each of hidden's leading axes, into how many parts a partitioner has split it, which
-    # decides the rest: there is no shard_map. (): nobody says.
+    # Into how many parts a partitioner has split each of hidden's leading axes. Where there are
+    # any, the partitioner splits the rest too, without a shard_map.
     parts: tuple[int, ...] = ()
 
     @property
@@ -159,7 +159,7 @@ def warn_of_pairs(call: str, x: Array, pairs: Any, chunk: int) -> None:
 def warn_if_shared(call: str, product: Product, chunk: int, found: Layout | None) -> None:
     """Warns where XLA's partitioner lets each device compute the tokens of others: because of the
     numbers of tokens, of a chunk and of a sequence."""
-    if found is not None and not found.parts:
+    if not _left_to_partitioner(found):
         return
     over, tokens = mesh.of_arrays(product), product.tokens
     devices = _devices_of_chunks(over, tokens, chunk)
@@ -185,7 +185,7 @@ def warn_of_blocks(call: str, product: Product, block: int, found: Layout | None
     out of a kernel that is gathered before. Axes that split tokens, by their names, do not count:
     there each device computes all columns of its own tokens."""
     over = mesh.of_arrays(product)
-    if over is None or block >= product.columns or (found is not None and not found.parts):
+    if over is None or block >= product.columns or not _left_to_partitioner(found):
         return
     names = tuple(n for n in over.axis_names if n in _axes_of(over, AxisType.Auto))
     others = _of_several((n for n in names if n not in SEQUENCES | BATCHES), over)
@@ -198,7 +198,7 @@ def warn_of_blocks(call: str, product: Product, block: int, found: Layout | None
 
 def warn_of_top_k(call: str, product: Product, chunk: int, found: Layout | None) -> None:
     """Warns where XLA's partitioner, which splits no top k, gathers the logits of each chunk."""
-    if found is not None and not found.parts:
+    if not _left_to_partitioner(found):
         return
     devices = _devices_of_chunks(mesh.of_arrays(product), product.tokens, chunk)
     if devices > 1:
@@ -208,18 +208,27 @@ def warn_of_top_k(call: str, product: Product, chunk: int, found: Layout | None)
         warnings.warn(text, stacklevel=2)
 
 
+def _left_to_partitioner(found: Layout | None) -> bool:
+    return found is None or bool(found.parts)
+
+
 def _length(product: Product) -> Any:
     """Tokens of a sequence, the second axis of hidden; None: it has no such axis."""
-    lead = product.lead[: len(product.lead) - (product.heads is not None)]
+    lead = _lead(product)
     return lead[1] if len(lead) > 1 else None
 
 
+def _lead(product: Product) -> tuple:
+    """The tokens' axes of hidden, without that of heads."""
+    return product.lead[: len(product.lead) - (product.heads is not None)]
+
+
 def _parts(products: Sequence[Product], arrays: Any) -> tuple[int, ...]:
-    """Of hidden's leading axes but for the first: into how many parts automatic axes have split
-    each, so far as it is known. An array that is not traced says what splits it, of a traced one
-    the axes' names alone, and these of the second axis, the sequence."""
+    """Into how many parts automatic axes have split each of hidden's leading axes but the first, so
+    far as the call can know. The sharding of an array that is not traced says so. Of a traced array
+    the names of the mesh's axes say so alone, and of the second axis alone, the sequence."""
     product, hidden = products[0], products[0].hidden
-    lead = product.lead[1 : len(product.lead) - (product.heads is not None)]
+    lead = _lead(product)[1:]
     if not lead:
         return ()
     if not isinstance(hidden, Tracer):
@@ -393,9 +402,8 @@ def _in_parts(
     parts are an axis, before all others. So each group of neighbours is one device's
     (:mod:`packing`), and a partitioner has nothing to send.
 
-    It is a transpose, so that it says nothing of where arrays are: they may be on one device under
-    ``with mesh:``, and ``vmap(spmd_axis_name=...)`` may split a batch of them over an axis that a
-    ``shard_map`` would then refuse.
+    A transpose serves where a ``shard_map`` would be refused: under ``with mesh:`` arrays may be on
+    one device, and ``vmap(spmd_axis_name=...)`` may split a batch over an axis of the mesh.
     """
     split = [axis for axis, n in enumerate(parts) if n > 1]
 

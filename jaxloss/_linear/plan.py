@@ -105,7 +105,6 @@ def _check_stored(
     call: str, product: Product, arrays: TokenArrays, options: LossOptions, scalars: Scalars
 ) -> None:
     smoothed = not targets.is_zero(scalars.label_smoothing)
-    named = "label_smoothing", "z_loss", "softcap", "temperature"
     beyond = {
         "labels that are no class indices": not is_indices(arrays.labels),
         "label_smoothing with where over classes": smoothed and arrays.class_mask is not None,
@@ -113,7 +112,7 @@ def _check_stored(
         "a temperature that is an array": scalars.divided or arrays.temperature is not None,
         "statistics of each token's loss": options.with_stats and options.reduction == "none",
         "operands of float16": product.narrow == jnp.float16,
-        "another number": _has_others(scalars, named),
+        "another number": _has_others(scalars),
     }
     refused = [what for what, here in beyond.items() if here]
     if refused:
@@ -141,17 +140,18 @@ def _rows(
 
 def _beyond(arrays: TokenArrays, options: LossOptions, scalars: Scalars) -> dict[str, bool]:
     """What no kernel of a product has a form of, and whether the call asks for that."""
-    # A kernel's parts are enough for z_loss. A number that has no name here is refused too.
-    named = "label_smoothing", "z_loss", "softcap", "temperature"
+    # A kernel's parts are enough for z_loss.
     return {
         "labels that are no class indices": not is_indices(arrays.labels),
         "where over classes": arrays.class_mask is not None,
         "label_smoothing": not targets.is_zero(scalars.label_smoothing),
         "a soft cap or a temperature": scalars.rescaled or arrays.temperature is not None,
         "statistics": options.with_stats,
-        "another number": _has_others(scalars, named),
+        "another number": _has_others(scalars),
     }
 
 
-def _has_others(scalars: Scalars, named: tuple[str, ...]) -> bool:
+def _has_others(scalars: Scalars) -> bool:
+    """Whether a number is asked for that no rule here names, so that it is refused too."""
+    named = "label_smoothing", "z_loss", "softcap", "temperature"
     return not scalars._replace(**{name: getattr(Scalars(), name) for name in named}).plain

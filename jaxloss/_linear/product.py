@@ -83,6 +83,11 @@ class Product:
         """The dtype of the logits."""
         return accumulator_dtype(self.narrow)
 
+    @property
+    def wide_hidden(self) -> Array:
+        """``hidden`` as the products read it, widened."""
+        return upcast(self.hidden.astype(self.narrow))
+
     def logits(self) -> Array:
         """``[n, C]``, in the accumulator's dtype."""
         x = kernels.times(self.hidden.astype(self.narrow), self.kernel, self.vocab_axis, self._dot)
@@ -98,6 +103,10 @@ class Product:
     def columns_at(self, index: Array) -> Array:
         """The kernel's columns at ``index[n]`` as rows, [n, D]; 0 past the last."""
         return kernels.columns_at(self.kernel, index, self.vocab_axis, self.narrow, self._dot)
+
+    def weighted_columns(self, weight: Array) -> Array:
+        """``sum_c weight[c] K[:, c]``, [D] and wide; ``weight[V]``."""
+        return kernels.weighted_columns(self.kernel, weight, self.vocab_axis, self.narrow)
 
     def block(self, start: Any, size: int) -> "Product":
         """The product of the columns from ``start`` on."""
@@ -148,7 +157,7 @@ class Product:
             axis, dot = self.vocab_axis, self._dot
             d_hidden = kernels.times_transposed(given, self.kernel, axis, self.narrow, dot)
             d_hidden = factor[:, None] * d_hidden
-        own = downcast(upcast(self.hidden.astype(self.narrow)) * factor[:, None], self.narrow)
+        own = downcast(self.wide_hidden * factor[:, None], self.narrow)
         if on("tpu"):
             # XLA:TPU would multiply within the product, whose tiles then are smaller: on a v5e it
             # takes half as long again, by the compiler's model (libtpu 0.0.42).

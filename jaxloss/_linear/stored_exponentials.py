@@ -65,7 +65,7 @@ class RowLoss(NamedTuple):
 
 
 class _OfClasses(NamedTuple):
-    weight: Any = None  # w[C]
+    weight: Any = None  # w[V], 0 for what is no class
     direction: Any = None  # [D], sum_c w_c W_c
 
 
@@ -87,12 +87,12 @@ def _prepared(row_loss: RowLoss, axes: Axes, operands: Operands) -> Operands:
     of_classes, of_all = _OfClasses(), None
     if row_loss.of_classes is not None:
         weight = row_loss.of_classes(operands.shared, product.num_classes)
-        of_columns = padded(weight[None], product)[0]
-        direction = kernels.weighted_columns(product.kernel, of_columns, product.vocab_axis)
+        weight = padded(weight[None], product)[0]
+        direction = product.weighted_columns(weight)
         of_classes = _OfClasses(weight, direction)
-        of_all = jnp.sum(_hidden(product) * direction[None], axis=-1)
+        of_all = jnp.sum(product.wide_hidden * direction[None], axis=-1)
         if product.bias is not None:
-            bias = product.bias[: weight.size].astype(weight.dtype)
+            bias = product.bias.astype(weight.dtype)
             of_all += jnp.sum(jnp.where(weight == 0, 0, bias * weight))  # 0 * -inf is NaN
         of_all = in_nats(lax.psum(of_all, axes) if axes else of_all, row_loss.scaling)
     return operands._replace(
@@ -106,11 +106,6 @@ def _known(per_token: tuple, shared: tuple) -> _Known:
     *own_shared, weight, direction = shared
     of_label, of_classes = OfLabel(column, logit, weights), _OfClasses(weight, direction)
     return _Known(tuple(own), of_label, of_all, tuple(own_shared), of_classes)
-
-
-def _hidden(product: Product) -> Array:
-    """As the products have it, and wide."""
-    return upcast(product.hidden.astype(product.narrow))
 
 
 def _by_few(row_loss: RowLoss) -> bool:
@@ -328,7 +323,7 @@ def _with_label_terms(active: Operands, operands: Operands, rest: Array, total: 
 def _with_terms_of_all(
     row_loss: RowLoss, active: Operands, operands: Operands, factor: Array, total: Operands
 ):
-    """``factor[N]``: the gradient's, of the tokens' sums over all classes."""
+    """``total`` and the gradients of the tokens' sums over all classes, times ``factor[N]``."""
 
     def add(x, new):
         return x if new is None else x + new.astype(x.dtype)
@@ -338,20 +333,20 @@ def _with_terms_of_all(
 
     product, known = operands.student, _known(operands.per_token, operands.shared)
     weight, _ = known.of_classes
-    # One row, wide, whose logits' gradient is w: that of all tokens.
+    # The gradient of all tokens' sums is that of one row, in wide products, whose logits' is w.
     one = jnp.sum(_times_hidden(factor, product), axis=0, keepdims=True)
     one = replace(product, hidden=one, bias=None, dtype=one.dtype)
     asked = replace(active.student, hidden=False, bias=False)
-    d_kernel = one.gradients(padded(weight[None], product), asked).kernel
+    d_kernel = one.gradients(weight[None], asked).kernel
     number, own = jnp.sum(factor), total.student
-    d_bias = padded(weight[None], product)[0] * number if active.student.bias else None
+    d_bias = weight * number if active.student.bias else None
     student = replace(own, kernel=added(own.kernel, d_kernel), bias=added(own.bias, d_bias))
     total = total._replace(student=student)
     if not any(active.shared):
         return total
     d_weight = one.logits()[0]
     if product.bias is not None:
-        d_weight += product.bias[: weight.size].astype(weight.dtype) * number
+        d_weight += product.bias[: product.num_classes].astype(weight.dtype) * number
 
     def of_active(some):
         shared = token_chunks.completed(some, known.shared)
@@ -363,6 +358,6 @@ def _with_terms_of_all(
 
 
 def _times_hidden(factor: Array, product: Product) -> Array:
-    """What a row that does not count holds is not read: 0 * NaN is NaN."""
+    """``factor[n] * hidden[n, D]``, and 0 for a row that does not count: it may hold NaN."""
     of_row = factor[:, None]
-    return jnp.where(of_row == 0, 0, of_row * _hidden(product))
+    return jnp.where(of_row == 0, 0, of_row * product.wide_hidden)

@@ -288,7 +288,7 @@ def _logs_by_mixture(
         of_b (b - s) <= s: log(m / s) = log(1 + of_b (b - s) / s)               at most log(2)
         else:              log(b / m) = -log(of_b) - log(1 + (of_s / of_b) s / b)
     """
-    # of_b (b - s) may be less than the smallest float, and 0 where s is: there log(b / s) is inf.
+    # Where s is 0, of_b (b - s) may be 0 too, for lack of smaller floats; log(b / s) is inf there.
     by_b, near = of_s <= 0.5, (of_b * gap <= s) & (s > 0)
     share = jnp.where(by_b, -of_s, jnp.where(near, of_b, of_s / of_b))
     top, bottom = jnp.where(by_b | near, gap, s), jnp.where(~by_b & near, s, b)

@@ -383,8 +383,8 @@ def unbroadcast(x: Array, like: Array) -> Array:
     """The cotangent of ``like``, which was broadcast, from what it was broadcast to."""
     spread = tuple(i for i, n in enumerate(like.shape) if n != x.shape[i])
     x = jnp.sum(x, axis=spread, keepdims=True).astype(like.dtype)
-    # An explicit mesh wants a cotangent split as its primal is. No more is compared: beside arrays
-    # of an automatic mesh a constant is of no mesh.
+    # An explicit mesh wants a cotangent split as its primal is. The meshes themselves may differ: a
+    # constant beside arrays of an automatic mesh has none.
     home = jax.typeof(like).sharding
     return x if jax.typeof(x).sharding.spec == home.spec else jax.sharding.reshard(x, home)
 

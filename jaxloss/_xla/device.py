@@ -28,7 +28,7 @@ def devices_of_a_partitioner(x: Any = None) -> int:
     """Over how many devices a partitioner may split an array that is computed here: inside of
     ``shard_map`` those along the axes that it leaves out.
 
-    ``x``: of whose mesh, where that is known. A mesh may be of some of the devices.
+    ``x``: an array whose type may name its mesh, which may have fewer devices than the process.
     """
     if not mesh.manual_axes():
         over = None if x is None else mesh.of_arrays(x)
